@@ -1,0 +1,115 @@
+"""How often each token of a vocabulary was emitted: the file between `corpus` and `gguf_trim`.
+
+A counts file (.npz) is sparse (`ids`, `counts`) and carries the fingerprint of the vocabulary it counts in, and a
+line on how it was made. The same counts give the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import FileFormatError, TrimError, VocabularyMismatch
+from .files import write_whole
+from .vocabulary import Vocabulary
+
+_KEYS = {"ids", "counts", "n_tokens", "fingerprint", "made_from"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """`ids` (int32, ascending) and `counts` (int64, > 0) in the vocabulary of `fingerprint` (n_tokens long)."""
+
+    ids: np.ndarray
+    counts: np.ndarray
+    n_tokens: int
+    fingerprint: str
+    made_from: str
+    name: str = "counts"
+
+    @classmethod
+    def of(cls, dense: np.ndarray, vocabulary: Vocabulary, made_from: str) -> Counts:
+        """Counts from a dense array of one number per token id."""
+        ids = np.flatnonzero(dense[: vocabulary.n_real]).astype(np.int32)
+        return cls(ids, dense[ids].astype(np.int64), vocabulary.n_real, vocabulary.fingerprint, made_from)
+
+    @property
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def ranked(self) -> np.ndarray:
+        """Ids by falling count, ties by id: `(-count, id)`."""
+        return self.ids[np.lexsort((self.ids, -self.counts))]
+
+    def coverage(self, kept: np.ndarray) -> float:
+        """Share of everything counted that the kept ids make up, 0 where nothing was counted."""
+        return float(self.counts[np.isin(self.ids, kept)].sum() / self.total) if self.total else 0.0
+
+    def require_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Raise VocabularyMismatch unless these counts are of this vocabulary."""
+        if self.fingerprint == vocabulary.fingerprint:
+            return
+        if (
+            self.n_tokens <= vocabulary.n_real
+            and vocabulary.fingerprint_of_first(self.n_tokens) == self.fingerprint
+        ):
+            return
+        raise VocabularyMismatch(
+            f"{self.name} counts another vocabulary ({self.n_tokens} tokens, {self.fingerprint[:12]}) than that of "
+            f"{vocabulary.path} ({vocabulary.n_real} tokens, {vocabulary.fingerprint[:12]}); count again with "
+            f"--tokenizer {vocabulary.path}"
+        )
+
+    def save(self, path: Path) -> None:
+        with write_whole(path) as file:
+            np.savez_compressed(
+                file,
+                ids=self.ids.astype(np.int32),
+                counts=self.counts.astype(np.int64),
+                n_tokens=np.int64(self.n_tokens),
+                fingerprint=np.array(self.fingerprint),
+                made_from=np.array(self.made_from),
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Counts:
+        """Read a counts file; raises FileFormatError in one sentence for anything else."""
+        path = Path(path)
+        bad = f"{path}: not a counts file"
+        remedy = "make one with `python -m corpus count`"
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                if not hasattr(data, "files") or not set(data.files) >= _KEYS:
+                    raise FileFormatError(f"{bad}: it lacks {', '.join(sorted(_KEYS))}; {remedy}")
+                fields: dict[str, Any] = {key: data[key] for key in _KEYS}
+        except OSError as error:
+            raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}; {remedy}") from error
+        except (ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+            raise FileFormatError(f"{bad} ({error}); {remedy}") from error
+        ids, counts, n = fields["ids"], fields["counts"], int(fields["n_tokens"])
+        whole = ids.ndim == 1 and ids.shape == counts.shape and np.issubdtype(ids.dtype, np.integer)
+        if not whole or (np.diff(ids) <= 0).any() or (counts <= 0).any() or (len(ids) and not 0 <= ids[0] <= ids[-1] < n):
+            raise FileFormatError(f"{bad}: its ids are not ascending, in range and positively counted; {remedy}")
+        return cls(ids, counts, n, str(fields["fingerprint"]), str(fields["made_from"]), str(path))
+
+
+def bundled(vocabulary: Vocabulary) -> Counts:
+    """The ready-made counts that ship for this vocabulary, found by fingerprint.
+
+    Raises TrimError where there are none, saying how to make some.
+    """
+    folder = importlib.resources.files("corpus") / "ready"
+    index: dict[str, str] = json.loads((folder / "index.json").read_text("utf-8"))
+    if (name := index.get(vocabulary.fingerprint)) is None:
+        raise TrimError(
+            f"{vocabulary.path}: no ready-made counts ship for its vocabulary ({vocabulary.fingerprint[:12]}); make some "
+            f"with `python -m corpus count TEXT... --tokenizer {vocabulary.path} -o counts.npz` and give --counts"
+        )
+    with importlib.resources.as_file(folder / name) as path:
+        return Counts.load(path)

@@ -1,0 +1,118 @@
+"""Files that appear whole or not at all: temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import TrimError
+
+CHUNK = 8 << 20  # bytes moved at a time: large enough for full disk speed, small enough to stay in memory
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":  # where os.kill would send the process a Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary siblings that a killed process has left."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.part")
+    for sibling in path.parent.iterdir():
+        if (match := pattern.fullmatch(sibling.name)) and not _alive(int(match[1])):
+            sibling.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise it is gone.
+
+    Raises TrimError in one sentence where the folder is missing, not writable or full.
+    """
+    path = Path(path)
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise TrimError(f"{path}: is a folder; name a file to write")
+        _sweep(path)
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TrimError(f"{path}: the disk is full; free some room or write elsewhere") from error
+        raise TrimError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets folders be synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def require_room(path: Path, n_bytes: int) -> None:
+    """Raise TrimError before the work begins where the disk of `path` cannot hold n_bytes more."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise TrimError(
+            f"{path}: needs {n_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free; "
+            "free some room or write elsewhere"
+        )
+
+
+def copy_range(source: BinaryIO, offset: int, count: int, out: BinaryIO, advance: Callable[[int], object]) -> None:
+    """Append `count` bytes of an open file, from `offset`, to another; inside the kernel where it can."""
+    out.flush()
+    while count:
+        try:
+            moved = os.copy_file_range(source.fileno(), out.fileno(), min(count, CHUNK), offset)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            source.seek(offset)
+            moved = out.write(source.read(min(count, CHUNK)))
+            out.flush()
+        if moved == 0:
+            raise TrimError(f"{source.name}: ended early; the file changed while it was being read")
+        offset += moved
+        count -= moved
+        advance(moved)
+    out.seek(0, 2)
+
+
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            advance(len(data))
+    return digest.hexdigest()

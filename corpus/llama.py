@@ -1,0 +1,316 @@
+"""The seam over llama.cpp: the one module that calls its low-level functions.
+
+`llama_cpp.Llama` keeps an n_ctx x n_vocab array of scores and ignores refused rewinds, so everything here drives the
+`llama_*` functions that llama-cpp-python binds. A Model owns weights, a Context owns one KV cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from .errors import EngineError
+
+_LAST_ERRORS: deque[str] = deque(maxlen=8)
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+
+
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    """Keep llama.cpp's errors for our own messages and its chatter off the user's screen."""
+    if level == _ERROR_LEVEL:
+        _LAST_ERRORS.append(text.decode("utf-8", "replace").strip())
+
+
+@lru_cache(maxsize=1)
+def _start() -> None:
+    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+def _last_error() -> str:
+    """llama.cpp's own reason: the most telling line, which is the first."""
+    return _LAST_ERRORS[0] if _LAST_ERRORS else "llama.cpp gave no reason"
+
+
+@lru_cache(maxsize=1)
+def physical_cores() -> int:
+    """Cores to compute on, as llama.cpp counts them: two threads of one core only get in each other's way."""
+    if sys.platform == "linux":
+        cores = {path.read_text() for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings")}
+        allowed = len(os.sched_getaffinity(0))
+        return min(len(cores), allowed) or allowed
+    if sys.platform == "darwin":
+        for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
+            if answer.returncode == 0 and answer.stdout.strip().isdigit():
+                return int(answer.stdout)
+    return max(1, (os.cpu_count() or 2) // 2)
+
+
+class _Owner:
+    """Something that holds memory of llama.cpp's: closed by `with`, by close(), at the latest by the collector."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class Model(_Owner):
+    """Weights and vocabulary of one GGUF.
+
+    Raises EngineError where llama.cpp cannot load it, with llama.cpp's reason.
+    """
+
+    def __init__(self, path: str | Path, n_gpu_layers: int | None = None, vocab_only: bool = False) -> None:
+        self._model = None
+        self.path = Path(path)
+        _start()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocab_only
+        if n_gpu_layers is not None:
+            params.n_gpu_layers = n_gpu_layers
+        if not self.path.is_file():
+            raise EngineError(f"{self.path}: there is no such file")
+        _LAST_ERRORS.clear()
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
+        if self._model is None:
+            raise EngineError(f"{self.path}: llama.cpp cannot load it: {_last_error()}")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
+
+    @property
+    def handle(self) -> Any:
+        if self._model is None:
+            raise EngineError(f"{self.path}: used after it was closed")
+        return self._model
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the generation (EOS, EOT and their like)."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    @property
+    def bos(self) -> int | None:
+        """The token a text begins with where the vocabulary has one."""
+        token = llama_cpp.llama_vocab_bos(self._vocab)
+        return token if token >= 0 else None
+
+    def tokenize(self, text: str, special: bool = True, add_bos: bool = True) -> list[int]:
+        """Token ids of a text; `special` reads `<|im_end|>` and its like as tokens, `add_bos` as the model wants it."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        ids = (llama_cpp.llama_token * room)()
+        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, add_bos, special)
+        if n < 0:
+            raise EngineError(f"{self.path}: llama.cpp could not tokenize a text of {len(data)} bytes")
+        return list(ids[:n])
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes of a token: possibly a part of a character. Control tokens are empty unless `special`."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def close(self) -> None:
+        if self._model is not None:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+
+class Context(_Owner):
+    """One sequence in one KV cache over a model: append, read logits, rewind.
+
+    n_outputs is the most rows of logits one decode may ask for; llama.cpp reserves n_outputs x n_vocab floats for it.
+    `seconds` adds up the wall time spent inside llama.cpp.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        n_threads: int | None = None,
+        n_batch: int = 512,
+        n_outputs: int = 32,
+    ) -> None:
+        self._ctx = None
+        self._batches: list[Any] = []
+        self.model = model
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = n_batch = min(n_batch, n_ctx)
+        params.n_outputs_max = min(n_outputs, n_batch)
+        params.n_threads = params.n_threads_batch = n_threads or physical_cores()
+        params.swa_full = True  # a sliding window that forgets cannot be rewound
+        params.no_perf = True
+        _LAST_ERRORS.clear()
+        self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
+        if self._ctx is None:
+            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {_last_error()}; try a smaller --ctx-size")
+        self.n_ctx: int = llama_cpp.llama_n_ctx(self._ctx)
+        self.n_batch = n_batch
+        self.n_outputs = params.n_outputs_max
+        self.n_past = 0
+        self.seconds = 0.0
+        self._memory = llama_cpp.llama_get_memory(self._ctx)
+        self._ids = self._batch(0)
+        self._vectors: _Batch | None = None
+
+    def _batch(self, n_embd: int) -> _Batch:
+        batch = _Batch(self.n_batch, n_embd)
+        self._batches.append(batch)
+        return batch
+
+    @property
+    def handle(self) -> Any:
+        if self._ctx is None:
+            raise EngineError(f"{self.model.path}: its context was used after it was closed")
+        return self._ctx
+
+    def decode(self, inputs: Sequence[int] | np.ndarray, outputs: int = 1) -> np.ndarray:
+        """Append token ids (n) or input embeddings (n x n_embd, float32) and return the logits of the last `outputs`.
+
+        Returns a view, rows x n_vocab, valid until the next decode. Raises EngineError where the context is full;
+        the cache then still holds what it held before the refused batch.
+        """
+        handle = self.handle
+        n = len(inputs)
+        if outputs > min(n, self.n_outputs):
+            raise EngineError(f"{outputs} rows of logits asked of {n} tokens; the context gives {self.n_outputs}")
+        if self.n_past + n > self.n_ctx:
+            raise EngineError(f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size")
+        if isinstance(inputs, np.ndarray) and inputs.ndim == 2:
+            batch = self._vectors = self._vectors or self._batch(self.model.n_embd)
+        else:
+            batch = self._ids
+        started = time.perf_counter()
+        # llama.cpp keeps the logits of the last batch only, so that one must hold every wanted row.
+        tail = max(outputs, n % self.n_batch or self.n_batch) if n > self.n_batch else n
+        edges = [*range(0, n - tail, self.n_batch), n - tail, n]
+        for start, end in zip(edges, edges[1:], strict=False):
+            batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
+            _LAST_ERRORS.clear()
+            code = llama_cpp.llama_decode(handle, batch.struct)
+            if code:
+                raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {_last_error()}")
+            self.n_past += end - start
+        if not outputs:
+            llama_cpp.llama_synchronize(handle)
+            self.seconds += time.perf_counter() - started
+            return np.empty((0, self.model.n_vocab), np.float32)
+        pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
+        self.seconds += time.perf_counter() - started
+        return np.ctypeslib.as_array(pointer, shape=(outputs, self.model.n_vocab))
+
+    def truncate(self, n: int) -> None:
+        """Forget everything from position n on. Raises EngineError where the cache cannot be rewound (recurrent)."""
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):
+            raise EngineError(
+                f"{self.model.path}: its cache cannot be rewound to token {n}, as recurrent models cannot; "
+                "speculative decoding needs a model with attention only"
+            )
+        self.n_past = min(self.n_past, n)
+
+    def close(self) -> None:
+        if self._ctx is not None:
+            llama_cpp.llama_free(self._ctx)
+            self._ctx = None
+            for batch in self._batches:
+                batch.free()
+
+
+class _Batch:
+    """A llama_batch whose arrays are seen through numpy: filling one costs microseconds."""
+
+    def __init__(self, size: int, n_embd: int) -> None:
+        self.struct = llama_cpp.llama_batch_init(size, n_embd, 1)
+
+        def view(pointer: Any, shape: tuple[int, ...]) -> np.ndarray:
+            return np.ctypeslib.as_array(pointer, shape=shape)
+
+        self.inputs = view(self.struct.embd, (size, n_embd)) if n_embd else view(self.struct.token, (size,))
+        self.positions = view(self.struct.pos, (size,))
+        self.wanted = view(self.struct.logits, (size,))
+        view(self.struct.n_seq_id, (size,))[:] = 1
+        for i in range(size):
+            self.struct.seq_id[i][0] = 0
+
+    def fill(self, inputs: Sequence[int] | np.ndarray, position: int, outputs: int) -> None:
+        n = len(inputs)
+        self.struct.n_tokens = n
+        self.inputs[:n] = inputs
+        self.positions[:n] = np.arange(position, position + n)
+        self.wanted[:n] = 0
+        self.wanted[n - outputs : n] = 1
+
+    def free(self) -> None:
+        llama_cpp.llama_batch_free(self.struct)
+
+
+class _TypeTraits(ctypes.Structure):
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+@lru_cache(maxsize=1)
+def _ggml() -> ctypes.CDLL:
+    """ggml's base library, already loaded by llama_cpp; its names differ by system and version."""
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll"):
+        if (folder / name).exists():
+            library = ctypes.CDLL(str(folder / name))
+            library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+            library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+            return library
+    raise EngineError(f"{folder}: no ggml library; install llama-cpp-python again")
+
+
+def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], None]:
+    """ggml's own row function: (bytes of rows, float32 out) -> None; the very function its CPU get_rows uses."""
+    if type_ == GGMLQuantizationType.F32:
+
+        def copy(rows: np.ndarray, out: np.ndarray) -> None:
+            out.reshape(-1).view(np.uint8)[:] = rows.reshape(-1)
+
+        return copy
+    to_float = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
+    if not to_float:
+        raise EngineError(f"ggml cannot expand rows of type {type_.name}")
+
+    def expand(rows: np.ndarray, out: np.ndarray) -> None:
+        to_float(rows.ctypes.data, out.ctypes.data, out.size)
+
+    return expand

@@ -1,0 +1,84 @@
+"""The companion of a trimmed drafter: what stays at full vocabulary size, read one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from corpus.errors import FileFormatError
+from corpus.gguf_file import GGUFFile
+from corpus.llama import dequantizer
+from corpus.vocabulary import Vocabulary
+
+from .cut import FORMAT_VERSION, companion_path
+from .layout import EMBEDDING
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A trimmed drafter and its companion, opened and checked to belong together.
+
+    `d2t`: int32 (k), row i of the head is target id d2t[i]. Raises FileFormatError naming the file that is wrong.
+    """
+
+    file: GGUFFile
+    companion: GGUFFile
+    d2t: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path | str) -> Trimmed:
+        file = GGUFFile(path)
+        if "gguf_trim.d2t" not in file.fields:
+            raise FileFormatError(f"{file.path}: is not a trimmed drafter; make one with `python -m gguf_trim trim`")
+        if (version := file.get("gguf_trim.version")) != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{file.path}: was trimmed by another version of this program (format {version}, "
+                f"known: {FORMAT_VERSION}); trim the original drafter again"
+            )
+        companion = GGUFFile(companion_path(file.path))
+        if companion.get("gguf_trim.source_id") != file.get("gguf_trim.source_id"):
+            raise FileFormatError(
+                f"{companion.path}: was cut from another drafter than {file.path.name}; trim the drafter again"
+            )
+        d2t = file.get("gguf_trim.d2t")
+        k, n_vocab = file.get("gguf_trim.k"), file.get("gguf_trim.vocab_size")
+        if len(d2t) != k or not len(d2t) or (np.diff(d2t) <= 0).any() or d2t[0] < 0 or d2t[-1] >= n_vocab:
+            raise FileFormatError(f"{file.path}: its remap table is not {k} ascending ids below {n_vocab}; trim again")
+        if EMBEDDING not in companion.tensors or companion.tensors[EMBEDDING].n_rows != n_vocab:
+            raise FileFormatError(f"{companion.path}: lacks the full {EMBEDDING}; trim the drafter again")
+        return cls(file, companion, d2t)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The full vocabulary the drafter was trained with (the trimmed file itself has none)."""
+        return Vocabulary(self.companion)
+
+    def embeddings(self) -> EmbeddingTable:
+        return EmbeddingTable(self.companion, self.file.get("gguf_trim.embedding_scale"))
+
+
+class EmbeddingTable:
+    """Rows of a full embedding table as the vectors llama.cpp would make of the ids, bit for bit.
+
+    The table is memory-mapped and touched a row at a time, so it costs next to no memory.
+    """
+
+    def __init__(self, file: GGUFFile, scale: float = 1.0) -> None:
+        tensor = file.tensors[EMBEDDING]
+        self._expand = dequantizer(tensor.type)
+        self._scale = np.float32(scale)
+        self.n_embd = tensor.shape[0]
+        self.n_vocab = tensor.n_rows
+        self._table = np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes))
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 (len(ids) x n_embd). Ids beyond the table (a target padded further) read as its last row."""
+        chosen = np.minimum(np.asarray(ids, np.int64), self.n_vocab - 1)
+        out = np.empty((len(chosen), self.n_embd), np.float32)
+        self._expand(np.ascontiguousarray(self._table[chosen]), out)
+        if self._scale != 1:
+            out *= self._scale
+        return out

@@ -1,0 +1,208 @@
+"""The cut: plan which bytes of a drafter go where, then write the trimmed file and its companion.
+
+llama.cpp builds embedding and head with the same number of rows, so both are cut in the trimmed file, and the full
+tables move to the companion X.vocab.gguf beside X.gguf; the runner feeds input embeddings from there. A row of a ggml
+tensor is a whole number of quantisation blocks: rows move as bytes and nothing is dequantised, so the kept logits are
+the source's, bit for bit (VocabTrim, arXiv 2506.22694, section 3; `verify` proves it on any file).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from corpus.errors import FileFormatError, TrimError
+from corpus.files import CHUNK, copy_range, require_room, write_whole
+from corpus.gguf_file import GGUFFile, Tensor
+from corpus.vocabulary import Vocabulary
+
+from .keep import Keep
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Piece, encode_head, field
+
+FORMAT_VERSION = 1
+
+# Graphs that scale token inputs by sqrt(n_embd) and leave vectors as they are: the runner scales for them.
+SCALED_TOKEN_INPUTS = {"gemma3"}
+# Graphs that look at the token ids themselves, beyond the embedding table.
+NEEDS_TOKEN_IDS = {
+    "gemma3n": "it looks up per-layer embeddings by token id",
+    "gemma4": "it looks up per-layer embeddings by token id",
+    "granite-switch": "its graph needs token ids",
+    "eagle3": "an EAGLE-3 head is tied to its target's hidden states, which llama.cpp's own server feeds it",
+    "t5": "it is an encoder-decoder",
+    "t5encoder": "it is an encoder",
+}
+
+
+def companion_path(trimmed: Path) -> Path:
+    """X.gguf -> X.vocab.gguf, in the same folder."""
+    return trimmed.with_name(f"{trimmed.name.removesuffix('.gguf')}.vocab.gguf")
+
+
+def why_not(file: GGUFFile) -> str | None:
+    """The reason this file's head cannot be cut, or None."""
+    if "gguf_trim.k" in file.fields:
+        return "it is already trimmed; trim the original drafter"
+    if "gguf_trim.companion" in file.fields:
+        return "it is the companion of a trimmed drafter; trim the original drafter"
+    if file.get("split.count", 1) > 1:
+        return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
+    if EMBEDDING not in file.tensors:
+        return f"it has no {EMBEDDING}: not a language model"
+    if (reason := NEEDS_TOKEN_IDS.get(file.architecture)) is not None:
+        return f"architecture {file.architecture} cannot be trimmed: {reason}"
+    embedding = file.tensors[EMBEDDING]
+    n_rows = embedding.n_rows
+    head = file.tensors.get(HEAD)
+    if head is not None and (len(head.shape) != 2 or head.n_rows != n_rows):
+        return f"its head has {head.n_rows} rows and its embedding {n_rows}: llama.cpp would not load it either"
+    for tensor in file.tensors.values():
+        if tensor.name not in (EMBEDDING, HEAD, HEAD_BIAS) and _per_token(tensor, n_rows):
+            return f"tensor {tensor.name} has one row per token, and no way to cut it is known"
+    return None
+
+
+def _per_token(tensor: Tensor, n_rows: int) -> bool:
+    """A table over the vocabulary by name, or by a shape that cannot be anything else."""
+    named = "per_layer_token_embd" in tensor.name or "embed_tokens" in tensor.name or "shared_head_head" in tensor.name
+    return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
+
+
+def plan(source: Path | str, keep: Keep | None = None, choose: Callable[[Vocabulary, int], Keep] | None = None) -> Cut:
+    """What a cut of `source` would write: pure, nothing is touched.
+
+    `choose(vocabulary, n_rows)` decides on the rows once the file is known (or give `keep`). Raises FileFormatError
+    where the file cannot be cut, naming the reason.
+    """
+    file = GGUFFile(source)
+    if (reason := why_not(file)) is not None:
+        raise FileFormatError(f"{file.path}: {reason}")
+    vocabulary = Vocabulary(file)
+    embedding, head = file.tensors[EMBEDDING], file.tensors.get(HEAD)
+    if keep is None:
+        if choose is None:
+            raise TypeError("plan needs keep or choose")
+        keep = choose(vocabulary, embedding.n_rows)
+    identity = source_identity(file)
+    arch = file.architecture
+    cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
+    scale = float(np.float32(math.sqrt(embedding.shape[0]))) if arch in SCALED_TOKEN_INPUTS else 1.0
+    common = [
+        field("gguf_trim.version", FORMAT_VERSION),
+        field("gguf_trim.source", file.path.name),
+        field("gguf_trim.source_id", identity),
+        field("gguf_trim.vocab_size", embedding.n_rows),
+        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
+        field("gguf_trim.embedding_scale", scale),
+    ]
+    kept_keys = [key for key in file.fields if not key.startswith("tokenizer.") and key != f"{arch}.vocab_size"]
+    trimmed_fields = [
+        *(file.raw(key) for key in kept_keys),
+        field(f"{arch}.vocab_size", keep.k),
+        field("tokenizer.ggml.model", "none"),
+        *common,
+        field("gguf_trim.k", keep.k),
+        field("gguf_trim.forced", keep.n_forced),
+        field("gguf_trim.d2t", keep.ids),
+    ]
+    if keep.coverage is not None:
+        trimmed_fields.append(field("gguf_trim.coverage", float(keep.coverage)))
+    pieces = [
+        Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()
+    ]
+    companion_keys = [key for key in file.fields if key.startswith(("tokenizer.", "general."))]
+    companion_fields = [*(file.raw(key) for key in companion_keys), *common, field("gguf_trim.companion", True)]
+    companion_pieces = [Piece(file.tensors[name]) for name in sorted(cut_names)]
+    return Cut(
+        source=file,
+        keep=keep,
+        tied=head is None,
+        trimmed=encode_head(trimmed_fields, pieces, file.alignment),
+        companion=encode_head(companion_fields, companion_pieces, file.alignment),
+        pieces=pieces,
+        companion_pieces=companion_pieces,
+    )
+
+
+def source_identity(file: GGUFFile) -> str:
+    """SHA-256 over the head of a drafter and both ends of its embedding table: ties the two outputs together."""
+    embedding = file.tensors[EMBEDDING]
+    digest = hashlib.sha256(file.head)
+    with open(file.path, "rb") as handle:
+        for offset in (embedding.offset, embedding.offset + max(0, embedding.n_bytes - 65536)):
+            handle.seek(offset)
+            digest.update(handle.read(min(65536, embedding.n_bytes)))
+    return digest.hexdigest()
+
+
+def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None) -> None:
+    """Write `out` and its companion; both appear whole or not at all, the companion first.
+
+    Raises TrimError where an output would overwrite the source, or the disk is full. Holds CHUNK bytes at a time.
+    """
+    out = Path(out)
+    companion = companion_path(out)
+    for path in (out, companion):
+        if path.exists() and os.path.samefile(path, cut.source.path):
+            raise TrimError(f"{path}: is the drafter itself; choose another output name")
+    if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
+        raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
+    require_room(out, cut.trimmed_bytes + cut.companion_bytes)
+    try:
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(open(cut.source.path, "rb"))
+            # Left in reverse order: the companion takes its name before the file that needs it does.
+            trimmed_file = stack.enter_context(write_whole(out))
+            companion_file = stack.enter_context(write_whole(companion))
+            for file, head, pieces in (
+                (trimmed_file, cut.trimmed, cut.pieces),
+                (companion_file, cut.companion, cut.companion_pieces),
+            ):
+                file.write(head)
+                for piece in pieces:
+                    if piece.rows is None:
+                        copy_range(source, piece.tensor.offset, piece.n_bytes, file, advance)
+                    else:
+                        _copy_rows(source, piece.tensor, piece.rows, file, advance)
+                    file.write(b"\0" * (-piece.n_bytes % cut.source.alignment))
+    except FileNotFoundError as error:
+        raise TrimError(f"{cut.source.path}: has gone since it was read") from error
+
+
+def _copy_rows(
+    source: BinaryIO, tensor: Tensor, rows: np.ndarray, out: BinaryIO, advance: Callable[[int], object]
+) -> None:
+    """Append the chosen rows (ascending), reading the table in chunks that stay under CHUNK bytes."""
+    row_bytes = tensor.n_bytes // tensor.shape[-1]  # of a bias: one number
+    step = max(1, CHUNK // row_bytes)
+    for start in range(0, int(rows[-1]) + 1, step):
+        chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + step)] - start
+        if not len(chosen):
+            continue
+        count = int(chosen[-1]) + 1
+        source.seek(tensor.offset + start * row_bytes)
+        data = source.read(count * row_bytes)
+        if len(data) != count * row_bytes:
+            raise TrimError(f"{source.name}: ended early; the file changed while it was being read")
+        table = np.frombuffer(data, np.uint8).reshape(count, row_bytes)
+        out.write(table[chosen].tobytes())
+        advance(len(chosen) * row_bytes)
+
+
+def step_bytes(file: GGUFFile) -> int:
+    """Weight bytes one draft step reads: every tensor, except an embedding table that is not also the head."""
+    skipped = {EMBEDDING} if HEAD in file.tensors else set()
+    return sum(tensor.n_bytes for tensor in file.tensors.values() if tensor.name not in skipped)
+
+
+def head_tensor(file: GGUFFile) -> Tensor:
+    """The tensor that makes the logits: the head, or the embedding table of a tied model."""
+    return file.tensors.get(HEAD) or file.tensors[EMBEDDING]
+

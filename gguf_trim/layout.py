@@ -1,0 +1,105 @@
+"""How a cut looks on disk: encoded metadata, the tensor table, and which rows of which tensor follow."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGUFValueType
+
+from corpus.gguf_file import MAGIC, GGUFFile, Tensor
+
+from .keep import Keep
+
+GGUF_VERSION = 3
+
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+HEAD_BIAS = "output.bias"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the source as it goes into an output: whole, or only `rows` (ascending ids)."""
+
+    tensor: Tensor
+    rows: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows are counted along the last dimension: of a table its second, of a bias its only one."""
+        if self.rows is None:
+            return self.tensor.shape
+        return (*self.tensor.shape[:-1], len(self.rows))
+
+    @property
+    def n_bytes(self) -> int:
+        if self.rows is None:
+            return self.tensor.n_bytes
+        return self.tensor.n_bytes // self.tensor.shape[-1] * len(self.rows)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A planned cut: the two heads, encoded, and the pieces that follow each."""
+
+    source: GGUFFile
+    keep: Keep
+    tied: bool
+    trimmed: bytes
+    companion: bytes
+    pieces: list[Piece]
+    companion_pieces: list[Piece]
+
+    def _size(self, head: bytes, pieces: list[Piece]) -> int:
+        alignment = self.source.alignment
+        return len(head) + sum(-(-piece.n_bytes // alignment) * alignment for piece in pieces)
+
+    @property
+    def trimmed_bytes(self) -> int:
+        return self._size(self.trimmed, self.pieces)
+
+    @property
+    def companion_bytes(self) -> int:
+        return self._size(self.companion, self.companion_pieces)
+
+    @property
+    def step_bytes(self) -> int:
+        """Weight bytes one draft step of the trimmed file reads (its embedding table is never read)."""
+        skipped = set() if self.tied else {EMBEDDING}
+        return sum(piece.n_bytes for piece in self.pieces if piece.tensor.name not in skipped)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def field(key: str, value: str | int | float | bool | np.ndarray) -> bytes:
+    """One metadata entry; integers are written as u32, floats as f32, arrays as i32, as llama.cpp does."""
+    if isinstance(value, str):
+        kind, data = GGUFValueType.STRING, _text(value)
+    elif isinstance(value, bool):
+        kind, data = GGUFValueType.BOOL, struct.pack("<?", value)
+    elif isinstance(value, int):
+        kind, data = GGUFValueType.UINT32, struct.pack("<I", value)
+    elif isinstance(value, float):
+        kind, data = GGUFValueType.FLOAT32, struct.pack("<f", value)
+    else:
+        kind = GGUFValueType.ARRAY
+        data = struct.pack("<IQ", GGUFValueType.INT32, len(value)) + value.astype("<i4").tobytes()
+    return _text(key) + struct.pack("<I", kind) + data
+
+
+def encode_head(fields: list[bytes], pieces: list[Piece], alignment: int) -> bytes:
+    """Everything before the first tensor byte, padded to `alignment`; tensors follow in the order given."""
+    out = [MAGIC, struct.pack("<IQQ", GGUF_VERSION, len(pieces), len(fields)), *fields]
+    offset = 0
+    for piece in pieces:
+        shape = piece.shape
+        out.append(_text(piece.tensor.name))
+        out.append(struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, piece.tensor.type, offset))
+        offset += -(-piece.n_bytes // alignment) * alignment
+    head = b"".join(out)
+    return head + b"\0" * (-len(head) % alignment)

@@ -55,10 +55,7 @@ class Counts:
         """Raise VocabularyMismatch unless these counts are of this vocabulary."""
         if self.fingerprint == vocabulary.fingerprint:
             return
-        if (
-            self.n_tokens <= vocabulary.n_real
-            and vocabulary.fingerprint_of_first(self.n_tokens) == self.fingerprint
-        ):
+        if self.n_tokens <= vocabulary.n_real and vocabulary.fingerprint_of_first(self.n_tokens) == self.fingerprint:
             return
         raise VocabularyMismatch(
             f"{self.name} counts another vocabulary ({self.n_tokens} tokens, {self.fingerprint[:12]}) than that of "
@@ -94,7 +91,7 @@ class Counts:
             raise FileFormatError(f"{bad} ({error}); {remedy}") from error
         ids, counts, n = fields["ids"], fields["counts"], int(fields["n_tokens"])
         whole = ids.ndim == 1 and ids.shape == counts.shape and np.issubdtype(ids.dtype, np.integer)
-        if not whole or (np.diff(ids) <= 0).any() or (counts <= 0).any() or (len(ids) and not 0 <= ids[0] <= ids[-1] < n):
+        if not whole or np.any(np.diff(ids) <= 0) or np.any(counts <= 0) or np.any((ids < 0) | (ids >= n)):
             raise FileFormatError(f"{bad}: its ids are not ascending, in range and positively counted; {remedy}")
         return cls(ids, counts, n, str(fields["fingerprint"]), str(fields["made_from"]), str(path))
 
@@ -108,8 +105,8 @@ def bundled(vocabulary: Vocabulary) -> Counts:
     index: dict[str, str] = json.loads((folder / "index.json").read_text("utf-8"))
     if (name := index.get(vocabulary.fingerprint)) is None:
         raise TrimError(
-            f"{vocabulary.path}: no ready-made counts ship for its vocabulary ({vocabulary.fingerprint[:12]}); make some "
-            f"with `python -m corpus count TEXT... --tokenizer {vocabulary.path} -o counts.npz` and give --counts"
+            f"{vocabulary.path}: no ready-made counts ship for its vocabulary ({vocabulary.fingerprint[:12]}); make "
+            f"some with `python -m corpus count TEXT... --tokenizer {vocabulary.path} -o counts.npz` and give --counts"
         )
     with importlib.resources.as_file(folder / name) as path:
         return Counts.load(path)

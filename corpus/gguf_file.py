@@ -84,7 +84,7 @@ class Tensor:
 def bytes_of(type_: GGMLQuantizationType, n_elements: int) -> int:
     """Bytes that n_elements of a type take; n_elements is a whole number of its blocks."""
     block, size = GGML_QUANT_SIZES[type_]
-    return n_elements // block * size
+    return int(n_elements // block * size)
 
 
 class GGUFFile:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ _LAST_ERRORS: deque[str] = deque(maxlen=8)
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     """Keep llama.cpp's errors for our own messages and its chatter off the user's screen."""
     if level == _ERROR_LEVEL:
@@ -50,7 +51,8 @@ def _last_error() -> str:
 def physical_cores() -> int:
     """Cores to compute on, as llama.cpp counts them: two threads of one core only get in each other's way."""
     if sys.platform == "linux":
-        cores = {path.read_text() for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings")}
+        siblings = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings")
+        cores = {path.read_text() for path in siblings}
         allowed = len(os.sched_getaffinity(0))
         return min(len(cores), allowed) or allowed
     if sys.platform == "darwin":
@@ -213,7 +215,7 @@ class Context(_Owner):
         # llama.cpp keeps the logits of the last batch only, so that one must hold every wanted row.
         tail = max(outputs, n % self.n_batch or self.n_batch) if n > self.n_batch else n
         edges = [*range(0, n - tail, self.n_batch), n - tail, n]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
             _LAST_ERRORS.clear()
             code = llama_cpp.llama_decode(handle, batch.struct)
@@ -227,6 +229,11 @@ class Context(_Owner):
         pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
         self.seconds += time.perf_counter() - started
         return np.ctypeslib.as_array(pointer, shape=(outputs, self.model.n_vocab))
+
+    def count(self) -> int:
+        """Tokens the cache really holds, asked of llama.cpp; also after a call that was interrupted."""
+        self.n_past = llama_cpp.llama_memory_seq_pos_max(self._memory, 0) + 1
+        return self.n_past
 
     def truncate(self, n: int) -> None:
         """Forget everything from position n on. Raises EngineError where the cache cannot be rewound (recurrent)."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -75,21 +74,18 @@ def _per_token(tensor: Tensor, n_rows: int) -> bool:
     return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
 
 
-def plan(source: Path | str, keep: Keep | None = None, choose: Callable[[Vocabulary, int], Keep] | None = None) -> Cut:
+def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
     """What a cut of `source` would write: pure, nothing is touched.
 
-    `choose(vocabulary, n_rows)` decides on the rows once the file is known (or give `keep`). Raises FileFormatError
-    where the file cannot be cut, naming the reason.
+    `choose(vocabulary, n_rows)` decides on the rows once the file is known. Raises FileFormatError where the file
+    cannot be cut, naming the reason.
     """
     file = GGUFFile(source)
     if (reason := why_not(file)) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
     vocabulary = Vocabulary(file)
     embedding, head = file.tensors[EMBEDDING], file.tensors.get(HEAD)
-    if keep is None:
-        if choose is None:
-            raise TypeError("plan needs keep or choose")
-        keep = choose(vocabulary, embedding.n_rows)
+    keep = choose(vocabulary, embedding.n_rows)
     identity = source_identity(file)
     arch = file.architecture
     cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
@@ -114,9 +110,7 @@ def plan(source: Path | str, keep: Keep | None = None, choose: Callable[[Vocabul
     ]
     if keep.coverage is not None:
         trimmed_fields.append(field("gguf_trim.coverage", float(keep.coverage)))
-    pieces = [
-        Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()
-    ]
+    pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()]
     companion_keys = [key for key in file.fields if key.startswith(("tokenizer.", "general."))]
     companion_fields = [*(file.raw(key) for key in companion_keys), *common, field("gguf_trim.companion", True)]
     companion_pieces = [Piece(file.tensors[name]) for name in sorted(cut_names)]
@@ -150,7 +144,7 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
     out = Path(out)
     companion = companion_path(out)
     for path in (out, companion):
-        if path.exists() and os.path.samefile(path, cut.source.path):
+        if path.exists() and path.samefile(cut.source.path):
             raise TrimError(f"{path}: is the drafter itself; choose another output name")
     if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
         raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
@@ -205,4 +199,3 @@ def step_bytes(file: GGUFFile) -> int:
 def head_tensor(file: GGUFFile) -> Tensor:
     """The tensor that makes the logits: the head, or the embedding table of a tied model."""
     return file.tensors.get(HEAD) or file.tensors[EMBEDDING]
-

@@ -1,0 +1,165 @@
+"""python -m gguf_trim: trim, verify, inspect, models, fetch. Data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from corpus.command import Commands
+from corpus.counts import Counts, bundled
+from corpus.errors import FileFormatError, TrimError
+from corpus.gguf_file import GGUFFile
+from corpus.progress import progress, stderr
+from corpus.vocabulary import Vocabulary
+
+from .catalog import USER_CATALOG, cache_folder, load_catalog
+from .companion import Trimmed
+from .cut import companion_path, plan, step_bytes, write
+from .describe import describe
+from .fetch import fetch
+from .keep import Keep, keep_counted, keep_listed, read_keep_list
+from .layout import Cut
+from .verify import Verification, verify
+
+FILE = click.Path(path_type=Path)
+DEFAULT_K = 16384
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Cut the output head of a drafter's GGUF to the tokens that matter, and prove the cut."""
+
+
+@main.command("trim")
+@click.argument("drafter", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; its companion goes beside it.")
+@click.option("--k", "-k", type=int, help=f"Rows to keep.  [default: {DEFAULT_K}, or all of --keep]")
+@click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+@click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--if-needed", is_flag=True, help="Do nothing where OUTPUT is already this cut of this drafter.")
+def trim_command(
+    drafter: Path,
+    output: Path,
+    k: int | None,
+    counts: Path | None,
+    keep_file: Path | None,
+    dry_run: bool,
+    if_needed: bool,
+) -> None:
+    """Write DRAFTER with its head cut to K rows, and the companion that keeps the full tables."""
+    if counts is not None and keep_file is not None:
+        raise click.UsageError("give --counts or --keep, not both")
+
+    def choose(vocabulary: Vocabulary, n_rows: int) -> Keep:
+        if keep_file is not None:
+            return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
+        counted = Counts.load(counts) if counts is not None else bundled(vocabulary)
+        return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
+
+    cut = plan(drafter, choose)
+    _show_plan(cut, output)
+    if dry_run:
+        return
+    if if_needed and _is_this_cut(output, cut):
+        stderr.print(f"{output} is already this cut")
+        return
+    with progress(f"trimming to {cut.keep.k}", cut.trimmed_bytes + cut.companion_bytes, "B") as advance:
+        write(cut, output, advance)
+    click.echo(str(output))
+
+
+def _is_this_cut(output: Path, cut: Cut) -> bool:
+    """Whether output and companion are there, whole, with the heads this cut would write."""
+    try:
+        trimmed = Trimmed.open(output)
+    except FileFormatError:
+        return False
+    heads = (trimmed.file, cut.trimmed), (trimmed.companion, cut.companion)
+    return all(planned.startswith(found.head) for found, planned in heads)
+
+
+def _show_plan(cut: Cut, output: Path) -> None:
+    keep, source = cut.keep, cut.source
+    rows = source.tensors["token_embd.weight"].n_rows
+    before, after = step_bytes(source), cut.step_bytes
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("drafter", f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)")
+    covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
+    table.add_row("rows kept", f"{keep.k} of {rows}{covered}")
+    table.add_row("forced tokens", f"{keep.n_forced}")
+    table.add_row("file", f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}")
+    table.add_row("companion", f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}")
+    table.add_row("read per draft step", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)")
+    stderr.print(table)
+    if keep.n_forced_left_out:
+        stderr.print(
+            f"Warning: k = {keep.k} leaves out {keep.n_forced_left_out} of the tokens that are otherwise always kept "
+            f"(byte and control tokens); k = {keep.k + keep.n_forced_left_out} holds them all"
+        )
+
+
+@main.command("verify")
+@click.argument("trimmed", type=FILE)
+@click.option("--source", type=FILE, required=True, help="The drafter it was cut from.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def verify_command(trimmed: Path, source: Path, as_json: bool) -> None:
+    """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
+    total = sum(tensor.n_bytes for tensor in GGUFFile(source).tensors.values())
+    with progress("comparing", total, "B") as advance:
+        result = verify(trimmed, source, advance)
+    if as_json:
+        click.echo(json.dumps(result.as_json()))
+    elif result.ok:
+        click.echo(_proof(result))
+    if not result.ok:
+        raise TrimError(result.differences[0])
+
+
+def _proof(result: Verification) -> str:
+    return (
+        f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
+        f"{result.max_logit_difference:g} over {result.positions} positions"
+    )
+
+
+@main.command("inspect")
+@click.argument("file", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect_command(file: Path, as_json: bool) -> None:
+    """Say what FILE is: its head, what a draft step reads, whether and how it can be trimmed."""
+    facts = describe(file)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        if isinstance(value, float):
+            text = f"{value:.4f}"
+        if value is not None:
+            click.echo(f"{key.replace('_', ' '):22s} {text}")
+
+
+@main.command("models")
+def models_command() -> None:
+    """List the pairs of the catalog, and where files are kept."""
+    for pair in load_catalog().pairs.values():
+        click.echo(f"{pair.name:20s} target {pair.target.name}, drafter {pair.drafter.name}")
+    stderr.print(f"files: {cache_folder()}\nyour own pairs: {USER_CATALOG}")
+
+
+@main.command("fetch")
+@click.argument("pair")
+def fetch_command(pair: str) -> None:
+    """Bring both models of PAIR to this machine; print the paths of target and drafter."""
+    found = load_catalog().pair(pair)
+    for entry in dict.fromkeys((found.target.name, found.drafter.name)):
+        click.echo(str(fetch(load_catalog().models[entry])))
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="python -m gguf_trim"))

@@ -1,0 +1,95 @@
+"""Names for models and for target/drafter pairs, and the files on this machine that they stand for."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from corpus.errors import FileFormatError, TrimError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+APP = "gguf-trim"
+USER_CATALOG = platformdirs.user_config_path(APP) / "catalog.toml"
+
+
+def cache_folder() -> Path:
+    """Where fetched models and trimmed drafters live; GGUF_TRIM_CACHE overrides the system's cache folder."""
+    override = os.environ.get("GGUF_TRIM_CACHE")
+    return Path(override).expanduser() if override else platformdirs.user_cache_path(APP)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the catalog; `sources` are tried in order."""
+
+    name: str
+    file: str
+    sources: list[dict[str, Any]]
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str
+    target: Entry
+    drafter: Entry
+
+    def trimmed(self, k: int) -> Path:
+        """Where `make trim` puts the drafter cut to k rows, and `runner.chat --model` looks for it."""
+        return cache_folder() / "trimmed" / f"{Path(self.drafter.file).stem}-trim{k}.gguf"
+
+
+@dataclass
+class Catalog:
+    models: dict[str, Entry] = field(default_factory=dict)
+    pairs: dict[str, Pair] = field(default_factory=dict)
+
+    def pair(self, name: str) -> Pair:
+        """The pair of this name; raises TrimError listing the names there are."""
+        if name not in self.pairs:
+            raise TrimError(
+                f"there is no model pair called {name!r}; there are {', '.join(sorted(self.pairs))}; "
+                "for other files give their paths"
+            )
+        return self.pairs[name]
+
+    def add(self, text: str, origin: str) -> None:
+        try:
+            data = tomllib.loads(text)
+            for name, fields in data.get("models", {}).items():
+                sources = fields["sources"]
+                file = fields.get("file") or next(
+                    Path(value["file"] if kind == "hub" else value).name
+                    for source in sources
+                    for kind, value in source.items()
+                    if kind in ("hub", "path")
+                )
+                self.models[name] = Entry(name, file, sources, fields.get("size"), fields.get("sha256"))
+            for name, fields in data.get("pairs", {}).items():
+                self.pairs[name] = Pair(name, self.models[fields["target"]], self.models[fields["drafter"]])
+        except tomllib.TOMLDecodeError as error:
+            raise FileFormatError(f"{origin}: is not valid TOML: {error}") from error
+        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise FileFormatError(f"{origin}: an entry is incomplete ({error}); compare the shipped one") from error
+
+
+def load_catalog(user: Path | None = None) -> Catalog:
+    """The shipped catalog with the user's own entries on top."""
+    catalog = Catalog()
+    shipped = importlib.resources.files("gguf_trim") / "catalog.toml"
+    catalog.add(shipped.read_text("utf-8"), str(shipped))
+    user = user or USER_CATALOG
+    if user.is_file():
+        catalog.add(user.read_text("utf-8"), str(user))
+    return catalog

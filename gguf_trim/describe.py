@@ -1,0 +1,69 @@
+"""What a GGUF is to this project: its head, what a draft step reads, and whether it can be trimmed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from corpus.gguf_file import GGUFFile
+from corpus.vocabulary import Vocabulary
+
+from .companion import Trimmed
+from .cut import head_tensor, step_bytes, why_not
+from .layout import EMBEDDING, HEAD, HEAD_BIAS
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about one file, ready for JSON. Raises FileFormatError where it cannot be read."""
+    file = GGUFFile(path)
+    facts: dict[str, Any] = {
+        "file": str(file.path),
+        "architecture": file.architecture,
+        "name": file.get("general.name"),
+        "bytes": file.size,
+        "tensors": len(file.tensors),
+    }
+    if "gguf_trim.companion" in file.fields:
+        vocabulary = Vocabulary(file)
+        return facts | {
+            "kind": "companion",
+            "source": file.get("gguf_trim.source"),
+            "fingerprint": vocabulary.fingerprint,
+            "vocabulary": len(vocabulary),
+            "trimmable": False,
+            "why": why_not(file),
+        }
+    if EMBEDDING in file.tensors:
+        head, embedding = head_tensor(file), file.tensors[EMBEDDING]
+        step = step_bytes(file)
+        facts |= {
+            "tied": HEAD not in file.tensors,
+            "head": {"tensor": head.name, "rows": head.n_rows, "n_embd": head.shape[0], "type": head.type.name},
+            "embedding": {"rows": embedding.n_rows, "n_embd": embedding.shape[0], "type": embedding.type.name},
+            "head_bias": HEAD_BIAS in file.tensors,
+            "bytes_per_draft_step": step,
+            "head_bytes": head.n_bytes,
+            "head_share": head.n_bytes / step,
+        }
+    if "gguf_trim.d2t" in file.fields:
+        trimmed = Trimmed.open(path)
+        coverage = file.get("gguf_trim.coverage")
+        return facts | {
+            "kind": "trimmed",
+            "k": file.get("gguf_trim.k"),
+            "vocabulary": file.get("gguf_trim.vocab_size"),
+            "coverage": coverage,
+            "forced": file.get("gguf_trim.forced"),
+            "source": file.get("gguf_trim.source"),
+            "fingerprint": file.get("gguf_trim.vocab_fingerprint"),
+            "companion": str(trimmed.companion.path),
+            "trimmable": False,
+            "why": why_not(file),
+        }
+    reason = why_not(file)
+    facts |= {"kind": "model", "trimmable": reason is None, "why": reason}
+    if "tokenizer.ggml.tokens" in file.fields:
+        vocabulary = Vocabulary(file)
+        facts |= {"vocabulary": len(vocabulary), "fingerprint": vocabulary.fingerprint}
+        facts["forced"] = len(vocabulary.forced)
+    return facts

@@ -1,0 +1,174 @@
+"""Who proposes tokens: nobody, a stock GGUF drafter, or a trimmed one. All behind one small protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from corpus.errors import EngineError
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Context, Model
+from corpus.vocabulary import Vocabulary, require_same
+from gguf_trim.companion import EmbeddingTable, Trimmed
+
+from .sampling import Distribution, Sampling
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Drafted target ids, and for each the distribution it was drawn from."""
+
+    tokens: list[int]
+    qs: list[Distribution]
+
+
+class Drafter(Protocol):
+    """Proposes tokens; keeps its own cache in step with the text it is given."""
+
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
+        """Up to n tokens to follow `text` (the whole of it, target ids)."""
+        ...
+
+    def prepare(self, text: Sequence[int]) -> None:
+        """Read a prompt ahead of the first draft."""
+        ...
+
+    def settle(self) -> None:
+        """Make the cache agree with what is known of it, after an interruption at any point."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent inside llama.cpp so far."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NoDrafter:
+    """Plain decoding: the same loop, with nothing to verify."""
+
+    seconds = 0.0
+
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
+        return Draft([], [])
+
+    def prepare(self, text: Sequence[int]) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Reader:
+    """A context together with the text its cache holds; reads on from the longest common beginning.
+
+    `feed` turns ids into what the context is given: the ids themselves, or embeddings for a trimmed drafter.
+    """
+
+    def __init__(self, context: Context, feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda x: x):
+        self.context = context
+        self._feed = feed
+        self.held: list[int] = []
+
+    def keep(self, text: Sequence[int], at_most: int) -> None:
+        """Rewind to the longest beginning that the cache shares with `text`, at most `at_most` tokens."""
+        n = min(len(self.held), len(text), at_most)
+        if self.held[:n] != text[:n]:
+            n = next(i for i in range(n) if self.held[i] != text[i])
+        if n < self.context.n_past:
+            self.context.truncate(n)
+        del self.held[n:]
+
+    def read(self, tokens: Sequence[int], outputs: int) -> np.ndarray:
+        """Append tokens and return the logits of the last `outputs` of them (a view until the next read)."""
+        logits = self.context.decode(self._feed(tokens), outputs)
+        self.held.extend(tokens)
+        return logits
+
+    def settle(self) -> None:
+        """After an interruption: keep what the cache and the record of it agree on."""
+        del self.held[self.context.count() :]
+        self.context.truncate(len(self.held))
+
+
+class ModelDrafter:
+    """A drafter GGUF in a context of its own. `d2t` maps a row of its head to a target id; None where they agree."""
+
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        n_target: int,
+        d2t: np.ndarray | None = None,
+        embeddings: EmbeddingTable | None = None,
+    ) -> None:
+        self._model, self._context = model, context
+        last = model.n_vocab - 1
+        # Tables of one family are padded to different lengths: an id of the one's padding must not reach the other.
+        self._reader = Reader(context, embeddings.rows if embeddings else lambda ids: np.minimum(ids, last))
+        self._rows = min(model.n_vocab, n_target) if d2t is None else int(np.searchsorted(d2t, n_target))
+        self._ids = None if d2t is None else d2t[: self._rows]
+
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
+        draft = Draft([], [])
+        # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
+        self._reader.keep(text, len(text) - 1)
+        room = self._context.n_ctx - len(text)
+        pending = text[len(self._reader.held) :]
+        for _ in range(min(n, room)):
+            logits = self._reader.read(pending, 1)[0]
+            q = sampling.distribution(logits[: self._rows], self._ids)
+            token = q.draw(rng)
+            draft.tokens.append(token)
+            draft.qs.append(q)
+            pending = [token]
+        return draft
+
+    def prepare(self, text: Sequence[int]) -> None:
+        self._reader.keep(text, len(text) - 1)
+        if (rest := text[len(self._reader.held) : -1]) and len(text) <= self._context.n_ctx:
+            self._reader.read(rest, 0)
+
+    def settle(self) -> None:
+        self._reader.settle()
+
+    @property
+    def seconds(self) -> float:
+        return self._context.seconds
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()
+
+
+def open_drafter(
+    path: Path,
+    target: Vocabulary,
+    n_ctx: int,
+    n_threads: int | None = None,
+    n_gpu_layers: int | None = None,
+) -> ModelDrafter:
+    """Open a stock or trimmed drafter for a target's vocabulary.
+
+    Raises VocabularyMismatch where an id would not mean the same to both, naming both files.
+    """
+    file = GGUFFile(path)
+    trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None
+    require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
+    model = Model(path, n_gpu_layers)
+    try:
+        context = Context(model, n_ctx, n_threads, n_outputs=1)
+    except EngineError:
+        model.close()
+        raise
+    if trimmed is None:
+        return ModelDrafter(model, context, len(target))
+    return ModelDrafter(model, context, len(target), trimmed.d2t, trimmed.embeddings())

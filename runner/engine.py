@@ -1,0 +1,197 @@
+"""A target and a drafter, opened and kept together; answers prompts round by round and adds up what they took."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from corpus.errors import EngineError
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Context, Model
+from corpus.vocabulary import Vocabulary
+
+from .drafter import Drafter, NoDrafter, Reader, open_drafter
+from .sampling import Sampling
+from .speculative import Round, generate
+
+DRAFT_MAX = 3  # with three drafts the target verifies four rows, the batch llama.cpp's CPU kernels like best
+
+
+@dataclass
+class Record:
+    """Raw counts and seconds of one answer; the rates are properties, 0 where nothing was counted.
+
+    tokens counts what the target emitted, an end token included; the prompt is in none of the rates.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    host_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    finish_reason: str = "cancelled"
+    token_ids: list[int] = field(default_factory=list, repr=False)
+
+    def add(self, round_: Round) -> None:
+        self.tokens += len(round_.tokens)
+        self.token_ids += round_.tokens
+        self.rounds += 1
+        self.drafted += len(round_.drafted)
+        self.accepted += round_.accepted
+        self.draft_seconds += round_.draft_seconds
+        self.verify_seconds += round_.verify_seconds
+        self.host_seconds += round_.host_seconds
+        self.finish_reason = round_.finish or self.finish_reason
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the rounds: drafting, verifying, and Python's own share."""
+        return self.draft_seconds + self.verify_seconds + self.host_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tau(self) -> float:
+        """Mean accepted length: tokens per target call, the bonus token included."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted, the bonus token excluded."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        names = (
+            "text", "tokens", "rounds", "drafted", "accepted", "seconds", "tokens_per_second", "tau", "acceptance_rate",
+            "draft_seconds", "verify_seconds", "host_seconds", "prompt_tokens", "prompt_seconds", "finish_reason",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def line(self) -> str:
+        """The closing line of an answer."""
+        text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tok/s"
+        if self.drafted:
+            text += f", tau {self.tau:.2f}, acceptance {self.acceptance_rate:.0%}"
+        return text
+
+
+class Engine:
+    """A target and, where `draft` is given, a drafter of the same vocabulary.
+
+    Raises EngineError or FileFormatError where a file does not load and VocabularyMismatch for a wrong pair.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        draft: Path | None = None,
+        *,
+        n_ctx: int = 4096,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+    ) -> None:
+        self.drafter: Drafter = NoDrafter()
+        file = GGUFFile(target)
+        if "gguf_trim.d2t" in file.fields:
+            raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as --draft")
+        vocabulary = Vocabulary(file)
+        self.model = Model(target, n_gpu_layers)
+        try:
+            self.context = Context(self.model, min(n_ctx, self.model.n_ctx_train), n_threads)
+            self.reader = Reader(self.context)
+            if draft is not None:
+                self.drafter = open_drafter(draft, vocabulary, self.context.n_ctx, n_threads, n_gpu_layers)
+        except BaseException:
+            self.close()
+            raise
+        self._template = _formatter(file, vocabulary)
+        self._bos = vocabulary.text(self.model.bos).decode("utf-8", "replace") if self.model.bos is not None else None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.drafter.close()
+        if hasattr(self, "context"):
+            self.context.close()
+        self.model.close()
+
+    def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation through the GGUF's own chat template; a model without one gets the bare text."""
+        if self._template is None:
+            text = "\n".join(message["content"] for message in messages)
+        else:
+            text = self._template(messages=list(messages)).prompt
+        begun = bool(self._bos) and text.startswith(str(self._bos))
+        tokens = self.model.tokenize(text, special=True, add_bos=not begun)
+        return tokens or ([self.model.bos] if self.model.bos is not None else [])
+
+    def rounds(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        draft_max: int = DRAFT_MAX,
+        seed: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> Iterator[Round]:
+        """Continue a prompt of token ids; see `speculative.generate`. `drafter` overrides the engine's own."""
+        return generate(
+            self.reader,
+            drafter or self.drafter,
+            prompt,
+            sampling,
+            max_tokens=max_tokens,
+            draft_max=draft_max,
+            is_end=self.model.is_end,
+            rng=np.random.default_rng(seed),
+        )
+
+    def answer(self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any) -> Iterator[str]:
+        """The same as text, piece by piece, each whole in UTF-8; fills `record` as it goes."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        record.prompt_tokens = len(prompt)
+        started = time.perf_counter()
+        for round_ in self.rounds(prompt, sampling, **settings):
+            if not record.rounds:
+                first = round_.draft_seconds + round_.verify_seconds + round_.host_seconds
+                record.prompt_seconds = time.perf_counter() - started - first
+            record.add(round_)
+            shown = round_.tokens[:-1] if round_.finish == "stop" else round_.tokens
+            if text := decoder.decode(b"".join(self.model.piece(token) for token in shown)):
+                record.text += text
+                yield text
+        if rest := decoder.decode(b"", final=True):
+            record.text += rest
+            yield rest
+
+
+def _formatter(file: GGUFFile, vocabulary: Vocabulary) -> Jinja2ChatFormatter | None:
+    template = file.get("tokenizer.chat_template")
+    if template is None:
+        return None
+
+    def text(key: str) -> str:
+        token = file.get(f"tokenizer.ggml.{key}_token_id")
+        return vocabulary.text(token).decode("utf-8", "replace") if token is not None else ""
+
+    return Jinja2ChatFormatter(template, eos_token=text("eos"), bos_token=text("bos"))

@@ -1,0 +1,103 @@
+"""The speculative loop: draft, verify in one batch, accept, rewind. A generator of small records.
+
+Reading a prompt, printing and timing a whole answer are outer layers; see `session` and `record`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from corpus.errors import EngineError
+
+from .drafter import Drafter, Reader
+from .sampling import Distribution, Sampling, accept
+
+
+@dataclass(frozen=True)
+class Round:
+    """One target call. `tokens` is what it emitted: the accepted drafts and the token after them.
+
+    Seconds are wall time; draft and verify count time inside llama.cpp only, host is everything else of the round.
+    `finish` is "stop" (an end token, which is the last of `tokens`) or "length" on the last round, else None.
+    """
+
+    tokens: list[int]
+    drafted: list[int]
+    accepted: int
+    draft_seconds: float
+    verify_seconds: float
+    host_seconds: float
+    finish: str | None = None
+
+
+def generate(
+    target: Reader,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    draft_max: int,
+    is_end: Callable[[int], bool],
+    rng: np.random.Generator,
+) -> Iterator[Round]:
+    """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
+
+    Emits at most max_tokens tokens and never more than the context holds. The target may already hold a beginning of
+    the prompt: only the rest is read. Closing the generator leaves target and drafter usable.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token (BOS, where the vocabulary has one)")
+    text = list(prompt)
+    n_ctx = target.context.n_ctx
+    if len(text) > n_ctx:
+        raise EngineError(f"a prompt of {len(text)} tokens does not fit a context of {n_ctx}; raise --ctx-size")
+    left = min(max_tokens, n_ctx - len(text) + 1)
+    try:
+        target.keep(text, len(text) - 1)
+        if rest := text[len(target.held) : -1]:
+            target.read(rest, 0)
+        if draft_max > 0:
+            drafter.prepare(text)
+        while left > 0:
+            started, before = time.perf_counter(), (drafter.seconds, target.context.seconds)
+            # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
+            n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
+            draft = drafter.draft(text, n, sampling, rng)
+            drafts = draft.tokens
+            logits = target.read([text[-1], *drafts], len(drafts) + 1)
+            accepted, following = accept(partial(_p_at, logits, sampling), drafts, draft.qs, rng)
+            tokens = [*drafts[:accepted], following]
+            end = next((i for i, token in enumerate(tokens) if is_end(token)), None)
+            if end is not None:
+                del tokens[end + 1 :]
+            text += tokens
+            left -= len(tokens)
+            # What was emitted last has not been read yet.
+            target.keep(text, len(text) - 1)
+            after = (drafter.seconds, target.context.seconds)
+            draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
+            yield Round(
+                tokens,
+                drafts,
+                min(accepted, len(tokens)),
+                draft_seconds,
+                verify_seconds,
+                time.perf_counter() - started - draft_seconds - verify_seconds,
+                "stop" if end is not None else "length" if left <= 0 else None,
+            )
+            if end is not None:
+                return
+    finally:
+        target.settle()
+        drafter.settle()
+
+
+def _p_at(logits: np.ndarray, sampling: Sampling, i: int) -> Distribution:
+    """The target's distribution in row i, made only when it is asked for."""
+    return sampling.distribution(logits[i])

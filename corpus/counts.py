@@ -6,8 +6,6 @@ line on how it was made. The same counts give the same bytes.
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FileFormatError, TrimError, VocabularyMismatch
+from .errors import FileFormatError, VocabularyMismatch
 from .files import write_whole
 from .vocabulary import Vocabulary
 
@@ -94,19 +92,3 @@ class Counts:
         if not whole or np.any(np.diff(ids) <= 0) or np.any(counts <= 0) or np.any((ids < 0) | (ids >= n)):
             raise FileFormatError(f"{bad}: its ids are not ascending, in range and positively counted; {remedy}")
         return cls(ids, counts, n, str(fields["fingerprint"]), str(fields["made_from"]), str(path))
-
-
-def bundled(vocabulary: Vocabulary) -> Counts:
-    """The ready-made counts that ship for this vocabulary, found by fingerprint.
-
-    Raises TrimError where there are none, saying how to make some.
-    """
-    folder = importlib.resources.files("corpus") / "ready"
-    index: dict[str, str] = json.loads((folder / "index.json").read_text("utf-8"))
-    if (name := index.get(vocabulary.fingerprint)) is None:
-        raise TrimError(
-            f"{vocabulary.path}: no ready-made counts ship for its vocabulary ({vocabulary.fingerprint[:12]}); make "
-            f"some with `python -m corpus count TEXT... --tokenizer {vocabulary.path} -o counts.npz` and give --counts"
-        )
-    with importlib.resources.as_file(folder / name) as path:
-        return Counts.load(path)

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
+from rich.console import Console
 from rich.table import Table
 
 from corpus.command import Commands
-from corpus.counts import Counts, bundled
-from corpus.errors import FileFormatError, TrimError
+from corpus.errors import TrimError
 from corpus.gguf_file import GGUFFile
 from corpus.progress import progress, stderr
-from corpus.vocabulary import Vocabulary
 
 from .catalog import USER_CATALOG, cache_folder, load_catalog
-from .companion import Trimmed
 from .cut import companion_path, plan, step_bytes, write
 from .describe import describe
-from .fetch import fetch
-from .keep import Keep, keep_counted, keep_listed, read_keep_list
-from .layout import Cut
+from .layout import EMBEDDING, Cut
+from .prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
 from .verify import Verification, verify
 
 FILE = click.Path(path_type=Path)
-DEFAULT_K = 16384
 
 
 @click.group(cls=Commands)
@@ -55,37 +52,27 @@ def trim_command(
     if counts is not None and keep_file is not None:
         raise click.UsageError("give --counts or --keep, not both")
 
-    def choose(vocabulary: Vocabulary, n_rows: int) -> Keep:
-        if keep_file is not None:
-            return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-        counted = Counts.load(counts) if counts is not None else bundled(vocabulary)
-        return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
-
-    cut = plan(drafter, choose)
-    _show_plan(cut, output)
+    cut = plan(drafter, partial(choose_rows, k=k, counts=counts, keep_file=keep_file))
+    # The plan is what a dry run is asked for, and commentary otherwise.
+    (Console(highlight=False) if dry_run else stderr).print(_plan_table(cut, output))
+    if cut.keep.n_forced_left_out:
+        stderr.print(
+            f"Warning: k = {cut.keep.k} leaves out {cut.keep.n_forced_left_out} of the tokens that are otherwise "
+            f"always kept (byte and control tokens); k = {cut.keep.k + cut.keep.n_forced_left_out} holds them all"
+        )
     if dry_run:
         return
-    if if_needed and _is_this_cut(output, cut):
+    if if_needed and is_this_cut(output, cut):
         stderr.print(f"{output} is already this cut")
         return
-    with progress(f"trimming to {cut.keep.k}", cut.trimmed_bytes + cut.companion_bytes, "B") as advance:
+    with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
         write(cut, output, advance)
     click.echo(str(output))
 
 
-def _is_this_cut(output: Path, cut: Cut) -> bool:
-    """Whether output and companion are there, whole, with the heads this cut would write."""
-    try:
-        trimmed = Trimmed.open(output)
-    except FileFormatError:
-        return False
-    heads = (trimmed.file, cut.trimmed), (trimmed.companion, cut.companion)
-    return all(planned.startswith(found.head) for found, planned in heads)
-
-
-def _show_plan(cut: Cut, output: Path) -> None:
+def _plan_table(cut: Cut, output: Path) -> Table:
     keep, source = cut.keep, cut.source
-    rows = source.tensors["token_embd.weight"].n_rows
+    rows = source.tensors[EMBEDDING].n_rows
     before, after = step_bytes(source), cut.step_bytes
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("drafter", f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)")
@@ -95,12 +82,7 @@ def _show_plan(cut: Cut, output: Path) -> None:
     table.add_row("file", f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}")
     table.add_row("companion", f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}")
     table.add_row("read per draft step", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)")
-    stderr.print(table)
-    if keep.n_forced_left_out:
-        stderr.print(
-            f"Warning: k = {keep.k} leaves out {keep.n_forced_left_out} of the tokens that are otherwise always kept "
-            f"(byte and control tokens); k = {keep.k + keep.n_forced_left_out} holds them all"
-        )
+    return table
 
 
 @main.command("verify")
@@ -152,13 +134,20 @@ def models_command() -> None:
     stderr.print(f"files: {cache_folder()}\nyour own pairs: {USER_CATALOG}")
 
 
-@main.command("fetch")
-@click.argument("pair")
-def fetch_command(pair: str) -> None:
-    """Bring both models of PAIR to this machine; print the paths of target and drafter."""
-    found = load_catalog().pair(pair)
-    for entry in dict.fromkeys((found.target.name, found.drafter.name)):
-        click.echo(str(fetch(load_catalog().models[entry])))
+@main.command("prepare")
+@click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
+@click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
+@click.option("--draft", "drafter", type=FILE, help="The drafter's GGUF, instead of the catalog's.")
+@click.option("--k", "-k", type=int, default=DEFAULT_K, show_default=True, help="Rows to keep.")
+@click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+def prepare_command(model: str | None, target: Path | None, drafter: Path | None, k: int, counts: Path | None) -> None:
+    """Fetch a pair, trim its drafter and prove the cut; print the paths of target and trimmed drafter."""
+    if (target is None) != (drafter is None) and model is None:
+        raise click.UsageError("give both --target and --draft, or a --model")
+    if target is None and model is None:
+        model = DEFAULT_MODEL
+    ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts))
+    click.echo(f"{ready.target}\n{ready.trimmed}")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,6 @@ class Pair:
     target: Entry
     drafter: Entry
 
-    def trimmed(self, k: int) -> Path:
-        """Where `make trim` puts the drafter cut to k rows, and `runner.chat --model` looks for it."""
-        return cache_folder() / "trimmed" / f"{Path(self.drafter.file).stem}-trim{k}.gguf"
-
 
 @dataclass
 class Catalog:

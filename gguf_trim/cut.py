@@ -116,6 +116,7 @@ def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
     companion_pieces = [Piece(file.tensors[name]) for name in sorted(cut_names)]
     return Cut(
         source=file,
+        identity=identity,
         keep=keep,
         tied=head is None,
         trimmed=encode_head(trimmed_fields, pieces, file.alignment),
@@ -148,7 +149,7 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             raise TrimError(f"{path}: is the drafter itself; choose another output name")
     if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
         raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
-    require_room(out, cut.trimmed_bytes + cut.companion_bytes)
+    require_room(out, cut.total_bytes)
     try:
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(open(cut.source.path, "rb"))
@@ -159,13 +160,13 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
                 (trimmed_file, cut.trimmed, cut.pieces),
                 (companion_file, cut.companion, cut.companion_pieces),
             ):
-                file.write(head)
+                advance(file.write(head))
                 for piece in pieces:
                     if piece.rows is None:
                         copy_range(source, piece.tensor.offset, piece.n_bytes, file, advance)
                     else:
                         _copy_rows(source, piece.tensor, piece.rows, file, advance)
-                    file.write(b"\0" * (-piece.n_bytes % cut.source.alignment))
+                    advance(file.write(b"\0" * (-piece.n_bytes % cut.source.alignment)))
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
 

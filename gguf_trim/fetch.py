@@ -13,7 +13,7 @@ from typing import Any
 
 from corpus.errors import FetchError, TrimError
 from corpus.files import CHUNK, require_room, sha256_of, write_whole
-from corpus.progress import progress
+from corpus.progress import progress, stderr
 
 from .catalog import Entry, cache_folder
 
@@ -64,6 +64,8 @@ def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:
     from huggingface_hub import errors
 
     where = f"{hub['repo']}/{hub['file']} on the Hugging Face Hub"
+    stderr.print(f"fetching {where}", markup=False)
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries end in the one sentence below
     try:
         path = Path(huggingface_hub.hf_hub_download(hub["repo"], hub["file"], revision=hub.get("revision")))
     except errors.GatedRepoError as error:

@@ -45,6 +45,7 @@ class Cut:
     """A planned cut: the two heads, encoded, and the pieces that follow each."""
 
     source: GGUFFile
+    identity: str  # of the source; both outputs carry it
     keep: Keep
     tied: bool
     trimmed: bytes
@@ -63,6 +64,10 @@ class Cut:
     @property
     def companion_bytes(self) -> int:
         return self._size(self.companion, self.companion_pieces)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.trimmed_bytes + self.companion_bytes
 
     @property
     def step_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -166,7 +166,9 @@ class Engine:
             rng=np.random.default_rng(seed),
         )
 
-    def answer(self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any) -> Iterator[str]:
+    def answer(
+        self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
+    ) -> Generator[str, None, None]:
         """The same as text, piece by piece, each whole in UTF-8; fills `record` as it goes."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)

@@ -1,0 +1,35 @@
+"""Counts that ship with the package, so that a trim needs no calibration run.
+
+`ready/<name>.npz` are counts of known vocabularies, found by fingerprint. `ready/pieces.json.gz` holds the same text
+as frequent pieces with their counts, `[[text, count], ...]`: any other vocabulary is served by tokenizing those.
+docs/counts.md says how they were made.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.resources
+import json
+
+import numpy as np
+
+from .counts import Counts
+from .llama import Model
+from .vocabulary import Vocabulary
+
+_FOLDER = importlib.resources.files("corpus") / "ready"
+
+
+def ready_counts(vocabulary: Vocabulary) -> Counts:
+    """The shipped counts in this vocabulary: exact ones by fingerprint, else made from the shipped pieces."""
+    index: dict[str, str] = json.loads((_FOLDER / "index.json").read_text("utf-8"))
+    if (name := index.get(vocabulary.fingerprint)) is not None:
+        with importlib.resources.as_file(_FOLDER / name) as path:
+            return Counts.load(path)
+    pieces: list[tuple[str, int]] = json.loads(gzip.decompress((_FOLDER / "pieces.json.gz").read_bytes()))
+    dense = np.zeros(len(vocabulary), np.int64)
+    with Model(vocabulary.path, vocab_only=True) as model:
+        for text, count in pieces:
+            for token in model.tokenize(text, special=False, add_bos=False):
+                dense[token] += count
+    return Counts.of(dense, vocabulary, "the shipped pieces, tokenized by this vocabulary")

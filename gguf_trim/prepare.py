@@ -1,0 +1,90 @@
+"""From a pair's name, or two paths, to files ready to run: fetched, trimmed, proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpus.counts import Counts
+from corpus.errors import FileFormatError, TrimError
+from corpus.gguf_file import GGUFFile
+from corpus.progress import progress, stderr
+from corpus.ready import ready_counts
+from corpus.vocabulary import Vocabulary, require_same
+
+from .catalog import cache_folder, load_catalog
+from .companion import Trimmed
+from .cut import plan, write
+from .fetch import fetch
+from .keep import Keep, keep_counted, keep_listed, read_keep_list
+from .layout import Cut
+from .verify import verify
+
+DEFAULT_K = 16384
+DEFAULT_MODEL = "qwen2.5-coder-1.5b"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    target: Path
+    drafter: Path  # as published
+    trimmed: Path
+
+
+def choose_rows(
+    vocabulary: Vocabulary,
+    n_rows: int,
+    k: int | None = None,
+    counts: Path | None = None,
+    keep_file: Path | None = None,
+) -> Keep:
+    """The rows to keep: those listed in a file, or the k most frequent by counts (the shipped ones for None)."""
+    if keep_file is not None:
+        return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
+    counted = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
+
+
+def prepare(
+    model: str | None = None,
+    target: Path | None = None,
+    drafter: Path | None = None,
+    choose: Callable[[Vocabulary, int], Keep] | None = None,
+) -> Prepared:
+    """Fetch what is missing, trim the drafter where this very cut is not there yet, and prove a fresh cut.
+
+    Trimmed drafters go to the cache folder. Raises FetchError, VocabularyMismatch or FileFormatError.
+    """
+    if model is not None:
+        pair = load_catalog().pair(model)
+        target = target or fetch(pair.target)
+        drafter = drafter or fetch(pair.drafter)
+    if target is None or drafter is None:
+        raise TrimError("name a model pair, or give both a target and a drafter")
+    require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
+    cut = plan(drafter, choose or choose_rows)
+    out = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
+    if is_this_cut(out, cut):
+        return Prepared(target, drafter, out)
+    with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
+        write(cut, out, advance)
+    with progress("verifying", sum(t.n_bytes for t in cut.source.tensors.values()), "B") as advance:
+        result = verify(out, drafter, advance)
+    if not result.ok:
+        out.unlink()
+        raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
+    stderr.print(
+        f"{out.name}: {result.kept} rows, greatest logit difference {result.max_logit_difference:g}", markup=False
+    )
+    return Prepared(target, drafter, out)
+
+
+def is_this_cut(output: Path, cut: Cut) -> bool:
+    """Whether output and companion are there, whole, with the heads this cut would write."""
+    try:
+        trimmed = Trimmed.open(output)
+    except FileFormatError:
+        return False
+    heads = (trimmed.file, cut.trimmed), (trimmed.companion, cut.companion)
+    return all(planned.startswith(found.head) for found, planned in heads)

@@ -1,0 +1,54 @@
+"""Prompts to run: the bundled ones, or a file of them."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpus.errors import FileFormatError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation up to the answer; `task` groups prompts in tables."""
+
+    id: str
+    task: str
+    messages: list[dict[str, str]]
+
+
+def load_prompts(path: Path | None = None) -> list[Prompt]:
+    """Prompts of a JSON-lines file, each line with `messages` (OpenAI), `turns` (Spec-Bench, the first) or `prompt`.
+
+    None loads those that ship. Raises FileFormatError naming file and line.
+    """
+    source = path or importlib.resources.files("corpus") / "ready" / "prompts.jsonl"
+    try:
+        lines = source.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{source}: cannot be read as prompts: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            text = data.get("prompt") or (data.get("turns") or [None])[0]
+            messages = data.get("messages") or [{"role": "user", "content": str(text)}]
+            if text is None and "messages" not in data:
+                raise KeyError("messages")
+            task = str(data.get("domain") or data.get("category") or "prompt")
+            prompts.append(Prompt(str(data.get("id") or data.get("question_id") or number), task, messages))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{source}, line {number}: needs messages, turns or prompt ({error})") from error
+    if not prompts:
+        raise FileFormatError(f"{source}: holds no prompts")
+    return prompts
+
+
+def spread(prompts: list[Prompt], n: int) -> list[Prompt]:
+    """n of the prompts, at even distances, so that every task has its share."""
+    n = min(n, len(prompts))
+    return [prompts[i * len(prompts) // n] for i in range(n)]

@@ -1,0 +1,165 @@
+"""Small GGUF files that llama.cpp really loads, written in milliseconds with the gguf package's own writer.
+
+The vocabulary is a byte-level BPE of 600 tokens: 256 single bytes, merges of two and three letters, and a few tokens of
+every special type. Weights are random; nothing about them is meant, except that two models differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Quant
+
+from corpus.llama import _ggml
+
+N_EMBD, N_FF, N_HEAD, N_LAYER = 256, 256, 4, 1
+ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3")
+HEAD_TYPES = (Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_K, Quant.Q6_K)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def vocabulary(n_tokens: int = 600) -> tuple[list[str], list[int], list[str]]:
+    """Tokens, types and merges: bytes first, then merges of letters, then special tokens and padding."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    chars = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(hidden))]
+    tokens, types, merges = list(chars), [1] * len(chars), []
+    space = chr(256 + hidden.index(32))
+    letters = "etaoinshrdlu"
+    for first in (space, *letters):
+        for second in letters:
+            merges.append(f"{first} {second}")
+            tokens.append(first + second)
+            types.append(1)
+    for word in ("the", "and", "ing", "tion"):
+        merges.append(f"{word[:2]} {word[2:]}" if len(word) == 4 else f"{word[:2]} {word[2]}")
+        tokens.append(word)
+        types.append(1)
+    special = [
+        ("<|endoftext|>", 3),
+        ("<|im_start|>", 3),
+        ("<|im_end|>", 3),
+        ("<tool>", 4),
+        ("<unk>", 2),
+        ("<unused0>", 3),
+    ]
+    for text, kind in special:
+        tokens.append(text)
+        types.append(kind)
+    for i in range(len(tokens), n_tokens):
+        tokens.append(f"[PAD{i}]")
+        types.append(5)
+    return tokens, types, merges
+
+
+def quantize(values: np.ndarray, type_: Quant) -> np.ndarray:
+    """Rows of float32 as rows of bytes of `type_`, by ggml itself (the gguf package cannot write K-quants)."""
+    if type_ == Quant.F32:
+        return values.astype(np.float32)
+    if type_ == Quant.F16:
+        return values.astype(np.float16)
+    block, size = gguf.GGML_QUANT_SIZES[type_]
+    n_rows, n_cols = values.shape
+    source = np.ascontiguousarray(values, np.float32)
+    out = np.empty((n_rows, n_cols // block * size), np.uint8)
+    chunk = _ggml().ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    chunk(int(type_), source.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, None)
+    return out
+
+
+def write_model(
+    path: Path,
+    architecture: str = "llama",
+    head_type: Quant = Quant.F32,
+    seed: int = 0,
+    n_tokens: int = 600,
+    head_bias: bool = False,
+    alignment: int | None = None,
+    sharpness: float = 4.0,
+    template: str | None = CHAT_TEMPLATE,
+    n_ctx: int = 512,
+) -> Path:
+    """Write a loadable one-layer model. `llama-tied` and `gemma3` have no head of their own.
+
+    sharpness scales the head, so that the best token is well ahead and floating point cannot change it.
+    """
+    name = architecture.removesuffix("-tied")
+    tied = architecture in ("llama-tied", "gemma3")
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, name)
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    head_dim = N_EMBD // N_HEAD
+    writer.add_name(f"toy {architecture}")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_block_count(N_LAYER)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(N_HEAD)
+    writer.add_head_count_kv(N_HEAD)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if name == "llama":
+        writer.add_rope_dimension_count(head_dim)
+    if name == "gemma3":
+        writer.add_sliding_window(32)
+    tokens, types, merges = vocabulary(n_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(template)
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype(np.float32)
+
+    def table(scale: float) -> np.ndarray:
+        return quantize(normal(n_tokens, N_EMBD, scale=scale), head_type)
+
+    def add(tensor: str, values: np.ndarray, type_: Quant = Quant.F32) -> None:
+        writer.add_tensor(tensor, values, raw_dtype=type_ if type_ not in (Quant.F32, Quant.F16) else None)
+
+    add("token_embd.weight", table(sharpness if tied else 8.0), head_type)
+    if not tied:
+        add("output.weight", table(sharpness), head_type)
+    if head_bias:
+        add("output.bias", normal(n_tokens) * 10)
+    add("output_norm.weight", np.ones(N_EMBD, np.float32))
+    for layer in range(N_LAYER):
+        prefix = f"blk.{layer}."
+        add(prefix + "attn_norm.weight", np.ones(N_EMBD, np.float32))
+        add(prefix + "ffn_norm.weight", np.ones(N_EMBD, np.float32))
+        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(prefix + part + ".weight", normal(N_EMBD, N_EMBD))
+            if name == "qwen2" and part != "attn_output":
+                add(prefix + part + ".bias", normal(N_EMBD))
+        if name in ("qwen3", "gemma3"):
+            for part in ("attn_q_norm", "attn_k_norm"):
+                add(prefix + part + ".weight", np.ones(head_dim, np.float32))
+        if name == "gemma3":
+            for part in ("post_attention_norm", "post_ffw_norm"):
+                add(prefix + part + ".weight", np.ones(N_EMBD, np.float32))
+        add(prefix + "ffn_gate.weight", normal(N_FF, N_EMBD))
+        add(prefix + "ffn_up.weight", normal(N_FF, N_EMBD))
+        add(prefix + "ffn_down.weight", normal(N_EMBD, N_FF))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

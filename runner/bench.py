@@ -30,7 +30,7 @@ from corpus.vocabulary import Vocabulary
 from gguf_trim.cut import step_bytes
 
 from .drafter import NoDrafter, open_drafter
-from .engine import DRAFT_MAX, Engine, Record
+from .engine import DRAFT_MAX, Record
 from .options import Models, model_options
 from .sampling import Sampling
 

@@ -9,7 +9,8 @@ prompt, greedily:
 3. replay: the kept rounds are decoded again, in the same batch shapes, on an empty cache: every emitted token must be
    the argmax of its row;
 4. one pass: the emitted text is read in one batch: no token may lie further below the maximum than the batch-shape
-   noise, which is measured apart from the loop, on the plain text (its two best tokens, one at a time against one pass);
+   noise, which is measured apart from the loop, on the plain text (how far the lead of the best token over the second
+   moves between one token at a time and one pass);
 5. where the loop's text parts from the plain one, the gap between the two tokens is printed.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,9 @@ class Exactness:
     tokens: int
     replay_faults: int
     gaps: np.ndarray  # one pass: maximum minus the emitted token's logit, per position
-    noise: np.ndarray  # per position of the plain text: how far the gap of its two best tokens moves
+    noise: np.ndarray  # per position of the plain text
     parts_at: int | None
     parting_gap: float | None
-    ties: list[int] = field(default_factory=list)
 
     def as_json(self, epsilon: float) -> dict[str, Any]:
         return {
@@ -62,18 +62,30 @@ class Exactness:
         }
 
 
-def plain_greedy(context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool]) -> Any:
-    """Greedy decoding, one token a call: tokens, and for each position its two best ids and their logits."""
+@dataclass(frozen=True)
+class Top:
+    """The two best tokens of a position, and by how much the first leads."""
+
+    first: int
+    second: int
+    gap: float
+
+
+def plain_greedy(
+    context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool]
+) -> tuple[list[int], list[Top]]:
+    """Greedy decoding, one token a call: the tokens, and the two best of each position."""
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
-    tokens, best = [], []
+    tokens: list[int] = []
+    best: list[Top] = []
     token = prompt[-1]
     while len(tokens) < n:
         logits = context.decode([token])[0]
-        pair = np.argpartition(logits, -2)[-2:]
-        best.append((pair, logits[pair].copy()))
         token = int(np.argmax(logits))
+        second = next(int(i) for i in np.argpartition(logits, -2)[-2:] if i != token)
+        best.append(Top(token, second, float(logits[token] - logits[second])))
         tokens.append(token)
         if is_end(token):
             break
@@ -111,7 +123,7 @@ def check_prompt(engine: Engine, context: Context, name: str, prompt: list[int],
     tokens = [token for round_ in rounds for token in round_.tokens]
     faults = replay(context, prompt, rounds)
     logits = one_pass(context, prompt, plain)
-    noise = np.array([abs(np.ptp(values) - abs(np.diff(row[pair])[0] * np.sign(np.diff(values)[0]))) for row, (pair, values) in zip(logits, best, strict=True)])  # fmt: skip  # noqa: E501
+    noise = np.array([abs(top.gap - (row[top.first] - row[top.second])) for row, top in zip(logits, best, strict=True)])
     logits = one_pass(context, prompt, tokens)
     gaps = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
     parts_at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), None)
@@ -132,12 +144,15 @@ def main(models: Callable[[], Models], prompts: Path | None, limit: int, max_tok
     chosen = spread(load_prompts(prompts), limit)
     found = models()
     results = []
-    with found.open() as engine, progress("checking", len(chosen), "prompts") as advance:
-        with Context(engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens) as context:
-            for prompt in chosen:
-                ids = engine.prompt(prompt.messages)
-                results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max))
-                advance(1)
+    with (
+        found.open() as engine,
+        Context(engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens) as context,
+        progress("checking", len(chosen), "prompts") as advance,
+    ):
+        for prompt in chosen:
+            ids = engine.prompt(prompt.messages)
+            results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max))
+            advance(1)
     epsilon = float(max(result.noise.max() for result in results))
     rows = [result.as_json(epsilon) for result in results]
     for row in rows:

@@ -25,14 +25,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary(n_tokens: int = 600) -> tuple[list[str], list[int], list[str]]:
+def vocabulary(n_tokens: int = 600, letters: str = "etaoinshrdlu") -> tuple[list[str], list[int], list[str]]:
     """Tokens, types and merges: bytes first, then merges of letters, then special tokens and padding."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     chars = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(hidden))]
     tokens, types, merges = list(chars), [1] * len(chars), []
     space = chr(256 + hidden.index(32))
-    letters = "etaoinshrdlu"
     for first in (space, *letters):
         for second in letters:
             merges.append(f"{first} {second}")
@@ -87,6 +86,7 @@ def write_model(
     sharpness: float = 4.0,
     template: str | None = CHAT_TEMPLATE,
     n_ctx: int = 512,
+    letters: str = "etaoinshrdlu",
 ) -> Path:
     """Write a loadable one-layer model. `llama-tied` and `gemma3` have no head of their own.
 
@@ -114,7 +114,7 @@ def write_model(
         writer.add_rope_dimension_count(head_dim)
     if name == "gemma3":
         writer.add_sliding_window(32)
-    tokens, types, merges = vocabulary(n_tokens)
+    tokens, types, merges = vocabulary(n_tokens, letters)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

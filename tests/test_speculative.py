@@ -1,0 +1,280 @@
+"""The loop on real llama.cpp with toy models in F32, where floating point cannot blur a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corpus.errors import EngineError, VocabularyMismatch
+from corpus.llama import Context
+from runner import sampling, speculative
+from runner.drafter import Draft, NoDrafter
+from runner.engine import Engine, Record
+from runner.exact import check_prompt, plain_greedy
+from runner.sampling import Distribution, Sampling
+from runner.speculative import Round
+
+GREEDY = Sampling(temp=0)
+PROMPTS = ("the king and the sea", "a", "once more into the <|im_start|>house<|im_end|> of tea")
+DRAFTERS = ("target", "good-trimmed", "wrong", "wrong-trimmed", "tiny-trimmed")
+
+
+@pytest.fixture(scope="module")
+def engines(toys: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
+    """An engine for each drafter, opened once."""
+    opened: dict[str | None, Engine] = {}
+
+    def get(name: str | None) -> Engine:
+        if name not in opened:
+            opened[name] = Engine(toys["target"], toys[name] if name else None, n_ctx=256)
+        return opened[name]
+
+    yield get
+    for engine in opened.values():
+        engine.close()
+
+
+def tokens_of(rounds: list[Round]) -> list[int]:
+    return [token for round_ in rounds for token in round_.tokens]
+
+
+def run(engine: Engine, text: str, n: int = 48, draft_max: int = 3, **settings: object) -> list[Round]:
+    chosen = settings.pop("sampling", GREEDY)
+    return list(engine.rounds(engine.model.tokenize(text), chosen, max_tokens=n, draft_max=draft_max, **settings))
+
+
+def never_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.model, "is_end", lambda token: False)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("draft_max", [1, 3, 8])
+def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, draft_max: int, monkeypatch) -> None:
+    """Also with drafters made to be wrong, and with one that can draft almost nothing."""
+    engine = engines(name)
+    never_ends(engine, monkeypatch)
+    for prompt in PROMPTS:
+        ids = engine.model.tokenize(prompt)
+        engine.reader.keep([], 0)
+        plain, _ = plain_greedy(engine.context, ids, 48, lambda token: False)
+        engine.reader.settle()
+        rounds = run(engine, prompt, draft_max=draft_max)
+        assert tokens_of(rounds) == plain
+        assert len(set(plain)) > 5  # a text of one repeated token would prove little
+
+
+def test_a_good_drafter_is_accepted_and_a_wrong_one_is_not(engines, monkeypatch) -> None:
+    rates = {}
+    for name in ("target", "good-trimmed", "wrong"):
+        never_ends(engines(name), monkeypatch)
+        rounds = run(engines(name), PROMPTS[0])
+        rates[name] = sum(r.accepted for r in rounds) / sum(len(r.drafted) for r in rounds)
+    assert rates["target"] == 1.0
+    assert 0.2 < rates["good-trimmed"] <= 1.0
+    assert rates["wrong"] < 0.1
+
+
+def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
+    """The exactness tests above can fail: with every draft accepted, the text is the wrong drafter's."""
+    engine = engines("wrong")
+    never_ends(engine, monkeypatch)
+    plain = tokens_of(run(engine, PROMPTS[0], draft_max=0, drafter=NoDrafter()))
+    monkeypatch.setattr(sampling, "acceptance", lambda p, q, token: 1.0)
+    assert tokens_of(run(engine, PROMPTS[0])) != plain
+
+
+@pytest.mark.parametrize("fault", ["no rewind", "rows mixed up"])
+def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
+    """The exactness check by replay can fail: rejected drafts left in the cache, or rows taken in the wrong order."""
+    with Engine(toys["target"], toys["wrong-trimmed"], n_ctx=256) as engine:
+        never_ends(engine, monkeypatch)
+        ids = engine.model.tokenize(PROMPTS[0])
+        with Context(engine.model, 256, n_outputs=40) as context:
+            assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults == 0
+            if fault == "no rewind":
+                monkeypatch.setattr(engine.context, "truncate", lambda n: None)
+            else:
+                honest = speculative._p_at
+                monkeypatch.setattr(speculative, "_p_at", lambda logits, s, i: honest(logits[::-1], s, i))
+            assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults > 0
+
+
+@pytest.mark.parametrize("name", ["good-trimmed", "wrong", None])
+def test_never_more_than_max_tokens(engines, name, monkeypatch) -> None:
+    engine = engines(name)
+    never_ends(engine, monkeypatch)
+    full = tokens_of(run(engine, PROMPTS[0], n=12))
+    for n in range(1, 12):
+        rounds = run(engine, PROMPTS[0], n=n)
+        assert tokens_of(rounds) == full[:n]
+        assert [r.finish for r in rounds] == [None] * (len(rounds) - 1) + ["length"]
+    assert run(engine, PROMPTS[0], n=0) == []
+
+
+@pytest.mark.parametrize("name", ["target", "good-trimmed", "wrong", None])
+def test_end_token_stops_also_inside_a_draft(engines, name, monkeypatch) -> None:
+    """Wherever the end token falls in a round, it is the last token emitted and the cache holds nothing after it."""
+    engine = engines(name)
+    never_ends(engine, monkeypatch)
+    full = tokens_of(run(engine, PROMPTS[0], n=24))
+    for end in dict.fromkeys(full):
+        monkeypatch.setattr(engine.model, "is_end", lambda token, end=end: token == end)
+        rounds = run(engine, PROMPTS[0], n=24)
+        assert tokens_of(rounds) == full[: full.index(end) + 1]
+        assert rounds[-1].finish == "stop"
+        assert all(r.accepted <= len(r.tokens) for r in rounds)
+
+
+@pytest.mark.parametrize("name", ["good-trimmed", "wrong", None])
+def test_context_limit_stops_cleanly(toys, name) -> None:
+    """Generation fills the context to the last place and stops; a prompt that does not fit is refused."""
+    with Engine(toys["target"], toys[name] if name else None, n_ctx=256) as engine:
+        engine.model.is_end = lambda token: False
+        for length in (253, 255, 256):
+            prompt = (engine.model.tokenize("the sea and the tea ") * 60)[:length]
+            rounds = list(engine.rounds(prompt, GREEDY, max_tokens=99))
+            assert len(tokens_of(rounds)) == 256 - length + 1
+            assert rounds[-1].finish == "length"
+        with pytest.raises(EngineError, match="257 tokens does not fit"):
+            list(engine.rounds([5] * 257, GREEDY, max_tokens=1))
+        assert len(tokens_of(run(engine, PROMPTS[0], n=5))) == 5
+
+
+def test_empty_prompt(engines) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        next(engines(None).rounds([], GREEDY, max_tokens=3))
+    assert engines(None).prompt([]) != []  # the chat template, or BOS, gives something to begin with
+
+
+def test_prompt_of_one_token(engines, monkeypatch) -> None:
+    for name in ("good-trimmed", None):
+        never_ends(engines(name), monkeypatch)
+        assert len(tokens_of(list(engines(name).rounds([65], GREEDY, max_tokens=7)))) == 7
+
+
+def test_second_turn_reads_only_what_is_new(engines, monkeypatch) -> None:
+    engine = engines("good-trimmed")
+    never_ends(engine, monkeypatch)
+    first = engine.model.tokenize(PROMPTS[0] * 4)
+    answer = tokens_of(list(engine.rounds(first, GREEDY, max_tokens=20)))
+    calls: list[int] = []
+    decode = engine.context.decode
+    monkeypatch.setattr(engine.context, "decode", lambda x, n=1: calls.append(len(x)) or decode(x, n))
+    second = [*first, *answer, *engine.model.tokenize(" and then")]
+    reused = tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20)))
+    assert calls[0] < len(second) - len(first)
+    engine.reader.keep([], 0)
+    assert reused == tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20)))
+
+
+def test_stopping_in_the_middle_leaves_everything_usable(engines, monkeypatch) -> None:
+    """Closed after any round, or interrupted inside any decode: the next answer is as if nothing had been."""
+    engine = engines("good-trimmed")
+    never_ends(engine, monkeypatch)
+    wanted = tokens_of(run(engine, PROMPTS[0]))
+    for stop in range(6):
+        rounds = engine.rounds(engine.model.tokenize(PROMPTS[2]), GREEDY, max_tokens=40)
+        for _ in range(stop):
+            next(rounds)
+        rounds.close()
+        assert tokens_of(run(engine, PROMPTS[0])) == wanted
+    for context in (engine.context, engine.drafter._context):
+        decode = context.decode
+        for stop in range(8):
+            left = [stop]
+
+            def interrupted(*args, decode=decode, left=left):
+                left[0] -= 1
+                result = decode(*args)
+                if left[0] < 0:
+                    raise KeyboardInterrupt  # after llama.cpp has done its work, before anyone noted it
+                return result
+
+            monkeypatch.setattr(context, "decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(engine, PROMPTS[2])
+            monkeypatch.setattr(context, "decode", decode)
+            assert tokens_of(run(engine, PROMPTS[0])) == wanted
+
+
+def test_same_seed_same_text_and_another_seed_another(engines, monkeypatch) -> None:
+    engine = engines("good-trimmed")
+    never_ends(engine, monkeypatch)
+    hot = Sampling(temp=1.5, top_k=0, top_p=1, min_p=0)
+    texts = [tokens_of(run(engine, PROMPTS[0], sampling=hot, seed=seed)) for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+class ScriptedDrafter(NoDrafter):
+    """Drafts from a law of its own over a few tokens, blind to the text: rejected often, in every way."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.q = Distribution(ids, np.full(len(ids), 1 / len(ids)))
+
+    def draft(self, text, n, sampling, rng) -> Draft:
+        return Draft([self.q.draw(rng) for _ in range(n)], [self.q] * n)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_sampled_loop_follows_the_target_on_a_real_model(engines, monkeypatch, broken: bool) -> None:
+    """Chi-square of the whole loop's first two tokens against the target's own law; fails with a broken rule."""
+    engine = engines(None)
+    never_ends(engine, monkeypatch)
+    law = Sampling(temp=3.0, top_k=4, top_p=1, min_p=0)
+    prompt = engine.model.tokenize(PROMPTS[0])
+    wanted: dict[tuple[int, int], float] = {}
+    first = law.distribution(one_more(engine, prompt))
+    for a, chance in zip(first.ids.tolist(), first.probs, strict=True):
+        second = law.distribution(one_more(engine, [*prompt, a]))
+        for b, then in zip(second.ids.tolist(), second.probs, strict=True):
+            wanted[a, b] = chance * then
+    drafter = ScriptedDrafter(np.sort(np.concatenate([first.ids[:3], [1]])))
+    if broken:
+        monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+    n, counts = 1500, dict.fromkeys(wanted, 0)
+    for seed in range(n):
+        found = tokens_of(list(engine.rounds(prompt, law, max_tokens=2, draft_max=2, seed=seed, drafter=drafter)))
+        counts[tuple(found)] += 1
+    value = sum((counts[key] - n * mass) ** 2 / (n * mass) for key, mass in wanted.items())
+    z = (value - (len(wanted) - 1)) / np.sqrt(2 * (len(wanted) - 1))
+    assert (z > 8) if broken else (abs(z) < 5)
+
+
+def one_more(engine: Engine, tokens: list[int]) -> np.ndarray:
+    engine.reader.keep([], 0)
+    return engine.reader.read(tokens, 1)[0].copy()
+
+
+def test_wrong_pair_is_refused_with_both_names(toys) -> None:
+    with pytest.raises(VocabularyMismatch, match=r"target\.gguf and .*foreign\.gguf.*token 256 is"):
+        Engine(toys["target"], toys["foreign"])
+
+
+def test_pair_with_more_padding_works(toys) -> None:
+    """Tables of one family are padded to different lengths; neither side sees an id of the other's padding."""
+    plain = None
+    for target, draft in (("target", "other-padding"), ("other-padding", "target")):
+        with Engine(toys[target], toys[draft], n_ctx=256) as engine:
+            engine.model.is_end = lambda token: False
+            found = tokens_of(run(engine, PROMPTS[0], n=20))
+            plain = tokens_of(run(engine, PROMPTS[0], n=20, draft_max=0))
+            assert found == plain
+
+
+def test_record_adds_up(engines, monkeypatch) -> None:
+    engine = engines("good-trimmed")
+    never_ends(engine, monkeypatch)
+    record = Record()
+    text = "".join(engine.answer(engine.model.tokenize(PROMPTS[0]), GREEDY, record, max_tokens=30))
+    rounds = run(engine, PROMPTS[0], n=30)
+    assert record.text == text
+    assert record.token_ids == tokens_of(rounds)
+    assert (record.tokens, record.rounds) == (30, len(rounds))
+    assert record.drafted == sum(len(r.drafted) for r in rounds)
+    assert record.accepted == sum(r.accepted for r in rounds) == record.tokens - record.rounds
+    assert record.tau == pytest.approx(30 / len(rounds))
+    assert record.seconds == pytest.approx(record.draft_seconds + record.verify_seconds + record.host_seconds)
+    assert Record().tau == Record().acceptance_rate == Record().tokens_per_second == 0.0

@@ -70,11 +70,11 @@ def main() -> None:
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @click.option("--draft-max", type=click.IntRange(1, 16), default=DRAFT_MAX, show_default=True)
 def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) -> None:
-    """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s."""
+    """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share (host)."""
     found = models()
     table = Table(box=None, pad_edge=False)
-    for name in ("prompt", "tokens", "tau", "acceptance", "tok/s", "plain tok/s", "ratio"):
-        table.add_column(name, justify="left" if name == "prompt" else "right", overflow="ellipsis")
+    for name in ("prompt", "tokens", "tau", "acceptance", "tok/s", "plain", "ratio", "host"):
+        table.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=True, overflow="ellipsis")
     rows = []
     with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
         for i, text in enumerate(DEMO_PROMPTS):
@@ -96,6 +96,7 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) 
                 f"{drafted.tokens_per_second:.1f}",
                 f"{plain.tokens_per_second:.1f}",
                 f"{ratio:.2f}",
+                f"{drafted.host_seconds / drafted.seconds:.1%}",
             )
     Console(highlight=False).print(table)
     click.echo(json.dumps({"machine": machine(), "draft_max": draft_max, "prompts": rows}, ensure_ascii=False))

@@ -1,0 +1,52 @@
+# Targets for newcomers and for CI. `make` alone lists them.
+MODEL ?= qwen2.5-coder-1.5b
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+# With TARGET and DRAFTER paths these files are used instead of a pair of the catalog.
+PAIR := $(if $(TARGET),--target "$(TARGET)" --draft "$(DRAFTER)",--model "$(MODEL)")
+
+.PHONY: help install demo test test-all trim chat steps exact lint clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Error: Python 3.10 or later is needed")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing; llama-cpp-python is compiled the first time, which takes about ten minutes."
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP)  ## Create .venv and install the project and its tools
+
+demo: $(STAMP)  ## Fetch the default pair, trim its drafter, verify the trim, generate with it
+	$(RUN) gguf_trim prepare --model "$(MODEL)"
+	$(RUN) runner.bench demo --model "$(MODEL)"
+
+test: $(STAMP) lint  ## Lint and the quick tests (SmolLM2, 94 MB, is fetched once)
+	$(RUN) pytest
+
+test-all: $(STAMP) lint  ## Every test, also those on the default pair
+	$(RUN) pytest -m ''
+
+lint: $(STAMP)  ## ruff and mypy
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384], or TARGET=path DRAFTER=path
+	$(RUN) gguf_trim prepare $(PAIR) $(if $(K),--k $(K))
+
+chat: $(STAMP)  ## Talk to a pair: MODEL=name
+	$(RUN) runner.chat --model "$(MODEL)"
+
+steps: $(STAMP)  ## Time the trimmed drafter's step against the uncut one
+	$(RUN) runner.bench steps --model "$(MODEL)"
+
+exact: $(STAMP)  ## Check token by token that the output is the target's (20 prompts, about 10 minutes)
+	$(RUN) runner.exact --model "$(MODEL)"
+
+clean:  ## Remove .venv and caches of the tools (models stay in the cache folder)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

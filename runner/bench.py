@@ -73,8 +73,9 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) 
     """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share (host)."""
     found = models()
     table = Table(box=None, pad_edge=False)
-    for name in ("prompt", "tokens", "tau", "acceptance", "tok/s", "plain", "ratio", "host"):
-        table.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=True, overflow="ellipsis")
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis")
+    for name in ("tokens", "tau", "accepted", "tok/s", "plain", "ratio", "host"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     rows = []
     with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
         for i, text in enumerate(DEMO_PROMPTS):
@@ -89,7 +90,7 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) 
             ratio = drafted.tokens_per_second / plain.tokens_per_second
             rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
             table.add_row(
-                text[:32],
+                text,
                 f"{drafted.tokens}",
                 f"{drafted.tau:.2f}",
                 f"{drafted.acceptance_rate:.0%}",

@@ -56,6 +56,11 @@ class Field:
     value: int  # offset of the value (of the first item, for an array)
     end: int
 
+    @property
+    def kind(self) -> GGUFValueType:
+        """The type of one value, in an array or alone."""
+        return self.type if self.item_type is None else self.item_type
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -150,7 +155,7 @@ class GGUFFile:
             item_type = GGUFValueType(_U32.unpack_from(buffer, position)[0])
             (count,) = _U64.unpack_from(buffer, position + 4)
             value = position = position + 12
-        kind = item_type or type_
+        kind = type_ if item_type is None else item_type
         if kind == GGUFValueType.STRING:
             unpack = _U64.unpack_from
             for _ in range(count):
@@ -214,17 +219,30 @@ class GGUFFile:
         field = self.fields.get(key)
         if field is None:
             return default
-        kind = field.item_type or field.type
-        if kind == GGUFValueType.STRING:
+        if field.kind == GGUFValueType.STRING:
             texts = [text.decode("utf-8", "replace") for text in self.strings(key)]
-            return texts if field.item_type else texts[0]
-        values = np.frombuffer(self.head, _SCALARS[kind], field.count, field.value)
+            return texts if field.item_type is not None else texts[0]
+        values = np.frombuffer(self.head, _SCALARS[field.kind], field.count, field.value)
         return values if field.item_type is not None else values[0].item()
+
+    def integer(self, key: str, default: int | None = None) -> Any:
+        """A whole number; `default` where absent. Raises FileFormatError where the key holds anything else."""
+        value = self.get(key, default)
+        if value is not default and not isinstance(value, int):
+            raise self._bad(f"the key {key} should hold a whole number")
+        return value
+
+    def integers(self, key: str) -> np.ndarray | None:
+        """An array of whole numbers; None where absent. Raises FileFormatError where the key holds anything else."""
+        value = self.get(key)
+        if value is not None and not (isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.integer)):
+            raise self._bad(f"the key {key} should hold an array of whole numbers")
+        return value
 
     def strings(self, key: str) -> list[bytes]:
         """The bytes of a string or of each string of an array."""
         field = self.fields[key]
-        if (field.item_type or field.type) != GGUFValueType.STRING:
+        if field.kind != GGUFValueType.STRING:
             raise self._bad(f"the key {key} should hold text")
         head, position, unpack = self.head, field.value, _U64.unpack_from
         out = []

@@ -52,8 +52,8 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 value = json.loads(line)[field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 reason = f"has no field {field!r}" if isinstance(error, KeyError) else "is not a JSON object"
                 raise FileFormatError(f"{path}, line {number}: {reason}; mend the line or choose --field") from error
-            if isinstance(value, str):
-                yield value
+            if isinstance(value, str):  # JSON can hold half of a surrogate pair, UTF-8 cannot
+                yield value.encode("utf-8", "replace").decode("utf-8")

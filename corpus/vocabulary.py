@@ -58,13 +58,13 @@ class Vocabulary:
         self.path = file.path
         self.model: str = file.get("tokenizer.ggml.model", "")
         self.tokens = file.strings("tokenizer.ggml.tokens")
-        types = file.get("tokenizer.ggml.token_type")
+        types = file.integers("tokenizer.ggml.token_type")
         self.types = np.ones(len(self.tokens), np.int32) if types is None else types.astype(np.int32)
         if len(self.types) != len(self.tokens):
             raise FileFormatError(f"{file.path}: has {len(self.tokens)} tokens and {len(self.types)} token types")
         self.special_ids = sorted(
             {
-                int(file.get(key))
+                int(file.integer(key))
                 for key in file.fields
                 if key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
             }

@@ -26,13 +26,13 @@ from corpus.command import Commands
 from corpus.gguf_file import GGUFFile
 from corpus.llama import physical_cores
 from corpus.progress import progress
+from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 from gguf_trim.cut import step_bytes
 
 from .drafter import NoDrafter, open_drafter
 from .engine import DRAFT_MAX, Record
 from .options import Models, model_options
-from .sampling import Sampling
 
 DEMO_PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",

@@ -17,11 +17,11 @@ import click
 
 from corpus.command import OneCommand
 from corpus.progress import stderr
+from corpus.sampling import Sampling
 
 from .drafter import NoDrafter
 from .engine import Engine, Record
 from .options import Models, model_options, sampling_options
-from .sampling import Sampling
 
 HELP = "/reset forgets the conversation, /stats adds up the session, /draft on|off, /quit"
 

@@ -12,10 +12,9 @@ import numpy as np
 from corpus.errors import EngineError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
+from corpus.sampling import Distribution, Sampling
 from corpus.vocabulary import Vocabulary, require_same
 from gguf_trim.companion import EmbeddingTable, Trimmed
-
-from .sampling import Distribution, Sampling
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from corpus.errors import EngineError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
+from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 
 from .drafter import Drafter, NoDrafter, Reader, open_drafter
-from .sampling import Sampling
 from .speculative import Round, generate
 
 DRAFT_MAX = 3  # with three drafts the target verifies four rows, the batch llama.cpp's CPU kernels like best

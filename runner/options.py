@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
+from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
 from .engine import DRAFT_MAX, Engine
-from .sampling import Sampling
 
 FILE = click.Path(path_type=Path)
 

@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 
 from corpus.errors import EngineError
+from corpus.sampling import Distribution, Sampling
 
+from .acceptance import accept
 from .drafter import Drafter, Reader
-from .sampling import Distribution, Sampling, accept
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from corpus.sampling import Sampling
 from runner.chat import Chat, main
 from runner.engine import Engine
-from runner.sampling import Sampling
 
 FIELDS = {
     *("text", "tokens", "rounds", "drafted", "accepted", "seconds", "tokens_per_second", "tau", "acceptance_rate"),

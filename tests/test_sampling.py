@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import sampling
-from runner.sampling import Distribution, Sampling, accept
+from corpus.sampling import Distribution, Sampling
+from runner import acceptance
+from runner.acceptance import accept
 
 V = 5
 
@@ -55,11 +56,11 @@ def exact_law(seed: int, gamma: int, length: int) -> dict[tuple[int, ...], float
             return
         q = toy_q(seed, prefix)
         for token, drawn in zip(q.ids.tolist(), q.probs, strict=True):
-            accepted = sampling.acceptance(p, q, token)
+            accepted = acceptance.acceptance(p, q, token)
             if accepted > 0:
                 step(start, (*prefix, token), mass * drawn * accepted, drafted + 1)
             if accepted < 1:
-                rest = sampling.residual(p, q)
+                rest = acceptance.residual(p, q)
                 for other, chance in zip(rest.ids.tolist(), rest.probs, strict=True):
                     rounds((*prefix, other), mass * drawn * (1 - accepted) * chance)
 
@@ -145,7 +146,7 @@ def test_emitted_law_by_chi_square() -> None:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_both_laws_fail_when_the_rule_is_broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, *BROKEN[name])
+    monkeypatch.setattr(acceptance, *BROKEN[name])
     assert max(law_error(seed, 2, 3) for seed in range(4)) > 1e-3
     assert max(chi_square_z(seed, 2, 3, 4000) for seed in range(3)) > 10
 

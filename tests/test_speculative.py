@@ -10,11 +10,11 @@ import pytest
 
 from corpus.errors import EngineError, VocabularyMismatch
 from corpus.llama import Context
-from runner import sampling, speculative
+from corpus.sampling import Distribution, Sampling
+from runner import acceptance, speculative
 from runner.drafter import Draft, NoDrafter
 from runner.engine import Engine, Record
 from runner.exact import check_prompt, plain_greedy
-from runner.sampling import Distribution, Sampling
 from runner.speculative import Round
 
 GREEDY = Sampling(temp=0)
@@ -82,7 +82,7 @@ def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
     engine = engines("wrong")
     never_ends(engine, monkeypatch)
     plain = tokens_of(run(engine, PROMPTS[0], draft_max=0, drafter=NoDrafter()))
-    monkeypatch.setattr(sampling, "acceptance", lambda p, q, token: 1.0)
+    monkeypatch.setattr(acceptance, "acceptance", lambda p, q, token: 1.0)
     assert tokens_of(run(engine, PROMPTS[0])) != plain
 
 
@@ -233,7 +233,7 @@ def test_sampled_loop_follows_the_target_on_a_real_model(engines, monkeypatch, b
             wanted[a, b] = chance * then
     drafter = ScriptedDrafter(np.sort(np.concatenate([first.ids[:3], [1]])))
     if broken:
-        monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+        monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
     n, counts = 1500, dict.fromkeys(wanted, 0)
     for seed in range(n):
         found = tokens_of(list(engine.rounds(prompt, law, max_tokens=2, draft_max=2, seed=seed, drafter=drafter)))

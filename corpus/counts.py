@@ -78,11 +78,12 @@ class Counts:
         bad = f"{path}: not a counts file"
         remedy = "make one with `python -m corpus count`"
         try:
-            data = np.load(path, allow_pickle=False)
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            with data:
-                fields: dict[str, Any] = {key: data[key] for key in _KEYS}
+            with open(path, "rb") as file:  # numpy itself leaves the file of a damaged archive open
+                data = np.load(file, allow_pickle=False)
+                if not isinstance(data, np.lib.npyio.NpzFile):
+                    raise ValueError("a single array")
+                with data:
+                    fields: dict[str, Any] = {key: data[key] for key in _KEYS}
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}; {remedy}") from error
         except Exception as error:  # damage shows as any error of numpy, zipfile and zlib

@@ -149,6 +149,7 @@ class Model(_Owner):
 class Context(_Owner):
     """One sequence in one KV cache over a model: append, read logits, rewind.
 
+    With n_sequences > 1 the cache of n_ctx tokens is shared by several, and decode_each and drop take their numbers.
     n_outputs is the most rows of logits one decode may ask for; llama.cpp reserves n_outputs x n_vocab floats for it.
     `seconds` adds up the wall time spent inside llama.cpp.
     """
@@ -160,6 +161,7 @@ class Context(_Owner):
         n_threads: int | None = None,
         n_batch: int = 512,
         n_outputs: int = 32,
+        n_sequences: int = 1,
     ) -> None:
         self._ctx = None
         self._batches: list[Any] = []
@@ -168,6 +170,8 @@ class Context(_Owner):
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch = min(n_batch, n_ctx)
         params.n_outputs_max = min(n_outputs, n_batch)
+        params.n_seq_max = n_sequences
+        params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()
         params.swa_full = True  # a sliding window that forgets cannot be rewound
         params.no_perf = True
@@ -229,6 +233,29 @@ class Context(_Owner):
         pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
         self.seconds += time.perf_counter() - started
         return np.ctypeslib.as_array(pointer, shape=(outputs, self.model.n_vocab))
+
+    def decode_each(
+        self, tokens: Sequence[int], sequences: Sequence[int], positions: Sequence[int], outputs: Sequence[bool]
+    ) -> np.ndarray:
+        """Append one token to each of several sequences (which may repeat); logits of those with outputs, in order."""
+        n = len(tokens)
+        self._ids.fill(tokens, 0, 0)
+        self._ids.positions[:n] = positions
+        self._ids.wanted[:n] = outputs
+        for i, sequence in enumerate(sequences):
+            self._ids.struct.seq_id[i][0] = sequence
+        started = time.perf_counter()
+        _LAST_ERRORS.clear()
+        code = llama_cpp.llama_decode(self.handle, self._ids.struct)
+        if code:
+            raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {_last_error()}")
+        pointer = llama_cpp.llama_get_logits(self.handle)
+        self.seconds += time.perf_counter() - started
+        return np.ctypeslib.as_array(pointer, shape=(int(np.count_nonzero(outputs)), self.model.n_vocab))
+
+    def drop(self, sequence: int) -> None:
+        """Forget a whole sequence."""
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def count(self) -> int:
         """Tokens the cache really holds, asked of llama.cpp; also after a call that was interrupted."""

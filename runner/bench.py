@@ -19,8 +19,6 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from corpus.command import Commands
 from corpus.gguf_file import GGUFFile
@@ -70,12 +68,8 @@ def main() -> None:
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @click.option("--draft-max", type=click.IntRange(1, 16), default=DRAFT_MAX, show_default=True)
 def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) -> None:
-    """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share (host)."""
+    """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share."""
     found = models()
-    table = Table(box=None, pad_edge=False)
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis")
-    for name in ("tokens", "tau", "accepted", "tok/s", "plain", "ratio", "host"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     rows = []
     with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
         for i, text in enumerate(DEMO_PROMPTS):
@@ -89,17 +83,10 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) 
                 advance(1)
             ratio = drafted.tokens_per_second / plain.tokens_per_second
             rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
-            table.add_row(
-                text,
-                f"{drafted.tokens}",
-                f"{drafted.tau:.2f}",
-                f"{drafted.acceptance_rate:.0%}",
-                f"{drafted.tokens_per_second:.1f}",
-                f"{plain.tokens_per_second:.1f}",
-                f"{ratio:.2f}",
-                f"{drafted.host_seconds / drafted.seconds:.1%}",
+            click.echo(
+                f"{text}\n    {drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; "
+                f"Python {drafted.host_seconds / drafted.seconds:.1%}"
             )
-    Console(highlight=False).print(table)
     click.echo(json.dumps({"machine": machine(), "draft_max": draft_max, "prompts": rows}, ensure_ascii=False))
 
 

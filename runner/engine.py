@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from corpus.errors import EngineError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
 from corpus.sampling import Sampling
+from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
 
 from .drafter import Drafter, NoDrafter, Reader, open_drafter
@@ -119,8 +119,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self._template = _formatter(file, vocabulary)
-        self._bos = vocabulary.text(self.model.bos).decode("utf-8", "replace") if self.model.bos is not None else None
+        self._template = ChatTemplate(file, vocabulary)
 
     def __enter__(self) -> Engine:
         return self
@@ -135,14 +134,8 @@ class Engine:
         self.model.close()
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the GGUF's own chat template; a model without one gets the bare text."""
-        if self._template is None:
-            text = "\n".join(message["content"] for message in messages)
-        else:
-            text = self._template(messages=list(messages)).prompt
-        begun = bool(self._bos) and text.startswith(str(self._bos))
-        tokens = self.model.tokenize(text, special=True, add_bos=not begun)
-        return tokens or ([self.model.bos] if self.model.bos is not None else [])
+        """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""
+        return self._template.ids(self.model, messages)
 
     def rounds(
         self,
@@ -185,15 +178,3 @@ class Engine:
         if rest := decoder.decode(b"", final=True):
             record.text += rest
             yield rest
-
-
-def _formatter(file: GGUFFile, vocabulary: Vocabulary) -> Jinja2ChatFormatter | None:
-    template = file.get("tokenizer.chat_template")
-    if template is None:
-        return None
-
-    def text(key: str) -> str:
-        token = file.get(f"tokenizer.ggml.{key}_token_id")
-        return vocabulary.text(token).decode("utf-8", "replace") if token is not None else ""
-
-    return Jinja2ChatFormatter(template, eos_token=text("eos"), bos_token=text("bos"))

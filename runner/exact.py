@@ -30,11 +30,11 @@ from corpus.command import OneCommand
 from corpus.errors import TrimError
 from corpus.llama import Context
 from corpus.progress import progress
+from corpus.prompts import load_prompts, spread
 
 from .bench import GREEDY, machine
 from .engine import DRAFT_MAX, Engine
 from .options import Models, model_options
-from .prompts import load_prompts, spread
 from .speculative import Round
 
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus.errors import FileFormatError
+from .errors import FileFormatError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""The target's own answers, many at a time: the text VocabTrim found best to count (arXiv 2506.22694, section 4).
+
+Sequences share one llama.cpp batch: each step feeds every running answer its last token, and fills the rest of the
+batch with prompts that are waiting. A weight read once then serves all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import FileFormatError, TrimError
+from .llama import Context, Model
+from .sampling import Sampling
+
+
+@dataclass
+class Answer:
+    """One prompt and what the target said to it, as token ids."""
+
+    id: str
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+    read: int = 0  # prompt tokens already in the cache
+    rng: np.random.Generator = field(default_factory=np.random.default_rng, repr=False)
+
+
+def answers(
+    model: Model,
+    context: Context,
+    prompts: Iterable[tuple[str, list[int]]],
+    *,
+    n_parallel: int,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+) -> Iterator[Answer]:
+    """Answer the prompts, n_parallel at a time, in the order in which they finish.
+
+    Every answer draws from a generator of its own, seeded by its number: the text does not depend on its neighbours
+    (but for the batch-shape noise of quantised kernels).
+    """
+    waiting = deque(
+        Answer(name, ids, rng=np.random.default_rng([seed, number])) for number, (name, ids) in enumerate(prompts)
+    )
+    free = list(range(n_parallel))
+    running: dict[int, Answer] = {}
+    while waiting or running:
+        while free and waiting:
+            running[free.pop()] = waiting.popleft()
+        tokens: list[int] = []
+        sequences: list[int] = []
+        positions: list[int] = []
+        outputs: list[bool] = []
+        speaking: list[int] = []
+        # Running answers first: one token each. What is left of the batch goes to prompts.
+        for sequence, answer in sorted(running.items(), key=lambda item: not item[1].tokens):
+            room = context.n_batch - len(tokens)
+            pending = [answer.tokens[-1]] if answer.tokens else answer.prompt[answer.read : answer.read + room]
+            if not pending:
+                continue
+            start = answer.read
+            answer.read += len(pending)
+            whole = bool(answer.tokens) or answer.read == len(answer.prompt)
+            tokens += pending
+            sequences += [sequence] * len(pending)
+            positions += range(start, answer.read)
+            outputs += [False] * (len(pending) - 1) + [whole]
+            if whole:
+                speaking.append(sequence)
+        logits = context.decode_each(tokens, sequences, positions, outputs)
+        for row, sequence in zip(logits, speaking, strict=True):
+            answer = running[sequence]
+            token = sampling.distribution(row).draw(answer.rng)
+            answer.tokens.append(token)
+            ended = model.is_end(token)
+            if ended or len(answer.tokens) >= max_tokens:
+                answer.finish = "stop" if ended else "length"
+                context.drop(sequence)
+                free.append(sequence)
+                yield running.pop(sequence)
+
+
+def read_answers(path: Path) -> dict[str, Any]:
+    """The answers a file already holds, by id; a last line cut off by a kill is removed from the file.
+
+    Raises FileFormatError naming file and line for any other line that is not an answer.
+    """
+    done: dict[str, Any] = {}
+    if not path.exists():
+        return done
+    with open(path, "r+b") as file:
+        end = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                file.truncate(end)
+                break
+            try:
+                data = json.loads(line)
+                done[data["id"]] = data
+            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+                raise FileFormatError(
+                    f"{path}, line {number}: is not an answer ({error}); choose another -o"
+                ) from error
+            end += len(line)
+    return done
+
+
+def generate(
+    prompts: list[tuple[str, list[dict[str, str]], list[int]]],
+    model: Model,
+    out: Path,
+    *,
+    n_parallel: int = 16,
+    max_tokens: int = 256,
+    sampling: Sampling,
+    seed: int = 0,
+    n_threads: int | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> int:
+    """Append the target's answer to every prompt (id, messages, token ids) that `out` lacks; tokens generated.
+
+    Each line is whole on disk before the next answer is waited for, so a kill loses at most what was unfinished, and
+    running again goes on from there.
+    """
+    done = read_answers(out)
+    todo = [prompt for prompt in prompts if prompt[0] not in done]
+    advance(len(prompts) - len(todo))
+    if not todo:
+        return 0
+    messages = {name: turns for name, turns, _ in todo}
+    longest = max(len(ids) for _, _, ids in todo)
+    n_parallel = min(n_parallel, len(todo))
+    n_ctx = n_parallel * -(-(longest + max_tokens) // 32) * 32
+    total = 0
+    try:
+        with (
+            Context(model, n_ctx, n_threads, n_outputs=n_parallel, n_sequences=n_parallel) as context,
+            open(out, "a", encoding="utf-8") as file,
+        ):
+            for answer in answers(
+                model,
+                context,
+                [(name, ids) for name, _, ids in todo],
+                n_parallel=n_parallel,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                seed=seed,
+            ):
+                spoken = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
+                text = b"".join(model.piece(token) for token in spoken).decode("utf-8", "replace")
+                line = {
+                    "id": answer.id,
+                    "messages": [*messages[answer.id], {"role": "assistant", "content": text}],
+                    "prompt_ids": answer.prompt,
+                    "answer_ids": answer.tokens,
+                    "finish": answer.finish,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                total += len(answer.tokens)
+                advance(1)
+    except OSError as error:
+        raise TrimError(f"{out}: cannot be written: {error.strerror or error}; answers so far are kept") from error
+    return total

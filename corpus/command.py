@@ -17,12 +17,18 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         return _reporting(super().main, *args, **kwargs)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        return _interruptible(super().invoke, ctx)
+
 
 class OneCommand(click.Command):
     """The same for a module with a single command."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         return _reporting(super().main, *args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return _interruptible(super().invoke, ctx)
 
 
 def _reporting(main: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,3 +37,12 @@ def _reporting(main: Any, *args: Any, **kwargs: Any) -> Any:
     except TrimError as error:
         stderr.print(f"Error: {error}", markup=False)
         sys.exit(1)
+
+
+def _interruptible(invoke: Any, ctx: click.Context) -> Any:
+    """Click itself would exit with 1, as for an error."""
+    try:
+        return invoke(ctx)
+    except KeyboardInterrupt:
+        stderr.print("Interrupted")
+        ctx.exit(130)

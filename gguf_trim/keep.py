@@ -66,7 +66,7 @@ def read_keep_list(path: Path, n_rows: int) -> list[int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        if not text.isdecimal() or int(text) >= n_rows:
+        if not text.isdecimal() or len(text) > 18 or int(text) >= n_rows:
             raise FileFormatError(f"{path}, line {number}: {text[:40]!r} is not a token id from 0 to {n_rows - 1}")
         listed.append(int(text))
     if not listed:

@@ -44,9 +44,7 @@ def test_same_answers_in_any_company(model, n_parallel: int, n_batch: int) -> No
     """However many run together and however prompts are cut to fit a batch."""
     prompts = [(name, ids) for name, _, ids in prompts_of(model)]
     with Context(model, 1024, n_batch=n_batch, n_outputs=16, n_sequences=16) as context:
-        found = list(
-            answers(model, context, prompts, n_parallel=n_parallel, max_tokens=24, sampling=GREEDY)
-        )
+        found = list(answers(model, context, prompts, n_parallel=n_parallel, max_tokens=24, sampling=GREEDY))
     assert sorted(answer.id for answer in found) == sorted(name for name, _ in prompts)
     for answer in found:
         assert answer.tokens == alone(model, dict(prompts)[answer.id], 24)

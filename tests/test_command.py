@@ -1,0 +1,50 @@
+"""What every command shares: exit codes, and errors that are one sentence on stderr."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from corpus.command import Commands, OneCommand
+from corpus.errors import EngineError, FetchError, FileFormatError, TrimError, VocabularyMismatch
+
+
+def command(raised: BaseException, kind: str) -> tuple[click.Command, list[str]]:
+    """A command of our own kind that raises, and the arguments to call it with."""
+
+    def body() -> None:
+        click.echo("data")
+        raise raised
+
+    if kind == "one":
+        return OneCommand("alone", callback=body), []
+    return Commands("group", commands=[click.Command("within", callback=body)]), ["within"]
+
+
+@pytest.mark.parametrize("kind", ["group", "one"])
+@pytest.mark.parametrize("error", [TrimError, FileFormatError, VocabularyMismatch, FetchError, EngineError])
+def test_our_errors_are_a_sentence_and_exit_code_1(error: type[TrimError], kind: str) -> None:
+    """As they stand: a path with brackets is no markup, and a long one is not wrapped."""
+    sentence = f"[/b]{'x' * 300}.gguf: is [red]not[/] usable"
+    main, args = command(error(sentence), kind)
+    result = CliRunner().invoke(main, args)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "data\n", f"Error: {sentence}\n")
+
+
+@pytest.mark.parametrize("kind", ["group", "one"])
+def test_ctrl_c_is_exit_code_130(kind: str) -> None:
+    main, args = command(KeyboardInterrupt(), kind)
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 130 and "Interrupted" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["group", "one"])
+def test_wrong_usage_is_exit_code_2(kind: str) -> None:
+    main, args = command(TrimError("never"), kind)
+    assert CliRunner().invoke(main, [*args, "--no-such-option"]).exit_code == 2
+
+
+def test_faults_of_the_program_are_not_hidden() -> None:
+    main, args = command(ZeroDivisionError("a bug"), "group")
+    assert isinstance(CliRunner().invoke(main, args).exception, ZeroDivisionError)

@@ -1,0 +1,128 @@
+"""Which rows are kept: laws of the choice by counts, and keep lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corpus.counts import Counts
+from corpus.errors import FileFormatError, TrimError, VocabularyMismatch
+from corpus.gguf_file import GGUFFile
+from corpus.vocabulary import Vocabulary
+from gguf_trim.keep import keep_counted, keep_listed, read_keep_list
+from gguf_trim.prepare import choose_rows
+
+from .encode import vocabulary
+from .toy import write_model
+
+NORMAL, CONTROL = 1, 3
+
+
+def small_vocabulary(folder: Path, kinds: list[bool]) -> Vocabulary:
+    """Words of two letters, those marked as control tokens."""
+    types = [CONTROL if control else NORMAL for control in kinds]
+    return vocabulary(folder / "v.gguf", [f"w{i}" for i in range(len(kinds))], types)
+
+
+tables = st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=14)
+
+
+@given(tables)
+@settings(deadline=None, max_examples=60)
+def test_laws_of_the_choice_by_counts(tmp_path_factory: pytest.TempPathFactory, table: list[tuple[bool, int]]) -> None:
+    """For every k: k ids, ascending, unique, in range; forced first, then (-count, id); keep(k) within keep(k + 1)."""
+    known = small_vocabulary(tmp_path_factory.getbasetemp(), [control for control, _ in table])
+    dense = np.array([n for _, n in table])
+    counts = Counts.of(dense, known, "x")
+    n = len(table)
+    forced = [i for i in range(n) if table[i][0]]
+    order = forced + sorted(set(range(n)) - set(forced), key=lambda i: (-table[i][1], i))
+    for k in range(1, n + 1):
+        keep = keep_counted(known, n, counts, k)
+        assert keep.ids.dtype == np.int32
+        assert keep.k == k and keep.ids.tolist() == sorted(order[:k])
+        assert (keep.n_forced, keep.n_forced_left_out) == (min(k, len(forced)), max(0, len(forced) - k))
+        assert keep.coverage == (dense[keep.ids].sum() / dense.sum() if dense.any() else 0.0)
+
+
+@given(tables, st.lists(st.integers(0, 13), min_size=1, max_size=20), st.data())
+@settings(deadline=None, max_examples=60)
+def test_laws_of_a_keep_list(
+    tmp_path_factory: pytest.TempPathFactory, table: list[tuple[bool, int]], listed: list[int], data: st.DataObject
+) -> None:
+    """Everything listed and everything forced; with k, forced tokens come first and the list fills up the rest."""
+    known = small_vocabulary(tmp_path_factory.getbasetemp(), [control for control, _ in table])
+    n = len(table)
+    listed = [i % n for i in listed]
+    forced = {i for i in range(n) if table[i][0]}
+    keep = keep_listed(known, n, listed)
+    assert keep.ids.tolist() == sorted({*listed, *forced}) and keep.n_forced == len(forced)
+    k = data.draw(st.integers(1, n))
+    first = list(dict.fromkeys([*sorted(forced), *listed]))[:k]
+    keep = keep_listed(known, n, listed, k)
+    assert keep.ids.tolist() == sorted(first) and keep.k <= k
+    assert (keep.n_forced, keep.n_forced_left_out) == (min(k, len(forced)), max(0, len(forced) - k))
+
+
+@pytest.mark.parametrize("k", [0, -1, 4])
+def test_k_outside_the_table_is_refused(tmp_path: Path, k: int) -> None:
+    known = small_vocabulary(tmp_path, [False] * 3)
+    counts = Counts.of(np.array([1, 1, 1]), known, "x")
+    with pytest.raises(TrimError, match=f"k must be between 1 and its 3 rows, and is {k}"):
+        keep_counted(known, 3, counts, k)
+    with pytest.raises(TrimError, match="k must be between 1 and its 3 rows"):
+        keep_listed(known, 3, [1], k)
+
+
+def test_counts_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    counts = Counts.of(np.array([1, 1, 1]), small_vocabulary(tmp_path, [False] * 3), "x")
+    with pytest.raises(VocabularyMismatch, match="counts another vocabulary"):
+        keep_counted(small_vocabulary(tmp_path, [True] * 3), 3, counts, 1)
+
+
+def test_a_head_with_fewer_or_more_rows_than_tokens(tmp_path: Path) -> None:
+    """Tables are padded differently; a row that is not there cannot be kept, a row without a token can."""
+    known = small_vocabulary(tmp_path, [False, False, False, True])
+    counts = Counts.of(np.array([0, 1, 2, 3]), known, "x")
+    assert keep_counted(known, 2, counts, 2).ids.tolist() == [0, 1]
+    assert keep_counted(known, 6, counts, 6).ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert keep_counted(known, 6, counts, 3).ids.tolist() == [1, 2, 3]
+
+
+def test_the_rows_chosen_from_the_ready_counts_reach_k(tmp_path: Path) -> None:
+    """No counts given: those that ship; asked for all rows, all are kept."""
+    known = Vocabulary(GGUFFile(write_model(tmp_path / "m.gguf")))
+    assert choose_rows(known, 600, 600).ids.tolist() == list(range(600))
+    keep = choose_rows(known, 600, 320)
+    assert keep.k == 320 and set(known.forced) <= set(keep.ids.tolist())
+    assert keep.coverage is not None and 0.5 < keep.coverage < 1
+
+
+def test_a_keep_list_with_comments_and_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "keep.txt"
+    path.write_text("# the first\n3\n\n  1  # one\r\n3\n0\n", "utf-8")
+    assert read_keep_list(path, 4) == [3, 1, 3, 0]
+
+
+@pytest.mark.parametrize("line", ["x", "-1", "4", "1 2", "1.0", "²", "0x1", "9" * 5000])
+def test_a_bad_line_of_a_keep_list_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "keep.txt"
+    path.write_text(f"# ids\n0\n{line}\n", "utf-8")
+    with pytest.raises(FileFormatError) as caught:
+        read_keep_list(path, 4)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 3: ") and "is not a token id from 0 to 3" in message
+    assert len(message) < 300 and "\n" not in message
+
+
+def test_keep_lists_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\0")
+    for name, reason in (("empty.txt", "no token ids"), ("binary.txt", "cannot be read"), ("none", "cannot be read")):
+        with pytest.raises(FileFormatError, match=reason) as caught:
+            read_keep_list(tmp_path / name, 4)
+        assert name in str(caught.value)

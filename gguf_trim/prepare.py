@@ -15,7 +15,7 @@ from corpus.vocabulary import Vocabulary, require_same
 
 from .catalog import cache_folder, load_catalog
 from .companion import Trimmed
-from .cut import plan, write
+from .cut import companion_path, plan, write
 from .fetch import fetch
 from .keep import Keep, keep_counted, keep_listed, read_keep_list
 from .layout import Cut
@@ -73,6 +73,7 @@ def prepare(
         result = verify(out, drafter, advance)
     if not result.ok:
         out.unlink()
+        companion_path(out).unlink()
         raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
     stderr.print(
         f"{out.name}: {result.kept} rows, greatest logit difference {result.max_logit_difference:g}", markup=False

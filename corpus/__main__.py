@@ -1,16 +1,29 @@
-"""python -m corpus: count tokens. Data on stdout, everything else on stderr."""
+"""python -m corpus: count, generate, merge, show. Data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import click
 
 from .command import Commands
 from .count import count
+from .counts import Counts, merge
+from .errors import TrimError
+from .generate import generate
+from .gguf_file import GGUFFile
+from .llama import Model
 from .progress import progress, stderr
+from .prompts import load_prompts, split, spread
+from .sampling import Sampling
+from .show import coverage_table, plot
 from .sources import files_of
+from .template import ChatTemplate
+from .vocabulary import Vocabulary
+
+FILE = click.Path(path_type=Path)
 
 
 @click.group(cls=Commands)
@@ -19,18 +32,144 @@ def main() -> None:
 
 
 @main.command("count")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A GGUF of the target's family.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The counts file (.npz).")
-@click.option("--field", default="text", show_default=True, help="The field of .jsonl lines that holds the text.")
-def count_command(sources: tuple[Path, ...], tokenizer: Path, output: Path, field: str) -> None:
-    """Count the tokens of SOURCES: text files, folders of them, .jsonl files."""
-    total = sum(path.stat().st_size for path in files_of(list(sources)))
-    with progress("counting", total, "B") as advance:
-        counts = count(list(sources), tokenizer, field, advance)
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--tokenizer", type=FILE, required=True, help="A GGUF of the target's family.")
+@click.option("-o", "--output", type=FILE, required=True, help="The counts file (.npz).")
+@click.option("--field", default="text", show_default=True, help="The field that holds the text.")
+@click.option("--max-tokens", type=click.IntRange(1), help="About the most to read of each source.")
+@click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be read, and say how many.")
+@click.option("--dask", metavar="ADDRESS", help="Count on an existing Dask cluster, file by file.")
+def count_command(
+    sources: tuple[str, ...],
+    tokenizer: Path,
+    output: Path,
+    field: str,
+    max_tokens: int | None,
+    skip_bad: bool,
+    dask: str | None,
+) -> None:
+    """Count the tokens of SOURCES.
+
+    A source is a text file, a folder of them, a .jsonl, .parquet or .csv file (--field), a chat file in the OpenAI
+    messages form (what the assistant says is counted), or hf:DATASET[:CONFIG[:SPLIT]].
+    """
+    if dask is not None and (max_tokens is not None or any(source.startswith("hf:") for source in sources)):
+        raise click.UsageError("--dask counts whole files: no --max-tokens, no hf:")
+    bad: list[str] = []
+    files = files_of(list(sources))
+    total = sum(Path(file).stat().st_size for file, _ in files if not file.startswith("hf:"))
+    started = time.perf_counter()
+    if dask is not None:
+        from .cluster import count_on
+
+        counts = count_on(dask, list(sources), tokenizer, field, skip_bad)
+    else:
+        with progress("counting", total or None, "B") as advance:
+            counts = count(
+                list(sources),
+                tokenizer,
+                field,
+                max_tokens=max_tokens,
+                skip_bad=bad.append if skip_bad else None,
+                advance=lambda characters, tokens: advance(characters),
+            )
+    if not counts.total:
+        counts = counts.with_held_out()
     counts.save(output)
-    stderr.print(f"{counts.total} tokens, {len(counts.ids)} different ones")
+    if bad:
+        stderr.print(f"Warning: {len(bad)} rows were left out; the first: {bad[0]}", markup=False)
+    seconds = time.perf_counter() - started
+    stderr.print(f"{counts.total} tokens, {len(counts.ids)} different ones, {counts.total / seconds:,.0f} tok/s")
     click.echo(str(output))
+
+
+@main.command("generate")
+@click.argument("prompts", type=FILE, required=False)
+@click.option("--target", type=FILE, required=True, help="The model that answers; a drafter may, too.")
+@click.option("-o", "--output", type=FILE, required=True, help="Answers, one JSON line each; an existing file goes on.")
+@click.option("-n", "--tokens", type=click.IntRange(1), default=256, show_default=True, help="Most per answer.")
+@click.option("-np", "--parallel", type=click.IntRange(1, 64), default=16, show_default=True, help="Answers at a time.")
+@click.option(
+    "--split",
+    "part",
+    type=click.Choice(["all", "calibrate", "judge"]),
+    default="all",
+    show_default=True,
+    help="Of five prompts the four that are counted, or the one that judges.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only so many of the prompts, evenly spread.")
+@click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+def generate_command(
+    prompts: Path | None,
+    target: Path,
+    output: Path,
+    tokens: int,
+    parallel: int,
+    part: str,
+    limit: int | None,
+    temp: float,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Have the target answer PROMPTS (JSON lines; the bundled ones by default), many at a time. Resumes."""
+    chosen = split(load_prompts(prompts), part)
+    chosen = chosen if limit is None else spread(chosen, limit)
+    file = GGUFFile(target)
+    template = ChatTemplate(file, Vocabulary(file))
+    with Model(target) as model, progress("answering", len(chosen), "prompts") as advance:
+        started = time.perf_counter()
+        total = generate(
+            [(prompt.id, prompt.messages, template.ids(model, prompt.messages)) for prompt in chosen],
+            model,
+            output,
+            n_parallel=parallel,
+            max_tokens=tokens,
+            sampling=Sampling(temp=temp),
+            seed=seed,
+            n_threads=threads,
+            advance=advance,
+        )
+        seconds = time.perf_counter() - started
+    stderr.print(f"{total} tokens, {total / seconds:.1f} tok/s")
+    click.echo(str(output))
+
+
+@main.command("merge")
+@click.argument("tables", nargs=-1, required=True, type=FILE)
+@click.option("--weights", help="One number for each table, separated by commas.")
+@click.option("-o", "--output", type=FILE, required=True)
+def merge_command(tables: tuple[Path, ...], weights: str | None, output: Path) -> None:
+    """Add counts files up: shards of a corpus, or different corpora."""
+    try:
+        factors = [float(weight) for weight in weights.split(",")] if weights else None
+    except ValueError:
+        raise click.UsageError(f"--weights {weights}: numbers separated by commas") from None
+    if factors is not None and (len(factors) != len(tables) or min(factors) < 0):
+        raise click.UsageError(f"--weights: {len(tables)} tables need as many numbers, none negative")
+    merge([Counts.load(table) for table in tables], factors).save(output)
+    click.echo(str(output))
+
+
+@main.command("show")
+@click.argument("table", type=FILE)
+@click.option("--tokenizer", type=FILE, help="A GGUF of the vocabulary; adds the tokens that are always kept.")
+@click.option("--plot", "picture", type=FILE, help="Also draw coverage against k, as a PNG.")
+def show_command(table: Path, tokenizer: Path | None, picture: Path | None) -> None:
+    """Say what share of each source and language the k most frequent tokens cover."""
+    counts = Counts.load(table)
+    forced: list[int] = []
+    if tokenizer is not None:
+        vocabulary = Vocabulary(GGUFFile(tokenizer))
+        counts.require_vocabulary(vocabulary)
+        forced = vocabulary.forced
+    click.echo(coverage_table(counts, forced))
+    if picture is not None:
+        if picture.suffix != ".png":
+            raise TrimError(f"{picture}: a plot's name must end in .png")
+        plot(counts, forced, picture)
+        click.echo(str(picture))
 
 
 if __name__ == "__main__":

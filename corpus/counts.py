@@ -6,7 +6,9 @@ line on how it was made. The same counts give the same bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,37 @@ _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one source holds in one language (or script); `held_out` documents judge the counts and are not in them."""
+
+    source: str
+    label: str
+    held_out: bool
+    ids: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, source: str, label: str, held_out: bool, dense: np.ndarray) -> Part:
+        ids = np.flatnonzero(dense)
+        return cls(source, label, held_out, ids.astype(np.int32), dense[ids].astype(np.int64))
+
+    @property
+    def key(self) -> tuple[str, str, bool]:
+        return self.source, self.label, self.held_out
+
+
+def add_up(tables: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Add sparse (ids, counts) up; the same sum in any order and grouping."""
+    tables = list(tables)
+    if not tables:
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    ids, where = np.unique(np.concatenate([ids for ids, _ in tables]), return_inverse=True)
+    counts = np.zeros(len(ids), np.int64)
+    np.add.at(counts, where, np.concatenate([counts for _, counts in tables]))
+    return ids.astype(np.int32), counts
+
+
+@dataclass(frozen=True)
 class Counts:
     """`ids` (int32, ascending) and `counts` (int64, > 0) in the vocabulary of `fingerprint` (n_tokens long)."""
 
@@ -29,12 +62,25 @@ class Counts:
     fingerprint: str
     made_from: str
     name: str = "counts"
+    parts: tuple[Part, ...] = ()
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Part], vocabulary: Vocabulary, made_from: str) -> Counts:
+        """The sum of all parts that are not held out, and the parts with it."""
+        ids, counts = add_up((part.ids, part.counts) for part in parts if not part.held_out)
+        return cls(ids, counts, vocabulary.n_real, vocabulary.fingerprint, made_from, parts=tuple(parts))
 
     @classmethod
     def of(cls, dense: np.ndarray, vocabulary: Vocabulary, made_from: str) -> Counts:
         """Counts from a dense array of one number per token id."""
         ids = np.flatnonzero(dense[: vocabulary.n_real]).astype(np.int32)
         return cls(ids, dense[ids].astype(np.int64), vocabulary.n_real, vocabulary.fingerprint, made_from)
+
+    def with_held_out(self) -> Counts:
+        """The same with what was held out counted too: for a corpus of a document or two."""
+        parts = tuple(replace(part, held_out=False) for part in self.parts)
+        ids, counts = add_up((part.ids, part.counts) for part in parts)
+        return replace(self, ids=ids, counts=counts, parts=parts)
 
     @property
     def total(self) -> int:
@@ -69,6 +115,10 @@ class Counts:
                 n_tokens=np.int64(self.n_tokens),
                 fingerprint=np.array(self.fingerprint),
                 made_from=np.array(self.made_from),
+                part_keys=np.array(json.dumps([part.key for part in self.parts])),
+                part_sizes=np.array([len(part.ids) for part in self.parts], np.int64),
+                part_ids=np.concatenate([np.empty(0, np.int32), *(part.ids for part in self.parts)]),
+                part_counts=np.concatenate([np.empty(0, np.int64), *(part.counts for part in self.parts)]),
             )
 
     @classmethod
@@ -84,6 +134,7 @@ class Counts:
                     raise ValueError("a single array")
                 with data:
                     fields: dict[str, Any] = {key: data[key] for key in _KEYS}
+                    parts = _parts({key: data[key] for key in data.files if key.startswith("part_")})
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}; {remedy}") from error
         except Exception as error:  # damage shows as any error of numpy, zipfile and zlib
@@ -97,4 +148,51 @@ class Counts:
         if np.any(np.diff(ids) <= 0) or np.any(counts <= 0) or np.any((ids < 0) | (ids >= n)):
             raise FileFormatError(f"{bad}: its ids are not ascending, in range and positively counted; {remedy}")
         ids, counts = ids.astype(np.int32), counts.astype(np.int64)
-        return cls(ids, counts, int(n), str(fields["fingerprint"]), str(fields["made_from"]), str(path))
+        return cls(ids, counts, int(n), str(fields["fingerprint"]), str(fields["made_from"]), str(path), parts)
+
+
+def _parts(data: dict[str, Any]) -> tuple[Part, ...]:
+    """The parts of a counts file; counts that were made as one array have none."""
+    if not data or not len(data["part_sizes"]):
+        return ()
+    keys = json.loads(str(data["part_keys"]))
+    ends = np.cumsum(data["part_sizes"])
+    ids, counts = np.split(data["part_ids"], ends[:-1]), np.split(data["part_counts"], ends[:-1])
+    return tuple(
+        Part(str(source), str(label), bool(held), i, n)
+        for (source, label, held), i, n in zip(keys, ids, counts, strict=True)
+    )
+
+
+def merge(tables: Sequence[Counts], weights: Sequence[float] | None = None) -> Counts:
+    """Add counts up, each times its weight, rounded. Any order and grouping of the same tables gives the same counts.
+
+    Raises VocabularyMismatch where the vocabularies differ, naming two files.
+    """
+    first = tables[0]
+    for other in tables[1:]:
+        if (other.fingerprint, other.n_tokens) != (first.fingerprint, first.n_tokens):
+            raise VocabularyMismatch(f"{first.name} and {other.name} count different vocabularies and cannot be merged")
+    scaled = [_times(table, weight) for table, weight in zip(tables, weights or [1.0] * len(tables), strict=True)]
+    ids, counts = add_up((table.ids, table.counts) for table in scaled)
+    groups: dict[tuple[str, str, bool], list[Part]] = {}
+    for table in scaled:
+        for part in table.parts:
+            groups.setdefault(part.key, []).append(part)
+    parts = [Part(*key, *add_up((part.ids, part.counts) for part in found)) for key, found in sorted(groups.items())]
+    sources = sorted({source for table in scaled for source in table.made_from.split(", ")})
+    return Counts(ids, counts, first.n_tokens, first.fingerprint, ", ".join(sources), parts=tuple(parts))
+
+
+def _times(table: Counts, weight: float) -> Counts:
+    if weight == 1:
+        return table
+
+    def scaled(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rounded = np.rint(counts * weight).astype(np.int64)
+        return ids[rounded > 0], rounded[rounded > 0]
+
+    ids, counts = scaled(table.ids, table.counts)
+    parts = tuple(Part(*part.key, *scaled(part.ids, part.counts)) for part in table.parts)
+    named = ", ".join(f"{source} (x {weight:g})" for source in table.made_from.split(", "))
+    return replace(table, ids=ids, counts=counts, parts=parts, made_from=named)

@@ -348,3 +348,33 @@ def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray
         to_float(rows.ctypes.data, out.ctypes.data, out.size)
 
     return expand
+
+
+_FTYPES = {
+    name.removeprefix("LLAMA_FTYPE_MOSTLY_"): value
+    for name, value in vars(llama_cpp).items()
+    if name.startswith("LLAMA_FTYPE_MOSTLY_")
+} | {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q4_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+
+
+def quantize(source: Path, out: Path, type_: str) -> None:
+    """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
+
+    Raises EngineError for a type llama.cpp does not know and where it fails.
+    """
+    _start()
+    if type_ not in _FTYPES:
+        raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = _FTYPES[type_]
+    params.allow_requantize = True
+    params.nthread = physical_cores()
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    _LAST_ERRORS.clear()
+    try:
+        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
+        if code:
+            raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {_last_error()}")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)

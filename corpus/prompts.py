@@ -17,9 +17,10 @@ class Prompt:
     id: str
     task: str
     messages: list[dict[str, str]]
+    language: str = ""  # of the answer, where the file says so
 
 
-def load_prompts(path: Path | None = None) -> list[Prompt]:
+def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Prompt]:
     """Prompts of a JSON-lines file, each line with `messages` (OpenAI), `turns` (Spec-Bench, the first) or `prompt`.
 
     None loads those that ship. Raises FileFormatError naming file and line.
@@ -40,12 +41,20 @@ def load_prompts(path: Path | None = None) -> list[Prompt]:
             if text is None and "messages" not in data:
                 raise KeyError("messages")
             task = str(data.get("domain") or data.get("category") or "prompt")
-            prompts.append(Prompt(str(data.get("id") or data.get("question_id") or number), task, messages))
+            name, language = data.get("id") or data.get("question_id") or number, data.get("language") or ""
+            prompts.append(Prompt(str(name), task, messages, str(language)))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{source}, line {number}: needs messages, turns or prompt ({error})") from error
     if not prompts:
         raise FileFormatError(f"{source}: holds no prompts")
-    return prompts
+    return prompts if limit is None else spread(prompts, limit)
+
+
+def split(prompts: list[Prompt], part: str) -> list[Prompt]:
+    """ "calibrate": four of five prompts, whose answers are counted; "judge": the fifth, which never is; or "all"."""
+    if part == "all":
+        return prompts
+    return [prompt for i, prompt in enumerate(prompts) if (i % 5 == 4) == (part == "judge")]
 
 
 def spread(prompts: list[Prompt], n: int) -> list[Prompt]:

@@ -19,6 +19,11 @@ class Distribution:
         i = int(np.searchsorted(self.ids, token))
         return float(self.probs[i]) if i < len(self.ids) and self.ids[i] == token else 0.0
 
+    def overlap(self, other: Distribution) -> float:
+        """Sum of min(p, q): the chance that a token drawn from one is accepted as the other's."""
+        _, a, b = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
+        return float(np.minimum(self.probs[a], other.probs[b]).sum())
+
     def draw(self, rng: np.random.Generator) -> int:
         """One token; a distribution with a single token draws it without touching the generator."""
         if len(self.ids) == 1:

@@ -27,13 +27,14 @@ class ChatTemplate:
         self._bos = text("bos")
         self._format = Jinja2ChatFormatter(source, eos_token=text("eos"), bos_token=self._bos) if source else None
 
-    def text(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
-        """The conversation as the model reads it, up to where its answer begins.
+    def text(self, messages: Sequence[dict[str, Any]], tools: Any = None, answered: bool = False) -> str:
+        """The conversation as the model reads it, up to where its answer begins (or ends, where `answered`).
 
         Raises FileFormatError where the template refuses the messages (roles out of order, say).
         """
         if self._format is None:
             return "\n".join(str(message["content"]) for message in messages)
+        self._format.add_generation_prompt = not answered
         try:
             return str(self._format(messages=list(messages), tools=tools).prompt)
         except Exception as error:  # a template may raise anything

@@ -30,7 +30,7 @@ from corpus.command import OneCommand
 from corpus.errors import TrimError
 from corpus.llama import Context
 from corpus.progress import progress
-from corpus.prompts import load_prompts, spread
+from corpus.prompts import load_prompts
 
 from .bench import GREEDY, machine
 from .engine import DRAFT_MAX, Engine
@@ -141,7 +141,7 @@ def check_prompt(engine: Engine, context: Context, name: str, prompt: list[int],
 @click.option("--draft-max", type=click.IntRange(1, 16), default=DRAFT_MAX, show_default=True)
 def main(models: Callable[[], Models], prompts: Path | None, limit: int, max_tokens: int, draft_max: int) -> None:
     """Check greedy exactness token by token; exit 1 where a token is not the target's."""
-    chosen = spread(load_prompts(prompts), limit)
+    chosen = load_prompts(prompts, limit)
     found = models()
     results = []
     with (

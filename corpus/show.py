@@ -1,0 +1,77 @@
+"""What the k most frequent tokens cover: of the whole, of each source and language, of what was held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .counts import Counts, Part, add_up
+from .errors import TrimError
+from .files import write_whole
+
+SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+def order(counts: Counts, forced: list[int]) -> np.ndarray:
+    """The ids in the order in which they are kept, as far as they were counted."""
+    return np.array(list(dict.fromkeys([*forced, *counts.ranked().tolist()])), np.int64)
+
+
+def _covered(part: Part, kept: np.ndarray) -> float:
+    return float(part.counts[np.isin(part.ids, kept)].sum() / part.counts.sum())
+
+
+def rows(counts: Counts) -> list[Part]:
+    """What a table has a line for: everything, what was held out, each source, each language."""
+
+    def join(name: str, label: str, held: bool, parts: list[Part]) -> list[Part]:
+        return [Part(name, label, held, *add_up((p.ids, p.counts) for p in parts))] if parts else []
+
+    found = [Part("everything", "", False, counts.ids, counts.counts)]
+    found += join("held out", "", True, [part for part in counts.parts if part.held_out])
+    counted = [part for part in counts.parts if not part.held_out]
+    for source in sorted({part.source for part in counted}):
+        found += join(source, "", False, [part for part in counted if part.source == source])
+    for label in sorted({part.label for part in counted}):
+        found += join("", label, False, [part for part in counted if part.label == label])
+    return found
+
+
+def coverage_table(counts: Counts, forced: list[int]) -> str:
+    """A table of coverage by k, one line for each row of `rows`."""
+    kept = order(counts, forced)
+    sizes = [k for k in SIZES if k < len(kept)] + [len(kept)]
+    lines = [
+        f"{counts.name}: {counts.total} tokens, {len(counts.ids)} different ones of {counts.n_tokens}",
+        f"made from {counts.made_from}",
+        *([f"always kept: {len(forced)}"] if forced else []),
+    ]
+    lines.append(f"{'':24s} {'tokens':>10s} " + " ".join(f"{k:>7d}" for k in sizes))
+    for part in rows(counts):
+        shares = " ".join(f"{_covered(part, kept[:k]):7.3f}" for k in sizes) if part.counts.sum() else ""
+        lines.append(f"{(part.source or part.label)[:24]:24s} {int(part.counts.sum()):10d} {shares}")
+    return "\n".join(lines)
+
+
+def plot(counts: Counts, forced: list[int], path: Path) -> None:
+    """Coverage against k, one line for each source and language, as a PNG. Needs the extra [plot]."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
+    kept = order(counts, forced)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    where = np.unique(np.geomspace(1, len(kept), 120).astype(int))
+    place = np.full(max(int(kept.max()) + 1, counts.n_tokens), len(kept))
+    place[kept] = np.arange(len(kept))
+    for part in rows(counts):
+        if part.counts.sum():
+            at = np.bincount(place[part.ids], part.counts, minlength=len(kept) + 1)
+            axes.plot(where, np.cumsum(at)[where - 1] / part.counts.sum(), label=part.source or part.label)
+    axes.set(xscale="log", xlabel="k (tokens kept)", ylabel="share covered", title=f"Coverage of {counts.name}")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,99 @@
+"""Tokenizing at scale: Hugging Face's `tokenizers`, built from the GGUF itself, on all cores.
+
+transformers can read a tokenizer from a GGUF (`AutoTokenizer.from_pretrained(gguf_file=...)`), but only with PyTorch
+installed and in about ten seconds; this builds the same fast tokenizer from the metadata at hand in one. It is checked
+on a sample against llama.cpp's own tokenizer of the same file; where they differ, or for vocabularies that are not
+byte-level BPE, llama.cpp tokenizes, on as many threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .gguf_file import GGUFFile
+from .llama import Model
+from .vocabulary import Vocabulary
+
+# How llama.cpp splits text before merging, by `tokenizer.ggml.pre`: one expression after the other.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "gpt-2": [_GPT2],
+    "smollm": [r"\p{N}", _GPT2],
+    "qwen2": [rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"],
+    "llama-bpe": [rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"],
+}
+
+SAMPLE = (
+    "It's 12345 o'clock; THEY'RE here.\n\n  def f(x_1):\n\treturn {'a': [1.5e-3, x**2]}  # naïve café\r\n"
+    "Größe Straße — «Ответ» 这是一个测试。日本語のテキスト、한국어 문장입니다. العربية हिन्दी ไทย\n"
+    "🐈\u200d⬛🎉 e\u0301\u00a0\u3000!?…\n"
+    '<p class="x">&amp;</p>   \n\n\n$\\frac{a}{b}$ http://example.org/?q=1&r=2 \u200b\t\t<|im_end|></s>[INST]'
+)
+
+
+def _fast(file: GGUFFile, vocabulary: Vocabulary) -> Any:
+    """A `tokenizers.Tokenizer` for a byte-level BPE, or None where there is none to build."""
+    splits = _SPLITS.get(file.get("tokenizer.ggml.pre", ""))
+    if vocabulary.model != "gpt2" or splits is None or "tokenizer.ggml.merges" not in file.fields:
+        return None
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    except ImportError:
+        return None
+    ids = {text.decode("utf-8"): i for i, text in enumerate(vocabulary.tokens)}
+    pairs = (merge.decode("utf-8").partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in pairs]
+    try:
+        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=file.get("tokenizer.ggml.pre") == "llama-bpe"))
+    except Exception:  # the library's own kind, for merges it finds inconsistent; llama.cpp takes them
+        return None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(split), "isolated") for split in splits),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+class Counter:
+    """Counts tokens of many texts in one vocabulary; `engine` says what tokenizes ("tokenizers" or "llama.cpp")."""
+
+    def __init__(self, path: Path) -> None:
+        file = GGUFFile(path)
+        self.vocabulary = Vocabulary(file)
+        self._model = Model(path, vocab_only=True)
+        self._fast = _fast(file, self.vocabulary)
+        if self._fast is not None and self._fast.encode(SAMPLE).ids != self._slow(SAMPLE):
+            self._fast = None
+        self.engine = "tokenizers" if self._fast is not None else "llama.cpp"
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+
+    def _slow(self, text: str, special: bool = False) -> list[int]:
+        # Special tokens that stand in a plain text are text: they were written, not meant as control.
+        return self._model.tokenize(text, special=special, add_bos=False)
+
+    def encode(self, texts: Sequence[str], special: bool = False) -> Any:
+        """Tokenize, on all cores; what comes back is for `bincount`. `special`: control tokens are read as such."""
+        if self._fast is not None and not special:
+            return self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        # llama.cpp runs outside Python's lock.
+        return [np.array(ids, np.int64) for ids in self._pool.map(lambda text: self._slow(text, special), texts)]
+
+    def bincount(self, encoded: Any) -> np.ndarray:
+        """int64 (n_vocab): how often each token occurs in what `encode` gave."""
+        parts = [found if isinstance(found, np.ndarray) else np.array(found.ids, np.int64) for found in encoded]
+        return np.bincount(np.concatenate(parts) if parts else np.empty(0, np.int64), minlength=len(self.vocabulary))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._model.close()

@@ -6,22 +6,42 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from corpus.command import Commands
 from corpus.errors import TrimError
 from corpus.gguf_file import GGUFFile
+from corpus.llama import quantize
 from corpus.progress import progress, stderr
 
 from .catalog import USER_CATALOG, cache_folder, load_catalog
 from .cut import companion_path, plan, step_bytes, write
 from .describe import describe
 from .layout import EMBEDDING, Cut
+from .plan_command import auto_k, plan_command
 from .prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
 from .verify import Verification, verify
 
 FILE = click.Path(path_type=Path)
+
+
+class KType(click.ParamType):  # type: ignore[type-arg]
+    """A number of rows, or the word auto."""
+
+    name = "rows"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        if str(value) == "auto":
+            return "auto"
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, context)
+
+
+K = KType()
 
 
 @click.group(cls=Commands)
@@ -32,7 +52,13 @@ def main() -> None:
 @main.command("trim")
 @click.argument("drafter", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; its companion goes beside it.")
-@click.option("--k", "-k", type=int, help=f"Rows to keep.  [default: {DEFAULT_K}, or all of --keep]")
+@click.option("--k", "-k", type=K, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Keep what makes up this share of the counts, instead.")
+@click.option("--min-count", type=click.IntRange(1), help="Keep what was counted so often, instead.")
+@click.option("--target", type=FILE, help="The target, for --k auto: the fastest k is found by measurement.")
+@click.option(
+    "--requant", metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function."
+)
 @click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -40,7 +66,11 @@ def main() -> None:
 def trim_command(
     drafter: Path,
     output: Path,
-    k: int | None,
+    k: int | str | None,
+    top_p: float | None,
+    min_count: int | None,
+    target: Path | None,
+    requant: str | None,
     counts: Path | None,
     keep_file: Path | None,
     dry_run: bool,
@@ -49,8 +79,15 @@ def trim_command(
     """Write DRAFTER with its head cut to K rows, and the companion that keeps the full tables."""
     if counts is not None and keep_file is not None:
         raise click.UsageError("give --counts or --keep, not both")
-
-    cut = plan(drafter, partial(choose_rows, k=k, counts=counts, keep_file=keep_file))
+    if sum(rule is not None for rule in (k, top_p, min_count)) > 1:
+        raise click.UsageError("give one of --k, --top-p, --min-count")
+    if k == "auto":
+        if target is None:
+            raise click.UsageError("--k auto needs --target")
+        k = auto_k(target, drafter, counts)
+        stderr.print(f"k = {k} is the fastest here")
+    rows = partial(choose_rows, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
+    cut = plan(drafter, partial(rows, k=k if k is None else int(k)))
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -65,6 +102,13 @@ def trim_command(
         return
     with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
         write(cut, output, advance)
+    if requant is not None:
+        try:
+            quantize(output, output, requant.upper())
+        except BaseException:
+            output.unlink()
+            companion_path(output).unlink()
+            raise
     click.echo(str(output))
 
 
@@ -146,6 +190,9 @@ def prepare_command(model: str | None, target: Path | None, drafter: Path | None
         model = DEFAULT_MODEL
     ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts))
     click.echo(f"{ready.target}\n{ready.trimmed}")
+
+
+main.add_command(plan_command)
 
 
 if __name__ == "__main__":

@@ -26,21 +26,46 @@ class Keep:
         return len(self.ids)
 
 
-def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
-    """Keep k of n_rows head rows: the forced tokens, then by falling count, then (counts exhausted) by id.
+def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts) -> np.ndarray:
+    """Every row id (int64) in the order in which it is kept: forced, then by falling count, then by id.
 
     Byte-pair vocabularies number frequent merges low, so the id is the best guess about what was never counted.
-    Raises TrimError for k outside 1..n_rows, VocabularyMismatch for counts of another vocabulary.
+    Raises VocabularyMismatch for counts of another vocabulary.
     """
+    counts.require_vocabulary(vocabulary)
+    forced = np.array([i for i in vocabulary.forced if i < n_rows], np.int64)
+    ranked = counts.ranked()
+    order = np.concatenate([forced, ranked[ranked < n_rows], np.arange(n_rows)])
+    _, first = np.unique(order, return_index=True)
+    return order[np.sort(first)]
+
+
+def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
+    """Keep the first k of n_rows head rows in keep order. Raises TrimError for k outside 1..n_rows."""
     if not 1 <= k <= n_rows:
         raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
-    counts.require_vocabulary(vocabulary)
-    forced = np.array([i for i in vocabulary.forced if i < n_rows], np.int32)
-    ranked = counts.ranked()
-    order = np.concatenate([forced, ranked[ranked < n_rows], np.arange(n_rows, dtype=np.int32)])
-    _, first = np.unique(order, return_index=True)
-    ids = np.sort(order[np.sort(first)[:k]]).astype(np.int32)
-    return Keep(ids, min(len(forced), k), max(0, len(forced) - k), counts.coverage(ids))
+    ids = np.sort(keep_order(vocabulary, n_rows, counts)[:k]).astype(np.int32)
+    n_forced = sum(i < n_rows for i in vocabulary.forced)
+    return Keep(ids, min(n_forced, k), max(0, n_forced - k), counts.coverage(ids))
+
+
+def k_for(
+    vocabulary: Vocabulary, n_rows: int, counts: Counts, top_p: float | None = None, min_count: int | None = None
+) -> int:
+    """The smallest k that covers a share top_p of everything counted, or holds every token counted min_count times.
+
+    Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
+    """
+    order = keep_order(vocabulary, n_rows, counts)
+    seen = np.zeros(max(n_rows, counts.n_tokens), np.int64)
+    seen[counts.ids] = counts.counts
+    if top_p is not None:
+        covered = np.cumsum(seen[order]) / max(1, counts.total)
+        k = int(np.searchsorted(covered, min(top_p, covered[-1]))) + 1
+    else:
+        often = np.flatnonzero(seen[order] >= (min_count or 1))
+        k = int(often[-1]) + 1 if len(often) else len(vocabulary.forced)
+    return min(n_rows, -(-k // 32) * 32)
 
 
 def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None) -> Keep:

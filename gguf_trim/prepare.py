@@ -17,7 +17,7 @@ from .catalog import cache_folder, load_catalog
 from .companion import Trimmed
 from .cut import companion_path, plan, write
 from .fetch import fetch
-from .keep import Keep, keep_counted, keep_listed, read_keep_list
+from .keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
 from .layout import Cut
 from .verify import verify
 
@@ -38,11 +38,18 @@ def choose_rows(
     k: int | None = None,
     counts: Path | None = None,
     keep_file: Path | None = None,
+    top_p: float | None = None,
+    min_count: int | None = None,
 ) -> Keep:
-    """The rows to keep: those listed in a file, or the k most frequent by counts (the shipped ones for None)."""
+    """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
+
+    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times.
+    """
     if keep_file is not None:
         return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
     counted = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    if top_p is not None or min_count is not None:
+        k = k_for(vocabulary, n_rows, counted, top_p, min_count)
     return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
 
 

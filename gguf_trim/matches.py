@@ -1,0 +1,102 @@
+"""Acceptance and tau for every k and every draft length at once, from one teacher-forced pass.
+
+At a position let t be the target's token, r(x) a token's rank in the keep order, and call x a beater of t where the
+drafter would draft x rather than t (a greater logit; at equal logits the lower id). Cut to its first k rows the drafter
+drafts t iff t is kept and no beater is: r(t) < k <= min r(beater). So every position is right for one interval of k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def interval(logits: np.ndarray, target: int, rank: np.ndarray) -> tuple[int, int]:
+    """(low, high): the drafter, cut to its first k rows, drafts `target` iff low < k <= high.
+
+    `logits` (n_vocab) and `rank` (n_vocab, a permutation) are by token id. A target id the drafter lacks: never.
+    """
+    if target >= len(rank):
+        return len(rank), 0
+    value = logits[target]
+    beats = logits > value
+    beats[:target] |= logits[:target] == value
+    low = int(rank[target])
+    high = int(rank[beats].min()) if beats.any() else len(rank)
+    return low, high
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Intervals (n x 2) of each answer's positions, with a label for each answer (its task or language)."""
+
+    intervals: list[np.ndarray]
+    labels: list[str]
+    n_vocab: int
+
+    @property
+    def positions(self) -> int:
+        return sum(len(found) for found in self.intervals)
+
+    def only(self, label: str) -> Matches:
+        """The answers of one label."""
+        chosen = [found for found, name in zip(self.intervals, self.labels, strict=True) if name == label]
+        return Matches(chosen, [label] * len(chosen), self.n_vocab)
+
+    def right(self, k: int) -> list[np.ndarray]:
+        """For each answer, which positions the drafter cut to k rows gets right."""
+        return [(found[:, 0] < k) & (k <= found[:, 1]) for found in self.intervals]
+
+    def curve(self) -> np.ndarray:
+        """Right positions for every k from 0 to n_vocab (int64, n_vocab + 1), by adding the intervals up."""
+        steps = np.zeros(self.n_vocab + 2, np.int64)
+        for low, high in np.concatenate(self.intervals) if self.intervals else ():
+            if low < high:
+                steps[low + 1] += 1
+                steps[high + 1] -= 1
+        return np.cumsum(steps)[:-1]
+
+    def acceptance(self, k: int) -> float:
+        """Share of positions at which the drafter cut to k rows drafts the target's token; 0 without positions."""
+        return sum(int(found.sum()) for found in self.right(k)) / self.positions if self.positions else 0.0
+
+    def tau(self, k: int, draft_max: int) -> float:
+        """Mean accepted length at a fixed draft length, by running the loop over the matches.
+
+        A round never drafts past the last token of an answer, as the runner never drafts past max_tokens.
+        """
+        tokens = rounds = 0
+        for right in self.right(k):
+            runs = run_lengths(right)
+            n, i = len(right), 0
+            while i < n:
+                i += min(int(runs[i]), draft_max, n - i - 1) + 1
+                rounds += 1
+            tokens += n
+        return tokens / rounds if rounds else 0.0
+
+
+def run_lengths(right: np.ndarray) -> np.ndarray:
+    """For each position, how many matches in a row begin there."""
+    n = len(right)
+    wrong = np.flatnonzero(~right)
+    ends = np.append(wrong, n)
+    return ends[np.searchsorted(wrong, np.arange(n))] - np.arange(n)
+
+
+def rank_of(order: np.ndarray) -> np.ndarray:
+    """The inverse of a keep order: rank[id] is the place at which an id is kept."""
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return rank
+
+
+def grid(n_vocab: int, forced: int) -> list[int]:
+    """The k worth showing: powers of two and halves between them from 2048, the whole head last."""
+    sizes: list[int] = []
+    k = 2048
+    while k < n_vocab:
+        sizes += [size for size in (k, k + k // 2) if forced <= size < n_vocab]
+        k *= 2
+    return [*sizes, n_vocab]

@@ -1,0 +1,237 @@
+"""python -m gguf_trim plan: the best k and draft length for a pair on this machine, and what they would bring."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+from corpus.counts import Counts
+from corpus.errors import TrimError
+from corpus.files import write_whole
+from corpus.generate import generate, read_answers
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Model
+from corpus.progress import progress, stderr
+from corpus.prompts import load_prompts, split, spread
+from corpus.ready import ready_counts
+from corpus.sampling import Sampling
+from corpus.template import ChatTemplate
+from corpus.vocabulary import Vocabulary, require_same
+
+from .catalog import load_catalog
+from .costs import requantized
+from .fetch import fetch
+from .keep import keep_order
+from .matches import Matches, grid
+from .planner import (
+    AS_SHIPPED,
+    REPEAT,
+    Plan,
+    TargetAnswer,
+    make_plan,
+    measure_verify,
+    read_answers_file,
+    sampled_acceptance,
+)
+from .prepare import DEFAULT_MODEL
+
+FILE = click.Path(path_type=Path)
+TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
+
+
+@click.command("plan")
+@click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
+@click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
+@click.option("--draft", "--drafter", "drafter", type=FILE, help="The uncut drafter's GGUF, instead of the catalog's.")
+@click.option("--counts", type=FILE, help="Counts that rank.  [default: those that ship]")
+@click.option("--prompts", type=FILE, help="Prompts that judge.  [default: bundled ones that were never counted]")
+@click.option("--limit", type=click.IntRange(1), default=24, show_default=True, help="How many of the prompts.")
+@click.option("-n", "--tokens", type=click.IntRange(1), default=96, show_default=True, help="Most per answer.")
+@click.option("--answers", type=FILE, help="The target's answers, {id: [prompt_ids, answer_ids]}, instead of prompts.")
+@click.option("--types", help="Drafter quantisations to weigh, such as Q4_0,Q8_0.  [default: as shipped only]")
+@click.option("--temp", type=float, default=0.0, show_default=True, help="Also the expected acceptance when sampling.")
+@click.option("--no-measure", is_flag=True, help="Acceptance and MBSU only: no step is timed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the choices as one JSON list.")
+@click.option("--plot", "picture", type=FILE, help="Draw acceptance and MBSU against k, as a PNG.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+def plan_command(
+    model: str | None,
+    target: Path | None,
+    drafter: Path | None,
+    counts: Path | None,
+    prompts: Path | None,
+    limit: int,
+    tokens: int,
+    answers: Path | None,
+    types: str | None,
+    temp: float,
+    no_measure: bool,
+    as_json: bool,
+    picture: Path | None,
+    threads: int | None,
+) -> None:
+    """Find the k and the draft length that are fastest for this pair here, by measurement."""
+    if (target is None) != (drafter is None):
+        raise click.UsageError("give both --target and --draft, or a --model")
+    if target is None or drafter is None:
+        pair = load_catalog().pair(model or DEFAULT_MODEL)
+        target, drafter = fetch(pair.target), fetch(pair.drafter)
+    vocabulary = Vocabulary(GGUFFile(drafter))
+    require_same(Vocabulary(GGUFFile(target)), vocabulary)
+    ranking = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
+        judged = (
+            read_answers_file(answers)
+            if answers is not None
+            else target_answers(target, prompts, limit, tokens, Path(folder), threads)
+        )
+        verify = None
+        if not no_measure:
+            with progress("timing the target", 9 * REPEAT, "decodes") as advance:
+                verify = measure_verify(target, threads, advance)
+        plans = []
+        for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]:
+            with progress(f"judging the drafter {type_}", len(judged), "answers") as advance:
+                plans.append(
+                    make_plan(
+                        target,
+                        drafter,
+                        ranking,
+                        judged,
+                        type_=type_,
+                        verify=verify,
+                        measure=not no_measure,
+                        n_threads=threads,
+                        folder=Path(folder),
+                        advance=advance,
+                    )
+                )
+        faster = None
+        if types and verify is not None:
+            with progress(f"timing the target as {TARGET_TYPE}", 9 * REPEAT, "decodes") as advance:
+                faster = measure_verify(requantized(target, TARGET_TYPE, Path(folder)), threads, advance)
+    chosen = max(plans, key=lambda plan: plan.best.tokens_per_second or plan.best.mbsu_bytes)
+    if as_json:
+        click.echo(json.dumps([{**choice.as_json(), "type": plan.type} for plan in plans for choice in plan.choices]))
+    else:
+        for plan in plans:
+            click.echo(_table(plan, chosen.best.draft_max))
+        click.echo(_groups(chosen.matches, chosen.best.k, chosen.best.draft_max))
+        click.echo(verdict(chosen, verify, faster))
+    if temp > 0:
+        sizes = grid(chosen.matches.n_vocab, 0)[::2]
+        order = keep_order(vocabulary, chosen.matches.n_vocab, ranking)
+        with progress(f"sampling at {temp}", 2 * len(judged), "answers") as advance:
+            found = sampled_acceptance(target, drafter, judged, order, sizes, Sampling(temp=temp), threads, advance)
+        for k, rate in found.items():
+            click.echo(f"temperature {temp:g}, k {k:6d}: expected acceptance {rate:.3f}", err=as_json)
+    if picture is not None:
+        plot(plans, picture)
+        stderr.print(str(picture), markup=False)
+
+
+def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
+    """The k of the fastest choice for this pair on this machine, from a short plan."""
+    vocabulary = Vocabulary(GGUFFile(drafter))
+    require_same(Vocabulary(GGUFFile(target)), vocabulary)
+    ranking = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
+        judged = target_answers(target, None, 16, 64, Path(folder))
+        with progress("timing the target", 9 * REPEAT, "decodes") as advance:
+            verify = measure_verify(target, None, advance)
+        with progress("judging the drafter", len(judged), "answers") as advance:
+            return make_plan(target, drafter, ranking, judged, verify=verify, advance=advance).best.k
+
+
+def target_answers(
+    target: Path, prompts: Path | None, limit: int, tokens: int, folder: Path, threads: int | None = None
+) -> list[TargetAnswer]:
+    """The target's greedy answers to prompts that rank nothing."""
+    chosen = load_prompts(prompts)
+    chosen = spread(split(chosen, "judge") if prompts is None else chosen, limit)
+    file = GGUFFile(target)
+    template = ChatTemplate(file, Vocabulary(file))
+    out = folder / "answers.jsonl"
+    labels = {prompt.id: prompt.task if prompt.language in ("", "en") else prompt.language for prompt in chosen}
+    with Model(target) as model, progress("the target answers", len(chosen), "prompts") as advance:
+        generate(
+            [(prompt.id, prompt.messages, template.ids(model, prompt.messages)) for prompt in chosen],
+            model,
+            out,
+            max_tokens=tokens,
+            sampling=Sampling(temp=0),
+            n_threads=threads,
+            advance=advance,
+        )
+    return [
+        TargetAnswer(name, labels[name], line["prompt_ids"], line["answer_ids"])
+        for name, line in read_answers(out).items()
+    ]
+
+
+def _table(plan: Plan, draft_max: int) -> str:
+    lines = [
+        f"drafter {plan.type}: {plan.matches.positions} positions, draft length {draft_max}",
+        f"{'k':>8s} {'acceptance':>10s} {'tau':>6s} {'MBSU params':>11s} {'bytes':>6s} {'tok/s':>7s}",
+    ]
+    for choice in plan.choices:
+        if choice.draft_max == draft_max:
+            speed = f"{choice.tokens_per_second:7.1f}" if choice.tokens_per_second else "      -"
+            lines.append(
+                f"{choice.k:8d} {choice.acceptance_rate:10.3f} {choice.tau:6.2f} {choice.mbsu_params:11.2f} "
+                f"{choice.mbsu_bytes:6.2f} {speed}"
+            )
+    return "\n".join(lines)
+
+
+def _groups(matches: Matches, k: int, draft_max: int) -> str:
+    """Each task and language with the cut and with the whole head: a language the cut breaks shows here."""
+    lines = [f"{'':14s} {'positions':>9s} {'tau full':>8s} {'at k':>6s} {'loss':>6s}"]
+    for label in sorted(set(matches.labels)):
+        part = matches.only(label)
+        full, cut = part.tau(matches.n_vocab, draft_max), part.tau(k, draft_max)
+        lines.append(f"{label[:14]:14s} {part.positions:9d} {full:8.2f} {cut:6.2f} {1 - cut / full:6.1%}")
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan, verify: dict[int, float] | None, faster: dict[int, float] | None) -> str:
+    """One honest paragraph: what is best, whether it pays, and what would pay more."""
+    best, speedup = plan.best, plan.speedup
+    text = f"best: k = {best.k}, draft length {best.draft_max}, drafter {plan.type}"
+    if speedup is None or plan.plain is None:
+        return f"{text}; memory-bound speed-up {best.mbsu_bytes:.2f} by bytes (no step was timed)"
+    text += f": {best.tokens_per_second:.1f} tok/s, plain decoding {plan.plain:.1f} ({speedup:.2f} x)"
+    if speedup < 1:
+        text += "\nspeculation does not pay on this machine for this pair: decode plainly (--draft-max 0)"
+    if verify is not None and faster is not None:
+        n = best.draft_max + 1
+        text += (
+            f"\nas {TARGET_TYPE} the target takes {faster[1] / verify[1]:.2f} x the time for one token and "
+            f"{faster[n] / verify[n]:.2f} x for {n}"
+        )
+    return text
+
+
+def plot(plans: list[Plan], path: Path) -> None:
+    """Acceptance and MBSU by bytes against k, as a PNG. Needs the extra [plot]."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    for plan in plans:
+        n = plan.best.draft_max
+        line = [choice for choice in plan.choices if choice.draft_max == n]
+        sizes = [choice.k for choice in line]
+        left.plot(sizes, [choice.acceptance_rate for choice in line], label=f"acceptance, {plan.type}")
+        right.plot(sizes, [choice.mbsu_bytes for choice in line], "--", label=f"MBSU by bytes, {plan.type}")
+    left.set(xscale="log", xlabel="k (rows kept)", ylabel="acceptance")
+    right.set_ylabel("MBSU")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,174 @@
+"""The planner against what it predicts: real cuts replayed, and the live loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from corpus.counts import Counts
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Context, Model
+from corpus.sampling import Sampling
+from corpus.vocabulary import Vocabulary
+from gguf_trim.__main__ import main
+from gguf_trim.companion import Trimmed
+from gguf_trim.costs import Weights, requantized
+from gguf_trim.cut import plan, step_bytes, write
+from gguf_trim.keep import keep_counted, keep_order
+from gguf_trim.planner import TargetAnswer, matches_of, sampled_acceptance
+from runner.engine import Engine
+from runner.exact import plain_greedy
+
+from .toy import write_model
+
+N_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target, and a drafter that agrees with it only sometimes: the same weights under Q4_K."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = write_model(folder / "target.gguf", seed=1, sharpness=2.0)
+    return target, requantized(target, "Q4_0", folder)
+
+
+@pytest.fixture(scope="module")
+def answers(pair) -> list[TargetAnswer]:
+    """The target's own greedy text, one token at a time."""
+    found = []
+    with Model(pair[0]) as model, Context(model, 256) as context:
+        for i, text in enumerate(("the king and the sea", "a", "of tea", "once more")):
+            prompt = model.tokenize(text)
+            tokens, _ = plain_greedy(context, prompt, N_TOKENS, lambda token: False)
+            found.append(TargetAnswer(f"p{i}", "xy"[i % 2], prompt, tokens))
+    return found
+
+
+@pytest.fixture(scope="module")
+def counts(pair, answers) -> Counts:
+    vocabulary = Vocabulary(GGUFFile(pair[1]))
+    dense = np.bincount(answers[0].answer + answers[1].answer, minlength=len(vocabulary))
+    return Counts.of(dense, vocabulary, "two answers")
+
+
+def cut_to(drafter: Path, counts: Counts, k: int, out: Path) -> Path:
+    write(plan(drafter, lambda vocabulary, rows: keep_counted(vocabulary, rows, counts, k)), out)
+    return out
+
+
+def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) -> None:
+    """For every k tried: cut the drafter, read the same answers with it, take the argmax at each position."""
+    vocabulary = Vocabulary(GGUFFile(pair[1]))
+    found = matches_of(pair[1], answers, keep_order(vocabulary, 600, counts))
+    assert 0.2 < found.acceptance(600) < 1  # a drafter that is always or never right would prove little
+    for k in (64, 288, 320, 352, 384, 512):
+        trimmed = cut_to(pair[1], counts, k, tmp_path / f"k{k}.gguf")
+        opened = Trimmed.open(trimmed)
+        with Model(trimmed) as model, Context(model, 256, n_outputs=64) as context:
+            for answer, predicted in zip(answers, found.right(k), strict=True):
+                context.truncate(0)
+                vectors = opened.embeddings().rows([*answer.prompt, *answer.answer[:-1]])
+                rows = context.decode(vectors, len(answer.answer))
+                assert (opened.d2t[rows.argmax(axis=1)] == answer.answer).tolist() == predicted.tolist()
+
+
+def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path) -> None:
+    vocabulary = Vocabulary(GGUFFile(pair[1]))
+    found = matches_of(pair[1], answers, keep_order(vocabulary, 600, counts))
+    trimmed = cut_to(pair[1], counts, 320, tmp_path / "k320.gguf")
+    with Engine(pair[0], trimmed, n_ctx=256) as engine:
+        engine.model.is_end = lambda token: False
+        rounds = [
+            round_
+            for answer in answers
+            for round_ in engine.rounds(answer.prompt, Sampling(temp=0), max_tokens=N_TOKENS, draft_max=3)
+        ]
+    tokens = [token for round_ in rounds for token in round_.tokens]
+    assert tokens == [token for answer in answers for token in answer.answer]
+    assert len(tokens) / len(rounds) == pytest.approx(found.tau(320, 3), rel=0.02)
+
+
+def test_weights_are_what_a_cut_reads(pair, counts, tmp_path) -> None:
+    weights = Weights.of(GGUFFile(pair[1]))
+    for k in (320, 512):
+        trimmed = cut_to(pair[1], counts, k, tmp_path / f"w{k}.gguf")
+        assert weights.bytes_at(k) == step_bytes(GGUFFile(trimmed))
+    assert weights.bytes_at(600) == step_bytes(GGUFFile(pair[1]))
+
+
+def test_sampled_acceptance_by_hand(pair, answers, counts) -> None:
+    """The mean of sum(min(p, q_k)), from full rows of logits of both models, here in the plainest way."""
+    vocabulary = Vocabulary(GGUFFile(pair[1]))
+    order = keep_order(vocabulary, 600, counts)
+    law = Sampling(temp=1.0, top_k=0, top_p=1, min_p=0)
+    found = sampled_acceptance(*pair, answers[:1], order, [300, 600], law)
+    rows = {}
+    for path in pair:
+        with Model(path) as model, Context(model, 256, n_outputs=64) as context:
+            context.decode(answers[0].prompt[:-1], 0)
+            rows[path] = context.decode([answers[0].prompt[-1], *answers[0].answer[:-1]], N_TOKENS).copy()
+    for k in (300, 600):
+        q = np.full_like(rows[pair[1]], -np.inf)
+        q[:, order[:k]] = rows[pair[1]][:, order[:k]]
+        p, q = (np.exp(x - x.max(axis=1, keepdims=True)) for x in (rows[pair[0]], q))
+        p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
+        assert found[k] == pytest.approx(np.minimum(p, q).sum(axis=1).mean(), abs=1e-5)
+
+
+def test_command(pair, answers, counts, tmp_path) -> None:
+    target, drafter = map(str, pair)
+    counts.save(tmp_path / "c.npz")
+    (tmp_path / "answers.json").write_text(json.dumps({a.id: [a.prompt, a.answer] for a in answers}))
+    common = ["plan", "--target", target, "--draft", drafter, "--counts", str(tmp_path / "c.npz")]
+    done = CliRunner().invoke(main, [*common, "--answers", str(tmp_path / "answers.json"), "--json", "--no-measure"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    wanted = {"vocab", "k", "draft_max", "acceptance_rate", "tau", "mbsu_params", "mbsu_bytes", "tokens_per_second"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert {row["k"] for row in rows} == {600}
+    done = CliRunner().invoke(main, [*common, "--answers", str(tmp_path / "answers.json"), "--types", "Q8_0"])
+    assert done.exit_code == 0, done.output
+    for part in ("best: k = 600", "plain decoding", "drafter Q8_0", "as Q4_0 the target takes"):
+        assert part in done.stdout
+
+
+def test_bad_answers_are_named(pair, tmp_path) -> None:
+    for text in ("", "[]", '{"a": [1]}', '{"a": [[1], ["x"]]}', "{}"):
+        (tmp_path / "a.json").write_text(text)
+        done = CliRunner().invoke(
+            main, ["plan", "--target", str(pair[0]), "--draft", str(pair[1]), "--answers", str(tmp_path / "a.json")]
+        )
+        assert done.exit_code == 1
+        assert "a.json" in done.stderr
+
+
+def test_requantised_trim_runs(pair, counts, tmp_path) -> None:
+    counts.save(tmp_path / "c.npz")
+    out = tmp_path / "q.gguf"
+    arguments = ["trim", str(pair[0]), "--counts", str(tmp_path / "c.npz"), "--k", "320", "-o", str(out)]
+    done = CliRunner().invoke(main, [*arguments, "--requant", "q8_0"])
+    assert done.exit_code == 0, done.output
+    assert len(Trimmed.open(out).d2t) == 320
+    assert {tensor.type.name for tensor in GGUFFile(out).tensors.values()} == {"F32", "Q8_0"}
+    with Engine(pair[0], out, n_ctx=128) as engine:
+        assert list(engine.rounds([65], Sampling(temp=0), max_tokens=5))
+    done = CliRunner().invoke(main, [*arguments, "--requant", "nonsense"])
+    assert done.exit_code == 1
+    assert "is no quantisation" in done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [(["--top-p", "0.9"], "rows kept"), (["--min-count", "2"], "rows kept"), (["--k", "x"], "neither")],
+)
+def test_other_rules(pair, counts, tmp_path, rule, said) -> None:
+    counts.save(tmp_path / "c.npz")
+    arguments = ["trim", str(pair[0]), "--counts", str(tmp_path / "c.npz"), "-o", str(tmp_path / "o.gguf"), "--dry-run"]
+    done = CliRunner().invoke(main, [*arguments, *rule])
+    assert said in done.output
+    assert done.exit_code == (2 if said == "neither" else 0)

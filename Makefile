@@ -7,7 +7,10 @@ STAMP := $(VENV)/.installed
 # With TARGET and DRAFTER paths these files are used instead of a pair of the catalog.
 PAIR := $(if $(TARGET),--target "$(TARGET)" --draft "$(DRAFTER)",--model "$(MODEL)")
 
-.PHONY: help install demo test test-all trim chat steps exact lint clean
+# What `make calibrate` makes: COUNTS=file, used by `make trim COUNTS=file`.
+CALIBRATED := $(or $(COUNTS),$(MODEL)-counts.npz)
+
+.PHONY: help install demo test test-all trim calibrate plan chat steps exact lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -16,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Error: Python 3.10 or later is needed")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing; llama-cpp-python is compiled the first time, which takes about ten minutes."
-	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev,corpus,plot,cluster]'
 	@touch $@
 
 install: $(STAMP)  ## Create .venv and install the project and its tools
@@ -36,8 +39,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384], or TARGET=path DRAFTER=path
-	$(RUN) gguf_trim prepare $(PAIR) $(if $(K),--k $(K))
+trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384] [COUNTS=file], or TARGET=path DRAFTER=path
+	$(RUN) gguf_trim prepare $(PAIR) $(if $(K),--k "$(K)") $(if $(COUNTS),--counts "$(COUNTS)")
+
+calibrate: $(STAMP)  ## Count what the target itself says to the bundled prompts: MODEL=name [COUNTS=file]
+	target=$$($(RUN) gguf_trim prepare $(PAIR) | head -n 1) && \
+	$(RUN) corpus generate --target "$$target" --split calibrate -o "$(CALIBRATED:.npz=.jsonl)" && \
+	$(RUN) corpus count "$(CALIBRATED:.npz=.jsonl)" --tokenizer "$$target" -o "$(CALIBRATED)"
+
+plan: $(STAMP)  ## Find the fastest k and draft length for a pair on this machine: MODEL=name
+	$(RUN) gguf_trim plan $(if $(TARGET),$(PAIR),--model "$(MODEL)")
 
 chat: $(STAMP)  ## Talk to a pair: MODEL=name
 	$(RUN) runner.chat --model "$(MODEL)"

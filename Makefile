@@ -4,11 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
-# With TARGET and DRAFTER paths these files are used instead of a pair of the catalog.
-PAIR := $(if $(TARGET),--target "$(TARGET)" --draft "$(DRAFTER)",--model "$(MODEL)")
+# These are read from make's command line only: a variable of the environment may mean something else.
+given = $(if $(filter command,$(firstword $(origin $1))),$($1))
+K_ := $(call given,K)
+TARGET_ := $(call given,TARGET)
+DRAFTER_ := $(call given,DRAFTER)
+COUNTS_ := $(call given,COUNTS)
+# One shell word, whatever is in it.
+quote = '$(subst ','\'',$1)'
+ifneq ($(if $(TARGET_),x),$(if $(DRAFTER_),x))
+$(error give both TARGET and DRAFTER)
+endif
+PAIR := $(if $(TARGET_),--target $(call quote,$(TARGET_)) --draft $(call quote,$(DRAFTER_)),--model $(call quote,$(MODEL)))
 
 # What `make calibrate` makes: COUNTS=file, used by `make trim COUNTS=file`.
-CALIBRATED := $(or $(COUNTS),$(MODEL)-counts.npz)
+CALIBRATED := $(or $(COUNTS_),$(MODEL)-counts.npz)
 
 .PHONY: help install demo test test-all trim calibrate plan chat steps exact lint clean
 
@@ -25,8 +35,8 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## Create .venv and install the project and its tools
 
 demo: $(STAMP)  ## Fetch the default pair, trim its drafter, verify the trim, generate with it
-	$(RUN) gguf_trim prepare --model "$(MODEL)"
-	$(RUN) runner.bench demo --model "$(MODEL)"
+	$(RUN) gguf_trim prepare --model $(call quote,$(MODEL))
+	$(RUN) runner.bench demo --model $(call quote,$(MODEL))
 
 test: $(STAMP) lint  ## Lint and the quick tests (SmolLM2, 94 MB, is fetched once)
 	$(RUN) pytest
@@ -40,24 +50,24 @@ lint: $(STAMP)  ## ruff and mypy
 	$(RUN) mypy
 
 trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384] [COUNTS=file], or TARGET=path DRAFTER=path
-	$(RUN) gguf_trim prepare $(PAIR) $(if $(K),--k "$(K)") $(if $(COUNTS),--counts "$(COUNTS)")
+	$(RUN) gguf_trim prepare $(PAIR) $(if $(K_),--k $(call quote,$(K_))) $(if $(COUNTS_),--counts $(call quote,$(COUNTS_)))
 
 calibrate: $(STAMP)  ## Count what the target itself says to the bundled prompts: MODEL=name [COUNTS=file]
 	target=$$($(RUN) gguf_trim prepare $(PAIR) | head -n 1) && \
-	$(RUN) corpus generate --target "$$target" --split calibrate -o "$(CALIBRATED:.npz=.jsonl)" && \
-	$(RUN) corpus count "$(CALIBRATED:.npz=.jsonl)" --tokenizer "$$target" -o "$(CALIBRATED)"
+	$(RUN) corpus generate --target "$$target" --split calibrate -o $(call quote,$(CALIBRATED:.npz=.jsonl)) && \
+	$(RUN) corpus count $(call quote,$(CALIBRATED:.npz=.jsonl)) --tokenizer "$$target" -o $(call quote,$(CALIBRATED))
 
 plan: $(STAMP)  ## Find the fastest k and draft length for a pair on this machine: MODEL=name
-	$(RUN) gguf_trim plan $(if $(TARGET),$(PAIR),--model "$(MODEL)")
+	$(RUN) gguf_trim plan $(PAIR)
 
-chat: $(STAMP)  ## Talk to a pair: MODEL=name
-	$(RUN) runner.chat --model "$(MODEL)"
+chat: $(STAMP)  ## Talk to a pair: MODEL=name, or TARGET=path DRAFTER=path
+	$(RUN) runner.chat $(PAIR)
 
 steps: $(STAMP)  ## Time the trimmed drafter's step against the uncut one
-	$(RUN) runner.bench steps --model "$(MODEL)"
+	$(RUN) runner.bench steps --model $(call quote,$(MODEL))
 
 exact: $(STAMP)  ## Check token by token that the output is the target's (20 prompts, about 10 minutes)
-	$(RUN) runner.exact --model "$(MODEL)"
+	$(RUN) runner.exact --model $(call quote,$(MODEL))
 
 clean:  ## Remove .venv and caches of the tools (models stay in the cache folder)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .command import Commands
+from .command import FILE, Commands
 from .count import count
 from .counts import Counts, merge
 from .errors import TrimError
@@ -22,8 +22,6 @@ from .show import coverage_table, plot
 from .sources import files_of
 from .template import ChatTemplate
 from .vocabulary import Vocabulary
-
-FILE = click.Path(path_type=Path)
 
 
 @click.group(cls=Commands)
@@ -57,6 +55,9 @@ def count_command(
         raise click.UsageError("--dask counts whole files: no --max-tokens, no hf:")
     bad: list[str] = []
     files = files_of(list(sources))
+    for path in (tokenizer, *(Path(file) for file, _ in files)):
+        if output.exists() and path.exists() and output.samefile(path):
+            raise TrimError(f"{output}: is one of the inputs; choose another output name")
     total = sum(Path(file).stat().st_size for file, _ in files if not file.startswith("hf:"))
     started = time.perf_counter()
     if dask is not None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .errors import TrimError
 from .progress import stderr
+
+# Whether a file can be read is found out by reading it, in one sentence and with exit code 1.
+FILE = click.Path(path_type=Path, readable=False)
 
 
 class Commands(click.Group):
@@ -32,11 +39,22 @@ class OneCommand(click.Command):
 
 
 def _reporting(main: Any, *args: Any, **kwargs: Any) -> Any:
+    # A stream that was closed is read and written as if it were empty.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
         return main(*args, **kwargs)
     except TrimError as error:
         stderr.print(f"Error: {error}", markup=False)
-        sys.exit(1)
+    except OSError as error:
+        # What no caller could name better: a folder that may not be entered, a name too long, a full stdout.
+        where = "the output" if error.filename is None else error.filename
+        stderr.print(f"Error: {where}: {error.strerror or error}", markup=False)
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or Python says it again at exit
+    sys.exit(1)
 
 
 def _interruptible(invoke: Any, ctx: click.Context) -> Any:

@@ -138,7 +138,7 @@ class Counts:
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}; {remedy}") from error
         except Exception as error:  # damage shows as any error of numpy, zipfile and zlib
-            raise FileFormatError(f"{bad} ({str(error).partition(chr(10))[0]}); {remedy}") from error
+            raise FileFormatError(f"{bad}: {type(error).__name__} while reading it; {remedy}") from error
         ids, counts, n = fields["ids"], fields["counts"], fields["n_tokens"]
         if not all(np.issubdtype(array.dtype, np.integer) for array in (ids, counts, n)):
             raise FileFormatError(f"{bad}: its ids and counts are not whole numbers; {remedy}")

@@ -47,8 +47,8 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise TrimError(f"{path}: is a folder; name a file to write")
+        if path.exists() and not path.is_file():
+            raise TrimError(f"{path}: is a folder or a device; name a file to write")
         _sweep(path)
         try:
             with open(part, "wb") as file:

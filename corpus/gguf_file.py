@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import stat
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +102,8 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise self._bad("it is not a regular file")
             with open(self.path, "rb") as file:
                 self.size = file.seek(0, 2)
                 if self.size < 24:

@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +66,25 @@ def physical_cores() -> int:
     return max(1, (os.cpu_count() or 2) // 2)
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold a Ctrl-C back while llama.cpp calls into Python, where ctypes would drop it, and raise it afterwards.
+
+    Yields a function that says whether to go on. Only the main thread gets signals, so elsewhere nothing is changed.
+    """
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: True
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield lambda: not pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            raise KeyboardInterrupt
+
+
 class _Owner:
     """Something that holds memory of llama.cpp's: closed by `with`, by close(), at the latest by the collector."""
 
@@ -96,7 +118,10 @@ class Model(_Owner):
         if not self.path.is_file():
             raise EngineError(f"{self.path}: there is no such file")
         _LAST_ERRORS.clear()
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
+        with _interruptible() as go_on:
+            params.progress_callback = progress = llama_cpp.llama_progress_callback(lambda *_: go_on())
+            self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
+            del progress  # kept alive until here
         if self._model is None:
             raise EngineError(f"{self.path}: llama.cpp cannot load it: {_last_error()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
@@ -122,7 +147,7 @@ class Model(_Owner):
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool = True) -> list[int]:
         """Token ids of a text; `special` reads `<|im_end|>` and its like as tokens, `add_bos` as the model wants it."""
-        data = text.encode("utf-8")
+        data = text.encode("utf-8", "replace")  # bytes of an argument that were no UTF-8
         room = len(data) + 8
         ids = (llama_cpp.llama_token * room)()
         n = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, add_bos, special)
@@ -176,10 +201,11 @@ class Context(_Owner):
         params.swa_full = True  # a sliding window that forgets cannot be rewound
         params.no_perf = True
         _LAST_ERRORS.clear()
-        self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
+        with _interruptible():
+            self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
         if self._ctx is None:
             raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {_last_error()}; try a smaller --ctx-size")
-        self.n_ctx: int = llama_cpp.llama_n_ctx(self._ctx)
+        self.n_ctx: int = min(n_ctx, llama_cpp.llama_n_ctx(self._ctx))  # llama.cpp rounds up
         self.n_batch = n_batch
         self.n_outputs = params.n_outputs_max
         self.n_past = 0
@@ -372,7 +398,8 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     _LAST_ERRORS.clear()
     try:
-        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
+        with _interruptible():
+            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
         if code:
             raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {_last_error()}")
         part.replace(out)

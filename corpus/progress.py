@@ -23,7 +23,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 @contextlib.contextmanager
 def progress(title: str, total: float | None, unit: str = "") -> Iterator[Callable[[float], None]]:
     """Show a bar with the time left and yield `advance(amount)`; `unit` is "B" for bytes, else a plural noun."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)]
     if unit == "B":
         columns += [DownloadColumn(), TransferSpeedColumn()]
     else:

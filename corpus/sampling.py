@@ -36,7 +36,7 @@ class Distribution:
 class Sampling:
     """llama.cpp's sampler settings with its defaults and its order: top-k, top-p, min-p, temperature.
 
-    temp <= 0 is greedy; top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off.
+    temp 0 is greedy; top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off.
     """
 
     temp: float = 0.8
@@ -46,7 +46,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temp <= 0
+        return self.temp < 1e-6  # below that a double cannot tell it from greedy
 
     def distribution(self, logits: np.ndarray, ids: np.ndarray | None = None) -> Distribution:
         """The distribution these settings make of one row of logits (float32, n).

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from corpus.command import Commands
+from corpus.command import FILE, Commands
 from corpus.errors import TrimError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import quantize
@@ -23,8 +23,6 @@ from .layout import EMBEDDING, Cut
 from .plan_command import auto_k, plan_command
 from .prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
 from .verify import Verification, verify
-
-FILE = click.Path(path_type=Path)
 
 
 class KType(click.ParamType):  # type: ignore[type-arg]

@@ -25,7 +25,12 @@ USER_CATALOG = platformdirs.user_config_path(APP) / "catalog.toml"
 def cache_folder() -> Path:
     """Where fetched models and trimmed drafters live; GGUF_TRIM_CACHE overrides the system's cache folder."""
     override = os.environ.get("GGUF_TRIM_CACHE")
-    return Path(override).expanduser() if override else platformdirs.user_cache_path(APP)
+    return expand(override) if override else platformdirs.user_cache_path(APP)
+
+
+def expand(path: str) -> Path:
+    """A path with its ~ expanded; an unknown user's stays as it is, where Path.expanduser would raise."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @dataclass(frozen=True)
@@ -65,18 +70,21 @@ class Catalog:
             data = tomllib.loads(text)
             for name, fields in data.get("models", {}).items():
                 sources = _checked(fields["sources"])
-                file = fields.get("file") or next(
+                names = [
                     Path(value["file"] if kind == "hub" else value).name
                     for source in sources
                     for kind, value in source.items()
                     if kind in ("hub", "path")
-                )
+                ]
+                file = fields.get("file") or (names[0] if names else fields["file"])
+                if not isinstance(file, str):
+                    raise TypeError(f"the file of {name} is not a name")
                 self.models[name] = Entry(name, file, sources, fields.get("size"), fields.get("sha256"))
             for name, fields in data.get("pairs", {}).items():
                 self.pairs[name] = Pair(name, self.models[fields["target"]], self.models[fields["drafter"]])
         except tomllib.TOMLDecodeError as error:
             raise FileFormatError(f"{origin}: is not valid TOML: {error}") from error
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{origin}: an entry is incomplete ({error}); compare the shipped one") from error
 
 

@@ -39,7 +39,10 @@ class Trimmed:
                 f"{file.path}: was trimmed by another version of this program (format {version}, "
                 f"known: {FORMAT_VERSION}); trim the original drafter again"
             )
-        companion = GGUFFile(companion_path(file.path))
+        beside = companion_path(file.path)
+        if not beside.exists():
+            raise FileFormatError(f"{beside}: is missing and belongs beside {file.path.name}: move it or trim again")
+        companion = GGUFFile(beside)
         known = "gguf_trim.source_id" in file.fields.keys() & companion.fields.keys()
         if not known or companion.raw("gguf_trim.source_id") != file.raw("gguf_trim.source_id"):
             raise FileFormatError(

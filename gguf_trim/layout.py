@@ -77,7 +77,7 @@ class Cut:
 
 
 def _text(text: str) -> bytes:
-    data = text.encode("utf-8")
+    data = text.encode("utf-8", "replace")  # a file name need not be UTF-8
     return struct.pack("<Q", len(data)) + data
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from corpus.command import FILE
 from corpus.counts import Counts
 from corpus.errors import TrimError
 from corpus.files import write_whole
@@ -38,7 +39,6 @@ from .planner import (
 )
 from .prepare import DEFAULT_MODEL
 
-FILE = click.Path(path_type=Path)
 TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
 
 

@@ -74,14 +74,20 @@ def prepare(
     out = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
     if is_this_cut(out, cut):
         return Prepared(target, drafter, out)
-    with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
-        write(cut, out, advance)
-    with progress("verifying", sum(t.n_bytes for t in cut.source.tensors.values()), "B") as advance:
-        result = verify(out, drafter, advance)
-    if not result.ok:
-        out.unlink()
-        companion_path(out).unlink()
-        raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
+    # Under another name until it is proven, so that a cut found under its own name always is.
+    unproven = out.with_name(f"{out.stem}.unproven.gguf")
+    try:
+        with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
+            write(cut, unproven, advance)
+        with progress("verifying", sum(t.n_bytes for t in cut.source.tensors.values()), "B") as advance:
+            result = verify(unproven, drafter, advance)
+        if not result.ok:
+            raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
+        companion_path(unproven).replace(companion_path(out))
+        unproven.replace(out)
+    finally:
+        companion_path(unproven).unlink(missing_ok=True)
+        unproven.unlink(missing_ok=True)
     stderr.print(
         f"{out.name}: {result.kept} rows, greatest logit difference {result.max_logit_difference:g}", markup=False
     )

@@ -54,7 +54,7 @@ def verify(trimmed: Path, source: Path, advance: Callable[[float], object] = lam
     """
     cut, original = Trimmed.open(trimmed), GGUFFile(source)
     if (reason := why_not(original)) is not None:
-        raise FileFormatError(f"{original.path}: {reason}")
+        raise FileFormatError(f"{original.path}: is no --source to verify with: {reason}")
     differences = _structure(cut, original, advance)
     if differences:  # logits of files that differ say nothing more
         return Verification(len(cut.d2t), 0, None, None, differences)

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import numpy as np
 
-from corpus.command import Commands
+from corpus.command import FILE, Commands
 from corpus.gguf_file import GGUFFile
 from corpus.llama import physical_cores
 from corpus.progress import progress
@@ -92,7 +92,7 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) 
 
 @main.command("steps")
 @model_options
-@click.option("--full", type=click.Path(path_type=Path), help="The uncut drafter to compare with.")
+@click.option("--full", type=FILE, help="The uncut drafter to compare with.")
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
 def steps_command(models: Callable[[], Models], full: Path | None, repeat: int) -> None:
     """The one-token draft step of the trimmed drafter against the uncut one, alternating."""

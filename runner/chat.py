@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from corpus.command import OneCommand
+from corpus.errors import TrimError
 from corpus.progress import stderr
 from corpus.sampling import Sampling
 
@@ -100,7 +101,11 @@ def _talk(chat: Chat) -> None:
             if not chat.command(line):
                 return
         elif line:
-            record = chat.ask(line, _write)
+            try:
+                record = chat.ask(line, _write)
+            except TrimError as error:  # the conversation goes on
+                stderr.print(f"Error: {error}", markup=False)
+                continue
             _write("\n")
             stderr.print(f"[{record.line()}]", markup=False, style="dim")
 

@@ -82,9 +82,10 @@ class Reader:
         n = min(len(self.held), len(text), at_most)
         if self.held[:n] != text[:n]:
             n = next(i for i in range(n) if self.held[i] != text[i])
+        # In this order, an interruption in between leaves a record that claims too little, which `settle` mends.
+        del self.held[n:]
         if n < self.context.n_past:
             self.context.truncate(n)
-        del self.held[n:]
 
     def read(self, tokens: Sequence[int], outputs: int) -> np.ndarray:
         """Append tokens and return the logits of the last `outputs` of them (a view until the next read)."""
@@ -160,6 +161,8 @@ def open_drafter(
     Raises VocabularyMismatch where an id would not mean the same to both, naming both files.
     """
     file = GGUFFile(path)
+    if "gguf_trim.companion" in file.fields:
+        raise EngineError(f"{path}: is the companion of a trimmed drafter; give the file beside it")
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     model = Model(path, n_gpu_layers)

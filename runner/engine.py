@@ -109,6 +109,8 @@ class Engine:
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
             raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as --draft")
+        if "gguf_trim.companion" in file.fields:
+            raise EngineError(f"{target}: is the companion of a trimmed drafter, not a model")
         vocabulary = Vocabulary(file)
         self.model = Model(target, n_gpu_layers)
         try:

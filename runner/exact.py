@@ -26,7 +26,7 @@ from typing import Any
 import click
 import numpy as np
 
-from corpus.command import OneCommand
+from corpus.command import FILE, OneCommand
 from corpus.errors import TrimError
 from corpus.llama import Context
 from corpus.progress import progress
@@ -135,7 +135,7 @@ def check_prompt(engine: Engine, context: Context, name: str, prompt: list[int],
 
 @click.command(cls=OneCommand)
 @model_options
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON lines.  [default: the bundled ones]")
+@click.option("--prompts", type=FILE, help="JSON lines.  [default: the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the prompts.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
 @click.option("--draft-max", type=click.IntRange(1, 16), default=DRAFT_MAX, show_default=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -10,12 +11,11 @@ from typing import Any
 
 import click
 
+from corpus.command import FILE
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
 from .engine import DRAFT_MAX, Engine
-
-FILE = click.Path(path_type=Path)
 
 
 def _stack(command: Any, options: list[Callable[..., Any]]) -> Any:
@@ -82,7 +82,7 @@ def model_options(command: Any) -> Any:
             click.option("--draft", type=FILE, help="The drafter's GGUF, trimmed or not; without it: plain decoding."),
             click.option("-ngl", "--n-gpu-layers", type=int, help="Layers on the GPU.  [default: llama.cpp's]"),
             click.option(
-                "-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]"
+                "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: as many as physical cores]"
             ),
             click.option(
                 "-c", "--ctx-size", type=click.IntRange(8), default=4096, show_default=True, help="Tokens of context."
@@ -96,6 +96,9 @@ def sampling_options(command: Any) -> Any:
 
     @wraps(command)
     def with_sampling(temp: float, top_k: int, top_p: float, min_p: float, **others: Any) -> Any:
+        for name, value in (("temp", temp), ("top-p", top_p), ("min-p", min_p)):
+            if not math.isfinite(value):
+                raise click.UsageError(f"--{name} {value}: is not a number to sample with")
         return command(sampling=Sampling(temp, top_k, top_p, min_p), **others)
 
     default = Sampling()

@@ -57,8 +57,14 @@ def generate(
     text = list(prompt)
     n_ctx = target.context.n_ctx
     if len(text) > n_ctx:
-        raise EngineError(f"a prompt of {len(text)} tokens does not fit a context of {n_ctx}; raise --ctx-size")
+        raise EngineError(
+            f"a conversation of {len(text)} tokens does not fit a context of {n_ctx}: raise --ctx-size (this model was "
+            f"trained on {target.context.model.n_ctx_train}), shorten it, or /reset"
+        )
     left = min(max_tokens, n_ctx - len(text) + 1)
+    # Where an interruption cut the settling of the last answer short.
+    target.settle()
+    drafter.settle()
     try:
         target.keep(text, len(text) - 1)
         if rest := text[len(target.held) : -1]:

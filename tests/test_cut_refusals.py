@@ -97,7 +97,7 @@ def test_no_gguf_and_no_file(folder: Path) -> None:
     (folder / "m.gguf").write_text("something else, and longer than a header")
     assert "does not begin with the letters GGUF" in refused(folder / "m.gguf", folder / "t.gguf")
     assert "cannot be read" in refused(folder / "missing.gguf", folder / "t.gguf")
-    assert "cannot be read" in refused(folder, folder / "t.gguf")
+    assert "not a regular file" in refused(folder, folder / "t.gguf")
 
 
 def test_a_trimmed_file_and_a_companion(folder: Path) -> None:

@@ -138,7 +138,7 @@ def test_context_limit_stops_cleanly(toys, name) -> None:
             rounds = list(engine.rounds(prompt, GREEDY, max_tokens=99))
             assert len(tokens_of(rounds)) == 256 - length + 1
             assert rounds[-1].finish == "length"
-        with pytest.raises(EngineError, match="257 tokens does not fit"):
+        with pytest.raises(EngineError, match="257 tokens does not fit a context of 256"):
             list(engine.rounds([5] * 257, GREEDY, max_tokens=1))
         assert len(tokens_of(run(engine, PROMPTS[0], n=5))) == 5
 

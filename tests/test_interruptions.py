@@ -1,0 +1,173 @@
+"""Ctrl-C and other accidents at the worst moments: the next try is as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from corpus.__main__ import main as corpus
+from corpus.errors import TrimError
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Model, _interruptible
+from corpus.sampling import Sampling
+from gguf_trim import prepare as preparing
+from gguf_trim.cut import plan, source_identity, write
+from gguf_trim.prepare import prepare
+from runner.chat import main as chat
+from runner.engine import Engine
+
+from .conftest import keep_first
+from .toy import write_model
+
+GREEDY = Sampling(temp=0)
+
+
+def test_ctrl_c_while_llama_cpp_calls_back_is_raised_afterwards() -> None:
+    """ctypes drops an exception raised inside a callback, such as that of the log while a model loads."""
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), _interruptible() as go_on:
+        assert go_on()
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(go_on())
+    assert reached == [False]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_stops_a_load(toys, monkeypatch) -> None:
+    import llama_cpp
+
+    load = llama_cpp.llama_model_load_from_file
+
+    def interrupted(path, params):
+        os.kill(os.getpid(), signal.SIGINT)
+        return load(path, params)
+
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Model(toys["target"])
+    monkeypatch.undo()
+    Model(toys["target"]).close()
+
+
+@pytest.mark.parametrize("who", ["target", "drafter"])
+def test_second_ctrl_c_while_the_first_is_settled(toys, monkeypatch, who: str) -> None:
+    """Whatever the caches were left with, the next answer is the one of a fresh engine."""
+    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+        engine.model.is_end = lambda token: False
+        ids = engine.model.tokenize("the king and the sea")
+        wanted = [token for r in engine.rounds(ids, GREEDY, max_tokens=30) for token in r.tokens]
+        reader = engine.reader if who == "target" else engine.drafter._reader
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        for stop in range(4):
+            rounds = engine.rounds(engine.model.tokenize("of tea"), GREEDY, max_tokens=30)
+            for _ in range(stop + 1):
+                next(rounds)
+            with monkeypatch.context() as patch:
+                patch.setattr(reader, "settle", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    rounds.close()
+            assert [token for r in engine.rounds(ids, GREEDY, max_tokens=30) for token in r.tokens] == wanted
+
+
+def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> None:
+    """Interrupted or failed while it is verified, it is cut and verified again."""
+    monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
+    honest, calls = preparing.verify, []
+
+    def accident(*args, **settings):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return honest(*args, **settings)
+
+    monkeypatch.setattr(preparing, "verify", accident)
+    choose = keep_first(400)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(target=toys["target"], drafter=toys["wrong"], choose=choose)
+    assert list((tmp_path / "trimmed").iterdir()) == []
+    done = prepare(target=toys["target"], drafter=toys["wrong"], choose=choose)
+    assert len(calls) == 2
+    assert prepare(target=toys["target"], drafter=toys["wrong"], choose=choose) == done
+    assert len(calls) == 2  # proven once is enough
+    assert len(list((tmp_path / "trimmed").iterdir())) == 2
+
+
+def test_checkpoints_of_one_model_are_told_apart(tmp_path) -> None:
+    """Same name, same embeddings, other layers: another drafter."""
+    path = write_model(tmp_path / "m.gguf")
+    first = source_identity(GGUFFile(path))
+    tensor = GGUFFile(path).tensors["blk.0.ffn_down.weight"]
+    with open(path, "r+b") as file:
+        file.seek(tensor.offset + 40)
+        file.write(b"\x01\x02")
+    assert source_identity(GGUFFile(path)) != first
+
+
+def test_a_trim_replaces_only_what_a_trim_has_made(toys, tmp_path) -> None:
+    precious = tmp_path / "precious.gguf"
+    precious.write_bytes(toys["wrong"].read_bytes())
+    cut = plan(toys["target"], keep_first(300))
+    with pytest.raises(TrimError, match="was not made by this program"):
+        write(cut, precious)
+    assert precious.read_bytes() == toys["wrong"].read_bytes()
+    write(cut, tmp_path / "mine.gguf")
+    write(plan(toys["target"], keep_first(320)), tmp_path / "mine.gguf")
+    assert GGUFFile(tmp_path / "mine.gguf").get("gguf_trim.k") > cut.keep.k
+
+
+def test_counts_never_replace_their_inputs(toys, tmp_path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the king")
+    model = tmp_path / "m.gguf"
+    model.write_bytes(toys["target"].read_bytes())
+    for output in (text, model):
+        before = output.read_bytes()
+        done = CliRunner().invoke(corpus, ["count", str(text), "--tokenizer", str(model), "-o", str(output)])
+        assert done.exit_code == 1
+        assert "is one of the inputs" in done.stderr
+        assert output.read_bytes() == before
+    done = CliRunner().invoke(corpus, ["count", str(text), "--tokenizer", str(model), "-o", "/dev/null"])
+    assert done.exit_code == 1
+    assert not Path("/dev/null").is_file()
+
+
+def test_one_message_too_long_does_not_end_the_conversation(toys) -> None:
+    lines = f"hello\n{'the sea ' * 200}\nhello\n/quit\n"
+    done = CliRunner().invoke(chat, ["--target", str(toys["target"]), "-c", "64", "-n", "4"], input=lines)
+    assert done.exit_code == 0
+    assert "does not fit a context of 64" in done.stderr
+    assert done.stderr.count("tok/s") == 2
+
+
+@pytest.mark.parametrize("option", ["--temp", "--top-p", "--min-p"])
+def test_what_is_not_a_number_is_wrong_usage(toys, option: str) -> None:
+    done = CliRunner().invoke(chat, ["--target", str(toys["target"]), option, "nan", "-p", "x"])
+    assert done.exit_code == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_fifo_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "f.gguf")
+    with pytest.raises(TrimError, match="not a regular file"):
+        GGUFFile(tmp_path / "f.gguf")
+
+
+def test_companions_are_called_by_their_name(toys, tmp_path) -> None:
+    beside = toys["good-trimmed"].with_name("good-trimmed.vocab.gguf")
+    for arguments in (["--target", str(beside)], ["--target", str(toys["target"]), "--draft", str(beside)]):
+        done = CliRunner().invoke(chat, [*arguments, "-p", "x"])
+        assert done.exit_code == 1
+        assert "is the companion of a trimmed drafter" in done.stderr
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(toys["good-trimmed"].read_bytes())
+    done = CliRunner().invoke(chat, ["--target", str(toys["target"]), "--draft", str(alone), "-p", "x"])
+    assert done.exit_code == 1
+    assert "belongs beside alone.gguf" in done.stderr.replace("\n", " ")

@@ -1,0 +1,83 @@
+"""README stays true: its commands run, its make targets exist, its figures stand in a record under docs/results/."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [line.strip().partition("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+PYTHON = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
+MAKE = [line for line in COMMANDS if line.startswith("make ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """The files the step-by-step part speaks of: SmolLM2 as its own drafter."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("target.gguf", "drafter.gguf"):
+        shutil.copy(smollm2, folder / name)
+    (folder / "my-texts").mkdir()
+    (folder / "my-texts" / "a.txt").write_text("the king and the sea\n" * 200)
+    return folder
+
+
+def slow(line: str) -> bool:
+    return "--types" in line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(line, marks=pytest.mark.slow) if slow(line) else line for line in PYTHON if "--model" not in line],
+)
+def test_command_runs(line: str, folder: Path) -> None:
+    """In README's order, each using what the ones before have made; chats are left at once."""
+    if "runner.chat --prompt" in line:
+        line += " --target target.gguf -n 8"  # the default pair is 1.6 GB
+    arguments = [sys.executable, *shlex.split(line)[1:]]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    done = subprocess.run(arguments, cwd=folder, input="/quit\n", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", MAKE)
+def test_make_knows_it(line: str) -> None:
+    done = subprocess.run([*shlex.split(line), "-n"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def record(name: str) -> dict:
+    found = sorted((ROOT / "docs" / "results").glob(f"*-{name}.json"))
+    return json.loads(found[-1].read_text("utf-8"))
+
+
+def test_figures_are_those_of_the_records() -> None:
+    steps, exact, demo = record("steps"), record("exact"), record("demo")
+    wanted = [
+        f"{steps['median_ratio']:.3f}",
+        f"{steps['bytes']['trimmed'] / steps['bytes']['full']:.3f}",
+        f"{exact['tokens']:,}",
+        f"{exact['greatest_gap']:.2f}",
+        f"{exact['noise']:.2f}",
+        f"{exact['parted']} of {len(exact['prompts'])}",
+        exact["machine"]["date"],
+    ]
+    for row in demo["prompts"]:
+        drafted = row["drafted"]
+        wanted.append(f"| {drafted['tau']:.2f} | {drafted['acceptance_rate']:.0%} | {row['ratio']:.2f} |")
+    for figure in wanted:
+        assert figure in README, figure
+    assert exact["replay_faults"] == exact["beyond_noise"] == 0
+
+
+def test_every_file_it_names_is_there() -> None:
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name

@@ -246,8 +246,8 @@ def test_what_is_not_a_gguf_is_refused_with_the_reason(tmp_path: Path, name: str
 
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.gguf"):
-        with pytest.raises(FileFormatError, match="cannot be read") as caught:
+    for path, reason in ((tmp_path, "not a regular file"), (tmp_path / "missing.gguf", "cannot be read")):
+        with pytest.raises(FileFormatError, match=reason) as caught:
             GGUFFile(path)
         assert str(path) in str(caught.value)
 

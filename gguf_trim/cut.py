@@ -178,7 +178,7 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
 
 
 def _is_ours(path: Path, mark: str) -> bool:
-    """Whether a file is an output of an earlier cut, which may be replaced: it, or what is left of it, bears the mark."""
+    """Whether a file is an output of an earlier cut, which may be replaced: what is there of it bears the mark."""
     with open(path, "rb") as file:
         head = file.read(4 * CHUNK)  # metadata comes first; that of a companion holds a vocabulary
     return not head or mark.encode() in head

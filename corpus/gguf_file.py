@@ -141,7 +141,6 @@ class GGUFFile:
                 raise self._bad(f"the key {field.key} appears twice")
             self.fields[field.key] = field
             position = field.end
-        self.fields_end = position
         self.alignment = DEFAULT_ALIGNMENT
         if (field_ := self.fields.get("general.alignment")) is not None:
             self.alignment = int(np.frombuffer(buffer, "<u4", 1, field_.value)[0])

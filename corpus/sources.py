@@ -40,12 +40,10 @@ class Reader:
     field: str = "text"
     template: ChatTemplate | None = None
     bad: Callable[[str], None] | None = None
-    n_bad: int = 0
 
     def _skip(self, reason: str) -> None:
         if self.bad is None:
             raise FileFormatError(f"{reason}; mend it, choose --field, or count without it (--skip-bad)")
-        self.n_bad += 1
         self.bad(reason)
 
     def documents(self, source: str, named: bool = True) -> Iterator[Document]:

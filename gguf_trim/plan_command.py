@@ -227,9 +227,10 @@ def plot(plans: list[Plan], path: Path) -> None:
     for plan in plans:
         n = plan.best.draft_max
         line = [choice for choice in plan.choices if choice.draft_max == n]
-        sizes = [choice.k for choice in line]
-        left.plot(sizes, [choice.acceptance_rate for choice in line], label=f"acceptance, {plan.type}")
-        right.plot(sizes, [choice.mbsu_bytes for choice in line], "--", label=f"MBSU by bytes, {plan.type}")
+        every_k = plan.matches.curve()[1:] / plan.matches.positions
+        left.plot(range(1, len(every_k) + 1), every_k, label=f"acceptance, {plan.type}")
+        mbsu_bytes = [choice.mbsu_bytes for choice in line]
+        right.plot([choice.k for choice in line], mbsu_bytes, "--o", label=f"MBSU by bytes, {plan.type}")
     left.set(xscale="log", xlabel="k (rows kept)", ylabel="acceptance")
     right.set_ylabel("MBSU")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")

@@ -134,6 +134,11 @@ def test_command(pair, answers, counts, tmp_path) -> None:
     assert done.exit_code == 0, done.output
     for part in ("best: k = 600", "plain decoding", "drafter Q8_0", "as Q4_0 the target takes"):
         assert part in done.stdout
+    picture = tmp_path / "plan.png"
+    arguments = [*common, "--answers", str(tmp_path / "answers.json"), "--no-measure", "--plot", str(picture)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_answers_are_named(pair, tmp_path) -> None:

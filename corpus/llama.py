@@ -247,10 +247,7 @@ class Context(_Owner):
         edges = [*range(0, n - tail, self.n_batch), n - tail, n]
         for start, end in itertools.pairwise(edges):
             batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
-            _LAST_ERRORS.clear()
-            code = llama_cpp.llama_decode(handle, batch.struct)
-            if code:
-                raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {_last_error()}")
+            self._decode(batch)
             self.n_past += end - start
         if not outputs:
             llama_cpp.llama_synchronize(handle)
@@ -259,6 +256,13 @@ class Context(_Owner):
         pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
         self.seconds += time.perf_counter() - started
         return np.ctypeslib.as_array(pointer, shape=(outputs, self.model.n_vocab))
+
+    def _decode(self, batch: _Batch) -> None:
+        _LAST_ERRORS.clear()
+        with _interruptible():  # llama.cpp may log, and so call into Python, in the middle
+            code = llama_cpp.llama_decode(self.handle, batch.struct)
+        if code:
+            raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {_last_error()}")
 
     def decode_each(
         self, tokens: Sequence[int], sequences: Sequence[int], positions: Sequence[int], outputs: Sequence[bool]
@@ -271,10 +275,7 @@ class Context(_Owner):
         for i, sequence in enumerate(sequences):
             self._ids.struct.seq_id[i][0] = sequence
         started = time.perf_counter()
-        _LAST_ERRORS.clear()
-        code = llama_cpp.llama_decode(self.handle, self._ids.struct)
-        if code:
-            raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {_last_error()}")
+        self._decode(self._ids)
         pointer = llama_cpp.llama_get_logits(self.handle)
         self.seconds += time.perf_counter() - started
         return np.ctypeslib.as_array(pointer, shape=(int(np.count_nonzero(outputs)), self.model.n_vocab))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -33,3 +34,8 @@ def ready_counts(vocabulary: Vocabulary) -> Counts:
             for token in model.tokenize(text, special=False, add_bos=False):
                 dense[token] += count
     return Counts.of(dense, vocabulary, "the shipped pieces, tokenized by this vocabulary")
+
+
+def ranking_counts(vocabulary: Vocabulary, path: Path | None) -> Counts:
+    """The counts that rank: those of a file, or the shipped ones for None."""
+    return Counts.load(path) if path is not None else ready_counts(vocabulary)

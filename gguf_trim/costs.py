@@ -16,10 +16,11 @@ from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model, quantize
 
 from .companion import Trimmed
-from .cut import plan, step_bytes, write
+from .cut import head_tensor, plan, step_bytes, write
 from .keep import Keep
-from .layout import EMBEDDING, HEAD
+from .layout import EMBEDDING
 
+VERIFY_REPEAT = 5  # decodes of each batch size
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
 
 
@@ -46,7 +47,7 @@ class Weights:
 
     @classmethod
     def of(cls, file: GGUFFile) -> Weights:
-        head = file.tensors.get(HEAD) or file.tensors[EMBEDDING]
+        head = head_tensor(file)
         skipped = {head.name, EMBEDDING}
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
         return cls(step_bytes(file) - head.n_bytes, head.n_bytes / head.n_rows, params, head.shape[0])
@@ -74,7 +75,7 @@ def _alternate(steps: Sequence[Callable[[], None]], repeat: int, advance: Callab
 def verify_costs(
     target: Path,
     sizes: Sequence[int] = tuple(range(1, 10)),
-    repeat: int = 5,
+    repeat: int = VERIFY_REPEAT,
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> dict[int, float]:

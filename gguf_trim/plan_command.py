@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from corpus.command import FILE
-from corpus.counts import Counts
 from corpus.errors import TrimError
 from corpus.files import write_whole
 from corpus.generate import generate, read_answers
@@ -17,23 +16,21 @@ from corpus.gguf_file import GGUFFile
 from corpus.llama import Model
 from corpus.progress import progress, stderr
 from corpus.prompts import load_prompts, split, spread
-from corpus.ready import ready_counts
+from corpus.ready import ranking_counts
 from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary, require_same
 
 from .catalog import load_catalog
-from .costs import requantized
+from .costs import VERIFY_REPEAT, requantized, verify_costs
 from .fetch import fetch
 from .keep import keep_order
 from .matches import Matches, grid
 from .planner import (
     AS_SHIPPED,
-    REPEAT,
     Plan,
     TargetAnswer,
     make_plan,
-    measure_verify,
     read_answers_file,
     sampled_acceptance,
 )
@@ -81,7 +78,7 @@ def plan_command(
         target, drafter = fetch(pair.target), fetch(pair.drafter)
     vocabulary = Vocabulary(GGUFFile(drafter))
     require_same(Vocabulary(GGUFFile(target)), vocabulary)
-    ranking = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    ranking = ranking_counts(vocabulary, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         judged = (
             read_answers_file(answers)
@@ -90,8 +87,8 @@ def plan_command(
         )
         verify = None
         if not no_measure:
-            with progress("timing the target", 9 * REPEAT, "decodes") as advance:
-                verify = measure_verify(target, threads, advance)
+            with progress("timing the target", 9 * VERIFY_REPEAT, "decodes") as advance:
+                verify = verify_costs(target, n_threads=threads, advance=advance)
         plans = []
         for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]:
             with progress(f"judging the drafter {type_}", len(judged), "answers") as advance:
@@ -111,8 +108,9 @@ def plan_command(
                 )
         faster = None
         if types and verify is not None:
-            with progress(f"timing the target as {TARGET_TYPE}", 9 * REPEAT, "decodes") as advance:
-                faster = measure_verify(requantized(target, TARGET_TYPE, Path(folder)), threads, advance)
+            quicker = requantized(target, TARGET_TYPE, Path(folder))
+            with progress(f"timing the target as {TARGET_TYPE}", 9 * VERIFY_REPEAT, "decodes") as advance:
+                faster = verify_costs(quicker, n_threads=threads, advance=advance)
     chosen = max(plans, key=lambda plan: plan.best.tokens_per_second or plan.best.mbsu_bytes)
     if as_json:
         click.echo(json.dumps([{**choice.as_json(), "type": plan.type} for plan in plans for choice in plan.choices]))
@@ -137,11 +135,11 @@ def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
     """The k of the fastest choice for this pair on this machine, from a short plan."""
     vocabulary = Vocabulary(GGUFFile(drafter))
     require_same(Vocabulary(GGUFFile(target)), vocabulary)
-    ranking = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    ranking = ranking_counts(vocabulary, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         judged = target_answers(target, None, 16, 64, Path(folder))
-        with progress("timing the target", 9 * REPEAT, "decodes") as advance:
-            verify = measure_verify(target, None, advance)
+        with progress("timing the target", 9 * VERIFY_REPEAT, "decodes") as advance:
+            verify = verify_costs(target, advance=advance)
         with progress("judging the drafter", len(judged), "answers") as advance:
             return make_plan(target, drafter, ranking, judged, verify=verify, advance=advance).best.k
 

@@ -22,7 +22,7 @@ from corpus.llama import Context, Model
 from corpus.sampling import Distribution, Sampling
 from corpus.vocabulary import Vocabulary
 
-from .costs import DraftCost, Weights, draft_cost, requantized, verify_costs
+from .costs import DraftCost, Weights, draft_cost, requantized
 from .keep import keep_order
 from .layout import EMBEDDING
 from .matches import Matches, grid, interval, rank_of
@@ -30,7 +30,6 @@ from .matches import Matches, grid, interval, rank_of
 ROWS = 64  # positions whose logits are held at a time
 DRAFT_LENGTHS = tuple(range(1, 9))
 AS_SHIPPED = "as shipped"
-REPEAT = 5
 
 
 @dataclass(frozen=True)
@@ -255,8 +254,3 @@ def make_plan(
         sizes,
     )
     return Plan(type_, matches, found, draft, 1 / verify[1] if verify else None)
-
-
-def measure_verify(target: Path, n_threads: int | None, advance: Callable[[int], object]) -> dict[int, float]:
-    """The target's decode by batch size 1 to 9."""
-    return verify_costs(target, repeat=REPEAT, n_threads=n_threads, advance=advance)

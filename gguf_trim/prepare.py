@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus.counts import Counts
 from corpus.errors import FileFormatError, TrimError
 from corpus.gguf_file import GGUFFile
 from corpus.progress import progress, stderr
-from corpus.ready import ready_counts
+from corpus.ready import ranking_counts
 from corpus.vocabulary import Vocabulary, require_same
 
 from .catalog import cache_folder, load_catalog
@@ -47,7 +46,7 @@ def choose_rows(
     """
     if keep_file is not None:
         return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-    counted = Counts.load(counts) if counts is not None else ready_counts(vocabulary)
+    counted = ranking_counts(vocabulary, counts)
     if top_p is not None or min_count is not None:
         k = k_for(vocabulary, n_rows, counted, top_p, min_count)
     return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)

@@ -20,6 +20,13 @@ PAIR := $(if $(TARGET_),--target $(call quote,$(TARGET_)) --draft $(call quote,$
 # What `make calibrate` makes: COUNTS=file, used by `make trim COUNTS=file`.
 CALIBRATED := $(or $(COUNTS_),$(MODEL)-counts.npz)
 
+# GCC's header for AMX names 8 of the 64 bytes that the processor reads, so GCC 12 leaves the others unwritten and llama.cpp
+# built by it dies at its first batch of several tokens. Without AMX it runs on AVX-512.
+ifneq ($(shell grep -sm1 amx_tile /proc/cpuinfo),)
+export CFLAGS += -mno-amx-int8
+export CXXFLAGS += -mno-amx-int8
+endif
+
 .PHONY: help install demo test test-all trim calibrate plan chat steps exact lint clean
 
 help:  ## List the targets

@@ -1,0 +1,79 @@
+"""How fast counting and answering are, against the same work done plainly, in turns in one run."""
+
+from __future__ import annotations
+
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from corpus.count import BATCH_CHARS, _batches, count
+from corpus.generate import generate
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Model
+from corpus.prompts import load_prompts, spread
+from corpus.sampling import Sampling
+from corpus.sources import Document
+from corpus.template import ChatTemplate
+from corpus.tokenizer import Counter
+from corpus.vocabulary import Vocabulary
+from gguf_trim.catalog import load_catalog
+from gguf_trim.fetch import fetch
+
+pytestmark = pytest.mark.slow
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def test_counting_keeps_up_with_bare_tokenizing(tmp_path: Path) -> None:
+    """`count` of a file takes at most 1/0.9 of the time that `encode_batch` alone needs for the same texts."""
+    tokenizer = fetch(load_catalog().models["qwen2.5-coder-0.5b-instruct"])
+    texts = [path.read_text("utf-8", "replace") for path in Path(sysconfig.get_path("stdlib")).glob("*.py")] * 4
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, "utf-8")
+    counter = Counter(tokenizer)
+    assert counter.engine == "tokenizers"
+    documents = [Document(text) for text in texts]
+
+    def bare() -> None:
+        for _, batch in _batches(iter(documents)):
+            counter._fast.encode_batch(batch, add_special_tokens=False)
+
+    assert sum(map(len, texts)) > 8 * BATCH_CHARS
+    opening = statistics.median(seconds(lambda: Counter(tokenizer).close()) for _ in range(3))
+    ratios = []
+    for turn in range(6):
+        plain = seconds(bare)
+        ours = seconds(lambda: count([tmp_path], tokenizer)) - opening
+        if turn:
+            ratios.append(plain / ours)
+    counter.close()
+    print(f"count / encode_batch: {statistics.median(ratios):.3f} of {sorted(ratios)}")
+    assert statistics.median(ratios) >= 0.9
+
+
+def test_sixteen_answers_at_a_time_are_three_times_as_fast_as_one(tmp_path: Path) -> None:
+    target = fetch(load_catalog().models["qwen2.5-coder-1.5b-instruct"])
+    file = GGUFFile(target)
+    template = ChatTemplate(file, Vocabulary(file))
+    with Model(target) as model:
+        prompts = [(p.id, p.messages, template.ids(model, p.messages)) for p in spread(load_prompts(None), 32)]
+        rates: dict[int, list[float]] = {1: [], 16: []}
+        for turn in range(3):
+            for at_once, chosen in ((1, prompts[turn::8]), (16, prompts)):
+                out = tmp_path / f"{at_once}-{turn}.jsonl"
+                started = time.perf_counter()
+                tokens = generate(
+                    chosen, model, out, n_parallel=at_once, max_tokens=64, sampling=Sampling(temp=0)
+                )  # fmt: skip
+                rates[at_once].append(tokens / (time.perf_counter() - started))
+    ratio = statistics.median(rates[16]) / statistics.median(rates[1])
+    print(f"16 at a time / one: {ratio:.2f}; tok/s {rates}")
+    assert ratio >= 3

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from .errors import FileFormatError, TrimError
 from .llama import Context, Model
+from .progress import Advance
 from .sampling import Sampling
 
 
@@ -124,7 +126,7 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
     n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
+    advance: Advance = lambda amount, note="": None,
 ) -> int:
     """Append the target's answer to every prompt (id, messages, token ids) that `out` lacks; tokens generated.
 
@@ -140,7 +142,7 @@ def generate(
     longest = max(len(ids) for _, _, ids in todo)
     n_parallel = min(n_parallel, len(todo))
     n_ctx = n_parallel * -(-(longest + max_tokens) // 32) * 32
-    total = 0
+    total, started = 0, time.perf_counter()
     try:
         with (
             Context(model, n_ctx, n_threads, n_outputs=n_parallel, n_sequences=n_parallel) as context,
@@ -168,7 +170,7 @@ def generate(
                 file.flush()
                 os.fsync(file.fileno())
                 total += len(answer.tokens)
-                advance(1)
+                advance(1, f"{total / (time.perf_counter() - started):.1f} tok/s")
     except OSError as error:
         raise TrimError(f"{out}: cannot be written: {error.strerror or error}; answers so far are kept") from error
     return total

@@ -7,6 +7,7 @@ in a numpy buffer); nothing is copied or dequantised to multiply by it.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import lru_cache
@@ -31,7 +32,6 @@ class _TypeTraits(ctypes.Structure):
         ("type_size", c_size_t),
         ("is_quantized", c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
-        ("from_float_ref", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
     ]
 
 
@@ -42,9 +42,10 @@ class _InitParams(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _ggml() -> dict[str, Any]:
     """The functions used here, of libraries that llama_cpp has already loaded; file names differ by system."""
-    functions = {
+    functions: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "ggml-base": {
             "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), [c_int]),
+            "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
             "ggml_init": (c_void_p, [_InitParams]),
             "ggml_free": (None, [c_void_p]),
             "ggml_tensor_overhead": (c_size_t, []),
@@ -78,17 +79,12 @@ def _ggml() -> dict[str, Any]:
     return found
 
 
-def _traits(type_: GGMLQuantizationType) -> _TypeTraits:
-    traits: _TypeTraits = _ggml()["ggml_get_type_traits"](int(type_)).contents
-    return traits
-
-
 def row_bytes(type_: GGMLQuantizationType, n: int) -> int:
     """Bytes of a row of n numbers; n is a whole number of blocks."""
     block, size = GGML_QUANT_SIZES[type_]
     if n % block:
         raise EngineError(f"a row of {n} numbers is no whole number of {type_.name} blocks ({block})")
-    return n // block * size
+    return int(n // block * size)
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -106,7 +102,7 @@ def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray
             out.reshape(-1).view(np.uint8)[:] = rows.reshape(-1)
 
         return copy
-    to_float = _traits(type_).to_float
+    to_float = _ggml()["ggml_get_type_traits"](int(type_)).contents.to_float
     if not to_float:
         raise EngineError(f"ggml cannot expand rows of type {type_.name}")
 
@@ -117,22 +113,18 @@ def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray
 
 
 def quantize_rows(rows: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
-    """float32 (n x columns) as uint8 (n x bytes of a row), by ggml's own row function."""
+    """float32 (n x columns) as uint8 (n x bytes of a row), by ggml's own function."""
     rows = np.ascontiguousarray(rows, np.float32)
-    if type_ == GGMLQuantizationType.F32:
-        return rows.view(np.uint8)
-    shrink = _traits(type_).from_float_ref
-    if not shrink:
-        raise EngineError(f"ggml cannot quantise rows to type {type_.name}")
     out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
-    shrink(rows.ctypes.data, out.ctypes.data, rows.size)
+    _ggml()["ggml_quantize_chunk"](int(type_), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
     return out
 
 
 class Backend:
-    """ggml's CPU backend with a number of threads. On a system with one memory that is where the tables lie."""
+    """ggml's CPU backend with a number of threads. `seconds` adds up the wall time spent in it."""
 
     def __init__(self, n_threads: int) -> None:
+        self.handle, self.seconds = None, 0.0
         ggml = _ggml()
         self.handle = ggml["ggml_backend_init_by_type"](_CPU, None)
         if not self.handle:
@@ -188,6 +180,7 @@ class Product:
             self._memory.append(aligned(4 * count).view(np.float32))
             self._place(last, self._memory[-1])
         ggml["ggml_build_forward_expand"](self._graph, last)
+        self._compute = ggml["ggml_backend_graph_compute"]
 
     def _tensor(self, type_: int, n_columns: int, n_rows: int, memory: np.ndarray) -> Any:
         tensor = _ggml()["ggml_new_tensor_2d"](self._context, int(type_), n_columns, n_rows)
@@ -202,7 +195,10 @@ class Product:
     def __call__(self, vector: np.ndarray) -> np.ndarray:
         """float32 (rows of the last table), a view that the next call overwrites."""
         self._vector[:] = vector
-        if code := _ggml()["ggml_backend_graph_compute"](self._backend.handle, self._graph):
+        started = time.perf_counter()
+        code = self._compute(self._backend.handle, self._graph)
+        self._backend.seconds += time.perf_counter() - started
+        if code:
             raise EngineError(f"ggml could not compute a product ({code})")
         return self._memory[-1]
 

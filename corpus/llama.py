@@ -24,7 +24,6 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 
 from .errors import EngineError
 
@@ -211,6 +210,7 @@ class Context(_Owner):
         self.n_past = 0
         self.seconds = 0.0
         self._memory = llama_cpp.llama_get_memory(self._ctx)
+        self._with_hidden = False
         self._ids = self._batch(0)
         self._vectors: _Batch | None = None
 
@@ -225,18 +225,24 @@ class Context(_Owner):
             raise EngineError(f"{self.model.path}: its context was used after it was closed")
         return self._ctx
 
-    def decode(self, inputs: Sequence[int] | np.ndarray, outputs: int = 1) -> np.ndarray:
+    def decode(self, inputs: Sequence[int] | np.ndarray, outputs: int = 1, hidden: bool = False) -> np.ndarray:
         """Append token ids (n) or input embeddings (n x n_embd, float32) and return the logits of the last `outputs`.
 
-        Returns a view, rows x n_vocab, valid until the next decode. Raises EngineError where the context is full;
-        the cache then still holds what it held before the refused batch.
+        Returns a view, rows x n_vocab, valid until the next decode. With `hidden`, `hidden_states` gives what the head
+        was multiplied by; llama.cpp then needs all n rows as outputs. Raises EngineError where the context is full; the
+        cache then still holds what it held before the refused batch.
         """
         handle = self.handle
         n = len(inputs)
+        if hidden and outputs != n:
+            raise EngineError(f"hidden states of {n} tokens need {n} outputs, not {outputs}")
         if outputs > min(n, self.n_outputs):
             raise EngineError(f"{outputs} rows of logits asked of {n} tokens; the context gives {self.n_outputs}")
         if self.n_past + n > self.n_ctx:
             raise EngineError(f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size")
+        if hidden != self._with_hidden:  # a change makes llama.cpp build its graph anew
+            llama_cpp.llama_set_embeddings(handle, hidden)
+            self._with_hidden = hidden
         if isinstance(inputs, np.ndarray) and inputs.ndim == 2:
             batch = self._vectors = self._vectors or self._batch(self.model.n_embd)
         else:
@@ -256,6 +262,11 @@ class Context(_Owner):
         pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
         self.seconds += time.perf_counter() - started
         return np.ctypeslib.as_array(pointer, shape=(outputs, self.model.n_vocab))
+
+    def hidden_states(self, n: int) -> np.ndarray:
+        """The final hidden states (float32, n x n_embd) of the last decode, a view valid until the next one."""
+        pointer = llama_cpp.llama_get_embeddings(self.handle)
+        return np.ctypeslib.as_array(pointer, shape=(n, self.model.n_embd))
 
     def _decode(self, batch: _Batch) -> None:
         _LAST_ERRORS.clear()
@@ -332,49 +343,6 @@ class _Batch:
 
     def free(self) -> None:
         llama_cpp.llama_batch_free(self.struct)
-
-
-class _TypeTraits(ctypes.Structure):
-    _fields_ = [
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float_ref", ctypes.c_void_p),
-    ]
-
-
-@lru_cache(maxsize=1)
-def _ggml() -> ctypes.CDLL:
-    """ggml's base library, already loaded by llama_cpp; its names differ by system and version."""
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll"):
-        if (folder / name).exists():
-            library = ctypes.CDLL(str(folder / name))
-            library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-            library.ggml_get_type_traits.argtypes = [ctypes.c_int]
-            return library
-    raise EngineError(f"{folder}: no ggml library; install llama-cpp-python again")
-
-
-def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], None]:
-    """ggml's own row function: (bytes of rows, float32 out) -> None; the very function its CPU get_rows uses."""
-    if type_ == GGMLQuantizationType.F32:
-
-        def copy(rows: np.ndarray, out: np.ndarray) -> None:
-            out.reshape(-1).view(np.uint8)[:] = rows.reshape(-1)
-
-        return copy
-    to_float = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
-    if not to_float:
-        raise EngineError(f"ggml cannot expand rows of type {type_.name}")
-
-    def expand(rows: np.ndarray, out: np.ndarray) -> None:
-        to_float(rows.ctypes.data, out.ctypes.data, out.size)
-
-    return expand
 
 
 _FTYPES = {

@@ -6,8 +6,11 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import FileFormatError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def split(prompts: list[Prompt], part: str) -> list[Prompt]:
     return [prompt for i, prompt in enumerate(prompts) if (i % 5 == 4) == (part == "judge")]
 
 
-def spread(prompts: list[Prompt], n: int) -> list[Prompt]:
+def spread(prompts: list[T], n: int) -> list[T]:
     """n of the prompts, at even distances, so that every task has its share."""
     n = min(n, len(prompts))
     return [prompts[i * len(prompts) // n] for i in range(n)]

@@ -22,6 +22,7 @@ from .describe import describe
 from .layout import EMBEDDING, Cut
 from .plan_command import auto_k, plan_command
 from .prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
+from .speculator import add_speculator
 from .verify import Verification, verify
 
 
@@ -147,6 +148,18 @@ def _proof(result: Verification) -> str:
         f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
         f"{result.max_logit_difference:g} over {result.positions} positions"
     )
+
+
+@main.command("speculator")
+@click.argument("trimmed", type=FILE)
+@click.option("--calibration", type=FILE, help="Answers from `python -m corpus generate`.  [default: those that ship]")
+@click.option("--rank", "-r", type=click.IntRange(1), help="Numbers a token is scored by.  [default: n_embd / 8]")
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+def speculator_command(trimmed: Path, calibration: Path | None, rank: int | None, threads: int | None) -> None:
+    """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
+    made = add_speculator(trimmed, calibration, rank, threads)
+    stderr.print(f"rank {made.rank}, fitted on {made.n_positions} positions")
+    click.echo(str(companion_path(trimmed)))
 
 
 @main.command("inspect")

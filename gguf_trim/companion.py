@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from corpus.errors import FileFormatError
+from corpus.ggml import dequantizer
 from corpus.gguf_file import GGUFFile
-from corpus.llama import dequantizer
 from corpus.vocabulary import Vocabulary
 
 from .cut import FORMAT_VERSION, companion_path

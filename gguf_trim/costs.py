@@ -7,18 +7,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, quantize
+from corpus.llama import Context, Model, physical_cores, quantize
 
+from .added import TIMED_CORE
 from .companion import Trimmed
 from .cut import head_tensor, plan, step_bytes, write
+from .dynamic import DynamicHead
 from .keep import Keep
 from .layout import EMBEDDING
+from .speculator import Speculator
 
 VERIFY_REPEAT = 5  # decodes of each batch size
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
@@ -31,6 +36,7 @@ class DraftCost:
     fixed: float
     per_row: float
     measured: dict[int, float]
+    added: dict[str, float] = field(default_factory=dict)  # what rows added at every step cost more, by vocab
 
     def at(self, k: int) -> float:
         return self.measured.get(k, self.fixed + self.per_row * k)
@@ -52,10 +58,10 @@ class Weights:
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
         return cls(step_bytes(file) - head.n_bytes, head.n_bytes / head.n_rows, params, head.shape[0])
 
-    def bytes_at(self, k: int) -> float:
+    def bytes_at(self, k: float) -> float:
         return self.fixed_bytes + self.row_bytes * k
 
-    def params_at(self, k: int) -> int:
+    def params_at(self, k: float) -> float:
         return self.fixed_params + self.row_params * k
 
 
@@ -100,12 +106,17 @@ def draft_cost(
     repeat: int = 20,
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    speculator: Speculator | None = None,
 ) -> DraftCost:
-    """Seconds of a draft step by k, measured on real cuts of `drafter` to the given sizes and on the whole of it."""
+    """Seconds of a draft step by k, measured on real cuts of `drafter` to the given sizes and on the whole of it.
+
+    With a speculator also what it costs to add rows at every step, to a cut of TIMED_CORE rows.
+    """
     n_rows = GGUFFile(drafter).tensors[EMBEDDING].n_rows
+    core = min(TIMED_CORE, n_rows // 2)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder, contextlib.ExitStack() as stack:
-        steps = []
-        for k in sizes:
+        steps: dict[int | str, Callable[[], None]] = {}
+        for k in sorted({*sizes, core} if speculator else sizes):
             path = Path(folder) / f"k{k}.gguf"
             if k == n_rows:
                 path = drafter
@@ -119,15 +130,27 @@ def draft_cost(
             feed = table.rows if table else list
             context.decode(feed([1] * N_CONTEXT), 0)
 
-            def step(context: Context = context, feed: Callable[..., object] = feed) -> None:
-                context.decode(feed([100]))  # type: ignore[arg-type]
+            def step(
+                head: DynamicHead | None = None, context: Context = context, feed: Callable[..., object] = feed
+            ) -> None:
+                context.decode(feed([100]), 1, head is not None)  # type: ignore[arg-type]
+                if head is not None:
+                    head.logits(context.hidden_states(1)[0])
                 context.truncate(N_CONTEXT)
 
-            steps.append(step)
-        seconds = _alternate(steps, repeat, advance)
-    measured = {k: statistics.median(found) for k, found in zip(sizes, seconds, strict=True)}
+            steps[k] = step
+            if speculator is not None and k == core:
+                backend = Backend(n_threads or physical_cores())
+                for vocab, using in (("context", None), ("spec", speculator)):
+                    head = DynamicHead(Trimmed.open(path), backend, using)
+                    head.follow(np.linspace(core, n_rows - 1, N_CONTEXT // 2).astype(int).tolist())
+                    steps[vocab] = partial(step, head)
+        seconds = _alternate(list(steps.values()), repeat, advance)
+    medians = {name: statistics.median(found) for name, found in zip(steps, seconds, strict=True)}
+    added = {name: value - medians[core] for name, value in medians.items() if isinstance(name, str)}
+    measured = {name: value for name, value in medians.items() if isinstance(name, int)}
     slope, fixed = np.polyfit(list(measured), list(measured.values()), 1) if len(measured) > 1 else (0.0, 0.0)
-    return DraftCost(float(fixed), float(slope), measured)
+    return DraftCost(float(fixed), float(slope), measured, added)
 
 
 def requantized(path: Path, type_: str, folder: Path) -> Path:

@@ -7,6 +7,7 @@ drafts t iff t is kept and no beater is: r(t) < k <= min r(beater). So every pos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,18 @@ def interval(logits: np.ndarray, target: int, rank: np.ndarray) -> tuple[int, in
     """
     if target >= len(rank):
         return len(rank), 0
-    value = logits[target]
-    beats = logits > value
-    beats[:target] |= logits[:target] == value
+    beats = beaters(logits, target)
     low = int(rank[target])
     high = int(rank[beats].min()) if beats.any() else len(rank)
     return low, high
+
+
+def beaters(logits: np.ndarray, target: int) -> np.ndarray:
+    """Bool by id: what would be drafted rather than `target`."""
+    value = logits[target]
+    beats: np.ndarray = logits > value
+    beats[:target] |= logits[:target] == value
+    return beats
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,33 @@ class Matches:
 
     def acceptance(self, k: int) -> float:
         """Share of positions at which the drafter cut to k rows drafts the target's token; 0 without positions."""
-        return sum(int(found.sum()) for found in self.right(k)) / self.positions if self.positions else 0.0
+        return share(self.right(k))
 
     def tau(self, k: int, draft_max: int) -> float:
-        """Mean accepted length at a fixed draft length, by running the loop over the matches.
+        """Mean accepted length at a fixed draft length; see `tau_of`."""
+        return tau_of(self.right(k), draft_max)
 
-        A round never drafts past the last token of an answer, as the runner never drafts past max_tokens.
-        """
-        tokens = rounds = 0
-        for right in self.right(k):
-            runs = run_lengths(right)
-            n, i = len(right), 0
-            while i < n:
-                i += min(int(runs[i]), draft_max, n - i - 1) + 1
-                rounds += 1
-            tokens += n
-        return tokens / rounds if rounds else 0.0
+
+def share(rights: Sequence[np.ndarray]) -> float:
+    """Share of positions (bool arrays, one an answer) that are right; 0 without positions."""
+    positions = sum(map(len, rights))
+    return sum(int(right.sum()) for right in rights) / positions if positions else 0.0
+
+
+def tau_of(rights: Sequence[np.ndarray], draft_max: int) -> float:
+    """Mean accepted length at a fixed draft length, by running the loop over the matches.
+
+    A round never drafts past the last token of an answer, as the runner never drafts past max_tokens.
+    """
+    tokens = rounds = 0
+    for right in rights:
+        runs = run_lengths(right)
+        n, i = len(right), 0
+        while i < n:
+            i += min(int(runs[i]), draft_max, n - i - 1) + 1
+            rounds += 1
+        tokens += n
+    return tokens / rounds if rounds else 0.0
 
 
 def run_lengths(right: np.ndarray) -> np.ndarray:

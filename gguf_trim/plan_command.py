@@ -21,20 +21,20 @@ from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary, require_same
 
+from .answers import TargetAnswer, read_answers_file
 from .catalog import load_catalog
 from .costs import VERIFY_REPEAT, requantized, verify_costs
 from .fetch import fetch
 from .keep import keep_order
-from .matches import Matches, grid
+from .matches import grid, tau_of
 from .planner import (
     AS_SHIPPED,
     Plan,
-    TargetAnswer,
     make_plan,
-    read_answers_file,
     sampled_acceptance,
 )
 from .prepare import DEFAULT_MODEL
+from .speculator import fit_to
 
 TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
 
@@ -89,6 +89,7 @@ def plan_command(
         if not no_measure:
             with progress("timing the target", 9 * VERIFY_REPEAT, "decodes") as advance:
                 verify = verify_costs(target, n_threads=threads, advance=advance)
+        speculator = fit_to(drafter, GGUFFile(drafter), n_threads=threads)
         plans = []
         for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]:
             with progress(f"judging the drafter {type_}", len(judged), "answers") as advance:
@@ -104,6 +105,7 @@ def plan_command(
                         n_threads=threads,
                         folder=Path(folder),
                         advance=advance,
+                        speculator=speculator,
                     )
                 )
         faster = None
@@ -117,7 +119,7 @@ def plan_command(
     else:
         for plan in plans:
             click.echo(_table(plan, chosen.best.draft_max))
-        click.echo(_groups(chosen.matches, chosen.best.k, chosen.best.draft_max))
+        click.echo(_groups(chosen))
         click.echo(verdict(chosen, verify, faster))
     if temp > 0:
         sizes = grid(chosen.matches.n_vocab, 0)[::2]
@@ -173,32 +175,34 @@ def target_answers(
 def _table(plan: Plan, draft_max: int) -> str:
     lines = [
         f"drafter {plan.type}: {plan.matches.positions} positions, draft length {draft_max}",
-        f"{'k':>8s} {'acceptance':>10s} {'tau':>6s} {'MBSU params':>11s} {'bytes':>6s} {'tok/s':>7s}",
+        f"{'vocab':7s} {'k':>8s} {'acceptance':>10s} {'tau':>6s} {'MBSU params':>11s} {'bytes':>6s} {'tok/s':>7s}",
     ]
     for choice in plan.choices:
         if choice.draft_max == draft_max:
             speed = f"{choice.tokens_per_second:7.1f}" if choice.tokens_per_second else "      -"
             lines.append(
-                f"{choice.k:8d} {choice.acceptance_rate:10.3f} {choice.tau:6.2f} {choice.mbsu_params:11.2f} "
-                f"{choice.mbsu_bytes:6.2f} {speed}"
+                f"{choice.vocab:7s} {choice.k:8d} {choice.acceptance_rate:10.3f} {choice.tau:6.2f} "
+                f"{choice.mbsu_params:11.2f} {choice.mbsu_bytes:6.2f} {speed}"
             )
     return "\n".join(lines)
 
 
-def _groups(matches: Matches, k: int, draft_max: int) -> str:
-    """Each task and language with the cut and with the whole head: a language the cut breaks shows here."""
-    lines = [f"{'':14s} {'positions':>9s} {'tau full':>8s} {'at k':>6s} {'loss':>6s}"]
-    for label in sorted(set(matches.labels)):
-        part = matches.only(label)
-        full, cut = part.tau(matches.n_vocab, draft_max), part.tau(k, draft_max)
-        lines.append(f"{label[:14]:14s} {part.positions:9d} {full:8.2f} {cut:6.2f} {1 - cut / full:6.1%}")
+def _groups(plan: Plan) -> str:
+    """Each task and language with the best choice and with the whole head: a language the cut breaks shows here."""
+    best, whole, found = plan.best, plan.matches.right(plan.matches.n_vocab), plan.rights(plan.best)
+    lines = [f"{'':14s} {'positions':>9s} {'tau full':>8s} {'best':>6s} {'loss':>6s}"]
+    for label in sorted(set(plan.matches.labels)):
+        chosen = [i for i, name in enumerate(plan.matches.labels) if name == label]
+        full, cut = (tau_of([rights[i] for i in chosen], best.draft_max) for rights in (whole, found))
+        positions = sum(len(whole[i]) for i in chosen)
+        lines.append(f"{label[:14]:14s} {positions:9d} {full:8.2f} {cut:6.2f} {1 - cut / full:6.1%}")
     return "\n".join(lines)
 
 
 def verdict(plan: Plan, verify: dict[int, float] | None, faster: dict[int, float] | None) -> str:
     """One honest paragraph: what is best, whether it pays, and what would pay more."""
     best, speedup = plan.best, plan.speedup
-    text = f"best: k = {best.k}, draft length {best.draft_max}, drafter {plan.type}"
+    text = f"best: vocabulary {best.vocab}, k = {best.k}, draft length {best.draft_max}, drafter {plan.type}"
     if speedup is None or plan.plain is None:
         return f"{text}; memory-bound speed-up {best.mbsu_bytes:.2f} by bytes (no step was timed)"
     text += f": {best.tokens_per_second:.1f} tok/s, plain decoding {plan.plain:.1f} ({speedup:.2f} x)"
@@ -224,7 +228,7 @@ def plot(plans: list[Plan], path: Path) -> None:
     right = left.twinx()
     for plan in plans:
         n = plan.best.draft_max
-        line = [choice for choice in plan.choices if choice.draft_max == n]
+        line = [choice for choice in plan.choices if choice.draft_max == n and choice.vocab in ("trim", "full")]
         every_k = plan.matches.curve()[1:] / plan.matches.positions
         left.plot(range(1, len(every_k) + 1), every_k, label=f"acceptance, {plan.type}")
         mbsu_bytes = [choice.mbsu_bytes for choice in line]

@@ -8,7 +8,6 @@ it by parameters and by bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,30 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from corpus.counts import Counts
-from corpus.errors import FileFormatError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
 from corpus.sampling import Distribution, Sampling
 from corpus.vocabulary import Vocabulary
 
+from .added import AddedRows
+from .answers import TargetAnswer
 from .costs import DraftCost, Weights, draft_cost, requantized
 from .keep import keep_order
 from .layout import EMBEDDING
-from .matches import Matches, grid, interval, rank_of
+from .matches import Matches, beaters, grid, interval, rank_of, share, tau_of
+from .speculator import Speculator
 
 ROWS = 64  # positions whose logits are held at a time
 DRAFT_LENGTHS = tuple(range(1, 9))
 AS_SHIPPED = "as shipped"
-
-
-@dataclass(frozen=True)
-class TargetAnswer:
-    """What the target said: token ids of prompt and answer, and a label to group by."""
-
-    id: str
-    label: str
-    prompt: list[int]
-    answer: list[int]
 
 
 @dataclass(frozen=True)
@@ -64,37 +55,14 @@ def mbsu(tau: float, c: float, draft_max: int) -> float:
     return tau / (c * draft_max + 1)
 
 
-def read_answers_file(path: Path) -> list[TargetAnswer]:
-    """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`."""
-    try:
-        text = path.read_text("utf-8")
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            pairs = {line["id"]: (line["prompt_ids"], line["answer_ids"], line.get("label", "all")) for line in lines}
-        else:
-            pairs = {name: (prompt, answer, "all") for name, (prompt, answer) in json.loads(text).items()}
-        found = [
-            TargetAnswer(str(name), str(label), [int(i) for i in prompt], [int(i) for i in answer])
-            for name, (prompt, answer, label) in pairs.items()
-        ]
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{path}: should hold {{id: [prompt_ids, answer_ids]}} ({error})") from error
-    found = [answer for answer in found if answer.prompt and answer.answer]
-    if not found:
-        raise FileFormatError(f"{path}: holds no answers")
-    return found
-
-
 def teacher_force(
     drafter: Path,
     answers: Sequence[TargetAnswer],
-    see: Callable[[TargetAnswer, int, np.ndarray], None],
+    see: Callable[[TargetAnswer, int, np.ndarray, np.ndarray], None],
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Read each answer with the drafter; see(answer, i, logits) gets its logits (a view) before answer token i."""
+    """Read each answer; see(answer, i, logits, hidden) gets logits and hidden state (views) before answer token i."""
     longest = max(len(found.prompt) + len(found.answer) for found in answers)
     with Model(drafter) as model, Context(model, -(-longest // 32) * 32, n_threads, n_outputs=ROWS) as context:
         last = model.n_vocab - 1
@@ -106,9 +74,10 @@ def teacher_force(
                 context.decode(text[:begin], 0)
             for start in range(0, len(found.answer), ROWS):
                 n = min(ROWS, len(found.answer) - start)
-                logits = context.decode(text[begin + start : begin + start + n], n)
+                logits = context.decode(text[begin + start : begin + start + n], n, hidden=True)
+                states = context.hidden_states(n)
                 for row in range(n):
-                    see(found, start + row, logits[row])
+                    see(found, start + row, logits[row], states[row])
             advance(1)
 
 
@@ -118,13 +87,18 @@ def matches_of(
     order: np.ndarray,
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    added: AddedRows | None = None,
 ) -> Matches:
-    """Intervals of every position of every answer, for the drafter cut in this order."""
+    """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way."""
     rank = rank_of(order)
     found: dict[str, list[tuple[int, int]]] = {answer.id: [] for answer in answers}
 
-    def see(answer: TargetAnswer, i: int, logits: np.ndarray) -> None:
-        found[answer.id].append(interval(logits, answer.answer[i], rank))
+    def see(answer: TargetAnswer, i: int, logits: np.ndarray, hidden: np.ndarray) -> None:
+        target = answer.answer[i]
+        found[answer.id].append(interval(logits, target, rank))
+        if added is not None:
+            better = np.flatnonzero(beaters(logits, target)) if target < len(rank) else np.empty(0, np.int64)
+            added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, target, better)
 
     teacher_force(drafter, answers, see, n_threads, advance)
     intervals = [np.array(found[answer.id], np.int64).reshape(-1, 2) for answer in answers]
@@ -148,14 +122,14 @@ def sampled_acceptance(
     """
     wanted: dict[tuple[str, int], Distribution] = {}
 
-    def see_target(answer: TargetAnswer, i: int, logits: np.ndarray) -> None:
+    def see_target(answer: TargetAnswer, i: int, logits: np.ndarray, _: np.ndarray) -> None:
         wanted[answer.id, i] = sampling.distribution(logits)
 
     teacher_force(target, answers, see_target, n_threads, advance)
     sums = dict.fromkeys(sizes, 0.0)
     kept = {k: np.sort(order[:k]) for k in sizes}
 
-    def see_drafter(answer: TargetAnswer, i: int, logits: np.ndarray) -> None:
+    def see_drafter(answer: TargetAnswer, i: int, logits: np.ndarray, _: np.ndarray) -> None:
         p = wanted[answer.id, i]
         for k, ids in kept.items():
             q = sampling.distribution(logits[ids], ids)
@@ -174,20 +148,30 @@ def choices(
     verify: dict[int, float] | None,
     sizes: Sequence[int] | None = None,
     draft_lengths: Sequence[int] = DRAFT_LENGTHS,
+    added: AddedRows | None = None,
 ) -> list[Choice]:
-    """Every (k, draft length) with its tau, MBSU and, where costs were measured, predicted tokens per second."""
+    """Every (vocab, k, draft length) with its tau, MBSU and, where costs were measured, predicted tokens per second."""
     found = []
-    for k in sizes or grid(matches.n_vocab, 0):
-        acceptance = matches.acceptance(k)
-        c_params = drafter.params_at(k) / target.params_at(target_rows)
-        c_bytes = drafter.bytes_at(k) / target.bytes_at(target_rows)
+
+    def add(vocab: str, k: int, rights: Sequence[np.ndarray], params: float, n_bytes: float) -> None:
+        c_params, c_bytes = params / target.params_at(target_rows), n_bytes / target.bytes_at(target_rows)
+        step = None if draft is None else draft.at(k) + draft.added.get(vocab, 0.0)
         for n in draft_lengths:
             if verify is not None and n + 1 not in verify:
                 continue
-            tau = matches.tau(k, n)
-            speed = tau / (n * draft.at(k) + verify[n + 1]) if draft and verify else None
-            vocab = "full" if k == matches.n_vocab else "trim"
-            found.append(Choice(vocab, k, n, acceptance, tau, mbsu(tau, c_params, n), mbsu(tau, c_bytes, n), speed))
+            tau = tau_of(rights, n)
+            speed = tau / (n * step + verify[n + 1]) if step and verify else None
+            memory_bound = mbsu(tau, c_params, n), mbsu(tau, c_bytes, n)
+            found.append(Choice(vocab, k, n, share(rights), tau, *memory_bound, speed))
+
+    for k in sizes or grid(matches.n_vocab, 0):
+        vocab = "full" if k == matches.n_vocab else "trim"
+        add(vocab, k, matches.right(k), drafter.params_at(k), drafter.bytes_at(k))
+    if added is not None:
+        for (vocab, k), rows in added.found.items():
+            params, n_bytes = added.step(vocab, k)
+            params += drafter.params_at(k + rows.rows)
+            add(vocab, k, rows.rights, params, n_bytes + drafter.bytes_at(k + rows.rows))
     return found
 
 
@@ -202,6 +186,7 @@ class Plan:
 
     type: str
     matches: Matches
+    added: AddedRows
     choices: list[Choice]
     draft: DraftCost | None
     plain: float | None  # tokens per second of the target alone
@@ -209,6 +194,11 @@ class Plan:
     @property
     def best(self) -> Choice:
         return best(self.choices)
+
+    def rights(self, choice: Choice) -> list[np.ndarray]:
+        """Which positions of each answer a choice drafts right."""
+        found = self.added.found.get((choice.vocab, choice.k))
+        return self.matches.right(choice.k) if found is None else found.rights
 
     @property
     def speedup(self) -> float | None:
@@ -229,21 +219,24 @@ def make_plan(
     n_threads: int | None = None,
     folder: Path | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    speculator: Speculator | None = None,
 ) -> Plan:
     """One pass over the answers and, where `measure`, this machine's step costs; see the module's text.
 
-    `type_` other than as shipped judges the drafter requantised (into `folder`). `verify` are the target's measured
-    costs by batch size. Raises FileFormatError or VocabularyMismatch.
+    With a speculator the vocabularies chosen at every step are judged as well. `type_` other than as shipped judges the
+    drafter requantised (into `folder`). `verify` are the target's measured costs by batch size. Raises FileFormatError
+    or VocabularyMismatch.
     """
     file = GGUFFile(drafter)
     order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
     judged = drafter if type_ == AS_SHIPPED or folder is None else requantized(drafter, type_, folder)
-    matches = matches_of(judged, answers, order, n_threads, advance)
+    added = AddedRows(rank_of(order), speculator, n_threads)
+    matches = matches_of(judged, answers, order, n_threads, advance, added)
     target_file = GGUFFile(target)
     n_rows = len(order)
     sizes = grid(n_rows, 0)
     heads = sorted({min(2048, n_rows), min(16384, n_rows), n_rows})
-    draft = draft_cost(judged, heads, n_threads=n_threads) if measure else None
+    draft = draft_cost(judged, heads, n_threads=n_threads, speculator=speculator) if measure else None
     found = choices(
         matches,
         Weights.of(target_file),
@@ -252,5 +245,6 @@ def make_plan(
         draft,
         verify,
         sizes,
+        added=added,
     )
-    return Plan(type_, matches, found, draft, 1 / verify[1] if verify else None)
+    return Plan(type_, matches, added, found, draft, 1 / verify[1] if verify else None)

@@ -1,4 +1,4 @@
-"""From a pair's name, or two paths, to files ready to run: fetched, trimmed, proven."""
+"""From a pair's name, or two paths, to files ready to run: fetched, trimmed, proven, with a speculator."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .cut import companion_path, plan, write
 from .fetch import fetch
 from .keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
 from .layout import Cut
+from .speculator import Speculator, add_speculator
 from .verify import verify
 
 DEFAULT_K = 16384
@@ -71,15 +72,21 @@ def prepare(
     require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
     cut = plan(drafter, choose or choose_rows)
     out = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    if is_this_cut(out, cut):
-        return Prepared(target, drafter, out)
+    if not is_this_cut(out, cut):
+        _cut_and_prove(cut, out)
+    if Speculator.of(Trimmed.open(out)) is None:
+        add_speculator(out)
+    return Prepared(target, drafter, out)
+
+
+def _cut_and_prove(cut: Cut, out: Path) -> None:
     # Under another name until it is proven, so that a cut found under its own name always is.
     unproven = out.with_name(f"{out.stem}.unproven.gguf")
     try:
         with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
             write(cut, unproven, advance)
         with progress("verifying", sum(t.n_bytes for t in cut.source.tensors.values()), "B") as advance:
-            result = verify(unproven, drafter, advance)
+            result = verify(unproven, cut.source.path, advance)
         if not result.ok:
             raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
         companion_path(unproven).replace(companion_path(out))
@@ -90,14 +97,14 @@ def prepare(
     stderr.print(
         f"{out.name}: {result.kept} rows, greatest logit difference {result.max_logit_difference:g}", markup=False
     )
-    return Prepared(target, drafter, out)
 
 
 def is_this_cut(output: Path, cut: Cut) -> bool:
-    """Whether output and companion are there, whole, with the heads this cut would write."""
+    """Whether output and companion are there, whole, with what this cut would write; a speculator may be there too."""
     try:
         trimmed = Trimmed.open(output)
     except FileFormatError:
         return False
-    heads = (trimmed.file, cut.trimmed), (trimmed.companion, cut.companion)
-    return all(planned.startswith(found.head) for found, planned in heads)
+    full = {piece.tensor.name: piece.shape for piece in cut.companion_pieces}
+    there = {name: tensor.shape for name, tensor in trimmed.companion.tensors.items()}
+    return cut.trimmed.startswith(trimmed.file.head) and full.items() <= there.items()

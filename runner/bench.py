@@ -26,11 +26,13 @@ from corpus.llama import physical_cores
 from corpus.progress import progress
 from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
+from gguf_trim.companion import Trimmed
 from gguf_trim.cut import step_bytes
+from gguf_trim.speculator import Speculator
 
 from .drafter import NoDrafter, open_drafter
 from .engine import DRAFT_MAX, Record
-from .options import Models, model_options
+from .options import FULL, Models, model_options
 
 DEMO_PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",
@@ -95,45 +97,56 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) 
 @click.option("--full", type=FILE, help="The uncut drafter to compare with.")
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
 def steps_command(models: Callable[[], Models], full: Path | None, repeat: int) -> None:
-    """The one-token draft step of the trimmed drafter against the uncut one, alternating."""
+    """The one-token draft step by what is drafted from, alternating: the whole head, the kept rows, those and more."""
     found = models()
     full = full or (found.prepared.drafter if found.prepared else None)
-    if full is None or found.draft is None:
+    trimmed = found.prepared.trimmed if found.prepared else found.draft
+    if full is None or trimmed is None:
         raise click.UsageError("with --target, give the trimmed --draft and the uncut --full")
     target = Vocabulary(GGUFFile(found.target))
     rng = np.random.default_rng(0)
+    vocabs = ["trim", "context"]
+    if Speculator.of(Trimmed.open(trimmed)) is not None:
+        vocabs.append("spec")
     drafters = {
-        name: open_drafter(path, target, 512, found.n_threads, found.n_gpu_layers)
-        for name, path in (("full", full), ("trimmed", found.draft))
+        name: open_drafter(full if name == FULL else trimmed, target, 512, found.n_threads, found.n_gpu_layers, name)
+        for name in (FULL, *vocabs)
     }
     text = np.random.default_rng(1).integers(256, target.n_real // 2, 64).tolist()
     seconds: dict[str, list[float]] = {name: [] for name in drafters}
+    engine: dict[str, list[float]] = {name: [] for name in drafters}
     with progress("stepping", repeat, "steps") as advance:
         for step in range(repeat + 3):
             for name in list(drafters)[:: 1 if step % 2 else -1]:
-                started = time.perf_counter()
+                started, before = time.perf_counter(), drafters[name].seconds
                 drafters[name].draft(text, 1, GREEDY, rng)
                 if step >= 3:  # the first read the prompt and warm up
                     seconds[name].append(time.perf_counter() - started)
+                    engine[name].append(drafters[name].seconds - before)
             if step >= 3:
                 advance(1)
     for drafter in drafters.values():
         drafter.close()
-    ratios = [a / b for a, b in zip(seconds["trimmed"], seconds["full"], strict=True)]
-    sizes = {"full": step_bytes(GGUFFile(full)), "trimmed": step_bytes(GGUFFile(found.draft))}
-    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    sizes = {FULL: step_bytes(GGUFFile(full)), "trim": step_bytes(GGUFFile(trimmed))}
+    ratios = {}
     for name in drafters:
-        click.echo(f"{name:8s} {1000 * statistics.median(seconds[name]):7.2f} ms  {sizes[name] / 1e6:7.1f} MB")
-    click.echo(
-        f"ratio    {median:.3f} (quartiles {low:.3f} to {high:.3f}); by bytes {sizes['trimmed'] / sizes['full']:.3f}"
-    )
+        ratios[name] = np.quantile(np.divide(seconds[name], seconds[FULL]), (0.25, 0.5, 0.75)).tolist()
+        python = statistics.median(1 - b / a for a, b in zip(seconds[name], engine[name], strict=True))
+        low, median, high = ratios[name]
+        click.echo(
+            f"{name:8s} {1000 * statistics.median(seconds[name]):7.2f} ms  ratio {median:.3f} "
+            f"(quartiles {low:.3f} to {high:.3f})  Python {python:.1%}"
+        )
+    click.echo(f"by bytes {sizes['trim'] / sizes[FULL]:.3f}  ({sizes['trim'] / 1e6:.1f} of {sizes[FULL] / 1e6:.1f} MB)")
     record = {
         "machine": machine(),
         "full": full.name,
-        "trimmed": found.draft.name,
+        "trimmed": trimmed.name,
         "seconds": seconds,
+        "engine_seconds": engine,
         "bytes": sizes,
-        "median_ratio": float(median),
+        "median_ratio": ratios["trim"][1],
+        "median_ratios": {name: found[1] for name, found in ratios.items()},
     }
     click.echo(json.dumps(record))
 

@@ -10,11 +10,18 @@ from typing import Protocol
 import numpy as np
 
 from corpus.errors import EngineError
+from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
+from corpus.llama import Context, Model, physical_cores
 from corpus.sampling import Distribution, Sampling
 from corpus.vocabulary import Vocabulary, require_same
 from gguf_trim.companion import EmbeddingTable, Trimmed
+from gguf_trim.dynamic import DynamicHead
+from gguf_trim.speculator import Speculator
+
+AUTO = "auto"
+VOCABS = (AUTO, "trim", "context", "spec")
+HIDDEN_ROWS = 8  # tokens that are read in one batch with the one whose hidden state is wanted
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,9 @@ class Reader:
         if n < self.context.n_past:
             self.context.truncate(n)
 
-    def read(self, tokens: Sequence[int], outputs: int) -> np.ndarray:
+    def read(self, tokens: Sequence[int], outputs: int, hidden: bool = False) -> np.ndarray:
         """Append tokens and return the logits of the last `outputs` of them (a view until the next read)."""
-        logits = self.context.decode(self._feed(tokens), outputs)
+        logits = self.context.decode(self._feed(tokens), outputs, hidden)
         self.held.extend(tokens)
         return logits
 
@@ -100,7 +107,10 @@ class Reader:
 
 
 class ModelDrafter:
-    """A drafter GGUF in a context of its own. `d2t` maps a row of its head to a target id; None where they agree."""
+    """A drafter GGUF in a context of its own. `d2t` maps a row of its head to a target id; None where they agree.
+
+    `dynamic` adds rows of the full head to a trimmed one's, chosen at every step.
+    """
 
     def __init__(
         self,
@@ -109,8 +119,9 @@ class ModelDrafter:
         n_target: int,
         d2t: np.ndarray | None = None,
         embeddings: EmbeddingTable | None = None,
+        dynamic: DynamicHead | None = None,
     ) -> None:
-        self._model, self._context = model, context
+        self._model, self._context, self._dynamic = model, context, dynamic
         last = model.n_vocab - 1
         # Tables of one family are padded to different lengths: an id of the one's padding must not reach the other.
         self._reader = Reader(context, embeddings.rows if embeddings else lambda ids: np.minimum(ids, last))
@@ -123,14 +134,28 @@ class ModelDrafter:
         self._reader.keep(text, len(text) - 1)
         room = self._context.n_ctx - len(text)
         pending = text[len(self._reader.held) :]
+        if self._dynamic is not None and min(n, room) > 0:
+            self._dynamic.follow(text)
         for _ in range(min(n, room)):
-            logits = self._reader.read(pending, 1)[0]
-            q = sampling.distribution(logits[: self._rows], self._ids)
+            q = sampling.distribution(*self._step(pending))
             token = q.draw(rng)
             draft.tokens.append(token)
             draft.qs.append(q)
             pending = [token]
         return draft
+
+    def _step(self, pending: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read on; the logits after the last token, and the ids they are of (ascending; None: their places)."""
+        if self._dynamic is None:
+            return self._reader.read(pending, 1)[0, : self._rows], self._ids
+        if len(pending) > self._context.n_outputs:
+            self._reader.read(pending[:-1], 0)
+            pending = pending[-1:]
+        logits = self._reader.read(pending, len(pending), hidden=True)[-1, : self._rows]
+        more, values = self._dynamic.logits(self._context.hidden_states(len(pending))[-1])
+        ids = np.concatenate([self._ids, more])
+        order = np.argsort(ids, kind="stable")
+        return np.concatenate([logits, values])[order], ids[order]
 
     def prepare(self, text: Sequence[int]) -> None:
         self._reader.keep(text, len(text) - 1)
@@ -142,7 +167,7 @@ class ModelDrafter:
 
     @property
     def seconds(self) -> float:
-        return self._context.seconds
+        return self._context.seconds + (self._dynamic.seconds if self._dynamic else 0.0)
 
     def close(self) -> None:
         self._context.close()
@@ -155,22 +180,51 @@ def open_drafter(
     n_ctx: int,
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
+    vocab: str = AUTO,
 ) -> ModelDrafter:
     """Open a stock or trimmed drafter for a target's vocabulary.
 
-    Raises VocabularyMismatch where an id would not mean the same to both, naming both files.
+    `vocab` (one of VOCABS) says what a trimmed one may draft from: the rows it kept ("trim"), those and the tokens of
+    the text ("context"), those and the speculator's candidates too ("spec"), or the most that its files allow ("auto").
+    A stock drafter has all its rows. Raises VocabularyMismatch where an id would not mean the same to both, naming both
+    files, and EngineError for "spec" without a speculator.
     """
     file = GGUFFile(path)
     if "gguf_trim.companion" in file.fields:
         raise EngineError(f"{path}: is the companion of a trimmed drafter; give the file beside it")
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
+    dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
     model = Model(path, n_gpu_layers)
     try:
-        context = Context(model, n_ctx, n_threads, n_outputs=1)
-    except EngineError:
+        context = Context(model, n_ctx, n_threads, n_outputs=HIDDEN_ROWS if dynamic else 1)
+        if trimmed is None:
+            return ModelDrafter(model, context, len(target))
+        embeddings = trimmed.embeddings()
+        if dynamic is not None and not _multiplies(dynamic, context, embeddings):
+            if vocab != AUTO:
+                raise EngineError(
+                    f"{path}: its head does more than multiply, so rows cannot be added to it; use --vocab trim"
+                )
+            dynamic = None
+        return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic)
+    except BaseException:
         model.close()
         raise
-    if trimmed is None:
-        return ModelDrafter(model, context, len(target))
-    return ModelDrafter(model, context, len(target), trimmed.d2t, trimmed.embeddings())
+
+
+def _dynamic(trimmed: Trimmed, vocab: str, n_ids: int, n_threads: int | None) -> DynamicHead:
+    speculator = None if vocab == "context" else Speculator.of(trimmed)
+    if vocab == "spec" and speculator is None:
+        raise EngineError(
+            f"{trimmed.companion.path}: holds no speculator; make one with `python -m gguf_trim speculator`"
+        )
+    return DynamicHead(trimmed, Backend(n_threads or physical_cores()), speculator, n_ids=n_ids)
+
+
+def _multiplies(dynamic: DynamicHead, context: Context, embeddings: EmbeddingTable) -> bool:
+    """Whether rows of the full head times the hidden state are the logits: shown on the kept ones, by one step."""
+    logits = context.decode(embeddings.rows([0]), 1, hidden=True)[0]
+    agree = dynamic.agrees(logits, context.hidden_states(1)[0])
+    context.truncate(0)
+    return agree

@@ -19,7 +19,7 @@ from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
 
-from .drafter import Drafter, NoDrafter, Reader, open_drafter
+from .drafter import AUTO, Drafter, NoDrafter, Reader, open_drafter
 from .speculative import Round, generate
 
 DRAFT_MAX = 3  # with three drafts the target verifies four rows, the batch llama.cpp's CPU kernels like best
@@ -91,7 +91,7 @@ class Record:
 
 
 class Engine:
-    """A target and, where `draft` is given, a drafter of the same vocabulary.
+    """A target and, where `draft` is given, a drafter of the same vocabulary; `vocab`: see `open_drafter`.
 
     Raises EngineError or FileFormatError where a file does not load and VocabularyMismatch for a wrong pair.
     """
@@ -104,6 +104,7 @@ class Engine:
         n_ctx: int = 4096,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
+        vocab: str = AUTO,
     ) -> None:
         self.drafter: Drafter = NoDrafter()
         file = GGUFFile(target)
@@ -117,7 +118,7 @@ class Engine:
             self.context = Context(self.model, min(n_ctx, self.model.n_ctx_train), n_threads)
             self.reader = Reader(self.context)
             if draft is not None:
-                self.drafter = open_drafter(draft, vocabulary, self.context.n_ctx, n_threads, n_gpu_layers)
+                self.drafter = open_drafter(draft, vocabulary, self.context.n_ctx, n_threads, n_gpu_layers, vocab)
         except BaseException:
             self.close()
             raise

@@ -15,7 +15,10 @@ from corpus.command import FILE
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
+from .drafter import AUTO, VOCABS
 from .engine import DRAFT_MAX, Engine
+
+FULL = "full"
 
 
 def _stack(command: Any, options: list[Callable[..., Any]]) -> Any:
@@ -34,6 +37,7 @@ class Models:
     n_ctx: int
     n_threads: int | None
     n_gpu_layers: int | None
+    vocab: str
 
     def open(self, draft: Path | None = None) -> Engine:
         """The engine these options describe; `draft` overrides its drafter."""
@@ -43,6 +47,7 @@ class Models:
             n_ctx=self.n_ctx,
             n_threads=self.n_threads,
             n_gpu_layers=self.n_gpu_layers,
+            vocab=self.vocab,
         )
 
 
@@ -60,17 +65,22 @@ def model_options(command: Any) -> Any:
         n_gpu_layers: int | None,
         threads: int | None,
         ctx_size: int,
+        vocab: str,
         **others: Any,
     ) -> Any:
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, or --target with --draft, not both")
         if draft is not None and target is None:
             raise click.UsageError("--draft needs --target")
+        if vocab == FULL and target is not None:
+            raise click.UsageError("--vocab full is for a --model; with --target give the uncut drafter as --draft")
 
         def find() -> Models:
             prepared = prepare(model or DEFAULT_MODEL) if target is None else None
-            files = (prepared.target, prepared.trimmed) if prepared else (target, draft)
-            return Models(Path(str(files[0])), files[1], prepared, ctx_size, threads, n_gpu_layers)
+            files = (target, draft)
+            if prepared:
+                files = (prepared.target, prepared.drafter if vocab == FULL else prepared.trimmed)
+            return Models(Path(str(files[0])), files[1], prepared, ctx_size, threads, n_gpu_layers, vocab)
 
         return command(models=find, **others)
 
@@ -86,6 +96,14 @@ def model_options(command: Any) -> Any:
             ),
             click.option(
                 "-c", "--ctx-size", type=click.IntRange(8), default=4096, show_default=True, help="Tokens of context."
+            ),
+            click.option(
+                "--vocab",
+                type=click.Choice([FULL, *VOCABS]),
+                default=AUTO,
+                show_default=True,
+                help="What the drafter drafts from: its whole head, the kept rows, those and the tokens of the text, "
+                "or the speculator's candidates too. auto: the last its files allow.",
             ),
         ],
     )

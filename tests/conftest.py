@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from corpus.vocabulary import Vocabulary
 from gguf_trim.catalog import load_catalog
-from gguf_trim.cut import plan, write
+from gguf_trim.companion import Trimmed
+from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.fetch import fetch
 from gguf_trim.keep import Keep, keep_listed
+from gguf_trim.speculator import attach, fit, moment_of
 
 from .toy import write_model
 
@@ -40,7 +44,25 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     # Keeps so little that most of the target's tokens cannot be drafted at all.
     files["tiny-trimmed"] = folder / "tiny.gguf"
     write(plan(files["target"], keep_first(1)), files["tiny-trimmed"])
+    files["spec-trimmed"] = with_speculator(copy_trimmed(files["tiny-trimmed"], folder / "spec.gguf"))
     return files
+
+
+def copy_trimmed(trimmed: Path, to: Path) -> Path:
+    """A trimmed drafter and its companion under another name."""
+    for a, b in ((trimmed, to), (companion_path(trimmed), companion_path(to))):
+        shutil.copy(a, b)
+    return to
+
+
+TEXTS = [[int(i) for i in np.random.default_rng(n).integers(3, 500, 60)] for n in range(8)]
+
+
+def with_speculator(path: Path, rank: int | None = None) -> Path:
+    """Fit a speculator to a trimmed toy, on random text."""
+    trimmed = Trimmed.open(path)
+    attach(trimmed, fit(trimmed.companion, *moment_of(path, TEXTS, trimmed.embeddings().rows), rank))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from corpus.errors import EngineError
+from corpus.ggml import dequantizer
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, dequantizer, physical_cores
+from corpus.llama import Context, Model, physical_cores
 from gguf_trim.companion import EmbeddingTable
 from runner.engine import Engine
 

@@ -15,11 +15,15 @@ from corpus.llama import Context, Model
 from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 from gguf_trim.__main__ import main
+from gguf_trim.added import AddedRows
+from gguf_trim.answers import TargetAnswer
 from gguf_trim.companion import Trimmed
 from gguf_trim.costs import Weights, requantized
 from gguf_trim.cut import plan, step_bytes, write
 from gguf_trim.keep import keep_counted, keep_order
-from gguf_trim.planner import TargetAnswer, matches_of, sampled_acceptance
+from gguf_trim.matches import rank_of, tau_of
+from gguf_trim.planner import matches_of, sampled_acceptance
+from gguf_trim.speculator import Speculator, attach, fit, moment_of
 from runner.engine import Engine
 from runner.exact import plain_greedy
 
@@ -76,11 +80,20 @@ def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) ->
                 assert (opened.d2t[rows.argmax(axis=1)] == answer.answer).tolist() == predicted.tolist()
 
 
-def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path) -> None:
+@pytest.mark.parametrize("vocab", ["trim", "context", "spec"])
+def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, monkeypatch, vocab) -> None:
+    """Position by position, also where rows are added at every step; few candidates, or all rows would be added."""
+    monkeypatch.setattr("gguf_trim.dynamic.CANDIDATES", 20)
     vocabulary = Vocabulary(GGUFFile(pair[1]))
-    found = matches_of(pair[1], answers, keep_order(vocabulary, 600, counts))
-    trimmed = cut_to(pair[1], counts, 320, tmp_path / "k320.gguf")
-    with Engine(pair[0], trimmed, n_ctx=256) as engine:
+    order = keep_order(vocabulary, 600, counts)
+    trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")
+    opened = Trimmed.open(trimmed)
+    texts = [[*answer.prompt, *answer.answer] for answer in answers]
+    attach(opened, fit(opened.companion, *moment_of(trimmed, texts, opened.embeddings().rows)))
+    added = AddedRows(rank_of(order), Speculator.of(opened := Trimmed.open(trimmed)), cores=[296], n_candidates=20)
+    found = matches_of(pair[1], answers, order, added=added)
+    rights = found.right(296) if vocab == "trim" else added.found[vocab, 296].rights
+    with Engine(pair[0], trimmed, n_ctx=256, vocab=vocab) as engine:
         engine.model.is_end = lambda token: False
         rounds = [
             round_
@@ -89,7 +102,10 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path) -> 
         ]
     tokens = [token for round_ in rounds for token in round_.tokens]
     assert tokens == [token for answer in answers for token in answer.answer]
-    assert len(tokens) / len(rounds) == pytest.approx(found.tau(320, 3), rel=0.02)
+    assert len(tokens) / len(rounds) == pytest.approx(tau_of(rights, 3), rel=0.02)
+    taus = [tau_of(found.right(296), 3), *(rows.rights and tau_of(rows.rights, 3) for rows in added.found.values())]
+    assert taus == sorted(taus)
+    assert taus[0] < taus[-1]
 
 
 def test_weights_are_what_a_cut_reads(pair, counts, tmp_path) -> None:
@@ -132,7 +148,7 @@ def test_command(pair, answers, counts, tmp_path) -> None:
     assert {row["k"] for row in rows} == {600}
     done = CliRunner().invoke(main, [*common, "--answers", str(tmp_path / "answers.json"), "--types", "Q8_0"])
     assert done.exit_code == 0, done.output
-    for part in ("best: k = 600", "plain decoding", "drafter Q8_0", "as Q4_0 the target takes"):
+    for part in ("best: vocabulary full, k = 600", "plain decoding", "drafter Q8_0", "as Q4_0 the target takes"):
         assert part in done.stdout
     picture = tmp_path / "plan.png"
     arguments = [*common, "--answers", str(tmp_path / "answers.json"), "--no-measure", "--plot", str(picture)]

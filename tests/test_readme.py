@@ -63,7 +63,7 @@ def test_figures_are_those_of_the_records() -> None:
     steps, exact, demo = record("steps"), record("exact"), record("demo")
     wanted = [
         f"{steps['median_ratio']:.3f}",
-        f"{steps['bytes']['trimmed'] / steps['bytes']['full']:.3f}",
+        f"{steps['bytes']['trim'] / steps['bytes']['full']:.3f}",
         f"{exact['tokens']:,}",
         f"{exact['greatest_gap']:.2f}",
         f"{exact['noise']:.2f}",

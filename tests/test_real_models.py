@@ -60,7 +60,7 @@ def test_demo_on_smollm2(own_drafter: list[str]) -> None:
 
 def test_steps_on_smollm2(own_drafter: list[str], smollm2: Path) -> None:
     found = call(bench.main, "steps", *own_drafter, "--full", smollm2, "--repeat", "5")
-    assert found["bytes"]["trimmed"] < found["bytes"]["full"]
+    assert found["bytes"]["trim"] < found["bytes"]["full"]
     assert len(found["seconds"]["full"]) == 5
 
 

@@ -19,7 +19,7 @@ from runner.speculative import Round
 
 GREEDY = Sampling(temp=0)
 PROMPTS = ("the king and the sea", "a", "once more into the <|im_start|>house<|im_end|> of tea")
-DRAFTERS = ("target", "good-trimmed", "wrong", "wrong-trimmed", "tiny-trimmed")
+DRAFTERS = ("target", "good-trimmed", "wrong", "wrong-trimmed", "tiny-trimmed", "spec-trimmed")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_second_turn_reads_only_what_is_new(engines, monkeypatch) -> None:
     answer = tokens_of(list(engine.rounds(first, GREEDY, max_tokens=20)))
     calls: list[int] = []
     decode = engine.context.decode
-    monkeypatch.setattr(engine.context, "decode", lambda x, n=1: calls.append(len(x)) or decode(x, n))
+    monkeypatch.setattr(engine.context, "decode", lambda x, *a: calls.append(len(x)) or decode(x, *a))
     second = [*first, *answer, *engine.model.tokenize(" and then")]
     reused = tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20)))
     assert calls[0] < len(second) - len(first)

@@ -6,14 +6,13 @@ every special type. Weights are random; nothing about them is meant, except that
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quant
 
-from corpus.llama import _ggml
+from corpus.ggml import quantize_rows
 
 N_EMBD, N_FF, N_HEAD, N_LAYER = 256, 256, 4, 1
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3")
@@ -64,15 +63,7 @@ def quantize(values: np.ndarray, type_: Quant) -> np.ndarray:
         return values.astype(np.float32)
     if type_ == Quant.F16:
         return values.astype(np.float16)
-    block, size = gguf.GGML_QUANT_SIZES[type_]
-    n_rows, n_cols = values.shape
-    source = np.ascontiguousarray(values, np.float32)
-    out = np.empty((n_rows, n_cols // block * size), np.uint8)
-    chunk = _ggml().ggml_quantize_chunk
-    chunk.restype = ctypes.c_size_t
-    chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    chunk(int(type_), source.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, None)
-    return out
+    return quantize_rows(values, type_)
 
 
 def write_model(

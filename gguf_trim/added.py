@@ -1,0 +1,89 @@
+"""What rows added at every step would make of a trimmed drafter: judged position by position in the planner's pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from corpus.ggml import Backend
+from corpus.llama import physical_cores
+
+from .dynamic import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
+from .speculator import Speculator
+
+CORES = (2048, 4096, 8192, 16384)  # rows kept, to which others are added
+TIMED_CORE = 8192  # adding rows costs the same on any core, but for as many fewer to score
+
+
+@dataclass
+class Added:
+    """A core of k rows with those of the text ("context"), and the speculator's candidates too ("spec").
+
+    `right` says for each answer (by id) which positions are drafted right; `rows` is the mean number of rows added.
+    """
+
+    vocab: str
+    k: int
+    right: dict[str, list[bool]] = field(default_factory=dict)
+    n_added: int = 0
+
+    @property
+    def rights(self) -> list[np.ndarray]:
+        return [np.array(found, bool) for found in self.right.values()]
+
+    @property
+    def rows(self) -> float:
+        return self.n_added / max(1, sum(map(len, self.right.values())))
+
+
+class AddedRows:
+    """Follows the pass and fills an Added for every core size and source."""
+
+    def __init__(
+        self,
+        rank: np.ndarray,
+        speculator: Speculator | None,
+        n_threads: int | None = None,
+        cores: Sequence[int] = CORES,
+        n_candidates: int = CANDIDATES,
+    ) -> None:
+        self._rank, self._speculator = rank, speculator
+        self._n_candidates, self._score = n_candidates, None
+        if speculator is not None:
+            self._score = scorer(Backend(n_threads or physical_cores()), speculator)
+        self._recents = {k: Recent(rank >= k, CONTEXT_ROWS) for k in cores if k < len(rank)}
+        self._others = {k: np.flatnonzero(rank >= k) for k in self._recents}
+        vocabs = ("context",) if speculator is None else ("context", "spec")
+        self.found = {(vocab, k): Added(vocab, k) for k in self._recents for vocab in vocabs}
+
+    def step(self, vocab: str, k: int) -> tuple[float, float]:
+        """(parameters, bytes) that a step reads to choose rows beyond a core of k, the rows themselves aside."""
+        if vocab == "context" or self._speculator is None:
+            return 0.0, 0.0
+        made = self._speculator
+        scored = 1 - k / len(made.up)
+        return (
+            made.down.size + scored * made.rank * len(made.up),
+            made.down.nbytes + scored * made.up.nbytes,
+        )
+
+    def see(self, answer: str, text: Sequence[int], hidden: np.ndarray, target: int, better: np.ndarray) -> None:
+        """After `text` the target says `target`; `better` are the ids that the whole head puts before it."""
+        scores = self._score(hidden) if self._score is not None else None
+        for k, recent in self._recents.items():
+            recent.follow(text)
+            held = self._rank < k
+            held[list(recent.slots)] = True
+            self._note("context", k, answer, held, target, better)
+            if scores is not None:
+                others = self._others[k]
+                held[others[top(scores[others], min(self._n_candidates, len(others)))]] = True
+                self._note("spec", k, answer, held, target, better)
+
+    def _note(self, vocab: str, k: int, answer: str, held: np.ndarray, target: int, better: np.ndarray) -> None:
+        right = target < len(held) and bool(held[target]) and not held[better].any()
+        found = self.found[vocab, k]
+        found.right.setdefault(answer, []).append(right)
+        found.n_added += int(np.count_nonzero(held)) - k

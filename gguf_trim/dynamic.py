@@ -1,0 +1,174 @@
+"""A vocabulary chosen at every step: rows of the full head on top of those a trimmed drafter kept.
+
+Two sources say which: the tokens of the text so far (names, identifiers, another language: what the text itself brings
+comes back), and the low-rank speculator (SpecVocab, arXiv 2602.13836). Their exact logits come from the full head in
+the companion. What is chosen depends on the text before the token that is drawn, so drafting stays lossless.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from corpus.ggml import Backend, Product, Table, aligned
+
+from .companion import Trimmed
+from .cut import head_tensor
+from .layout import HEAD_BIAS
+from .speculator import UP_TYPE, Speculator
+
+CONTEXT_ROWS = 1024  # of the text, at most
+CANDIDATES = 512  # of the speculator, a step
+_BUCKET = 64  # rows by which a product grows: one graph for every such size
+_STRIDES = 16
+
+
+class Recent:
+    """The last `size` distinct tokens of a text that are `wanted` (bool by id), oldest first: the text alone decides.
+
+    `slots` gives each a number below `size` that it keeps while it stays. Following a text that goes on is incremental;
+    after a rewind or in another conversation it is read from its beginning.
+    """
+
+    def __init__(self, wanted: np.ndarray, size: int) -> None:
+        self._wanted, self._size = wanted.tolist(), size
+        self._text: list[int] = []
+        self.slots: OrderedDict[int, int] = OrderedDict()
+
+    def follow(self, text: Sequence[int]) -> list[tuple[int, int]]:
+        """Read on to the end of `text`; returns (slot, id) for what has come in."""
+        known = len(self._text)
+        if known > len(text) or self._text != list(text[:known]):
+            self.slots.clear()
+            self._text, known = [], 0
+        news: dict[int, int] = {}
+        for token in text[known:]:
+            if token >= len(self._wanted) or not self._wanted[token]:
+                continue
+            if token in self.slots:
+                self.slots.move_to_end(token)
+            else:
+                slot = len(self.slots) if len(self.slots) < self._size else self.slots.popitem(last=False)[1]
+                self.slots[token] = news[slot] = slot
+                news[slot] = token
+        self._text.extend(text[known:])
+        return list(news.items())
+
+
+def top(scores: np.ndarray, m: int) -> np.ndarray:
+    """Places of the m greatest scores, in no order.
+
+    Of groups of _STRIDES scores only the m with the greatest maxima can hold one of them, so few are looked at.
+    """
+    n = len(scores) // _STRIDES
+    if m >= n:
+        return np.argpartition(scores, -m)[-m:] if m < len(scores) else np.arange(len(scores))
+    groups = scores[: n * _STRIDES].reshape(_STRIDES, n)
+    best = np.argpartition(groups.max(axis=0), -m)[-m:]
+    places = (best + n * np.arange(_STRIDES)[:, None]).reshape(-1)
+    if rest := len(scores) - n * _STRIDES:
+        places = np.concatenate([places, np.arange(len(scores) - rest, len(scores))])
+    chosen: np.ndarray = places[np.argpartition(scores[places], -m)[-m:]]
+    return chosen
+
+
+def scorer(backend: Backend, speculator: Speculator, ids: np.ndarray | None = None) -> Product:
+    """U (D h) as a ggml graph, for some ids or all."""
+    rank, n_embd = speculator.down.shape
+    down = aligned(speculator.down.nbytes).reshape(rank, -1)
+    down[:] = np.ascontiguousarray(speculator.down, "<f4").view(np.uint8)
+    count = len(speculator.up) if ids is None else len(ids)
+    up = aligned(count * speculator.up.shape[1]).reshape(count, -1)
+    up[:] = speculator.up if ids is None else speculator.up[ids]
+    return Product(backend, Table(down, GGMLQuantizationType.F32, n_embd), Table(up, UP_TYPE, rank))
+
+
+class DynamicHead:
+    """The rows beyond a trimmed drafter's own, chosen for each step. `speculator` None: those of the text only."""
+
+    def __init__(
+        self,
+        trimmed: Trimmed,
+        backend: Backend,
+        speculator: Speculator | None = None,
+        n_context: int = CONTEXT_ROWS,
+        n_candidates: int | None = None,
+        n_ids: int | None = None,
+    ) -> None:
+        file = trimmed.companion
+        head = head_tensor(file)
+        self._full = np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
+        bias = file.tensors.get(HEAD_BIAS)
+        self._bias = None if bias is None else np.memmap(file.path, np.float32, "r", bias.offset, bias.shape)
+        outside = np.ones(head.n_rows, bool)
+        outside[trimmed.d2t] = False
+        if n_ids is not None:  # the target knows no other ids
+            outside[n_ids:] = False
+        self._others = np.flatnonzero(outside).astype(np.int32)
+        wanted = CANDIDATES if n_candidates is None else n_candidates
+        n_candidates = min(wanted, len(self._others)) if speculator is not None else 0
+        self._n_candidates = n_candidates
+        self.recent = Recent(outside, n_context)
+        self._in_context = np.zeros(head.n_rows, bool)
+        self._ids = np.zeros(n_context + n_candidates, np.int32)
+        rows = max(1, -(-len(self._ids) // _BUCKET)) * _BUCKET
+        self._rows = aligned(rows * head.row_bytes).reshape(rows, head.row_bytes)
+        self._table = Table(self._rows, head.type, head.shape[0])
+        self._backend = backend
+        self._kept = trimmed.d2t
+        self._products: dict[int, Product] = {}
+        self._scores: Product | None = None
+        if speculator is not None and len(self._others):
+            self._scores = scorer(backend, speculator, self._others)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent inside ggml so far."""
+        return self._backend.seconds
+
+    def follow(self, text: Sequence[int]) -> None:
+        """Take in the text up to the position that is drafted next."""
+        for slot, token in self.recent.follow(text):
+            self._ids[slot] = token
+            self._rows[slot] = self._full[token]
+        self._in_context[:] = False
+        self._in_context[list(self.recent.slots)] = True
+
+    def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
+        """Whether `logits` of the kept rows are what this head makes of `hidden`, but for rounding."""
+        some = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64)
+        self._rows[:_BUCKET] = self._full[self._kept[some]]
+        ours = self._product(_BUCKET)(hidden)
+        if self._bias is not None:
+            ours = ours + self._bias[self._kept[some]]
+        for slot, token in enumerate(self.recent.slots):
+            self._rows[slot] = self._full[token]
+        return bool(np.abs(ours - logits[some]).max() <= 0.02 * np.ptp(logits))
+
+    def candidates(self, hidden: np.ndarray) -> np.ndarray:
+        """Ids (int32) beyond the kept rows whose logits are worth computing at this hidden state (float32, n_embd)."""
+        n = len(self.recent.slots)
+        if self._scores is not None:
+            found = self._others[top(self._scores(hidden), self._n_candidates)]
+            found = found[~self._in_context[found]]
+            self._ids[n : n + len(found)] = found
+            n += len(found)
+        return self._ids[:n]
+
+    def logits(self, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, logits) of the chosen rows, int32 and float32, in no order; views until the next call."""
+        ids = self.candidates(hidden)
+        known, n = len(self.recent.slots), len(ids)
+        if not n:
+            return ids, np.empty(0, np.float32)
+        np.take(self._full, ids[known:], axis=0, out=self._rows[known:n])
+        values = self._product(-(-n // _BUCKET) * _BUCKET)(hidden)[:n]
+        return ids, values if self._bias is None else values + self._bias[ids]
+
+    def _product(self, n_rows: int) -> Product:
+        if n_rows not in self._products:
+            self._products[n_rows] = Product(self._backend, self._table, n_rows=n_rows)
+        return self._products[n_rows]

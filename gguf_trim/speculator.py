@@ -1,0 +1,234 @@
+"""A low-rank copy of a head that says which rows are worth computing, prepared without training.
+
+SpecVocab (arXiv 2602.13836) scores the whole vocabulary by U (D h), D: r x n_embd, U: V x r, and computes exact logits
+for the best candidates only. Both come from the head W in closed form here: with C the second moment of the drafter's
+final hidden states h over calibration text, and B the r leading eigenvectors of C^(1/2) W^T W C^(1/2),
+
+    U = W C^(1/2) B,    D = B^T C^(-1/2).
+
+Of all matrices of rank r, U D is then the nearest to W in the mean square of the logits over that text. W is read in
+blocks: memory is a few n_embd x n_embd matrices (8 bytes a number), U, and a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from corpus.files import CHUNK, copy_range, require_room, write_whole
+from corpus.ggml import dequantizer, quantize_rows
+from corpus.gguf_file import GGUFFile, Tensor, bytes_of
+from corpus.llama import Context, Model
+from corpus.progress import progress
+from corpus.prompts import spread
+from corpus.ready import ready_answers
+from corpus.template import ChatTemplate
+from corpus.vocabulary import Vocabulary
+
+from .answers import read_answers_file
+from .companion import Trimmed
+from .cut import head_tensor
+from .layout import Piece, encode_head, field
+
+DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
+UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
+BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
+CONVERSATIONS = 96  # read to fit on, spread over those there are
+STATES = 256  # hidden states that are held at a time
+RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
+
+
+@dataclass(frozen=True)
+class Speculator:
+    """down: float32 (r x n_embd); up: uint8 rows of UP_TYPE (V x bytes of r numbers)."""
+
+    down: np.ndarray
+    up: np.ndarray
+    n_positions: int
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @classmethod
+    def of(cls, trimmed: Trimmed) -> Speculator | None:
+        """The speculator a companion carries, memory-mapped; None where it has none."""
+        file = trimmed.companion
+        if not {DOWN, UP} <= file.tensors.keys():
+            return None
+        down, up = file.tensors[DOWN], file.tensors[UP]
+        table = np.memmap(file.path, np.uint8, "r", up.offset, (up.n_rows, up.row_bytes))
+        rows = np.memmap(file.path, np.float32, "r", down.offset, (down.n_rows, down.shape[0]))
+        return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0))
+
+    def scores(self, hidden: np.ndarray) -> np.ndarray:
+        """The plain reference of what ggml computes at run time: float32 (V)."""
+        up = np.empty((len(self.up), self.rank), np.float32)
+        dequantizer(UP_TYPE)(np.ascontiguousarray(self.up), up)
+        scores: np.ndarray = up @ (self.down @ hidden)
+        return scores
+
+
+def rank_for(n_embd: int) -> int:
+    """n_embd / 8, as the paper has it, in whole blocks."""
+    return max(BLOCK, -(-n_embd // 8 // BLOCK) * BLOCK)
+
+
+def blocks(file: GGUFFile, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """A table as float32 blocks (first row, rows x columns) of about CHUNK bytes."""
+    expand = dequantizer(tensor.type)
+    table = np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes))
+    step = max(1, CHUNK // (4 * tensor.shape[0]))
+    for start in range(0, tensor.n_rows, step):
+        rows = np.ascontiguousarray(table[start : start + step])
+        out = np.empty((len(rows), tensor.shape[0]), np.float32)
+        expand(rows, out)
+        yield start, out
+
+
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    result: np.ndarray = (vectors * values**exponent) @ vectors.T
+    return result
+
+
+def fit(
+    drafter: GGUFFile,
+    moment: np.ndarray,
+    n_positions: int,
+    rank: int | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Speculator:
+    """The closed form for a drafter (uncut, or a companion) and the second moment of its hidden states (n x n).
+
+    `rank` is rounded up to whole blocks. advance(n) is told of rows read: twice the head's number in all.
+    """
+    head = head_tensor(drafter)
+    n = head.shape[0]
+    rank = min(-(-(rank or rank_for(n)) // BLOCK) * BLOCK, n // BLOCK * BLOCK)
+    # A number added to every logit changes no choice: without the mean row the rank is spent on differences.
+    gram, total = np.zeros((n, n)), np.zeros(n)
+    for _, block in blocks(drafter, head):
+        gram += block.T @ block
+        total += block.sum(axis=0, dtype=np.float64)
+        advance(len(block))
+    mean = total / head.n_rows
+    gram -= head.n_rows * np.outer(mean, mean)
+    moment = moment.astype(np.float64)
+    moment = moment + np.eye(n) * (RIDGE * np.trace(moment) / n)
+    root = _power(moment, 0.5)
+    values, vectors = np.linalg.eigh(root @ gram @ root)
+    basis = vectors[:, np.argsort(values)[::-1][:rank]]
+    lift = (root @ basis).astype(np.float32)
+    down = (basis.T @ _power(moment, -0.5)).astype(np.float32)
+    up = np.empty((head.n_rows, bytes_of(UP_TYPE, rank)), np.uint8)
+    for start, block in blocks(drafter, head):
+        up[start : start + len(block)] = quantize_rows((block - mean.astype(np.float32)) @ lift, UP_TYPE)
+        advance(len(block))
+    return Speculator(down, up, n_positions)
+
+
+def attach(trimmed: Trimmed, speculator: Speculator, advance: Callable[[int], object] = lambda _: None) -> None:
+    """Write a speculator into the companion of a trimmed drafter, in place of one that is there.
+
+    The companion is written anew beside itself and takes its name when whole; raises TrimError where the disk is full.
+    """
+    file = trimmed.companion
+    n_embd, n_rows = speculator.down.shape[1], len(speculator.up)
+    down, up = speculator.down.astype("<f4").tobytes(), speculator.up.tobytes()
+    fresh = [
+        (Tensor(DOWN, (n_embd, speculator.rank), GGMLQuantizationType.F32, 0, len(down)), down),
+        (Tensor(UP, (speculator.rank, n_rows), UP_TYPE, 0, len(up)), up),
+    ]
+    kept = [tensor for name, tensor in file.tensors.items() if name not in (DOWN, UP)]
+    fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
+    fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
+    pieces = [Piece(tensor) for tensor in (*kept, *(tensor for tensor, _ in fresh))]
+    head = encode_head(fields, pieces, file.alignment)
+    require_room(file.path, len(head) + sum(piece.n_bytes for piece in pieces))
+    with open(file.path, "rb") as source, write_whole(file.path) as out:
+        out.write(head)
+        for tensor in kept:
+            copy_range(source, tensor.offset, tensor.n_bytes, out, advance)
+            out.write(b"\0" * (-tensor.n_bytes % file.alignment))
+        for tensor, data in fresh:
+            advance(out.write(data))
+            out.write(b"\0" * (-tensor.n_bytes % file.alignment))
+
+
+def calibration(file: GGUFFile, path: Path | None = None) -> list[list[int]]:
+    """Token ids of conversations to fit on: lines of `python -m corpus generate`, or the answers that ship for None.
+
+    `file` has the tokenizer: the drafter, or its companion.
+    """
+    if path is not None:
+        return [[*found.prompt, *found.answer] for found in read_answers_file(path)]
+    template = ChatTemplate(file, Vocabulary(file))
+    with Model(file.path, vocab_only=True) as model:
+        return [
+            [
+                *template.ids(model, messages[:-1]),
+                *model.tokenize(messages[-1]["content"], special=False, add_bos=False),
+            ]
+            for messages in ready_answers()
+        ]
+
+
+def moment_of(
+    drafter: Path,
+    texts: Sequence[list[int]],
+    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda ids: ids,
+    n_threads: int | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> tuple[np.ndarray, int]:
+    """(mean of h h^T, float64, n_embd x n_embd; number of positions): the drafter's final hidden states over texts.
+
+    They do not depend on how many rows the head has left; `feed` makes a trimmed drafter's inputs of ids. advance(1) is
+    called after every text.
+    """
+    longest = max(map(len, texts))
+    with (
+        Model(drafter) as model,
+        Context(model, -(-longest // 32) * 32, n_threads, n_outputs=STATES) as context,
+    ):
+        moment, n = np.zeros((model.n_embd, model.n_embd)), 0
+        for ids in texts:
+            context.truncate(0)
+            for start in range(0, len(ids), STATES):
+                chunk = ids[start : start + STATES]
+                context.decode(feed(chunk), len(chunk), hidden=True)
+                states = context.hidden_states(len(chunk))
+                moment += states.T @ states
+                n += len(chunk)
+            advance(1)
+    return moment / n, n
+
+
+def fit_to(
+    drafter: Path,
+    file: GGUFFile,
+    texts: Path | None = None,
+    rank: int | None = None,
+    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda ids: ids,
+    n_threads: int | None = None,
+) -> Speculator:
+    """Read texts with a drafter and fit a speculator to the head in `file` (its own, or its companion's), with bars."""
+    conversations = spread(calibration(file, texts), CONVERSATIONS)
+    with progress("reading hidden states", len(conversations), "texts") as advance:
+        moment, n = moment_of(drafter, conversations, feed, n_threads, advance)
+    with progress("fitting the speculator", 2 * head_tensor(file).n_rows, "rows") as advance:
+        return fit(file, moment, n, rank, advance)
+
+
+def add_speculator(
+    path: Path, texts: Path | None = None, rank: int | None = None, n_threads: int | None = None
+) -> Speculator:
+    """Fit a speculator to a trimmed drafter and write it into its companion."""
+    trimmed = Trimmed.open(path)
+    speculator = fit_to(path, trimmed.companion, texts, rank, trimmed.embeddings().rows, n_threads)
+    attach(trimmed, speculator)
+    return speculator

@@ -1,0 +1,229 @@
+"""The vocabulary chosen at every step: the parts against plain references, then the whole loop on toys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Quant
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corpus.errors import EngineError, TrimError
+from corpus.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Context, Model
+from corpus.sampling import Sampling
+from corpus.vocabulary import Vocabulary
+from gguf_trim import dynamic, speculator
+from gguf_trim.companion import Trimmed
+from gguf_trim.cut import companion_path, head_tensor, plan, write
+from gguf_trim.dynamic import DynamicHead, Recent, top
+from gguf_trim.speculator import Speculator, attach, blocks, fit
+from runner.drafter import ModelDrafter, open_drafter
+
+from .conftest import TEXTS, copy_trimmed, keep_first, with_speculator
+from .toy import ARCHITECTURES, HEAD_TYPES, write_model
+
+GREEDY = Sampling(temp=0)
+
+
+def head_of(file: GGUFFile) -> np.ndarray:
+    return np.concatenate([block for _, block in blocks(file, head_tensor(file))])
+
+
+@pytest.fixture
+def spec(toys: dict[str, Path], tmp_path: Path) -> Path:
+    """The good drafter cut to few rows, with a speculator."""
+    return copy_trimmed(toys["spec-trimmed"], tmp_path / "spec.gguf")
+
+
+@pytest.mark.parametrize("type_", [Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_K, Quant.Q6_K])
+def test_products_are_ggmls_own(type_: Quant) -> None:
+    """A chain of two tables and the first rows of the last, against numpy on the expanded rows."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((300, 256)).astype(np.float32)
+    data = quantize_rows(values, type_)
+    rows = aligned(data.nbytes).reshape(data.shape)
+    rows[:] = data
+    expanded = np.empty_like(values)
+    dequantizer(type_)(rows, expanded)
+    first = rng.standard_normal((256, 64)).astype(np.float32)
+    table = aligned(first.nbytes).reshape(256, -1)
+    table[:] = first.view(np.uint8)
+    x = rng.standard_normal(64).astype(np.float32)
+    found = Product(Backend(2), Table(table, Quant.F32, 64), Table(rows, type_, 256), n_rows=200)(x)
+    wanted = expanded[:200] @ (first @ x)
+    # ggml quantises the vector too, to eight bits a number.
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max() if type_ != Quant.F32 else 1e-3
+
+
+def test_tables_that_ggml_would_misread_are_refused() -> None:
+    with pytest.raises(EngineError, match="whole number of Q8_0 blocks"):
+        Table(aligned(4 * 34).reshape(4, 34), Quant.Q8_0, 33)
+    with pytest.raises(EngineError, match="do not look like"):
+        Table(aligned(4 * 34).reshape(4, 34), Quant.Q8_0, 64)
+    with pytest.raises(EngineError, match="multiple of 32"):
+        Table(aligned(8 + 34)[8:].reshape(1, 34), Quant.Q8_0, 32)
+
+
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=400), st.integers(1, 450))
+def test_top_is_the_greatest(values: list[int], m: int) -> None:
+    scores = np.array(values, np.float32)
+    found = top(scores, m)
+    assert len(set(found.tolist())) == len(found) == min(m, len(values))
+    assert sorted(scores[found]) == sorted(values)[-m:]
+
+
+@given(st.lists(st.lists(st.integers(0, 30), max_size=30), min_size=1, max_size=6), st.integers(1, 8))
+def test_recent_tokens_depend_on_the_text_alone(texts: list[list[int]], size: int) -> None:
+    """Growing, rewinding, changing: what is held is always the last distinct wanted tokens of the text at hand."""
+    wanted = np.arange(28) % 3 != 0
+    recent, held = Recent(wanted, size), {}
+    for text in texts:
+        held.update(recent.follow(text))
+        expected = list(dict.fromkeys(i for i in reversed(text) if i < 28 and wanted[i]))[:size]
+        assert list(reversed(recent.slots)) == expected
+        # Slots are numbered without gaps, and hold what they are said to hold.
+        assert sorted(recent.slots.values()) == list(range(len(expected)))
+        assert all(held[slot] == token for token, slot in recent.slots.items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_added_rows_have_the_full_heads_logits(architecture: str, head_type: Quant, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source.gguf", architecture, head_type, n_tokens=600)
+    cut = tmp_path / "cut.gguf"
+    write(plan(source, keep_first(40)), cut)
+    trimmed = Trimmed.open(with_speculator(cut))
+    text = TEXTS[0]
+    with Model(source) as model, Context(model, 128) as context:
+        full = context.decode(text, 1)[0].copy()
+    with Model(cut) as model, Context(model, 128, n_outputs=64) as context:
+        kept = context.decode(trimmed.embeddings().rows(text), len(text), hidden=True)[-1].copy()
+        hidden = context.hidden_states(len(text))[-1].copy()
+    head = DynamicHead(trimmed, Backend(1), Speculator.of(trimmed), n_candidates=64)
+    assert head.agrees(kept, hidden)
+    assert not head.agrees(kept[::-1], hidden)
+    head.follow(text)
+    ids, logits = head.logits(hidden)
+    assert len(set(ids.tolist())) == len(ids) > 64
+    assert not np.isin(ids, trimmed.d2t).any()
+    assert set(text) <= {*ids.tolist(), *trimmed.d2t.tolist()}
+    assert np.abs(logits - full[ids]).max() < (1e-4 if head_type == Quant.F32 else 0.02) * np.ptp(full)
+
+
+def test_closed_form_is_exact_at_full_rank_and_best_below(toys: dict[str, Path]) -> None:
+    """At full rank the scores are the logits, but for one number added to all; below, no other matrix comes nearer."""
+    file = GGUFFile(toys["target"])
+    w = head_of(file).astype(np.float64)
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((500, 256)) * np.linspace(0.1, 3, 256)
+    moment = states.T @ states / len(states)
+    made = fit(file, moment, 500, 256)
+    assert made.rank == 256
+    logits, scores = w @ states[0], made.scores(states[0].astype(np.float32))
+    off = logits - scores
+    assert np.ptp(off) < 0.25 * np.ptp(logits)  # what Q4_0 leaves
+
+    def error(low: np.ndarray) -> float:
+        centred = (w - w.mean(axis=0)) - low
+        return float(np.trace(centred @ moment @ centred.T))
+
+    small = fit(file, moment, 500, 32)
+    up = np.empty((len(w), 32), np.float32)
+    dequantizer(speculator.UP_TYPE)(small.up, up)
+    u, s, vt = np.linalg.svd(w - w.mean(axis=0), full_matrices=False)
+    plain = (u[:, :32] * s[:32]) @ vt[:32]
+    assert error(up @ small.down) < error(plain)
+
+
+def test_a_speculator_is_kept_in_the_companion(toys: dict[str, Path], spec: Path) -> None:
+    """Everything else in the companion stays, byte by byte; a second one takes the first one's place."""
+    before, after = GGUFFile(companion_path(toys["tiny-trimmed"])), GGUFFile(companion_path(spec))
+    assert before.fields.keys() < after.fields.keys()
+    for name, tensor in before.tensors.items():
+        with open(before.path, "rb") as a, open(after.path, "rb") as b:
+            a.seek(tensor.offset)
+            b.seek(after.tensors[name].offset)
+            assert a.read(tensor.n_bytes) == b.read(tensor.n_bytes)
+    made = Speculator.of(Trimmed.open(spec))
+    assert made is not None
+    assert (made.rank, made.n_positions, len(made.up)) == (32, 480, 600)
+    size = after.size
+    with_speculator(spec, 64)
+    again = Speculator.of(Trimmed.open(spec))
+    assert again is not None
+    assert again.rank == 64
+    assert GGUFFile(companion_path(spec)).size > size
+    with_speculator(spec)
+    assert GGUFFile(companion_path(spec)).size == size
+
+
+def test_a_full_disk_leaves_the_companion_as_it_was(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = Trimmed.open(spec)
+    before = companion_path(spec).read_bytes()
+    made = Speculator.of(trimmed)
+    assert made is not None
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrimError, match="disk is full"):
+        attach(trimmed, made)
+    assert companion_path(spec).read_bytes() == before
+    assert not list(spec.parent.glob(".*.part"))
+
+
+def open_with(toys: dict[str, Path], path: Path, vocab: str) -> ModelDrafter:
+    return open_drafter(path, Vocabulary(GGUFFile(toys["target"])), 256, vocab=vocab)
+
+
+def test_more_sources_draft_more_tokens_right(toys: dict[str, Path], spec: Path) -> None:
+    """The full model's argmax after each text: out of reach of few rows, in reach of the speculator's candidates."""
+    right = dict.fromkeys(("trim", "context", "spec"), 0)
+    with Model(toys["target"]) as model, Context(model, 256) as context:
+        wanted = []
+        for text in TEXTS:
+            context.truncate(0)
+            wanted.append(int(context.decode(text, 1)[0].argmax()))
+    for vocab in right:
+        drafter = open_with(toys, spec, vocab)
+        for text, token in zip(TEXTS, wanted, strict=True):
+            drafted = drafter.draft(text, 1, GREEDY, np.random.default_rng(0)).tokens
+            right[vocab] += drafted == [token]
+        drafter.close()
+    assert right["trim"] <= right["context"] <= right["spec"] == len(TEXTS)
+
+
+def test_vocab_needs_what_it_names(toys: dict[str, Path], spec: Path) -> None:
+    with pytest.raises(EngineError, match="holds no speculator"):
+        open_with(toys, toys["tiny-trimmed"], "spec")
+    for path, vocab in ((toys["tiny-trimmed"], "auto"), (spec, "auto"), (toys["target"], "spec")):
+        open_with(toys, path, vocab).close()
+
+
+def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, monkeypatch) -> None:
+    """Where the logits are not head times hidden state, rows cannot be added: refused, or left out by auto."""
+    monkeypatch.setattr(dynamic.DynamicHead, "agrees", lambda *_: False)
+    with pytest.raises(EngineError, match="does more than multiply"):
+        open_with(toys, spec, "spec")
+    drafter = open_with(toys, spec, "auto")
+    assert drafter._dynamic is None
+    drafter.close()
+
+
+def test_sampled_drafts_come_with_the_distribution_they_were_drawn_from(toys: dict[str, Path], spec: Path) -> None:
+    """q is a distribution over ascending ids, kept and added ones, and is the full head's softmax over them."""
+    drafter = open_with(toys, spec, "spec")
+    with Model(toys["target"]) as model, Context(model, 256) as context:
+        full = context.decode(TEXTS[0], 1)[0].copy()
+    (q,) = drafter.draft(TEXTS[0], 1, Sampling(1.0, 0, 1.0, 0.0), np.random.default_rng(0)).qs
+    drafter.close()
+    assert (np.diff(q.ids) > 0).all()
+    assert len(q.ids) > 512
+    weights = np.exp(full[q.ids] - full.max())
+    assert q.probs == pytest.approx(weights / weights.sum(), abs=1e-4)

@@ -1,0 +1,99 @@
+"""The planner against brute force on real models: real cuts replayed position by position, and the live loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Context, Model, quantize
+from corpus.prompts import load_prompts, split, spread
+from corpus.ready import ready_counts
+from corpus.sampling import Sampling
+from corpus.vocabulary import Vocabulary
+from gguf_trim.added import AddedRows
+from gguf_trim.answers import TargetAnswer
+from gguf_trim.catalog import load_catalog
+from gguf_trim.companion import Trimmed
+from gguf_trim.cut import plan, write
+from gguf_trim.fetch import fetch
+from gguf_trim.keep import keep_counted, keep_order
+from gguf_trim.layout import EMBEDDING
+from gguf_trim.matches import rank_of, tau_of
+from gguf_trim.planner import ROWS, matches_of
+from runner.engine import Engine, Record
+
+GREEDY = Sampling(temp=0)
+SIZES = (2048, 8192, 32768)
+
+
+def replay(drafter: Path, answers: list[TargetAnswer]) -> list[list[bool]]:
+    """The argmax of a drafter file, cut or not, at every position of every answer."""
+    trimmed = Trimmed.open(drafter) if "gguf_trim.d2t" in GGUFFile(drafter).fields else None
+    found = []
+    with Model(drafter) as model, Context(model, 1024, n_outputs=ROWS) as context:
+        feed = trimmed.embeddings().rows if trimmed else list
+        for answer in answers:
+            context.truncate(0)
+            text = [*answer.prompt, *answer.answer[:-1]]
+            start = len(answer.prompt) - 1
+            context.decode(feed(text[:start]), 0)
+            right: list[bool] = []
+            for i in range(start, len(text), ROWS):
+                rows = context.decode(feed(text[i : i + ROWS]), len(text[i : i + ROWS])).argmax(axis=1)
+                said = trimmed.d2t[rows] if trimmed else rows
+                right += (said == answer.answer[i - start : i - start + ROWS]).tolist()
+            found.append(right)
+    return found
+
+
+def live(target: Path, drafter: Path, prompts: list[list[dict[str, str]]], n: int, vocab: str) -> tuple[list, float]:
+    """What the loop says with a drafter at draft length 3: answers, and tau."""
+    answers, tokens, rounds = [], 0, 0
+    with Engine(target, drafter, n_ctx=1024, vocab=vocab) as engine:
+        for i, messages in enumerate(prompts):
+            record = Record()
+            for round_ in engine.rounds(prompt := engine.prompt(messages), GREEDY, max_tokens=n, draft_max=3):
+                record.add(round_)
+            answers.append(TargetAnswer(str(i), "all", prompt, record.token_ids))
+            tokens, rounds = tokens + record.tokens, rounds + record.rounds
+    return answers, tokens / rounds
+
+
+@pytest.mark.parametrize(
+    ("pair", "n_prompts", "n_tokens"),
+    [
+        pytest.param("smollm2-135m", 6, 48, id="smollm2"),
+        pytest.param("qwen2.5-coder-1.5b", 12, 64, id="default", marks=pytest.mark.slow),
+    ],
+)
+def test_every_k_is_a_replay_and_tau_is_the_loops(pair: str, n_prompts: int, n_tokens: int, tmp_path: Path) -> None:
+    files = load_catalog().pair(pair)
+    target, drafter = fetch(files.target), fetch(files.drafter)
+    if target == drafter:  # a drafter that is never wrong would prove little
+        drafter = tmp_path / "drafter.gguf"
+        quantize(target, drafter, "Q4_0")
+    vocabulary = Vocabulary(GGUFFile(drafter))
+    n_rows = GGUFFile(drafter).tensors[EMBEDDING].n_rows
+    counts = ready_counts(vocabulary)
+    order = keep_order(vocabulary, n_rows, counts)
+    cuts = {}
+    for k in SIZES:
+        cuts[k] = tmp_path / f"k{k}.gguf"
+        write(plan(drafter, lambda v, rows, k=k: keep_counted(v, rows, counts, k)), cuts[k])
+    prompts = [prompt.messages for prompt in spread(split(load_prompts(), "judge"), n_prompts)]
+    for vocab in ("trim", "context"):
+        answers, tau = live(target, cuts[8192], prompts, n_tokens, vocab)
+        added = AddedRows(rank_of(order), None, cores=[8192])
+        found = matches_of(drafter, answers, order, added=added)
+        rights = found.right(8192) if vocab == "trim" else added.found["context", 8192].rights
+        print(f"{pair} {vocab} 8192: tau live {tau:.3f}, planned {tau_of(rights, 3):.3f}")
+        assert tau_of(rights, 3) == pytest.approx(tau, rel=0.02)
+    assert 0.2 < found.acceptance(2048) < found.acceptance(n_rows) < 1
+    for k, path in [*cuts.items(), (n_rows, drafter)]:
+        replayed = replay(path, answers)
+        assert [right.tolist() for right in found.right(k)] == replayed
+        print(f"{pair} k = {k}: acceptance {found.acceptance(k):.4f} over {found.positions} positions, replayed")
+        assert found.acceptance(k) == np.mean([right for answer in replayed for right in answer])

@@ -195,6 +195,7 @@ class Context(_Owner):
         params.n_batch = params.n_ubatch = n_batch = min(n_batch, n_ctx)
         params.n_outputs_max = min(n_outputs, n_batch)
         params.n_seq_max = n_sequences
+        # Apart, attention would be cheaper, but batches that mix prompts with single tokens are then cut to pieces.
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()
         params.swa_full = True  # a sliding window that forgets cannot be rewound

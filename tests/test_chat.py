@@ -147,7 +147,8 @@ def test_real_sigint_in_a_one_shot_run(pair) -> None:
     # A job in the background, as CI may be, inherits an ignored SIGINT.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "import runner.chat as c, corpus.llama as l, time; s = l.Context.decode\n"
-    code += "def slow(*a, **k): time.sleep(0.02); return s(*a, **k)\nl.Context.decode = slow; l.Model.is_end = lambda *a: False\n"
+    code += "def slow(*a, **k): time.sleep(0.02); return s(*a, **k)\nl.Context.decode = slow\n"
+    code += "l.Model.is_end = lambda *a: False\n"
     code += f"c.run({arguments!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -11,6 +11,7 @@ from corpus.vocabulary import Vocabulary
 from .companion import Trimmed
 from .cut import head_tensor, step_bytes, why_not
 from .layout import EMBEDDING, HEAD, HEAD_BIAS
+from .speculator import UP
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
             "source": file.get("gguf_trim.source"),
             "fingerprint": vocabulary.fingerprint,
             "vocabulary": len(vocabulary),
+            "speculator_rank": file.tensors[UP].shape[0] if UP in file.tensors else None,
             "trimmable": False,
             "why": why_not(file),
         }

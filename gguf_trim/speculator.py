@@ -37,7 +37,7 @@ from .layout import Piece, encode_head, field
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
 BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
-CONVERSATIONS = 96  # read to fit on, spread over those there are
+CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
 STATES = 256  # hidden states that are held at a time
 RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
 
@@ -98,12 +98,11 @@ def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
 
 def fit(
     drafter: GGUFFile,
-    moment: np.ndarray,
-    n_positions: int,
+    states: np.ndarray,
     rank: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Speculator:
-    """The closed form for a drafter (uncut, or a companion) and the second moment of its hidden states (n x n).
+    """The closed form for a drafter (uncut, or a companion) and its hidden states (float32, positions x n_embd).
 
     `rank` is rounded up to whole blocks. advance(n) is told of rows read: twice the head's number in all.
     """
@@ -118,8 +117,8 @@ def fit(
         advance(len(block))
     mean = total / head.n_rows
     gram -= head.n_rows * np.outer(mean, mean)
-    moment = moment.astype(np.float64)
-    moment = moment + np.eye(n) * (RIDGE * np.trace(moment) / n)
+    moment = (states.T @ states).astype(np.float64) / len(states)
+    moment += np.eye(n) * (RIDGE * np.trace(moment) / n)
     root = _power(moment, 0.5)
     values, vectors = np.linalg.eigh(root @ gram @ root)
     basis = vectors[:, np.argsort(values)[::-1][:rank]]
@@ -129,7 +128,7 @@ def fit(
     for start, block in blocks(drafter, head):
         up[start : start + len(block)] = quantize_rows((block - mean.astype(np.float32)) @ lift, UP_TYPE)
         advance(len(block))
-    return Speculator(down, up, n_positions)
+    return Speculator(down, up, len(states))
 
 
 def attach(trimmed: Trimmed, speculator: Speculator, advance: Callable[[int], object] = lambda _: None) -> None:
@@ -178,14 +177,14 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[list[int]]:
         ]
 
 
-def moment_of(
+def states_of(
     drafter: Path,
     texts: Sequence[list[int]],
     feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda ids: ids,
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
-) -> tuple[np.ndarray, int]:
-    """(mean of h h^T, float64, n_embd x n_embd; number of positions): the drafter's final hidden states over texts.
+) -> np.ndarray:
+    """The drafter's final hidden states over texts: float32 (positions x n_embd).
 
     They do not depend on how many rows the head has left; `feed` makes a trimmed drafter's inputs of ids. advance(1) is
     called after every text.
@@ -195,17 +194,15 @@ def moment_of(
         Model(drafter) as model,
         Context(model, -(-longest // 32) * 32, n_threads, n_outputs=STATES) as context,
     ):
-        moment, n = np.zeros((model.n_embd, model.n_embd)), 0
+        found = []
         for ids in texts:
             context.truncate(0)
             for start in range(0, len(ids), STATES):
                 chunk = ids[start : start + STATES]
                 context.decode(feed(chunk), len(chunk), hidden=True)
-                states = context.hidden_states(len(chunk))
-                moment += states.T @ states
-                n += len(chunk)
+                found.append(context.hidden_states(len(chunk)).copy())
             advance(1)
-    return moment / n, n
+    return np.concatenate(found)
 
 
 def fit_to(
@@ -215,20 +212,30 @@ def fit_to(
     rank: int | None = None,
     feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda ids: ids,
     n_threads: int | None = None,
+    steps: int = 0,
 ) -> Speculator:
-    """Read texts with a drafter and fit a speculator to the head in `file` (its own, or its companion's), with bars."""
-    conversations = spread(calibration(file, texts), CONVERSATIONS)
+    """Read texts with a drafter and fit a speculator to the head in `file` (its own, or its companion's), with bars.
+
+    `steps` > 0 trains the closed form further; see `train`.
+    """
+    conversations = [ids[:TOKENS] for ids in spread(calibration(file, texts), CONVERSATIONS)]
     with progress("reading hidden states", len(conversations), "texts") as advance:
-        moment, n = moment_of(drafter, conversations, feed, n_threads, advance)
+        states = states_of(drafter, conversations, feed, n_threads, advance)
     with progress("fitting the speculator", 2 * head_tensor(file).n_rows, "rows") as advance:
-        return fit(file, moment, n, rank, advance)
+        found = fit(file, states, rank, advance)
+    if steps:
+        from .train import distil
+
+        with progress("training the speculator", steps, "steps") as advance:
+            found = distil(found, file, states, steps, advance)
+    return found
 
 
 def add_speculator(
-    path: Path, texts: Path | None = None, rank: int | None = None, n_threads: int | None = None
+    path: Path, texts: Path | None = None, rank: int | None = None, n_threads: int | None = None, steps: int = 0
 ) -> Speculator:
     """Fit a speculator to a trimmed drafter and write it into its companion."""
     trimmed = Trimmed.open(path)
-    speculator = fit_to(path, trimmed.companion, texts, rank, trimmed.embeddings().rows, n_threads)
+    speculator = fit_to(path, trimmed.companion, texts, rank, trimmed.embeddings().rows, n_threads, steps)
     attach(trimmed, speculator)
     return speculator

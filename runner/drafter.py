@@ -146,16 +146,17 @@ class ModelDrafter:
 
     def _step(self, pending: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Read on; the logits after the last token, and the ids they are of (ascending; None: their places)."""
-        if self._dynamic is None:
+        if self._dynamic is None or self._ids is None:
             return self._reader.read(pending, 1)[0, : self._rows], self._ids
         if len(pending) > self._context.n_outputs:
             self._reader.read(pending[:-1], 0)
             pending = pending[-1:]
         logits = self._reader.read(pending, len(pending), hidden=True)[-1, : self._rows]
         more, values = self._dynamic.logits(self._context.hidden_states(len(pending))[-1])
-        ids = np.concatenate([self._ids, more])
-        order = np.argsort(ids, kind="stable")
-        return np.concatenate([logits, values])[order], ids[order]
+        order = np.argsort(more)
+        more, values = more[order], values[order]
+        places = np.searchsorted(self._ids, more)
+        return np.insert(logits, places, values), np.insert(self._ids, places, more)
 
     def prepare(self, text: Sequence[int]) -> None:
         self._reader.keep(text, len(text) - 1)

@@ -14,7 +14,7 @@ from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.fetch import fetch
 from gguf_trim.keep import Keep, keep_listed
-from gguf_trim.speculator import attach, fit, moment_of
+from gguf_trim.speculator import attach, fit, states_of
 
 from .toy import write_model
 
@@ -61,7 +61,7 @@ TEXTS = [[int(i) for i in np.random.default_rng(n).integers(3, 500, 60)] for n i
 def with_speculator(path: Path, rank: int | None = None) -> Path:
     """Fit a speculator to a trimmed toy, on random text."""
     trimmed = Trimmed.open(path)
-    attach(trimmed, fit(trimmed.companion, *moment_of(path, TEXTS, trimmed.embeddings().rows), rank))
+    attach(trimmed, fit(trimmed.companion, states_of(path, TEXTS, trimmed.embeddings().rows), rank))
     return path
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Quant
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +21,7 @@ from corpus.llama import Context, Model
 from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 from gguf_trim import dynamic, speculator
+from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, head_tensor, plan, write
 from gguf_trim.dynamic import DynamicHead, Recent, top
@@ -122,7 +126,7 @@ def test_closed_form_is_exact_at_full_rank_and_best_below(toys: dict[str, Path])
     rng = np.random.default_rng(0)
     states = rng.standard_normal((500, 256)) * np.linspace(0.1, 3, 256)
     moment = states.T @ states / len(states)
-    made = fit(file, moment, 500, 256)
+    made = fit(file, states.astype(np.float32), 256)
     assert made.rank == 256
     logits, scores = w @ states[0], made.scores(states[0].astype(np.float32))
     off = logits - scores
@@ -132,12 +136,53 @@ def test_closed_form_is_exact_at_full_rank_and_best_below(toys: dict[str, Path])
         centred = (w - w.mean(axis=0)) - low
         return float(np.trace(centred @ moment @ centred.T))
 
-    small = fit(file, moment, 500, 32)
+    small = fit(file, states.astype(np.float32), 32)
     up = np.empty((len(w), 32), np.float32)
     dequantizer(speculator.UP_TYPE)(small.up, up)
     u, s, vt = np.linalg.svd(w - w.mean(axis=0), full_matrices=False)
     plain = (u[:, :32] * s[:32]) @ vt[:32]
     assert error(up @ small.down) < error(plain)
+
+
+def test_training_lowers_the_cross_entropy(toys: dict[str, Path]) -> None:
+    """On the states it is trained on, from the closed form down; PyTorch is an extra."""
+    pytest.importorskip("torch")
+    from gguf_trim.train import distil
+
+    file = GGUFFile(toys["target"])
+    w = head_of(file)
+    states = np.random.default_rng(0).standard_normal((200, 256)).astype(np.float32)
+    start = fit(file, states, 32)
+    found = distil(start, file, states, 60)
+
+    def cross_entropy(made: Speculator) -> float:
+        scores = np.stack([made.scores(state) for state in states])
+        logits = states @ w.T
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        log_q = scores - scores.max(axis=1, keepdims=True)
+        log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
+        return float(-(p / p.sum(axis=1, keepdims=True) * log_q).sum(axis=1).mean())
+
+    assert cross_entropy(found) < cross_entropy(start)
+
+
+def test_training_without_torch_says_what_to_install(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = CliRunner().invoke(gguf_trim, ["speculator", str(spec), "--train", "5"])
+    assert done.exit_code == 1
+    assert "gguf-trim[train]" in done.stderr
+
+
+def test_command_fits_on_text_of_ones_own(toys: dict[str, Path], spec: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({str(i): [text[:5], text[5:]] for i, text in enumerate(TEXTS)}))
+    done = CliRunner().invoke(gguf_trim, ["speculator", str(spec), "--calibration", str(answers), "--rank", "40"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{companion_path(spec)}\n"
+    assert "rank 64, fitted on 480 positions" in done.stderr
+    done = CliRunner().invoke(gguf_trim, ["speculator", str(toys["target"])])
+    assert done.exit_code == 1
+    assert "not a trimmed drafter" in done.stderr
 
 
 def test_a_speculator_is_kept_in_the_companion(toys: dict[str, Path], spec: Path) -> None:

@@ -23,7 +23,7 @@ from gguf_trim.cut import plan, step_bytes, write
 from gguf_trim.keep import keep_counted, keep_order
 from gguf_trim.matches import rank_of, tau_of
 from gguf_trim.planner import matches_of, sampled_acceptance
-from gguf_trim.speculator import Speculator, attach, fit, moment_of
+from gguf_trim.speculator import Speculator, attach, fit, states_of
 from runner.engine import Engine
 from runner.exact import plain_greedy
 
@@ -89,7 +89,7 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")
     opened = Trimmed.open(trimmed)
     texts = [[*answer.prompt, *answer.answer] for answer in answers]
-    attach(opened, fit(opened.companion, *moment_of(trimmed, texts, opened.embeddings().rows)))
+    attach(opened, fit(opened.companion, states_of(trimmed, texts, opened.embeddings().rows)))
     added = AddedRows(rank_of(order), Speculator.of(opened := Trimmed.open(trimmed)), cores=[296], n_candidates=20)
     found = matches_of(pair[1], answers, order, added=added)
     rights = found.right(296) if vocab == "trim" else added.found[vocab, 296].rights

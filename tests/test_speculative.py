@@ -244,7 +244,10 @@ def test_sampled_loop_follows_the_target_on_a_real_model(engines, monkeypatch, b
     n, counts = 1500, dict.fromkeys(wanted, 0)
     for seed in range(n):
         found = tokens_of(list(engine.rounds(prompt, law, max_tokens=2, draft_max=2, seed=seed, drafter=drafter)))
-        counts[tuple(found)] += 1
+        counts[tuple(found)] = counts.get(tuple(found), 0) + 1
+    if counts.keys() - wanted.keys():  # something the target can never emit
+        assert broken
+        return
     value = sum((counts[key] - n * mass) ** 2 / (n * mass) for key, mass in wanted.items())
     z = (value - (len(wanted) - 1)) / np.sqrt(2 * (len(wanted) - 1))
     assert (z > 8) if broken else (abs(z) < 5)

@@ -38,12 +38,16 @@ class Recent:
         self._text: list[int] = []
         self.slots: OrderedDict[int, int] = OrderedDict()
 
+    def forget(self) -> None:
+        """Begin anew with the next text."""
+        self.slots.clear()
+        self._text = []
+
     def follow(self, text: Sequence[int]) -> list[tuple[int, int]]:
         """Read on to the end of `text`; returns (slot, id) for what has come in."""
+        if self._text != list(text[: len(self._text)]):
+            self.forget()
         known = len(self._text)
-        if known > len(text) or self._text != list(text[:known]):
-            self.slots.clear()
-            self._text, known = [], 0
         news: dict[int, int] = {}
         for token in text[known:]:
             if token >= len(self._wanted) or not self._wanted[token]:
@@ -52,7 +56,7 @@ class Recent:
                 self.slots.move_to_end(token)
             else:
                 slot = len(self.slots) if len(self.slots) < self._size else self.slots.popitem(last=False)[1]
-                self.slots[token] = news[slot] = slot
+                self.slots[token] = slot
                 news[slot] = token
         self._text.extend(text[known:])
         return list(news.items())
@@ -144,8 +148,7 @@ class DynamicHead:
         ours = self._product(_BUCKET)(hidden)
         if self._bias is not None:
             ours = ours + self._bias[self._kept[some]]
-        for slot, token in enumerate(self.recent.slots):
-            self._rows[slot] = self._full[token]
+        self.recent.forget()  # its rows were written over
         return bool(np.abs(ours - logits[some]).max() <= 0.02 * np.ptp(logits))
 
     def candidates(self, hidden: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from corpus.errors import FileFormatError
 from corpus.files import CHUNK, copy_range, require_room, write_whole
 from corpus.ggml import dequantizer, quantize_rows
 from corpus.gguf_file import GGUFFile, Tensor, bytes_of
@@ -60,7 +61,10 @@ class Speculator:
         file = trimmed.companion
         if not {DOWN, UP} <= file.tensors.keys():
             return None
-        down, up = file.tensors[DOWN], file.tensors[UP]
+        down, up, head = file.tensors[DOWN], file.tensors[UP], head_tensor(file)
+        shapes = (down.shape, up.shape) == ((head.shape[0], up.shape[0]), (down.n_rows, head.n_rows))
+        if not shapes or (down.type, up.type) != (GGMLQuantizationType.F32, UP_TYPE):
+            raise FileFormatError(f"{file.path}: its speculator does not fit its head; make it again with `speculator`")
         table = np.memmap(file.path, np.uint8, "r", up.offset, (up.n_rows, up.row_bytes))
         rows = np.memmap(file.path, np.float32, "r", down.offset, (down.n_rows, down.shape[0]))
         return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0))

@@ -165,6 +165,8 @@ class ModelDrafter:
 
     def settle(self) -> None:
         self._reader.settle()
+        if self._dynamic is not None:  # an interruption may have come between a token's slot and its row
+            self._dynamic.recent.forget()
 
     @property
     def seconds(self) -> float:

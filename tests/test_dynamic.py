@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Quant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.errors import EngineError, TrimError
+from corpus.errors import EngineError, FileFormatError, TrimError
 from corpus.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
@@ -242,6 +242,15 @@ def test_more_sources_draft_more_tokens_right(toys: dict[str, Path], spec: Path)
             right[vocab] += drafted == [token]
         drafter.close()
     assert right["trim"] <= right["context"] <= right["spec"] == len(TEXTS)
+
+
+def test_a_speculator_of_another_head_is_refused(toys: dict[str, Path], spec: Path) -> None:
+    trimmed = Trimmed.open(spec)
+    made = Speculator.of(trimmed)
+    assert made is not None
+    attach(trimmed, Speculator(made.down, made.up[:-1], 1))
+    with pytest.raises(FileFormatError, match="does not fit its head"):
+        open_with(toys, spec, "auto")
 
 
 def test_vocab_needs_what_it_names(toys: dict[str, Path], spec: Path) -> None:

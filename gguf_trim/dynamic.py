@@ -142,14 +142,14 @@ class DynamicHead:
         self._in_context[list(self.recent.slots)] = True
 
     def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
-        """Whether `logits` of the kept rows are what this head makes of `hidden`, but for rounding."""
+        """Whether `logits` of the kept rows are what this head makes of `hidden`, but for requantisation."""
         some = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64)
         self._rows[:_BUCKET] = self._full[self._kept[some]]
         ours = self._product(_BUCKET)(hidden)
         if self._bias is not None:
             ours = ours + self._bias[self._kept[some]]
         self.recent.forget()  # its rows were written over
-        return bool(np.abs(ours - logits[some]).max() <= 0.02 * np.ptp(logits))
+        return bool(np.abs(ours - logits[some]).max() <= 0.05 * np.ptp(logits))
 
     def candidates(self, hidden: np.ndarray) -> np.ndarray:
         """Ids (int32) beyond the kept rows whose logits are worth computing at this hidden state (float32, n_embd)."""

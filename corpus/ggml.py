@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import EngineError
+from .gguf_file import bytes_of
 
 ALIGNMENT = 64  # bytes; ggml asks for 32
 _CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -81,10 +82,10 @@ def _ggml() -> dict[str, Any]:
 
 def row_bytes(type_: GGMLQuantizationType, n: int) -> int:
     """Bytes of a row of n numbers; n is a whole number of blocks."""
-    block, size = GGML_QUANT_SIZES[type_]
+    block, _ = GGML_QUANT_SIZES[type_]
     if n % block:
         raise EngineError(f"a row of {n} numbers is no whole number of {type_.name} blocks ({block})")
-    return int(n // block * size)
+    return bytes_of(type_, n)
 
 
 def aligned(n_bytes: int) -> np.ndarray:

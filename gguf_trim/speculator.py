@@ -94,12 +94,6 @@ def blocks(file: GGUFFile, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
         yield start, out
 
 
-def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    result: np.ndarray = (vectors * values**exponent) @ vectors.T
-    return result
-
-
 def fit(
     drafter: GGUFFile,
     states: np.ndarray,
@@ -123,11 +117,13 @@ def fit(
     gram -= head.n_rows * np.outer(mean, mean)
     moment = (states.T @ states).astype(np.float64) / len(states)
     moment += np.eye(n) * (RIDGE * np.trace(moment) / n)
-    root = _power(moment, 0.5)
+    strengths, directions = np.linalg.eigh(moment)
+    root = (directions * strengths**0.5) @ directions.T
+    inverse_root = (directions * strengths**-0.5) @ directions.T
     values, vectors = np.linalg.eigh(root @ gram @ root)
     basis = vectors[:, np.argsort(values)[::-1][:rank]]
     lift = (root @ basis).astype(np.float32)
-    down = (basis.T @ _power(moment, -0.5)).astype(np.float32)
+    down = (basis.T @ inverse_root).astype(np.float32)
     up = np.empty((head.n_rows, bytes_of(UP_TYPE, rank)), np.uint8)
     for start, block in blocks(drafter, head):
         up[start : start + len(block)] = quantize_rows((block - mean.astype(np.float32)) @ lift, UP_TYPE)

@@ -31,8 +31,8 @@ from gguf_trim.cut import step_bytes
 from gguf_trim.speculator import Speculator
 
 from .drafter import NoDrafter, open_drafter
-from .engine import DRAFT_MAX, Record
-from .options import FULL, Models, model_options
+from .engine import Record
+from .options import FULL, Models, draft_max_option, model_options
 
 DEMO_PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",
@@ -68,8 +68,8 @@ def main() -> None:
 @main.command("demo")
 @model_options
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
-@click.option("--draft-max", type=click.IntRange(1, 16), default=DRAFT_MAX, show_default=True)
-def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int) -> None:
+@draft_max_option
+def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int | None) -> None:
     """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share."""
     found = models()
     rows = []

@@ -30,7 +30,9 @@ HELP = "/reset forgets the conversation, /stats adds up the session, /draft on|o
 class Chat:
     """A conversation: messages so far, the settings, and what the session took in all."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, seed: int | None, draft_max: int, max_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, sampling: Sampling, seed: int | None, draft_max: int | None, max_tokens: int
+    ) -> None:
         self.engine = engine
         self.messages: list[dict[str, str]] = []
         self.drafting = True
@@ -125,7 +127,7 @@ def main(
     models: Callable[[], Models],
     sampling: Sampling,
     seed: int | None,
-    draft_max: int,
+    draft_max: int | None,
     prompt: str | None,
     max_tokens: int,
     as_json: bool,

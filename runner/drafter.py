@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,20 @@ class Draft:
     qs: list[Distribution]
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """One drafted token (target id), its law, and how sure the drafter is of it (its own probability, 0 to 1)."""
+
+    token: int
+    q: Distribution
+    certainty: float
+
+
+def _certainty(logits: np.ndarray) -> float:
+    """The probability of the likeliest token at temperature 1."""
+    return 1 / float(np.exp(logits - logits.max()).sum())
+
+
 class Drafter(Protocol):
     """Proposes tokens; keeps its own cache in step with the text it is given."""
 
@@ -39,8 +54,12 @@ class Drafter(Protocol):
         """Up to n tokens to follow `text` (the whole of it, target ids)."""
         ...
 
-    def prepare(self, text: Sequence[int]) -> None:
-        """Read a prompt ahead of the first draft."""
+    def prepare(self, text: Sequence[int], left: int) -> None:
+        """Read a prompt ahead of the first draft; at most `left` tokens will follow."""
+        ...
+
+    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
+        """Hear what became of a round: tokens it emitted, its seconds in all and those of the target."""
         ...
 
     def settle(self) -> None:
@@ -63,7 +82,10 @@ class NoDrafter:
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
         return Draft([], [])
 
-    def prepare(self, text: Sequence[int]) -> None:
+    def prepare(self, text: Sequence[int], left: int) -> None:
+        pass
+
+    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         pass
 
     def settle(self) -> None:
@@ -86,13 +108,18 @@ class Reader:
 
     def keep(self, text: Sequence[int], at_most: int) -> None:
         """Rewind to the longest beginning that the cache shares with `text`, at most `at_most` tokens."""
-        n = min(len(self.held), len(text), at_most)
-        if self.held[:n] != text[:n]:
-            n = next(i for i in range(n) if self.held[i] != text[i])
+        n = self.shared(text, at_most)
         # In this order, an interruption in between leaves a record that claims too little, which `settle` mends.
         del self.held[n:]
         if n < self.context.n_past:
             self.context.truncate(n)
+
+    def shared(self, text: Sequence[int], at_most: int) -> int:
+        """Tokens, at most `at_most`, of the longest beginning that the cache shares with `text`."""
+        n = min(len(self.held), len(text), at_most)
+        if self.held[:n] != text[:n]:
+            n = next(i for i in range(n) if self.held[i] != text[i])
+        return n
 
     def read(self, tokens: Sequence[int], outputs: int, hidden: bool = False) -> np.ndarray:
         """Append tokens and return the logits of the last `outputs` of them (a view until the next read)."""
@@ -129,20 +156,30 @@ class ModelDrafter:
         self._ids = None if d2t is None else d2t[: self._rows]
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
-        draft = Draft([], [])
+        proposed = list(islice(self.propose(text, sampling, rng), n)) if n > 0 else []
+        return Draft([found.token for found in proposed], [found.q for found in proposed])
+
+    def propose(self, text: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> Iterator[Proposal]:
+        """Drafted tokens one after another, each computed when it is asked for, until the context is full."""
         # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
         self._reader.keep(text, len(text) - 1)
-        room = self._context.n_ctx - len(text)
         pending = text[len(self._reader.held) :]
-        if self._dynamic is not None and min(n, room) > 0:
+        if self._dynamic is not None:
             self._dynamic.follow(text)
-        for _ in range(min(n, room)):
-            q = sampling.distribution(*self._step(pending))
+        for _ in range(self._context.n_ctx - len(text)):
+            logits, ids = self._step(pending)
+            q = sampling.distribution(logits, ids)
             token = q.draw(rng)
-            draft.tokens.append(token)
-            draft.qs.append(q)
+            yield Proposal(token, q, _certainty(logits) if sampling.greedy else q.of(token))
             pending = [token]
-        return draft
+
+    @property
+    def n_ctx(self) -> int:
+        return self._context.n_ctx
+
+    def unread(self, text: Sequence[int]) -> int:
+        """How many tokens of `text` the next draft has to read first."""
+        return len(text) - self._reader.shared(text, len(text) - 1)
 
     def _step(self, pending: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Read on; the logits after the last token, and the ids they are of (ascending; None: their places)."""
@@ -158,10 +195,13 @@ class ModelDrafter:
         places = np.searchsorted(self._ids, more)
         return np.insert(logits, places, values), np.insert(self._ids, places, more)
 
-    def prepare(self, text: Sequence[int]) -> None:
+    def prepare(self, text: Sequence[int], left: int) -> None:
         self._reader.keep(text, len(text) - 1)
         if (rest := text[len(self._reader.held) : -1]) and len(text) <= self._context.n_ctx:
             self._reader.read(rest, 0)
+
+    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
+        pass
 
     def settle(self) -> None:
         self._reader.settle()

@@ -19,10 +19,11 @@ from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
 
-from .drafter import AUTO, Drafter, NoDrafter, Reader, open_drafter
+from .auto import AutoDrafter, measured_draft, measured_verify
+from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, Reader, open_drafter
 from .speculative import Round, generate
 
-DRAFT_MAX = 3  # with three drafts the target verifies four rows, the batch llama.cpp's CPU kernels like best
+LONGEST = 16  # drafts in a round
 
 
 @dataclass
@@ -106,7 +107,8 @@ class Engine:
         n_gpu_layers: int | None = None,
         vocab: str = AUTO,
     ) -> None:
-        self.drafter: Drafter = NoDrafter()
+        self.drafter: ModelDrafter | None = None
+        self._auto: AutoDrafter | None = None
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
             raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as --draft")
@@ -131,10 +133,19 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        self.drafter.close()
+        if self.drafter is not None:
+            self.drafter.close()
         if hasattr(self, "context"):
             self.context.close()
         self.model.close()
+
+    @property
+    def auto(self) -> AutoDrafter:
+        """Drafting by cost over the engine's drafter; step costs are measured at the first use, in a second or two."""
+        if self._auto is None:
+            draft = None if self.drafter is None else measured_draft(self.drafter)
+            self._auto = AutoDrafter(self.drafter, measured_verify(self.reader), draft)
+        return self._auto
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""
@@ -146,18 +157,25 @@ class Engine:
         sampling: Sampling,
         *,
         max_tokens: int,
-        draft_max: int = DRAFT_MAX,
+        draft_max: int | None = None,
         seed: int | None = None,
         drafter: Drafter | None = None,
     ) -> Iterator[Round]:
-        """Continue a prompt of token ids; see `speculative.generate`. `drafter` overrides the engine's own."""
+        """Continue a prompt of token ids; see `speculative.generate`.
+
+        draft_max: tokens drafted a round; 0 is plain decoding; None lets measured costs decide (`auto`). `drafter`
+        overrides the engine's own.
+        """
+        if drafter is None:
+            fixed = self.drafter if self.drafter is not None and draft_max else NoDrafter()
+            drafter = self.auto if draft_max is None else fixed
         return generate(
             self.reader,
-            drafter or self.drafter,
+            drafter,
             prompt,
             sampling,
             max_tokens=max_tokens,
-            draft_max=draft_max,
+            draft_max=LONGEST if draft_max is None else draft_max,
             is_end=self.model.is_end,
             rng=np.random.default_rng(seed),
         )

@@ -33,8 +33,8 @@ from corpus.progress import progress
 from corpus.prompts import load_prompts
 
 from .bench import GREEDY, machine
-from .engine import DRAFT_MAX, Engine
-from .options import Models, model_options
+from .engine import Engine
+from .options import Models, draft_max_option, model_options
 from .speculative import Round
 
 
@@ -115,7 +115,9 @@ def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round]) -> 
     return faults
 
 
-def check_prompt(engine: Engine, context: Context, name: str, prompt: list[int], n: int, draft_max: int) -> Exactness:
+def check_prompt(
+    engine: Engine, context: Context, name: str, prompt: list[int], n: int, draft_max: int | None
+) -> Exactness:
     """All five steps for one prompt; `context` is a second one over the target with room for n rows of logits."""
     plain, best = plain_greedy(context, prompt, n, engine.model.is_end)
     engine.reader.keep([], 0)  # so that the loop reads the prompt as the replay will
@@ -138,8 +140,10 @@ def check_prompt(engine: Engine, context: Context, name: str, prompt: list[int],
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the prompts.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
-@click.option("--draft-max", type=click.IntRange(1, 16), default=DRAFT_MAX, show_default=True)
-def main(models: Callable[[], Models], prompts: Path | None, limit: int, max_tokens: int, draft_max: int) -> None:
+@draft_max_option
+def main(
+    models: Callable[[], Models], prompts: Path | None, limit: int, max_tokens: int, draft_max: int | None
+) -> None:
     """Check greedy exactness token by token; exit 1 where a token is not the target's."""
     chosen = load_prompts(prompts, limit)
     found = models()

@@ -16,9 +16,30 @@ from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
 from .drafter import AUTO, VOCABS
-from .engine import DRAFT_MAX, Engine
+from .engine import LONGEST, Engine
 
 FULL = "full"
+
+
+class DraftMax(click.ParamType):  # type: ignore[type-arg]
+    """How many tokens to draft in a round: a number, or auto (None)."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == AUTO:
+            return None
+        return click.IntRange(0, LONGEST).convert(value, param, ctx)
+
+
+def draft_max_option(command: Any) -> Any:
+    return click.option(
+        "--draft-max",
+        type=DraftMax(),
+        default=AUTO,
+        show_default=True,
+        help="Tokens to draft in a round; 0 is plain decoding; auto: as many as pay here, by measured costs.",
+    )(command)
 
 
 def _stack(command: Any, options: list[Callable[..., Any]]) -> Any:
@@ -130,12 +151,6 @@ def sampling_options(command: Any) -> Any:
             click.option("--top-p", type=float, default=default.top_p, show_default=True, help="1 switches it off."),
             click.option("--min-p", type=float, default=default.min_p, show_default=True, help="0 switches it off."),
             click.option("-s", "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: random]"),
-            click.option(
-                "--draft-max",
-                type=click.IntRange(0, 16),
-                default=DRAFT_MAX,
-                show_default=True,
-                help="Tokens to draft per round; 0 is plain decoding.",
-            ),
+            draft_max_option,
         ],
     )

@@ -70,7 +70,7 @@ def generate(
         if rest := text[len(target.held) : -1]:
             target.read(rest, 0)
         if draft_max > 0:
-            drafter.prepare(text)
+            drafter.prepare(text, left)
         while left > 0:
             started, before = time.perf_counter(), (drafter.seconds, target.context.seconds)
             # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
@@ -89,13 +89,16 @@ def generate(
             target.keep(text, len(text) - 1)
             after = (drafter.seconds, target.context.seconds)
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
+            accepted = min(accepted, len(tokens))
+            seconds = time.perf_counter() - started
+            drafter.learn(len(drafts), accepted, len(tokens), seconds, verify_seconds)
             yield Round(
                 tokens,
                 drafts,
-                min(accepted, len(tokens)),
+                accepted,
                 draft_seconds,
                 verify_seconds,
-                time.perf_counter() - started - draft_seconds - verify_seconds,
+                seconds - draft_seconds - verify_seconds,
                 "stop" if end is not None else "length" if left <= 0 else None,
             )
             if end is not None:

@@ -60,21 +60,23 @@ def test_second_ctrl_c_while_the_first_is_settled(toys, monkeypatch, who: str) -
     with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
         engine.model.is_end = lambda token: False
         ids = engine.model.tokenize("the king and the sea")
-        wanted = [token for r in engine.rounds(ids, GREEDY, max_tokens=30) for token in r.tokens]
+        wanted = [token for r in engine.rounds(ids, GREEDY, max_tokens=30, draft_max=3) for token in r.tokens]
         reader = engine.reader if who == "target" else engine.drafter._reader
 
         def interrupted() -> None:
             raise KeyboardInterrupt
 
         for stop in range(4):
-            rounds = engine.rounds(engine.model.tokenize("of tea"), GREEDY, max_tokens=30)
+            rounds = engine.rounds(engine.model.tokenize("of tea"), GREEDY, max_tokens=30, draft_max=3)
             for _ in range(stop + 1):
                 next(rounds)
             with monkeypatch.context() as patch:
                 patch.setattr(reader, "settle", interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     rounds.close()
-            assert [token for r in engine.rounds(ids, GREEDY, max_tokens=30) for token in r.tokens] == wanted
+            assert [
+                token for r in engine.rounds(ids, GREEDY, max_tokens=30, draft_max=3) for token in r.tokens
+            ] == wanted
 
 
 def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> None:

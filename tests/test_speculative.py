@@ -135,11 +135,11 @@ def test_context_limit_stops_cleanly(toys, name) -> None:
         engine.model.is_end = lambda token: False
         for length in (253, 255, 256):
             prompt = (engine.model.tokenize("the sea and the tea ") * 60)[:length]
-            rounds = list(engine.rounds(prompt, GREEDY, max_tokens=99))
+            rounds = list(engine.rounds(prompt, GREEDY, max_tokens=99, draft_max=3))
             assert len(tokens_of(rounds)) == 256 - length + 1
             assert rounds[-1].finish == "length"
         with pytest.raises(EngineError, match="257 tokens does not fit a context of 256"):
-            list(engine.rounds([5] * 257, GREEDY, max_tokens=1))
+            list(engine.rounds([5] * 257, GREEDY, max_tokens=1, draft_max=3))
         assert len(tokens_of(run(engine, PROMPTS[0], n=5))) == 5
 
 
@@ -159,15 +159,15 @@ def test_second_turn_reads_only_what_is_new(engines, monkeypatch) -> None:
     engine = engines("good-trimmed")
     never_ends(engine, monkeypatch)
     first = engine.model.tokenize(PROMPTS[0] * 4)
-    answer = tokens_of(list(engine.rounds(first, GREEDY, max_tokens=20)))
+    answer = tokens_of(list(engine.rounds(first, GREEDY, max_tokens=20, draft_max=3)))
     calls: list[int] = []
     decode = engine.context.decode
     monkeypatch.setattr(engine.context, "decode", lambda x, *a: calls.append(len(x)) or decode(x, *a))
     second = [*first, *answer, *engine.model.tokenize(" and then")]
-    reused = tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20)))
+    reused = tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20, draft_max=3)))
     assert calls[0] < len(second) - len(first)
     engine.reader.keep([], 0)
-    assert reused == tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20)))
+    assert reused == tokens_of(list(engine.rounds(second, GREEDY, max_tokens=20, draft_max=3)))
 
 
 def test_stopping_in_the_middle_leaves_everything_usable(engines, monkeypatch) -> None:
@@ -176,7 +176,7 @@ def test_stopping_in_the_middle_leaves_everything_usable(engines, monkeypatch) -
     never_ends(engine, monkeypatch)
     wanted = tokens_of(run(engine, PROMPTS[0]))
     for stop in range(6):
-        rounds = engine.rounds(engine.model.tokenize(PROMPTS[2]), GREEDY, max_tokens=40)
+        rounds = engine.rounds(engine.model.tokenize(PROMPTS[2]), GREEDY, max_tokens=40, draft_max=3)
         for _ in range(stop):
             next(rounds)
         rounds.close()
@@ -278,7 +278,7 @@ def test_record_adds_up(engines, monkeypatch) -> None:
     engine = engines("good-trimmed")
     never_ends(engine, monkeypatch)
     record = Record()
-    text = "".join(engine.answer(engine.model.tokenize(PROMPTS[0]), GREEDY, record, max_tokens=30))
+    text = "".join(engine.answer(engine.model.tokenize(PROMPTS[0]), GREEDY, record, max_tokens=30, draft_max=3))
     rounds = run(engine, PROMPTS[0], n=30)
     assert record.text == text
     assert record.token_ids == tokens_of(rounds)

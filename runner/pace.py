@@ -1,0 +1,76 @@
+"""What drafting costs and brings on this machine, learned while running: step costs and chances of acceptance.
+
+The rule: with V(b) the seconds of verifying b tokens at once and r the tokens per second that the time could bring
+otherwise, m drafts are worth their expected tokens less r times the seconds they add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+OWN, OTHERS = 0.15, 0.05  # how fast a measured cost follows what is seen, of the same size and of others
+WEIGHT = 6.0  # observations that a stated chance is worth
+MEMORY = 0.97  # what an observation still weighs when the next one comes
+EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+
+
+class StepCost:
+    """Seconds of a step by the number of tokens it reads, from measured sizes; follows what it is shown."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self._sizes = np.array(sorted(seconds), np.float64)
+        self._seconds = np.array([seconds[int(n)] for n in self._sizes])
+
+    def of(self, n: int) -> float:
+        """Between measured sizes on the line that joins them; beyond the last one, on the line from the first."""
+        last = self._sizes[-1]
+        if n <= last:
+            return float(np.interp(n, self._sizes, self._seconds))
+        slope = (self._seconds[-1] - self._seconds[0]) / max(last - self._sizes[0], 1)
+        return float(self._seconds[-1] + slope * (n - last))
+
+    def saw(self, n: int, seconds: float) -> None:
+        """A step of n tokens took this long: believe it a little, and a hiccup no more than a little."""
+        ratio = np.clip(seconds / self.of(n), 0.5, 2.0)
+        self._seconds *= ratio**OTHERS
+        i = int(np.searchsorted(self._sizes, n))
+        if i < len(self._sizes) and self._sizes[i] == n:
+            self._seconds[i] *= ratio ** (OWN - OTHERS)
+
+
+class Chances:
+    """The chance that a draft is accepted, from the chance it claims, corrected by what came of its like."""
+
+    def __init__(self) -> None:
+        self._accepted = np.zeros(len(EDGES) + 1)
+        self._seen = np.zeros(len(EDGES) + 1)
+
+    def of(self, claimed: float) -> float:
+        i = int(np.searchsorted(EDGES, claimed))
+        return float((self._accepted[i] + WEIGHT * claimed) / (self._seen[i] + WEIGHT))
+
+    def saw(self, claimed: float, accepted: bool) -> None:
+        i = int(np.searchsorted(EDGES, claimed))
+        self._accepted[i] = MEMORY * self._accepted[i] + accepted
+        self._seen[i] = MEMORY * self._seen[i] + 1
+
+
+def best_cut(
+    chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, rows: int = 1
+) -> tuple[int, float]:
+    """(m, worth in tokens) of the best beginning of a draft, on top of a batch of `rows` tokens.
+
+    chances[i] is that of draft i if those before it were accepted; rate in tokens per second; step is what each draft
+    takes to make, in seconds. m is 0 where nothing is worth its cost.
+    """
+    best, chosen, together, expected = 0.0, 0, 1.0, 0.0
+    base = verify.of(rows)
+    for m, chance in enumerate(chances, 1):
+        together *= chance
+        expected += together
+        worth = expected - rate * (m * step + verify.of(rows + m) - base)
+        if worth > best:
+            best, chosen = worth, m
+    return chosen, best

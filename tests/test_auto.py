@@ -1,0 +1,246 @@
+"""Drafting by cost: exact whatever it decides, and never slower by more than it may be, in worlds of known costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corpus.sampling import Sampling
+from runner.auto import AutoDrafter, measured_draft, measured_verify
+from runner.drafter import Draft, Proposal
+from runner.engine import Engine
+from runner.lookup import certain
+from runner.pace import Chances, StepCost, best_cut
+
+GREEDY = Sampling(temp=0)
+# Seconds by batch size: kernels that like batches of four, dear verifying, and a machine bound by memory.
+UNEVEN = {1: 0.087, 2: 0.164, 3: 0.196, 4: 0.143, 5: 0.210, 6: 0.23, 8: 0.260}
+DEAR = {1: 0.098, 2: 0.179, 3: 0.228, 4: 0.205, 5: 0.337, 6: 0.36, 8: 0.415}
+FLAT = {1: 0.050, 2: 0.051, 3: 0.052, 4: 0.053, 5: 0.054, 6: 0.056, 8: 0.060}
+DRAFT = {1: 0.018, 2: 0.030, 4: 0.035, 16: 0.1, 64: 0.25}
+QUICK = {1: 0.006, 2: 0.0062, 4: 0.0065, 16: 0.01, 64: 0.03}
+
+
+@dataclass
+class World:
+    """A text of which the drafter gets each token right with a chance of its own, that it half knows."""
+
+    acceptance: float
+    seed: int
+    verify: StepCost
+    draft: StepCost
+    prompt: int = 60
+    tokens: int = 128
+    right: np.ndarray = field(init=False)
+    claims: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        n = self.prompt + self.tokens + 64
+        chances = self.rng.beta(2 * self.acceptance + 1e-3, 2 * (1 - self.acceptance) + 1e-3, n)
+        self.right = self.rng.random(n) < chances
+        self.claims = np.clip(0.8 * chances + 0.2 * self.rng.random(n), 0.01, 0.999)
+
+    def noise(self) -> float:
+        return float(np.exp(self.rng.normal(0, 0.05)))
+
+
+class Simulated:
+    """A ModelDrafter of a World: token i of the true text is i itself."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.seconds, self.held = world, 0.0, 0
+
+    def unread(self, text: Sequence[int]) -> int:
+        return len(text) - min(self.held, len(text) - 1)
+
+    def propose(self, text: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> Iterator[Proposal]:
+        unread, i = self.unread(text), len(text)
+        while True:
+            self.seconds += self.world.draft.of(unread) * self.world.noise()
+            self.held = i
+            yield Proposal(i if self.world.right[i] else 10**6, certain(0), float(self.world.claims[i]))
+            i, unread = i + 1, 1
+
+
+def seconds_of(world: World, auto: AutoDrafter | None, fixed: int = 0) -> float:
+    """What an answer takes with drafting by cost, or with a fixed draft length (0: plain)."""
+    drafter = Simulated(world)
+    if auto is not None:
+        auto._drafter = drafter  # type: ignore[assignment]
+        auto.prepare([], world.tokens)
+    text, left, total = list(range(world.prompt)), world.tokens, 0.0
+    rng = np.random.default_rng(0)
+    while left:
+        before = drafter.seconds
+        n = min(15, left - 1)
+        if auto is not None:
+            tokens = auto.draft(text, n, GREEDY, rng).tokens
+        else:
+            proposals = drafter.propose(text, GREEDY, rng)
+            tokens = [next(proposals).token for _ in range(min(fixed, n))]
+        verify = world.verify.of(len(tokens) + 1) * world.noise()
+        accepted = next((i for i, token in enumerate(tokens) if token != len(text) + i), len(tokens))
+        text += range(len(text), len(text) + accepted + 1)
+        drafter.held = min(drafter.held, len(text) - 1)
+        left -= accepted + 1
+        seconds = verify + drafter.seconds - before
+        total += seconds
+        if auto is not None:
+            auto.learn(len(tokens), accepted, accepted + 1, seconds, verify)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("costs", "steps"), [(UNEVEN, DRAFT), (DEAR, DRAFT), (FLAT, QUICK)], ids=["uneven", "dear", "flat"]
+)
+@pytest.mark.parametrize("acceptance", [0.02, 0.3, 0.6, 0.8, 0.95])
+def test_never_much_slower_than_plain_and_near_the_best_fixed_length(
+    costs: dict[int, float], steps: dict[int, float], acceptance: float
+) -> None:
+    verify, draft = StepCost(dict(costs)), StepCost(dict(steps))
+    plain, auto, fixed = [], [], dict.fromkeys((1, 2, 3, 5, 8), 0.0)
+    for session in range(4):
+        drafter = AutoDrafter(None, StepCost(dict(costs)), StepCost(dict(steps)))
+        for answer in range(4):
+
+            def world(seed: int = 10 * session + answer) -> World:
+                return World(acceptance, seed, verify, draft)
+
+            plain.append(seconds_of(world(), None))
+            auto.append(seconds_of(world(), drafter))
+            for n in fixed:
+                fixed[n] += seconds_of(world(), None, n)
+    ratios = np.array(plain) / np.array(auto)
+    assert ratios.min() > 0.93  # one answer, beside the noise of its own steps
+    assert ratios.mean() > 0.97
+    best = sum(plain) / min(sum(plain), *fixed.values())
+    assert sum(plain) / sum(auto) > 0.9 * best
+
+
+def test_the_bound_on_losses_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that is always sure and always wrong: without the account of losses it costs a lot more."""
+    verify, draft = StepCost(dict(UNEVEN)), StepCost(dict(DRAFT))
+
+    def ratio() -> float:
+        world, same = World(0.0, 1, verify, draft), World(0.0, 1, verify, draft)
+        for each in (world, same):
+            each.right[:], each.claims[:] = False, 0.99
+        auto = AutoDrafter(None, StepCost(dict(UNEVEN)), StepCost(dict(DRAFT)))
+        return seconds_of(same, None) / seconds_of(world, auto)
+
+    assert ratio() > 0.92
+    monkeypatch.setattr("runner.auto.LOSS", 10.0)
+    monkeypatch.setattr(Chances, "saw", lambda self, claimed, accepted: None)
+    assert ratio() < 0.7
+
+
+@given(
+    st.lists(st.floats(0.01, 0.99), max_size=8),
+    st.lists(st.floats(0.001, 1.0), min_size=9, max_size=9),
+    st.floats(0.1, 50),
+    st.floats(0, 0.1),
+)
+def test_best_cut_is_the_best_of_all(chances: list[float], seconds: list[float], rate: float, step: float) -> None:
+    verify = StepCost(dict(enumerate(seconds, 1)))
+
+    def worth(m: int) -> float:
+        expected = sum(float(np.prod(chances[: i + 1])) for i in range(m))
+        return expected - rate * (m * step + verify.of(1 + m) - verify.of(1))
+
+    m, found = best_cut(chances, verify, rate, step)
+    assert found == pytest.approx(worth(m) if m else 0.0)
+    assert found >= max(map(worth, range(len(chances) + 1))) - 1e-9
+
+
+@given(st.floats(0.01, 0.99), st.floats(0, 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=30)
+def test_chances_learn_what_claims_are_worth(claimed: float, true: float, seed: int) -> None:
+    chances, rng = Chances(), np.random.default_rng(seed)
+    assert chances.of(claimed) == pytest.approx(claimed)
+    for accepted in rng.random(400) < true:
+        chances.saw(claimed, bool(accepted))
+    assert chances.of(claimed) == pytest.approx(true, abs=0.3)
+
+
+def test_costs_follow_what_is_seen_and_not_a_hiccup() -> None:
+    cost = StepCost({1: 0.1, 4: 0.2})
+    assert cost.of(2) == pytest.approx(0.1 + 0.1 / 3)
+    assert cost.of(7) == pytest.approx(0.3)
+    cost.saw(1, 5.0)
+    assert cost.of(1) < 0.12
+    for _ in range(60):
+        cost.saw(1, 0.3)
+    assert cost.of(1) == pytest.approx(0.3, rel=0.05)
+    assert cost.of(4) > 0.25  # a longer context makes every size dearer
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs under which drafting always pays: toys are so fast that it never would."""
+    cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
+    monkeypatch.setattr("runner.engine.measured_verify", lambda reader: cheap)
+    monkeypatch.setattr("runner.engine.measured_draft", lambda drafter: StepCost({1: 0.01, 64: 0.02}))
+    monkeypatch.setattr(StepCost, "saw", lambda self, n, seconds: None)
+
+
+@pytest.mark.parametrize("name", [None, "target", "good-trimmed", "wrong", "tiny-trimmed", "spec-trimmed"])
+def test_greedy_text_is_plain_greedy(toys, name: str | None, eager) -> None:
+    with Engine(toys["target"], toys[name] if name else None, n_ctx=256) as engine:
+        engine.model.is_end = lambda token: False  # type: ignore[method-assign]
+        drafted = 0
+        for text in ("the sea and the tea", "a rose is a rose is a rose is a", "in"):
+            ids = engine.model.tokenize(text)
+            plain = [token for r in engine.rounds(ids, GREEDY, max_tokens=60, draft_max=0) for token in r.tokens]
+            rounds = list(engine.rounds(ids, GREEDY, max_tokens=60))
+            assert [token for r in rounds for token in r.tokens] == plain
+            drafted += sum(len(r.drafted) for r in rounds)
+        assert drafted > 20
+
+
+def test_sampled_text_follows_the_target(toys, eager, monkeypatch) -> None:
+    """Chi-square of the second token, drafted by model or lookup; a rule that always accepts fails it."""
+
+    def statistic(n: int = 400) -> float:
+        law = Sampling(temp=1.5, top_k=8, top_p=1.0, min_p=0.0)
+        with Engine(toys["target"], toys["wrong-trimmed"], n_ctx=256) as engine:
+            engine.model.is_end = lambda token: False  # type: ignore[method-assign]
+            ids = engine.model.tokenize("tea and tea and tea and tea and")
+            (first,) = next(iter(engine.rounds(ids, GREEDY, max_tokens=1, draft_max=0))).tokens
+            prompt = [*ids, first]
+            engine.reader.keep([], 0)
+            engine.context.decode(prompt[:-1], 0)
+            p = law.distribution(engine.context.decode(prompt[-1:], 1)[0])
+            engine.reader.settle()
+            seen = dict.fromkeys(p.ids.tolist(), 0)
+            for seed in range(n):
+                # Every draft is tried however often it failed: the law must hold for all of them.
+                engine.auto._lost = 0.0
+                engine.auto._usual = 0.9
+                token = next(iter(engine.rounds(prompt, law, max_tokens=3, seed=seed))).tokens[0]
+                seen[token] = seen.get(token, 0) + 1
+            return sum((seen[t] - n * p.of(t)) ** 2 / (n * max(p.of(t), 1e-9)) for t in seen)
+
+    assert statistic() < 26  # chi-square, 7 degrees of freedom, p = 0.0005
+    monkeypatch.setattr("runner.acceptance.acceptance", lambda p, q, token: 1.0)
+    assert statistic() > 26
+
+
+def test_measures_and_leaves_no_trace(toys) -> None:
+    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+        before = [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
+        verify, draft = measured_verify(engine.reader), measured_draft(engine.drafter)
+        assert verify.of(1) > 0
+        assert draft.of(64) > draft.of(1) > 0
+        assert [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)] == before
+
+
+def test_drafts_nothing_without_room() -> None:
+    auto = AutoDrafter(None, StepCost(FLAT), None)
+    auto.prepare([1], 1)
+    assert auto.draft([1, 1, 1, 1], 0, GREEDY, np.random.default_rng(0)) == Draft([], [])

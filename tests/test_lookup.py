@@ -1,0 +1,43 @@
+"""Prompt lookup: what followed the same tokens before, whatever the index has been through."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.lookup import LONGEST, REACH, Lookup
+
+TEXT = st.lists(st.integers(0, 3), max_size=30)
+
+
+def expected(text: list[int], n: int, tail: list[int]) -> tuple[list[int], int]:
+    """The definition, by brute force: the latest place after the longest suffix of at most LONGEST tokens."""
+    whole = text + tail
+    for length in range(min(LONGEST, len(whole)), 0, -1):
+        places = [i for i in range(length, len(text)) if text[i - length : i] == whole[len(whole) - length :]]
+        if places:
+            place = places[-1]
+            reach = min(REACH, len(whole) - 1, place)
+            while length < reach and whole[len(whole) - length - 1] == text[place - length - 1]:
+                length += 1
+            found = list(whole)
+            for i in range(n):
+                found.append(found[place + i])
+            return found[len(whole) :], length
+    return [], 0
+
+
+@given(st.lists(TEXT, min_size=1, max_size=6), st.integers(1, 8), st.lists(st.integers(0, 3), max_size=3))
+def test_guesses_as_a_fresh_index_would(texts: list[list[int]], n: int, tail: list[int]) -> None:
+    """After any sequence of texts, so after any rewind."""
+    lookup = Lookup()
+    for text in texts:
+        lookup.follow(text)
+        assert lookup.guess(n) == expected(text, n, [])
+        assert lookup.guess(n, tail) == expected(text, n, tail)
+
+
+def test_continues_a_repetition_over_its_own_end() -> None:
+    lookup = Lookup()
+    lookup.follow([1, 2, 3, 1, 2, 3])
+    assert lookup.guess(7) == ([1, 2, 3, 1, 2, 3, 1], 3)

@@ -81,8 +81,8 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def field(key: str, value: str | int | float | bool | np.ndarray) -> bytes:
-    """One metadata entry; integers are written as u32, floats as f32, arrays as i32, as llama.cpp does."""
+def field(key: str, value: str | int | float | bool | np.ndarray | list[str]) -> bytes:
+    """One metadata entry; integers are written as u32, floats as f32, number arrays as i32, as llama.cpp does."""
     if isinstance(value, str):
         kind, data = GGUFValueType.STRING, _text(value)
     elif isinstance(value, bool):
@@ -91,6 +91,9 @@ def field(key: str, value: str | int | float | bool | np.ndarray) -> bytes:
         kind, data = GGUFValueType.UINT32, struct.pack("<I", value)
     elif isinstance(value, float):
         kind, data = GGUFValueType.FLOAT32, struct.pack("<f", value)
+    elif isinstance(value, list):
+        kind = GGUFValueType.ARRAY
+        data = struct.pack("<IQ", GGUFValueType.STRING, len(value)) + b"".join(map(_text, value))
     else:
         kind = GGUFValueType.ARRAY
         data = struct.pack("<IQ", GGUFValueType.INT32, len(value)) + value.astype("<i4").tobytes()

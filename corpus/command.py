@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from .errors import TrimError
+from .interrupt import take_back
 from .progress import stderr
 
 # Whether a file can be read is found out by reading it, in one sentence and with exit code 1.
@@ -39,6 +40,7 @@ class OneCommand(click.Command):
 
 
 def _reporting(main: Any, *args: Any, **kwargs: Any) -> Any:
+    take_back()
     # A stream that was closed is read and written as if it were empty.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

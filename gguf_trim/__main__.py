@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from corpus.interrupt import leave_to_the_system
+
+if __name__ == "__main__":
+    leave_to_the_system()  # until the command begins; the imports take a while
+
 import json
 import sys
 from functools import partial

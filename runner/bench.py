@@ -6,6 +6,11 @@ are given. The last line of stdout is a JSON record.
 
 from __future__ import annotations
 
+from corpus.interrupt import leave_to_the_system
+
+if __name__ == "__main__":
+    leave_to_the_system()  # until the command begins; the imports take a while
+
 import json
 import os
 import platform

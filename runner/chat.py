@@ -2,50 +2,82 @@
 
 python -m runner.chat                                   the default pair, interactive
 python -m runner.chat --prompt "Why is the sky blue?"   one answer on stdout
+python -m runner.chat -p "Summarise:" < report.txt      the same, with what is piped in after it
 python -m runner.chat --target T.gguf --draft D.gguf    your own files
 """
 
 from __future__ import annotations
 
+from corpus.interrupt import leave_to_the_system
+
+if __name__ == "__main__":
+    leave_to_the_system()  # until the command begins; the imports take a while
+
 import contextlib
+import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
-from corpus.command import OneCommand
+from corpus.command import FILE, OneCommand
 from corpus.errors import TrimError
 from corpus.progress import stderr
 from corpus.sampling import Sampling
+from gguf_trim.catalog import expand
 
+from .conversation import Messages, load, save
 from .drafter import NoDrafter
 from .engine import Engine, Record
 from .options import Models, model_options, sampling_options
+from .prompt_line import PromptLine, said
 
-HELP = "/reset forgets the conversation, /stats adds up the session, /draft on|off, /quit"
+COMMANDS = {  # with what they do, no line longer than 40 columns
+    "/help": "list the commands",
+    "/system [TEXT]": "set/show system message",
+    "/save FILE": "write the conversation",
+    "/load FILE": "go on with a saved one",
+    "/reset": "forget the conversation",
+    "/draft on|off": "with or without drafter",
+    "/stats": "the session in all",
+    "/quit": "leave, as Ctrl-D does",
+    "line\\": "goes on in the next line",
+    '"""text"""': "may have several lines",
+}
+HELP = "\n".join(f"{usage:15}{what}" for usage, what in COMMANDS.items())
 
 
 class Chat:
     """A conversation: messages so far, the settings, and what the session took in all."""
 
     def __init__(
-        self, engine: Engine, sampling: Sampling, seed: int | None, draft_max: int | None, max_tokens: int
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        seed: int | None,
+        draft_max: int | None,
+        max_tokens: int,
+        show_draft: bool = False,
     ) -> None:
         self.engine = engine
-        self.messages: list[dict[str, str]] = []
+        self.messages: Messages = []
         self.drafting = True
         self.total = Record()
         self._sampling, self._seed, self._draft_max, self._max_tokens = sampling, seed, draft_max, max_tokens
+        self._show_draft = show_draft
 
     def ask(self, text: str, write: Callable[[str], object]) -> Record:
         """Answer `text`, writing pieces as they come. Ctrl-C ends the answer; what was said of it stays said."""
-        self.messages.append({"role": "user", "content": text})
+        asked = [*self.messages, {"role": "user", "content": text}]
         record = Record()
         try:
-            pieces = self.engine.answer(
-                self.engine.prompt(self.messages),
+            pieces = self.engine.pieces(
+                self.engine.prompt(asked),
                 self._sampling,
                 record,
                 max_tokens=self._max_tokens,
@@ -54,62 +86,67 @@ class Chat:
                 drafter=None if self.drafting else NoDrafter(),
             )
             with contextlib.closing(pieces):
-                for piece in pieces:
-                    write(piece)
+                for piece, drafted in pieces:
+                    write(click.style(piece, fg="green") if drafted and self._show_draft else piece)
         except KeyboardInterrupt:
             record.finish_reason = "cancelled"
-        except BaseException:
-            self.messages.pop()
-            raise
-        self.messages.append({"role": "assistant", "content": record.text})
+        self.messages = [*asked, {"role": "assistant", "content": record.text}]
         for name in ("tokens", "rounds", "drafted", "accepted", "draft_seconds", "verify_seconds", "host_seconds"):
             setattr(self.total, name, getattr(self.total, name) + getattr(record, name))
         return record
 
+    @property
+    def system(self) -> Messages:
+        """The system message, where there is one."""
+        return [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def take(self, messages: Messages) -> None:
+        """Go on from these messages. Raises FileFormatError, and changes nothing, where the template refuses them."""
+        self.engine.prompt([*messages, {"role": "user", "content": "?"}])
+        self.messages = messages
+
+    def set_system(self, text: str) -> None:
+        """Set or replace the system message. Raises as `take` does."""
+        self.take([{"role": "system", "content": text}, *self.messages[len(self.system) :]])
+
     def command(self, line: str) -> bool:
-        """Carry out a /command; False ends the session."""
-        match line.split():
-            case ["/quit"] | ["/exit"]:
+        """Carry out a /command; False ends the session. Raises TrimError, and the conversation stays as it was."""
+        match line.split(maxsplit=1):
+            case ["/quit" | "/exit"]:
                 return False
             case ["/reset"]:
-                self.messages.clear()
-                stderr.print("the conversation is forgotten")
+                self.messages = self.system
+                _say("the conversation is forgotten")
             case ["/stats"]:
-                stderr.print(self.total.line() if self.total.tokens else "nothing was said yet")
+                _say(self.total.line() if self.total.tokens else "nothing was said yet")
             case ["/draft", ("on" | "off") as state]:
                 self.drafting = state == "on"
-                stderr.print(f"drafting is {state}")
+                _say(f"drafting is {state}")
+            case ["/system"]:
+                _say(self.system[0]["content"] if self.system else "there is no system message")
+            case ["/system", text]:
+                self.set_system(text)
+                _say("the system message is set")
+            case ["/save", name]:
+                save(self.messages, expand(name))
+                _say(f"saved {_messages(self.messages)}")
+            case ["/load", name]:
+                self.take(load(expand(name)))
+                _say(f"loaded {_messages(self.messages)}")
             case _:
-                stderr.print(HELP, markup=False)
+                _say(HELP)
         return True
 
 
-def _talk(chat: Chat) -> None:
-    """Read, answer, repeat, until /quit or the end of the input."""
-    with contextlib.suppress(ImportError):  # absent on Windows; gives line editing and history elsewhere
-        import readline  # noqa: F401
-    interactive = sys.stdin.isatty()
-    if interactive:
-        stderr.print(HELP, markup=False)
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            stderr.print("\n/quit leaves")
-            continue
-        if line.startswith("/"):
-            if not chat.command(line):
-                return
-        elif line:
-            try:
-                record = chat.ask(line, _write)
-            except TrimError as error:  # the conversation goes on
-                stderr.print(f"Error: {error}", markup=False)
-                continue
-            _write("\n")
-            stderr.print(f"[{record.line()}]", markup=False, style="dim")
+def _messages(messages: Messages) -> str:
+    return f"{len(messages)} message{'s' * (len(messages) != 1)}"
+
+
+def _say(text: str) -> None:
+    """A notice on stderr; on a terminal it is broken between words."""
+    style = "" if stderr.no_color else "dim"
+    width = shutil.get_terminal_size(stderr.size).columns  # rich takes every dumb terminal for 80
+    stderr.print(text, markup=False, style=style, soft_wrap=not stderr.is_terminal, width=width)
 
 
 def _write(text: str) -> None:
@@ -117,11 +154,62 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _answer(chat: Chat, text: str) -> Record:
+    record = chat.ask(text, _write)
+    _write("\n")
+    return record
+
+
+def _talk(chat: Chat) -> None:
+    """Read, answer, repeat, until /quit or the end of the input."""
+    typed = PromptLine([usage.split()[0] for usage in COMMANDS if usage.startswith("/")])
+    _say("/help lists the commands, /quit leaves")
+    while True:
+        try:
+            text = typed.read()
+            if text.startswith("/"):
+                if not chat.command(text):
+                    return
+            elif text := said(text):
+                _say(f"[{_answer(chat, text).line()}]")
+        except TrimError as error:  # the conversation goes on
+            _say(f"Error: {error}")
+        except EOFError:
+            _say("")
+            return
+        except KeyboardInterrupt:
+            _say("\n/quit leaves")
+
+
+def _given(prompt: str | None, file: Path | None) -> str | None:
+    """The one prompt that options and a pipe make together; None where the user is to type."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("give --prompt or --file, not both")
+    if file is not None:
+        try:
+            prompt = file.read_text("utf-8", "replace")
+        except OSError as error:
+            raise TrimError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if sys.stdin.isatty():
+        if prompt is None:
+            return None
+        piped = ""
+    else:
+        piped = sys.stdin.read()
+    text = "\n\n".join(part.rstrip() for part in (prompt or "", piped) if part.strip())
+    if not text:
+        raise click.UsageError("the prompt is empty: type in a terminal, pipe a text in, or give --prompt or --file")
+    return text
+
+
 @click.command(cls=OneCommand)
 @model_options
 @sampling_options
-@click.option("-p", "--prompt", help="Answer this once on stdout and exit.")
+@click.option("-p", "--prompt", help="Answer this once on stdout and exit; what is piped in follows it.")
+@click.option("-f", "--file", type=FILE, help="The same, with the prompt's text from a file.")
+@click.option("-sys", "--system-prompt", metavar="TEXT", help="The system message.")
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most per answer.")
+@click.option("--show-draft", is_flag=True, help="On a terminal: show in green what the drafter has drafted.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record as the last line.")
 def main(
     models: Callable[[], Models],
@@ -129,25 +217,42 @@ def main(
     seed: int | None,
     draft_max: int | None,
     prompt: str | None,
+    file: Path | None,
+    system_prompt: str | None,
     max_tokens: int,
+    show_draft: bool,
     as_json: bool,
 ) -> None:
-    """Talk to a target whose trimmed drafter runs ahead of it; the text is exactly the target's."""
-    if as_json and prompt is None:
+    """Talk to a target whose trimmed drafter runs ahead of it; the text is exactly the target's.
+
+    Without a terminal on stdin, what is piped in is one prompt and its answer alone is on stdout.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    text = _given(prompt, file)
+    if as_json and text is None:
         raise click.UsageError("--json needs --prompt")
+    show_draft = show_draft and _colours()
     with models().open() as engine:
-        chat = Chat(engine, sampling, seed, draft_max, max_tokens)
-        if prompt is None:
+        chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft)
+        if system_prompt:
+            chat.set_system(system_prompt)
+        if text is None:
             _talk(chat)
             return
-        record = chat.ask(prompt, _write)
-        _write("\n")
+        record = _answer(chat, text)
         if as_json:
             click.echo(json.dumps(record.as_json(), ensure_ascii=False))
         else:
-            stderr.print(f"[{record.line()}]", markup=False, style="dim")
+            _say(f"[{record.line()}]")
         if record.finish_reason == "cancelled":
             sys.exit(130)
+
+
+def _colours() -> bool:
+    """Whether stdout is a terminal that shows colours, and wants to (NO_COLOR, TERM=dumb)."""
+    console = Console()
+    return sys.stdout.isatty() and console.color_system is not None and not console.no_color
 
 
 def run(arguments: list[str] | None = None) -> Any:

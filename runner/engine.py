@@ -184,6 +184,16 @@ class Engine:
         self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
     ) -> Generator[str, None, None]:
         """The same as text, piece by piece, each whole in UTF-8; fills `record` as it goes."""
+        return (text for text, _ in self.pieces(prompt, sampling, record, **settings))
+
+    def pieces(
+        self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
+    ) -> Generator[tuple[str, bool], None, None]:
+        """`answer`'s pieces, and of each whether it was drafted and accepted.
+
+        A character split over a draft and the target's own token belongs to the one that completes it; one that the
+        answer breaks off in is left out.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)
         started = time.perf_counter()
@@ -193,9 +203,7 @@ class Engine:
                 record.prompt_seconds = time.perf_counter() - started - first
             record.add(round_)
             shown = round_.tokens[:-1] if round_.finish == "stop" else round_.tokens
-            if text := decoder.decode(b"".join(self.model.piece(token) for token in shown)):
-                record.text += text
-                yield text
-        if rest := decoder.decode(b"", final=True):
-            record.text += rest
-            yield rest
+            for tokens, drafted in ((shown[: round_.accepted], True), (shown[round_.accepted :], False)):
+                if text := decoder.decode(b"".join(self.model.piece(token) for token in tokens)):
+                    record.text += text
+                    yield text, drafted

@@ -141,14 +141,6 @@ def test_counts_never_replace_their_inputs(toys, tmp_path) -> None:
     assert not Path("/dev/null").is_file()
 
 
-def test_one_message_too_long_does_not_end_the_conversation(toys) -> None:
-    lines = f"hello\n{'the sea ' * 200}\nhello\n/quit\n"
-    done = CliRunner().invoke(chat, ["--target", str(toys["target"]), "-c", "64", "-n", "4"], input=lines)
-    assert done.exit_code == 0
-    assert "does not fit a context of 64" in done.stderr
-    assert done.stderr.count("tok/s") == 2
-
-
 @pytest.mark.parametrize("option", ["--temp", "--top-p", "--min-p"])
 def test_what_is_not_a_number_is_wrong_usage(toys, option: str) -> None:
     done = CliRunner().invoke(chat, ["--target", str(toys["target"]), option, "nan", "-p", "x"])

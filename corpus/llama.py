@@ -65,6 +65,19 @@ def physical_cores() -> int:
     return max(1, (os.cpu_count() or 2) // 2)
 
 
+def backends() -> dict[str, str]:
+    """What this llama.cpp computes with, and each backend's features: {"CPU": "AVX2 AVX512", ...}."""
+    _start()
+    found: dict[str, str] = {}
+    name = ""
+    for part in llama_cpp.llama_print_system_info().decode("utf-8", "replace").split(" | "):
+        head, colon, rest = part.partition(" : ")
+        name, feature = (head.strip(), rest) if colon else (name, part)
+        if (key := feature.partition(" = ")[0].strip()) and name:
+            found[name] = f"{found.get(name, '')} {key}".strip()
+    return found
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Hold a Ctrl-C back while llama.cpp calls into Python, where ctypes would drop it, and raise it afterwards.

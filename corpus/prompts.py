@@ -21,10 +21,11 @@ class Prompt:
     task: str
     messages: list[dict[str, str]]
     language: str = ""  # of the answer, where the file says so
+    more: tuple[str, ...] = ()  # what the user says in the turns after the first
 
 
 def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a JSON-lines file, each line with `messages` (OpenAI), `turns` (Spec-Bench, the first) or `prompt`.
+    """Prompts of a JSON-lines file, each line with `messages` (OpenAI), `turns` (Spec-Bench) or `prompt`.
 
     None loads those that ship. Raises FileFormatError naming file and line.
     """
@@ -39,13 +40,14 @@ def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Pro
             continue
         try:
             data = json.loads(line)
-            text = data.get("prompt") or (data.get("turns") or [None])[0]
+            turns = data.get("turns") or [None]
+            text = data.get("prompt") or turns[0]
             messages = data.get("messages") or [{"role": "user", "content": str(text)}]
             if text is None and "messages" not in data:
                 raise KeyError("messages")
             task = str(data.get("domain") or data.get("category") or "prompt")
             name, language = data.get("id") or data.get("question_id") or number, data.get("language") or ""
-            prompts.append(Prompt(str(name), task, messages, str(language)))
+            prompts.append(Prompt(str(name), task, messages, str(language), tuple(map(str, turns[1:]))))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{source}, line {number}: needs messages, turns or prompt ({error})") from error
     if not prompts:

@@ -75,3 +75,6 @@ class Sampling:
         order = np.argsort(chosen[:keep])
         kept = chosen[:keep][order]
         return Distribution(kept if ids is None else ids[kept], weights[order] / weights.sum())
+
+
+GREEDY = Sampling(temp=0)

@@ -13,7 +13,7 @@ from corpus.llama import physical_cores
 from .dynamic import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
 from .speculator import Speculator
 
-CORES = (2048, 4096, 8192, 16384)  # rows kept, to which others are added
+CORES = (512, 1024, 2048, 4096, 8192, 16384)  # rows kept, to which others are added
 TIMED_CORE = 8192  # adding rows costs the same on any core, but for as many fewer to score
 
 
@@ -60,14 +60,7 @@ class AddedRows:
 
     def step(self, vocab: str, k: int) -> tuple[float, float]:
         """(parameters, bytes) that a step reads to choose rows beyond a core of k, the rows themselves aside."""
-        if vocab == "context" or self._speculator is None:
-            return 0.0, 0.0
-        made = self._speculator
-        scored = 1 - k / len(made.up)
-        return (
-            made.down.size + scored * made.rank * len(made.up),
-            made.down.nbytes + scored * made.up.nbytes,
-        )
+        return self._speculator.step(k) if vocab == "spec" and self._speculator is not None else (0.0, 0.0)
 
     def see(self, answer: str, text: Sequence[int], hidden: np.ndarray, target: int, better: np.ndarray) -> None:
         """After `text` the target says `target`; `better` are the ids that the whole head puts before it."""

@@ -123,6 +123,7 @@ class DynamicHead:
         self._table = Table(self._rows, head.type, head.shape[0])
         self._backend = backend
         self._kept = trimmed.d2t
+        self.steps = self.rows = 0  # steps taken, and rows they computed, for the bytes that a step reads
         self._products: dict[int, Product] = {}
         self._scores: Product | None = None
         if speculator is not None and len(self._others):
@@ -132,6 +133,11 @@ class DynamicHead:
     def seconds(self) -> float:
         """Wall time spent inside ggml so far."""
         return self._backend.seconds
+
+    @property
+    def speculates(self) -> bool:
+        """Whether rows are picked by score as well."""
+        return self._scores is not None
 
     def follow(self, text: Sequence[int]) -> None:
         """Take in the text up to the position that is drafted next."""
@@ -165,6 +171,8 @@ class DynamicHead:
         """(ids, logits) of the chosen rows, int32 and float32, in no order; views until the next call."""
         ids = self.candidates(hidden)
         known, n = len(self.recent.slots), len(ids)
+        self.steps += 1
+        self.rows += n
         if not n:
             return ids, np.empty(0, np.float32)
         np.take(self._full, ids[known:], axis=0, out=self._rows[known:n])

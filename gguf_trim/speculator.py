@@ -55,6 +55,14 @@ class Speculator:
     def rank(self) -> int:
         return len(self.down)
 
+    def step(self, k: int) -> tuple[float, float]:
+        """(parameters, bytes) that scoring all rows but k reads."""
+        scored = 1 - k / len(self.up)
+        return (
+            self.down.size + scored * self.rank * len(self.up),
+            self.down.nbytes + scored * self.up.nbytes,
+        )
+
     @classmethod
     def of(cls, trimmed: Trimmed) -> Speculator | None:
         """The speculator a companion carries, memory-mapped; None where it has none."""

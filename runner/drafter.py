@@ -148,7 +148,7 @@ class ModelDrafter:
         embeddings: EmbeddingTable | None = None,
         dynamic: DynamicHead | None = None,
     ) -> None:
-        self._model, self._context, self._dynamic = model, context, dynamic
+        self._model, self._context, self.dynamic = model, context, dynamic
         last = model.n_vocab - 1
         # Tables of one family are padded to different lengths: an id of the one's padding must not reach the other.
         self._reader = Reader(context, embeddings.rows if embeddings else lambda ids: np.minimum(ids, last))
@@ -164,8 +164,8 @@ class ModelDrafter:
         # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
         self._reader.keep(text, len(text) - 1)
         pending = text[len(self._reader.held) :]
-        if self._dynamic is not None:
-            self._dynamic.follow(text)
+        if self.dynamic is not None:
+            self.dynamic.follow(text)
         for _ in range(self._context.n_ctx - len(text)):
             logits, ids = self._step(pending)
             q = sampling.distribution(logits, ids)
@@ -183,13 +183,13 @@ class ModelDrafter:
 
     def _step(self, pending: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Read on; the logits after the last token, and the ids they are of (ascending; None: their places)."""
-        if self._dynamic is None or self._ids is None:
+        if self.dynamic is None or self._ids is None:
             return self._reader.read(pending, 1)[0, : self._rows], self._ids
         if len(pending) > self._context.n_outputs:
             self._reader.read(pending[:-1], 0)
             pending = pending[-1:]
         logits = self._reader.read(pending, len(pending), hidden=True)[-1, : self._rows]
-        more, values = self._dynamic.logits(self._context.hidden_states(len(pending))[-1])
+        more, values = self.dynamic.logits(self._context.hidden_states(len(pending))[-1])
         order = np.argsort(more)
         more, values = more[order], values[order]
         places = np.searchsorted(self._ids, more)
@@ -205,12 +205,12 @@ class ModelDrafter:
 
     def settle(self) -> None:
         self._reader.settle()
-        if self._dynamic is not None:  # an interruption may have come between a token's slot and its row
-            self._dynamic.recent.forget()
+        if self.dynamic is not None:  # an interruption may have come between a token's slot and its row
+            self.dynamic.recent.forget()
 
     @property
     def seconds(self) -> float:
-        return self._context.seconds + (self._dynamic.seconds if self._dynamic else 0.0)
+        return self._context.seconds + (self.dynamic.seconds if self.dynamic else 0.0)
 
     def close(self) -> None:
         self._context.close()

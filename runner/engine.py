@@ -151,6 +151,10 @@ class Engine:
         """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""
         return self._template.ids(self.model, messages)
 
+    def prompt_text(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text that the template makes of a conversation, for other programs to read."""
+        return self._template.text(messages)
+
     def rounds(
         self,
         prompt: Sequence[int],

@@ -36,8 +36,9 @@ from corpus.errors import TrimError
 from corpus.llama import Context
 from corpus.progress import progress
 from corpus.prompts import load_prompts
+from corpus.sampling import GREEDY
 
-from .bench import GREEDY, machine
+from .bench.machine import machine
 from .engine import Engine
 from .options import Models, draft_max_option, model_options
 from .speculative import Round
@@ -145,7 +146,7 @@ def check_prompt(
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the prompts.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
-@draft_max_option
+@draft_max_option()
 def main(
     models: Callable[[], Models], prompts: Path | None, limit: int, max_tokens: int, draft_max: int | None
 ) -> None:

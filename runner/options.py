@@ -32,14 +32,14 @@ class DraftMax(click.ParamType):  # type: ignore[type-arg]
         return click.IntRange(0, LONGEST).convert(value, param, ctx)
 
 
-def draft_max_option(command: Any) -> Any:
+def draft_max_option(default: str = AUTO) -> Callable[[Any], Any]:
     return click.option(
         "--draft-max",
         type=DraftMax(),
-        default=AUTO,
+        default=default,
         show_default=True,
         help="Tokens to draft in a round; 0 is plain decoding; auto: as many as pay here, by measured costs.",
-    )(command)
+    )
 
 
 def _stack(command: Any, options: list[Callable[..., Any]]) -> Any:
@@ -96,7 +96,10 @@ def model_options(command: Any) -> Any:
         if vocab == FULL and target is not None:
             raise click.UsageError("--vocab full is for a --model; with --target give the uncut drafter as --draft")
 
-        def find() -> Models:
+        def find(instead: Path | None = None) -> Models:
+            """The models, or a target given instead of them."""
+            if instead is not None:
+                return Models(instead, None, None, ctx_size, threads, n_gpu_layers, vocab)
             prepared = prepare(model or DEFAULT_MODEL) if target is None else None
             files = (target, draft)
             if prepared:
@@ -151,6 +154,6 @@ def sampling_options(command: Any) -> Any:
             click.option("--top-p", type=float, default=default.top_p, show_default=True, help="1 switches it off."),
             click.option("--min-p", type=float, default=default.min_p, show_default=True, help="0 switches it off."),
             click.option("-s", "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: random]"),
-            draft_max_option,
+            draft_max_option(),
         ],
     )

@@ -266,7 +266,7 @@ def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, 
     with pytest.raises(EngineError, match="does more than multiply"):
         open_with(toys, spec, "spec")
     drafter = open_with(toys, spec, "auto")
-    assert drafter._dynamic is None
+    assert drafter.dynamic is None
     drafter.close()
 
 

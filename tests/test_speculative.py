@@ -236,7 +236,7 @@ def test_sampled_loop_follows_the_target_on_a_real_model(engines, monkeypatch, b
     if drafting != "scripted":
         # The target's own weights with few rows: what the text adds is drafted, and is not all that p allows.
         drafter = engines("tiny-trimmed").drafter
-        assert drafter._dynamic.recent.slots or drafter.draft(prompt, 1, law, np.random.default_rng(0)).tokens
+        assert drafter.dynamic.recent.slots or drafter.draft(prompt, 1, law, np.random.default_rng(0)).tokens
     if broken and drafting == "scripted":
         monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
     elif broken:

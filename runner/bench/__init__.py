@@ -1,0 +1,1 @@
+"""What speculation gains, measured on this machine: python -m runner.bench."""

@@ -1,0 +1,314 @@
+"""python -m runner.bench: what trimming gains, measured here.
+
+Both sides of a comparison run in one process, alternating, on the same prompts and with the same token ruler; medians
+are given. The last line of stdout is a JSON record.
+"""
+
+from __future__ import annotations
+
+from corpus.interrupt import leave_to_the_system
+
+if __name__ == "__main__":
+    leave_to_the_system()  # until the command begins; the imports take a while
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from corpus.command import FILE, Commands
+from corpus.errors import FileFormatError
+from corpus.files import write_whole
+from corpus.gguf_file import GGUFFile
+from corpus.progress import progress
+from corpus.prompts import Prompt
+from corpus.sampling import GREEDY, Sampling
+from gguf_trim.costs import Weights
+from gguf_trim.layout import EMBEDDING
+
+from ..drafter import NoDrafter
+from ..engine import Engine, Record
+from ..options import Models, draft_max_option, model_options
+from . import peers, runs
+from .machine import bandwidth, describe, machine
+from .modes import KINDS, Files, find_files, names_of, open_modes
+from .report import compare, plot, report
+from .steps import promised, ratios, shaped, steps_table, time_steps
+
+DEMO_PROMPTS = (
+    "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",
+    "A train leaves at 9:40 and arrives at 13:05. How long does the journey take? Explain each step.",
+    "Summarise in three sentences why the sky is blue and sunsets are red.",
+)
+SHAPED_KS = (16384, 32768)
+
+
+class Listed(click.ParamType):  # type: ignore[type-arg]
+    """Values with commas between them."""
+
+    name = "A,B,..."
+
+    def __init__(self, kind: click.ParamType) -> None:  # type: ignore[type-arg]
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        return [self._kind.convert(item.strip(), param, ctx) for item in value.split(",") if item.strip()]
+
+
+class Default(Commands):
+    """A group whose first command needs no name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--help" not in args[:1] and (not args or args[0] not in self.commands):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Default)
+def main() -> None:
+    """Measure what drafting brings on this machine; without a command: run."""
+
+
+@main.command("run")
+@model_options
+@click.option("--full", type=FILE, help="The uncut drafter, with --target.")
+@click.option(
+    "--k", "ks", type=Listed(click.IntRange(1)), default=[], help="Cut to each of these.  [default: --draft's]"
+)
+@click.option(
+    "--modes", type=Listed(click.Choice(KINDS)), default=list(KINDS), help=f"Of {', '.join(KINDS)}.  [default: all]"
+)
+@click.option(
+    "--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench where it is found, else the bundled ones]"
+)
+@click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
+@click.option("--tasks", type=Listed(click.STRING), default=[], help="Only these tasks.")
+@click.option("--limit", type=click.IntRange(1), help="How many prompts, spread over the tasks.")
+@click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
+@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
+@draft_max_option("3")
+@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Answers of each prompt and mode.")
+@click.option("--target-quant", default="", metavar="TYPE", help="Requantise the target first, to Q4_0 or Q8_0 say.")
+@click.option("--draft-quant", default="", metavar="TYPE", help="Requantise the drafter first.")
+@click.option("--llama-cpp", type=FILE, help="A folder with llama.cpp's own tools, to run beside (docs/peers.md).")
+@click.option(
+    "-o", "--output", type=FILE, help="Keep the record here, after every answer; goes on where one is cut off."
+)
+@click.option("--plot", "picture", type=FILE, help="Draw the record, as a PNG.")
+def run_command(
+    models: Callable[[], Models],
+    full: Path | None,
+    ks: list[int],
+    modes: list[str],
+    prompts: Path | None,
+    spec_bench: str | None,
+    tasks: list[str],
+    limit: int | None,
+    max_tokens: int,
+    temp: float,
+    seed: int,
+    draft_max: int | None,
+    repeat: int,
+    target_quant: str,
+    draft_quant: str,
+    llama_cpp: Path | None,
+    output: Path | None,
+    picture: Path | None,
+) -> None:
+    """Answer prompts in every mode by turns: tau, acceptance, tokens per second, and where the time goes."""
+    chosen = list(runs.chosen(runs.prompts_of(prompts, spec_bench), tasks, limit))
+    tools = peers.find(llama_cpp) if llama_cpp else None
+    found = models()
+    sampling = Sampling(temp=temp)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
+        files = find_files(found, full, ks, Path(folder), (target_quant, draft_quant))
+        names = names_of(list(dict.fromkeys(modes)), files)
+        known = {
+            "target": [files.target],
+            "full": [files.full] if files.full else [],
+            "trimmed": files.trimmed.values(),
+        }
+        record: dict[str, Any] = {
+            "machine": machine(),
+            "files": {kind: [describe(path) for path in paths] for kind, paths in known.items()},
+        }
+        settings = {
+            "modes": names,
+            "prompts": [prompt.id for prompt in chosen],
+            "sampling": asdict(sampling),
+            "max_tokens": max_tokens,
+            "draft_max": draft_max,
+            "repeat": repeat,
+            "seed": seed,
+            "n_ctx": found.n_ctx,
+            "n_threads": found.n_threads,
+            "n_gpu_layers": found.n_gpu_layers,
+            "sha256": [entry["sha256"] for paths in record["files"].values() for entry in paths],
+        }
+        answers = runs.resumed(output, settings)
+        record |= {"settings": settings, "answers": answers, "modes": {}}
+        save = runs.saver(output, record)
+        try:
+            _measure(record, files, found, chosen, sampling, save, tools)
+        except KeyboardInterrupt:
+            record["missing"] = runs.missing(record, chosen, names, repeat)
+    if not record.get("missing"):
+        record.pop("missing", None)
+    save()
+    if picture is not None and answers:
+        plot(record, picture)
+    click.echo(report(record))
+    click.echo(json.dumps(record, ensure_ascii=False))
+    if record.get("missing"):
+        sys.exit(130)
+
+
+def _measure(
+    record: dict[str, Any],
+    files: Files,
+    found: Models,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    save: Callable[[], None],
+    tools: tuple[Path, Path] | None,
+) -> None:
+    """Everything that is timed; what is known already is not measured again."""
+    settings = record["settings"]
+    record["copy_bytes_per_second"] = bandwidth(found.n_threads)
+    target = GGUFFile(files.target)
+    weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
+    record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
+    names, repeat = settings["modes"], settings["repeat"]
+    engine = Engine(files.target, None, n_ctx=found.n_ctx, n_threads=found.n_threads, n_gpu_layers=found.n_gpu_layers)
+    with engine, open_modes(names, files, engine, found, settings["draft_max"]) as modes:
+
+        def note() -> None:
+            for mode in modes:
+                params, n_bytes = mode.step()
+                record["modes"][mode.name] = {
+                    "draft_max": mode.draft_max,
+                    "file": mode.file.name if mode.file else None,
+                    "memory_bytes": mode.memory,
+                    "step": {"params": params, "bytes": n_bytes},
+                }
+            record["missing"] = runs.missing(record, prompts, names, repeat)
+            save()
+
+        with progress("measuring", runs.missing(record, prompts, names, repeat), "answers") as advance:
+            runs.run(
+                engine,
+                modes,
+                prompts,
+                sampling,
+                record,
+                max_tokens=settings["max_tokens"],
+                repeat=repeat,
+                seed=settings["seed"],
+                save=note,
+                advance=advance,
+            )
+        note()
+        if tools is not None and "peers" not in record:
+            record["peers"] = peers.beside(record, tools, files, found, engine, prompts)
+
+
+@main.command("demo")
+@model_options
+@click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
+@draft_max_option()
+def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int | None) -> None:
+    """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share."""
+    found = models()
+    rows = []
+    with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
+        for i, text in enumerate(DEMO_PROMPTS):
+            prompt = engine.prompt([{"role": "user", "content": text}])
+            plain, drafted = Record(), Record()
+            runs = [(plain, 0), (drafted, draft_max)]
+            for record, n in runs if i % 2 else runs[::-1]:
+                drafter = NoDrafter() if n == 0 else None
+                for _ in engine.answer(prompt, GREEDY, record, max_tokens=max_tokens, draft_max=n, drafter=drafter):
+                    pass
+                advance(1)
+            ratio = drafted.tokens_per_second / plain.tokens_per_second
+            rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
+            click.echo(
+                f"{text}\n    {drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; "
+                f"Python {drafted.host_seconds / drafted.seconds:.1%}"
+            )
+    click.echo(json.dumps({"machine": machine(), "draft_max": draft_max, "prompts": rows}, ensure_ascii=False))
+
+
+@main.command("steps")
+@model_options
+@click.option("--full", type=FILE, help="The uncut drafter, with --target.")
+@click.option("--k", "ks", type=Listed(click.IntRange(1)), default=[], help="Cut to each of these.")
+@click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes instead of files.")
+@click.option("--quant", default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
+@click.option("--target-quant", default="", metavar="TYPE", help="Requantise the target first, to Q4_0 or Q8_0 say.")
+@click.option("--draft-quant", default="", metavar="TYPE", help="Requantise the drafter first.")
+@click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
+@click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
+@click.option("-o", "--output", type=FILE, help="Keep the record here.")
+def steps_command(
+    models: Callable[..., Models],
+    full: Path | None,
+    ks: list[int],
+    shape: str | None,
+    quant: str,
+    target_quant: str,
+    draft_quant: str,
+    acceptance: Path | None,
+    repeat: int,
+    output: Path | None,
+) -> None:
+    """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone."""
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
+        if shape is not None:
+            files = shaped(shape, quant, ks or SHAPED_KS, Path(folder))
+            found = models(files.target)
+        else:
+            found = models()
+            files = find_files(found, full, ks, Path(folder), (target_quant, draft_quant))
+        record: dict[str, Any] = {
+            "machine": machine(),
+            "copy_bytes_per_second": bandwidth(found.n_threads),
+            "shape": shape,
+        }
+        record |= {"target": files.target.name, "full": files.full.name if files.full else None}
+        record |= time_steps(files, found, repeat)
+    record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
+    click.echo(steps_table(record, record["copy_bytes_per_second"]))
+    if acceptance is not None:
+        click.echo("\n" + promised(record, acceptance))
+    if output is not None:
+        with write_whole(output) as file:
+            file.write((json.dumps(record) + "\n").encode())
+    click.echo(json.dumps(record))
+
+
+@main.command("compare")
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+def compare_command(a: Path, b: Path) -> None:
+    """Two records of `run`, mode by mode."""
+    records = []
+    for path in (a, b):
+        try:
+            records.append(json.loads(path.read_text("utf-8").strip().splitlines()[-1]))
+            records[-1]["answers"], records[-1]["machine"], records[-1]["settings"]["modes"]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise FileFormatError(f"{path}: is no record of a benchmark; make one with `run -o {path}`") from error
+    click.echo(compare(records[0], records[1], (str(a), str(b))))
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="python -m runner.bench"))

@@ -1,0 +1,107 @@
+"""What a figure was measured on: the machine, the libraries and the files."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpus.files import sha256_of
+from corpus.gguf_file import GGUFFile
+from corpus.llama import backends, physical_cores
+
+COPIED = 256 << 20  # bytes a thread copies: far beyond any cache
+COPIES = 5
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, llama.cpp's backends and library versions."""
+    return {
+        "cpu": _cpu(),
+        "cores": physical_cores(),
+        "logical_cores": os.cpu_count(),
+        "memory_gb": round(_memory() / 1e9, 1),
+        "backends": backends(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "llama_cpp_python": version("llama-cpp-python"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    if sys.platform == "darwin":
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    # ARM boards name the board, not the core.
+    for key in ("model name", "Model", "Hardware"):
+        for line in lines:
+            if line.partition(":")[0].strip() == key:
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def bandwidth(n_threads: int | None = None) -> float:
+    """Bytes per second that a plain copy moves (read and written), the best of a few: what memory gives at most."""
+    n = n_threads or physical_cores()
+    pairs = [(np.ones(COPIED, np.uint8), np.ones(COPIED, np.uint8)) for _ in range(n)]
+    best = 0.0
+    with ThreadPoolExecutor(n) as pool:
+        for _ in range(COPIES):
+            started = time.perf_counter()
+            list(pool.map(lambda pair: np.copyto(*pair), pairs))
+            best = max(best, 2 * n * COPIED / (time.perf_counter() - started))
+    return best
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A model file: its name, size, SHA-256, and the share of its bytes in each type."""
+    file = GGUFFile(path)
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[tensor.type.name] += tensor.n_bytes
+    total = sum(sizes.values())
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "types": {name: round(size / total, 3) for name, size in sizes.most_common() if size > total / 1000},
+    }
+
+
+def resident() -> int:
+    """Bytes of memory this process holds now (the most it ever held, where the system tells only that)."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak()
+
+
+def peak() -> int:
+    """The most bytes of memory this process ever held; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024

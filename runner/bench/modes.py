@@ -1,0 +1,144 @@
+"""What is compared: ways to decode with one target, each with its drafter open and what a draft step of it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import click
+
+from corpus.gguf_file import GGUFFile
+from corpus.vocabulary import Vocabulary
+from gguf_trim.companion import Trimmed
+from gguf_trim.costs import Weights, requantized
+from gguf_trim.layout import EMBEDDING
+from gguf_trim.prepare import choose_rows, prepare
+from gguf_trim.speculator import Speculator
+
+from ..auto import AutoDrafter, measured_draft, measured_verify
+from ..drafter import Drafter, ModelDrafter, NoDrafter, open_drafter
+from ..engine import Engine
+from ..lookup import LookupDrafter
+from ..options import FULL, Models
+from .machine import resident
+
+PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
+KINDS = (PLAIN, FULL, "trim", "context", "spec", LOOKUP, AUTO)
+
+
+@dataclass
+class Mode:
+    """A way to decode; `name` is its kind, with @k where several cuts are compared. draft_max None: by cost."""
+
+    name: str
+    drafter: Drafter
+    draft_max: int | None
+    file: Path | None = None
+    memory: int = 0  # bytes that opening its drafter took
+    step: Callable[[], tuple[float, float]] = field(default=lambda: (0.0, 0.0))  # (params, bytes) of a draft step
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a comparison; trimmed by k."""
+
+    target: Path
+    full: Path | None
+    trimmed: dict[int, Path]
+
+
+def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path, quants: tuple[str, str]) -> Files:
+    """Requantise what is to be, and trim to every k; `quants` are the types of target and drafter, "" as shipped."""
+    full = full or (found.prepared.drafter if found.prepared else None)
+    target, trimmed = found.target, found.prepared.trimmed if found.prepared else found.draft
+    if quants[0]:
+        target = requantized(target, quants[0], folder)
+    if quants[1]:
+        if full is None:
+            raise click.UsageError("--draft-quant needs the uncut drafter; give it as --full")
+        full = requantized(full, quants[1], folder)
+        trimmed = None
+    if full is not None and trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
+        trimmed = None
+    cuts: dict[int, Path] = {}
+    if trimmed is not None and not ks:
+        cuts[len(Trimmed.open(trimmed).d2t)] = trimmed
+    elif full is not None:
+        for k in ks or (None,):
+            made = prepare(target=target, drafter=full, choose=partial(choose_rows, k=k)).trimmed
+            cuts[len(Trimmed.open(made).d2t)] = made
+    elif ks:
+        raise click.UsageError("--k needs the uncut drafter; give it as --full")
+    return Files(target, full, cuts)
+
+
+def names_of(kinds: Sequence[str], files: Files) -> list[str]:
+    """Every kind that the files allow, trimmed ones once for each k where there are several."""
+    found = []
+    for kind in kinds:
+        if kind in (PLAIN, LOOKUP) or (kind == FULL and files.full is not None) or kind == AUTO:
+            found.append(kind)
+        elif kind != FULL:
+            found += [f"{kind}@{k}" if len(files.trimmed) > 1 else kind for k in files.trimmed]
+    return found
+
+
+@contextmanager
+def open_modes(
+    names: Sequence[str], files: Files, engine: Engine, found: Models, draft_max: int | None
+) -> Iterator[list[Mode]]:
+    """Open every mode's drafter, each with a context of its own."""
+    vocabulary = Vocabulary(GGUFFile(files.target))
+    verify = measured_verify(engine.reader)
+
+    def by_cost(drafter: ModelDrafter | None) -> AutoDrafter:
+        return AutoDrafter(drafter, verify, None if drafter is None else measured_draft(drafter))
+
+    with ExitStack() as stack:
+        modes = []
+        for name in names:
+            kind, _, k = name.partition("@")
+            if kind == PLAIN:
+                modes.append(Mode(name, NoDrafter(), 0))
+                continue
+            if kind == LOOKUP:
+                modes.append(Mode(name, LookupDrafter() if draft_max is not None else by_cost(None), draft_max))
+                continue
+            smallest = min(files.trimmed, default=None)
+            path = files.full if kind == FULL else files.trimmed[int(k)] if k else files.trimmed.get(smallest or 0)
+            before = resident()
+            drafter = None
+            if path is not None:
+                vocab = kind if kind in ("trim", "context", "spec") else found.vocab
+                drafter = open_drafter(
+                    path, vocabulary, engine.context.n_ctx, found.n_threads, found.n_gpu_layers, vocab
+                )
+                stack.callback(drafter.close)
+            cost = kind == AUTO or draft_max is None
+            mode = Mode(
+                name, by_cost(drafter) if cost or drafter is None else drafter, None if cost else draft_max, path
+            )
+            if drafter is not None and path is not None:
+                mode.step = partial(bytes_of_step, path, drafter)
+            mode.memory = resident() - before
+            modes.append(mode)
+        yield modes
+
+
+def bytes_of_step(path: Path, drafter: ModelDrafter) -> tuple[float, float]:
+    """(parameters, bytes) that a draft step of this file has read on average so far."""
+    file = GGUFFile(path)
+    weights, k = Weights.of(file), file.tensors[EMBEDDING].n_rows
+    params, n_bytes = weights.params_at(k), float(weights.bytes_at(k))
+    dynamic = drafter.dynamic
+    if dynamic is not None and dynamic.steps:
+        more = dynamic.rows / dynamic.steps
+        params, n_bytes = weights.params_at(k + more), weights.bytes_at(k + more)
+        speculator = Speculator.of(Trimmed.open(path)) if dynamic.speculates else None
+        if speculator is not None:
+            scored = speculator.step(k)
+            params, n_bytes = params + scored[0], n_bytes + scored[1]
+    return params, n_bytes

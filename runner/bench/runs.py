@@ -1,0 +1,205 @@
+"""The measurement: every prompt answered in every mode, by turns, and every round of it kept.
+
+The target reads a prompt once for all modes, since it reads the same for each; its time is added to every mode's own. A
+drafter reads it anew for every answer. Second turns continue the first mode's answer, so that all modes see one text.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from corpus.errors import FileFormatError, TrimError
+from corpus.files import write_whole
+from corpus.progress import stderr
+from corpus.prompts import Prompt, load_prompts, split
+from corpus.sampling import Sampling
+
+from ..engine import LONGEST, Engine
+from ..speculative import generate
+from .machine import peak, resident
+from .modes import Mode
+
+TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # Spec-Bench's, beside MT-Bench's categories
+# Where `--spec-bench auto` looks, from the working directory.
+SPEC_BENCH = ("question.jsonl", "spec_bench/question.jsonl", "../shared/data/spec_bench/question.jsonl")
+ROUND = ("tokens", "drafted", "accepted", "draft_seconds", "verify_seconds", "host_seconds")
+Answer = dict[str, Any]
+
+
+def task_of(prompt: Prompt) -> str:
+    """Spec-Bench's six tasks: its eight MT-Bench categories, whose prompts have two turns, are one."""
+    return "mt_bench" if prompt.more and prompt.task not in TASKS else prompt.task
+
+
+def turns_of(prompts: Sequence[Prompt]) -> int:
+    return sum(1 + len(prompt.more) for prompt in prompts)
+
+
+def answer(
+    engine: Engine, mode: Mode, prompt: list[int], sampling: Sampling, max_tokens: int, seed: int | None
+) -> Answer:
+    """One answer's raw figures. The target has read the prompt; the drafter has not."""
+    mode.drafter.settle()
+    mode.drafter.prepare(prompt[:1], 0)  # forgets all but the first token, and reads nothing
+    before, started = resident(), time.perf_counter()
+    rounds: list[list[float]] = []
+    tokens: list[int] = []
+    first = 0.0
+    for found in generate(
+        engine.reader,
+        mode.drafter,
+        prompt,
+        sampling,
+        max_tokens=max_tokens,
+        draft_max=LONGEST if mode.draft_max is None else mode.draft_max,
+        is_end=engine.model.is_end,
+        rng=np.random.default_rng(seed),
+    ):
+        first = first or time.perf_counter() - started
+        tokens += found.tokens
+        parts = (found.draft_seconds, found.verify_seconds, found.host_seconds)
+        rounds.append([len(found.tokens), len(found.drafted), found.accepted, *(round(part, 7) for part in parts)])
+    seconds = time.perf_counter() - started
+    mode.memory += max(0, resident() - before)
+    return {"first_token_seconds": first, "seconds": seconds, "rounds": rounds, "token_ids": tokens}
+
+
+def run(
+    engine: Engine,
+    modes: Sequence[Mode],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    record: dict[str, Any],
+    *,
+    max_tokens: int,
+    repeat: int,
+    seed: int | None,
+    save: Callable[[], None],
+    advance: Callable[[float, str], object],
+) -> None:
+    """Fill record["answers"] with what is missing there, saving after every answer.
+
+    A mode that fails on a prompt is noted there with its error, and the others go on.
+    """
+    done = {_key(found): found for found in record["answers"]}
+    order = 0
+    for prompt in prompts:
+        messages = list(prompt.messages)
+        for turn, said in enumerate((None, *prompt.more)):
+            if said is not None:
+                messages.append({"role": "user", "content": said})
+            ids = engine.prompt(messages)
+            read: float | None = None
+            first: list[int] | None = None
+            for again in range(repeat):
+                order += 1
+                for mode in modes[:: 1 if order % 2 else -1]:
+                    key = (prompt.id, turn, again, mode.name)
+                    if key in done:
+                        first = done[key].get("token_ids") if mode is modes[0] else first
+                        continue
+                    note: Answer = dict(zip(("prompt", "turn", "repeat", "mode"), key, strict=True))
+                    note |= {"task": task_of(prompt), "prompt_tokens": len(ids)}
+                    try:
+                        if read is None:
+                            read = _read(engine, ids)
+                        note |= {"prompt_seconds": read, **answer(engine, mode, ids, sampling, max_tokens, seed)}
+                        first = note["token_ids"] if mode is modes[0] else first
+                    except TrimError as error:
+                        note["error"] = str(error)
+                    record["answers"].append(note)
+                    record["peak_bytes"] = max(record.get("peak_bytes", 0), peak())
+                    save()
+                    advance(1, mode.name)
+            text = b"".join(engine.model.piece(token) for token in first or ())
+            messages.append({"role": "assistant", "content": text.decode("utf-8", "replace")})
+
+
+def _key(found: Answer) -> tuple[str, int, int, str]:
+    return found["prompt"], found["turn"], found["repeat"], found["mode"]
+
+
+def _read(engine: Engine, ids: list[int]) -> float:
+    """Seconds in which the target reads a prompt, from nothing."""
+    started = time.perf_counter()
+    engine.reader.settle()
+    engine.reader.keep([], 0)
+    if len(ids) > engine.context.n_ctx:
+        return 0.0  # every mode will say that it does not fit
+    if len(ids) > 1:
+        engine.reader.read(ids[:-1], 0)
+    return time.perf_counter() - started
+
+
+def missing(record: dict[str, Any], prompts: Sequence[Prompt], modes: Sequence[str], repeat: int) -> int:
+    """Answers that a record still lacks."""
+    return turns_of(prompts) * len(modes) * repeat - len(record["answers"])
+
+
+def resumed(path: Path | None, settings: dict[str, Any]) -> list[Answer]:
+    """The answers of an interrupted run of the same settings in `path`.
+
+    Raises FileFormatError where the file holds something else: nothing is overwritten.
+    """
+    if path is None or not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        same, answers = found["settings"] == settings, list(found["answers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path}: is there and holds no record of a benchmark; name another file") from error
+    if not same:
+        raise FileFormatError(f"{path}: holds the record of another run; name another file, or remove it")
+    return answers
+
+
+def saver(path: Path | None, record: dict[str, Any]) -> Callable[[], None]:
+    """Writes the record whole after every answer, so that nothing measured is lost."""
+
+    def save() -> None:
+        if path is not None:
+            with write_whole(path) as file:
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+    return save
+
+
+def prompts_of(prompts: Path | None, spec_bench: str | None) -> list[Prompt]:
+    """The file that is named; else Spec-Bench where it lies about; else bundled prompts that were never counted."""
+    if prompts is not None and spec_bench is not None:
+        raise click.UsageError("give --prompts or --spec-bench, not both")
+    if prompts is not None or spec_bench not in (None, "auto"):
+        return load_prompts(prompts or Path(str(spec_bench)))
+    for place in SPEC_BENCH:
+        if Path(place).is_file():
+            stderr.print(f"prompts: {place}", markup=False)
+            return load_prompts(Path(place))
+    if spec_bench == "auto":
+        raise TrimError(
+            "question.jsonl: Spec-Bench is not here; get data/spec_bench/question.jsonl of "
+            "github.com/hemingkx/Spec-Bench and give its path as --spec-bench"
+        )
+    return split(load_prompts(), "judge")
+
+
+def chosen(prompts: list[Prompt], tasks: Sequence[str], limit: int | None) -> Iterator[Prompt]:
+    """Prompts of the tasks, `limit` in all, each task having as many as another."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(task_of(prompt), []).append(prompt)
+    if unknown := set(tasks) - set(groups):
+        raise TrimError(f"there is no task {', '.join(sorted(unknown))}; there are {', '.join(sorted(groups))}")
+    wanted = [groups[name] for name in (tasks or groups)]
+    total = sum(map(len, wanted))
+    limit = total if limit is None else min(limit, total)
+    shares = [limit // len(wanted) + (i < limit % len(wanted)) for i in range(len(wanted))]
+    for group, share in zip(wanted, shares, strict=True):
+        n = min(share, len(group))
+        yield from (group[i * len(group) // n] for i in range(n))

@@ -1,0 +1,201 @@
+"""The micro view: what single steps cost, by turns: drafting by head size, verifying by batch size, the head alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpus.errors import FileFormatError
+from corpus.ggml import Backend, Product, Table
+from corpus.gguf_file import GGUFFile
+from corpus.llama import Context, Model, physical_cores
+from corpus.progress import progress
+from corpus.sampling import GREEDY
+from corpus.vocabulary import Vocabulary
+from gguf_trim.companion import Trimmed
+from gguf_trim.cut import head_tensor, plan, step_bytes, write
+from gguf_trim.keep import Keep, keep_listed
+from gguf_trim.planner import mbsu
+from gguf_trim.speculator import Speculator
+
+from ..drafter import ModelDrafter, open_drafter
+from ..options import FULL, Models
+from .modes import Files, bytes_of_step
+from .report import table
+from .shapes import SHAPES, write_shape
+
+VERIFY = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+N_TEXT = 64  # tokens already read when a step is timed
+WARM_UP = 3
+
+
+@dataclass
+class Step:
+    """Something timed: `run` once, which reads about `bytes` of weights; `base` names the step its ratio is to."""
+
+    name: str
+    run: Callable[[], object]
+    base: str
+    bytes: Callable[[], float]
+    engine: Callable[[], float] | None = None  # a clock that runs inside llama.cpp and ggml only
+    seconds: list[float] = field(default_factory=list)
+    engine_seconds: list[float] = field(default_factory=list)
+
+
+def measure(steps: Sequence[Step], repeat: int) -> None:
+    """Run every step `repeat` times, forwards and backwards by turns, after a few that warm up."""
+    with progress("stepping", repeat, "rounds") as advance:
+        for turn in range(repeat + WARM_UP):
+            for step in steps[:: 1 if turn % 2 else -1]:
+                before = step.engine() if step.engine else 0.0
+                started = time.perf_counter()
+                step.run()
+                if turn >= WARM_UP:
+                    step.seconds.append(time.perf_counter() - started)
+                    step.engine_seconds.append(step.engine() - before if step.engine else step.seconds[-1])
+            if turn >= WARM_UP:
+                advance(1)
+
+
+def shaped(names: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
+    """Files of the shapes of a pair ("target+drafter"), with random weights, and cuts of the drafter to every k."""
+    target, plus, drafter = names.partition("+")
+    for name in (target, drafter):
+        if name not in SHAPES or not plus:
+            raise FileFormatError(f"{names}: is no target+drafter of known shapes; there are {', '.join(SHAPES)}")
+    paths = []
+    for name in (target, drafter):
+        paths.append(folder / f"{name}-{quant}.gguf")
+        if not paths[-1].exists():
+            write_shape(SHAPES[name], paths[-1], quant)
+    cuts = {}
+    for k in ks:
+        cuts[k] = folder / f"{drafter}-{quant}-trim{k}.gguf"
+
+        def first(vocabulary: Vocabulary, n_rows: int, k: int = k) -> Keep:
+            return keep_listed(vocabulary, n_rows, list(range(k)), k)
+
+        write(plan(paths[1], first), cuts[k])
+    return Files(paths[0], paths[1], cuts)
+
+
+def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
+    """Times every step of a pair; the record has seconds by step, bytes, and median ratios."""
+    if files.full is None or not files.trimmed:
+        raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
+    vocabulary = Vocabulary(GGUFFile(files.target))
+    text = np.random.default_rng(1).integers(256, vocabulary.n_real // 2, N_TEXT).tolist()
+    rng = np.random.default_rng(0)
+    with ExitStack() as stack:
+        steps = []
+
+        def add(name: str, path: Path, vocab: str) -> None:
+            drafter = open_drafter(path, vocabulary, 512, found.n_threads, found.n_gpu_layers, vocab)
+            stack.callback(drafter.close)
+
+            def run(drafter: ModelDrafter = drafter) -> None:
+                drafter.draft(text, 1, GREEDY, rng)
+
+            def clock(drafter: ModelDrafter = drafter) -> float:
+                return drafter.seconds
+
+            steps.append(Step(name, run, FULL, lambda: bytes_of_step(path, drafter)[1], clock))
+
+        add(FULL, files.full, "trim")
+        for k, path in files.trimmed.items():
+            kinds = ["trim"]
+            if len(files.trimmed) == 1 and Speculator.of(Trimmed.open(path)) is not None:
+                kinds += ["context", "spec"]
+            for kind in kinds:
+                add(kind if len(files.trimmed) == 1 else f"{kind}@{k}", path, kind)
+        steps += _heads(files.full, list(files.trimmed), found.n_threads)
+        model = stack.enter_context(Model(files.target, found.n_gpu_layers))
+        context = stack.enter_context(Context(model, 512, found.n_threads))
+        context.decode(text, 0)
+        n_bytes = step_bytes(GGUFFile(files.target))
+
+        def verify(n: int) -> Step:
+            def run() -> None:
+                context.decode(text[:n], n)
+                context.truncate(N_TEXT)
+
+            return Step(f"verify {n}", run, "verify 1", lambda: n_bytes)
+
+        steps += [verify(n) for n in VERIFY]
+        measure(steps, repeat)
+        return {
+            "seconds": {step.name: step.seconds for step in steps},
+            "engine_seconds": {step.name: step.engine_seconds for step in steps},
+            "bytes": {step.name: step.bytes() for step in steps},
+            "base": {step.name: step.base for step in steps},
+        }
+
+
+def _heads(full: Path, ks: Sequence[int], n_threads: int | None) -> list[Step]:
+    """The head's product alone, whole and cut."""
+    head = head_tensor(GGUFFile(full))
+    rows = np.memmap(full, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
+    backend, hidden = Backend(n_threads or physical_cores()), np.ones(head.shape[0], np.float32)
+    steps = []
+    for k in (head.n_rows, *ks):
+        product = Product(backend, Table(rows, head.type, head.shape[0]), n_rows=k)
+        name = "head full" if k == head.n_rows else f"head {k}"
+        steps.append(Step(name, lambda product=product: product(hidden), "head full", lambda k=k: k * head.row_bytes))  # type: ignore[misc]
+    return steps
+
+
+def ratios(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Quartiles (low, median, high) of each step's time over its base's, turn by turn."""
+    seconds = record["seconds"]
+    return {
+        name: np.quantile(np.divide(found, seconds[record["base"][name]]), (0.25, 0.5, 0.75)).tolist()
+        for name, found in seconds.items()
+    }
+
+
+def steps_table(record: dict[str, Any], copied: float) -> str:
+    """One line a step. Bytes over time beside what a plain copy moves: how far the step is bound by memory."""
+    rows = []
+    for name, (low, median, high) in ratios(record).items():
+        seconds = statistics.median(record["seconds"][name])
+        n_bytes, base = record["bytes"][name], record["bytes"][record["base"][name]]
+        inside = zip(record["seconds"][name], record["engine_seconds"][name], strict=True)
+        python = statistics.median(1 - b / a for a, b in inside)
+        rows.append([
+            name,
+            f"{1000 * seconds:.2f}",
+            f"{median:.3f} ({low:.3f} to {high:.3f})",
+            f"{n_bytes / base:.3f}",
+            f"{n_bytes / 1e6:.1f}",
+            f"{n_bytes / seconds / copied:.0%}",
+            f"{python:.1%}",
+        ])  # fmt: skip
+    return table(["step", "ms", "ratio (quartiles)", "by bytes", "MB", "of a copy's rate", "Python"], rows)
+
+
+def promised(record: dict[str, Any], path: Path) -> str:
+    """What measured steps make of acceptance that a file gives: {"draft_max": n, "tau": {step name: tau}}."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        n, taus = int(data["draft_max"]), {str(name): float(tau) for name, tau in data["tau"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f'{path}: should hold {{"draft_max": n, "tau": {{step: tau}}}} ({error})') from error
+    cost = {name: statistics.median(found) for name, found in record["seconds"].items()}
+    if f"verify {n + 1}" not in cost or not taus.keys() <= cost.keys():
+        raise FileFormatError(f"{path}: names a step or a draft length that was not timed; timed: {', '.join(cost)}")
+    rows = []
+    for name, tau in taus.items():
+        c = record["bytes"][name] / record["bytes"]["verify 1"]
+        speed = tau * cost["verify 1"] / (n * cost[name] + cost[f"verify {n + 1}"])
+        rows.append([name, f"{tau:.2f}", f"{mbsu(tau, c, n):.2f}", f"{speed:.2f}"])
+    return f"With the acceptance of {path.name}, {n} drafts:\n\n" + table(
+        ["", "tau (given)", "MBSU bytes", "x plain by these steps"], rows
+    )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from corpus.chain import Chain
 from corpus.errors import EngineError
 from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
@@ -136,9 +137,11 @@ class ModelDrafter:
         pending = text[len(self._reader.held) :]
         if self._dynamic is not None and min(n, room) > 0:
             self._dynamic.follow(text)
+        chain = Chain(sampling, text)  # without the grammar, which only the target's p must obey
         for _ in range(min(n, room)):
-            q = sampling.distribution(*self._step(pending))
+            q = chain.distribution(*self._step(pending))
             token = q.draw(rng)
+            chain.accept(token)
             draft.tokens.append(token)
             draft.qs.append(q)
             pending = [token]

@@ -27,7 +27,7 @@ import numpy as np
 
 from .errors import EngineError
 
-_LAST_ERRORS: deque[str] = deque(maxlen=8)
+LAST_ERRORS: deque[str] = deque(maxlen=8)
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -35,7 +35,7 @@ _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     """Keep llama.cpp's errors for our own messages and its chatter off the user's screen."""
     if level == _ERROR_LEVEL:
-        _LAST_ERRORS.append(text.decode("utf-8", "replace").strip())
+        LAST_ERRORS.append(text.decode("utf-8", "replace").strip())
 
 
 @lru_cache(maxsize=1)
@@ -44,9 +44,9 @@ def _start() -> None:
     llama_cpp.llama_backend_init()
 
 
-def _last_error() -> str:
+def last_error() -> str:
     """llama.cpp's own reason: the most telling line, which is the first."""
-    return _LAST_ERRORS[0] if _LAST_ERRORS else "llama.cpp gave no reason"
+    return LAST_ERRORS[0] if LAST_ERRORS else "llama.cpp gave no reason"
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +97,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
 
 
-class _Owner:
+class Owner:
     """Something that holds memory of llama.cpp's: closed by `with`, by close(), at the latest by the collector."""
 
     def __enter__(self) -> Any:
@@ -113,7 +113,7 @@ class _Owner:
         raise NotImplementedError
 
 
-class Model(_Owner):
+class Model(Owner):
     """Weights and vocabulary of one GGUF.
 
     Raises EngineError where llama.cpp cannot load it, with llama.cpp's reason.
@@ -129,13 +129,13 @@ class Model(_Owner):
             params.n_gpu_layers = n_gpu_layers
         if not self.path.is_file():
             raise EngineError(f"{self.path}: there is no such file")
-        _LAST_ERRORS.clear()
+        LAST_ERRORS.clear()
         with _interruptible() as go_on:
             params.progress_callback = progress = llama_cpp.llama_progress_callback(lambda *_: go_on())
             self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
             del progress  # kept alive until here
         if self._model is None:
-            raise EngineError(f"{self.path}: llama.cpp cannot load it: {_last_error()}")
+            raise EngineError(f"{self.path}: llama.cpp cannot load it: {last_error()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
@@ -183,7 +183,7 @@ class Model(_Owner):
             self._model = None
 
 
-class Context(_Owner):
+class Context(Owner):
     """One sequence in one KV cache over a model: append, read logits, rewind.
 
     With n_sequences > 1 the cache of n_ctx tokens is shared by several, and decode_each and drop take their numbers.
@@ -213,11 +213,11 @@ class Context(_Owner):
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()
         params.swa_full = True  # a sliding window that forgets cannot be rewound
         params.no_perf = True
-        _LAST_ERRORS.clear()
+        LAST_ERRORS.clear()
         with _interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
         if self._ctx is None:
-            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {_last_error()}; try a smaller --ctx-size")
+            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {last_error()}; try a smaller --ctx-size")
         self.n_ctx: int = min(n_ctx, llama_cpp.llama_n_ctx(self._ctx))  # llama.cpp rounds up
         self.n_batch = n_batch
         self.n_outputs = params.n_outputs_max
@@ -283,11 +283,11 @@ class Context(_Owner):
         return np.ctypeslib.as_array(pointer, shape=(n, self.model.n_embd))
 
     def _decode(self, batch: _Batch) -> None:
-        _LAST_ERRORS.clear()
+        LAST_ERRORS.clear()
         with _interruptible():  # llama.cpp may log, and so call into Python, in the middle
             code = llama_cpp.llama_decode(self.handle, batch.struct)
         if code:
-            raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {_last_error()}")
+            raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {last_error()}")
 
     def decode_each(
         self, tokens: Sequence[int], sequences: Sequence[int], positions: Sequence[int], outputs: Sequence[bool]
@@ -379,12 +379,12 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     params.allow_requantize = True
     params.nthread = physical_cores()
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    _LAST_ERRORS.clear()
+    LAST_ERRORS.clear()
     try:
         with _interruptible():
             code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
         if code:
-            raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {_last_error()}")
+            raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {last_error()}")
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -34,26 +35,50 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Sampling:
-    """llama.cpp's sampler settings with its defaults and its order: top-k, top-p, min-p, temperature.
+    """llama.cpp's sampler settings with its defaults and its order: grammar, logit bias, penalties, top-k, typical,
+    top-p, min-p, temperature.
 
-    temp 0 is greedy; top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off.
+    temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1 and min_p <= 0 switch a filter off. The penalties look at
+    the last repeat_last_n tokens (0: none, -1: all); repeat_penalty 1 and the others 0 switch them off. logit_bias is
+    added to the logits of its token ids, -inf bans one. grammar is a GBNF, empty for none. What depends on the text
+    (grammar, penalties) is applied by `corpus.chain.Chain`, with the bias; `distribution` is what follows.
     """
 
     temp: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: str = ""
 
     @property
     def greedy(self) -> bool:
         return self.temp < 1e-6  # below that a double cannot tell it from greedy
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the text before changes the logits."""
+        on = self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return on and self.repeat_last_n != 0
+
+    @property
+    def sight(self) -> int | None:
+        """How many of the likeliest tokens decide the distribution; None: all of them."""
+        if self.greedy and self.typical_p >= 1:
+            return 1
+        return self.top_k if self.top_k > 0 else None
+
     def distribution(self, logits: np.ndarray, ids: np.ndarray | None = None) -> Distribution:
-        """The distribution these settings make of one row of logits (float32, n).
+        """The distribution that the filters and the temperature make of one row of logits (float32, n).
 
         `ids[i]` (ascending) is the token of logits[i]; without it i itself is.
         """
-        if self.greedy:
+        if self.sight == 1:
             best = int(np.argmax(logits))
             return Distribution(np.array([best if ids is None else ids[best]]), np.ones(1))
         if 0 < self.top_k < len(logits):
@@ -65,16 +90,28 @@ class Sampling:
         values = logits[chosen].astype(np.float64)
         values -= values[0]
         probs = np.exp(values)
+        if self.typical_p < 1:
+            typical = self._typical(values, probs)
+            chosen, values = chosen[typical], values[typical] - values[typical[0]]
+            probs = np.exp(values)
         keep = len(probs)
         if self.top_p < 1:
             keep = int(np.searchsorted(np.cumsum(probs) / probs.sum(), max(self.top_p, 0.0))) + 1
         if self.min_p > 0:
             keep = min(keep, int(np.count_nonzero(probs >= self.min_p)))
-        keep = max(1, min(keep, len(probs)))
-        weights = np.exp(values[:keep] / self.temp)
+        keep = 1 if self.greedy else max(1, min(keep, len(probs)))
+        weights = np.exp(values[:keep] / self.temp) if keep > 1 else np.ones(1)
         order = np.argsort(chosen[:keep])
         kept = chosen[:keep][order]
         return Distribution(kept if ids is None else ids[kept], weights[order] / weights.sum())
+
+    def _typical(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Places (ascending) of the tokens whose surprise is nearest to the expected one (arXiv 2202.00666)."""
+        surprise = np.log(weights.sum()) - values
+        probs = weights / weights.sum()
+        nearest = np.argsort(np.abs(surprise - (probs * surprise).sum()), kind="stable")
+        n = int(np.searchsorted(np.cumsum(probs[nearest]), max(self.typical_p, 0.0), side="right")) + 1
+        return np.sort(nearest[:n])
 
 
 GREEDY = Sampling(temp=0)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from corpus.chain import Chain
 from corpus.errors import EngineError
 from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
@@ -166,10 +167,12 @@ class ModelDrafter:
         pending = text[len(self._reader.held) :]
         if self.dynamic is not None:
             self.dynamic.follow(text)
+        chain = Chain(sampling, text)  # without the grammar, which only the target's p must obey
         for _ in range(self._context.n_ctx - len(text)):
             logits, ids = self._step(pending)
-            q = sampling.distribution(logits, ids)
+            q = chain.distribution(logits, ids)
             token = q.draw(rng)
+            chain.accept(token)
             yield Proposal(token, q, _certainty(logits) if sampling.greedy else q.of(token))
             pending = [token]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import click
 
 from corpus.command import FILE
+from corpus.errors import FileFormatError, TrimError
+from corpus.grammar import schema_grammar
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
@@ -133,26 +136,99 @@ def model_options(command: Any) -> Any:
     )
 
 
+_BIAS = re.compile(r"(\d+)([+-])(.+)", re.ASCII)
+
+
+def _logit_bias(given: Sequence[str]) -> dict[int, float]:
+    """TOKEN_ID(+/-)BIAS, as llama.cpp writes it; what is given twice for a token adds up."""
+    biases: dict[int, float] = {}
+    for text in given:
+        try:
+            token, sign, size = _BIAS.fullmatch(text).groups()  # type: ignore[union-attr]
+            bias = float(sign + size)
+        except (AttributeError, ValueError) as error:
+            raise click.UsageError(f"--logit-bias {text}: is not TOKEN_ID(+/-)BIAS, such as 15043+1") from error
+        if not bias < math.inf:
+            raise click.UsageError(f"--logit-bias {text}: a bias is a number, or -inf to ban the token")
+        biases[int(token)] = biases.get(int(token), 0.0) + bias
+    return biases
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: is not text in UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _grammar(grammar: str | None, grammar_file: Path | None, schema: str | None, schema_file: Path | None) -> str:
+    if sum(given is not None for given in (grammar, grammar_file, schema, schema_file)) > 1:
+        raise click.UsageError("give one of --grammar, --grammar-file, --json-schema and --json-schema-file")
+    if schema_file is not None:
+        schema = _read(schema_file)
+    if schema is not None:
+        try:
+            return schema_grammar(schema)
+        except TrimError as error:
+            raise click.UsageError(str(error)) from error
+    return grammar or (_read(grammar_file) if grammar_file is not None else "")
+
+
 def sampling_options(command: Any) -> Any:
     """The samplers, the seed and the draft length; the command receives `sampling`, `seed` and `draft_max`."""
 
     @wraps(command)
-    def with_sampling(temp: float, top_k: int, top_p: float, min_p: float, **others: Any) -> Any:
-        for name, value in (("temp", temp), ("top-p", top_p), ("min-p", min_p)):
+    def with_sampling(
+        grammar: str | None,
+        grammar_file: Path | None,
+        json_schema: str | None,
+        json_schema_file: Path | None,
+        logit_bias: Sequence[str],
+        **others: Any,
+    ) -> Any:
+        values = {field.name: others.pop(field.name) for field in fields(Sampling) if field.name in others}
+        for name, value in values.items():
             if not math.isfinite(value):
-                raise click.UsageError(f"--{name} {value}: is not a number to sample with")
-        return command(sampling=Sampling(temp, top_k, top_p, min_p), **others)
+                flag = "typical" if name == "typical_p" else name.replace("_", "-")
+                raise click.UsageError(f"--{flag} {value}: is not a number to sample with")
+        if values["repeat_penalty"] <= 0:
+            raise click.UsageError("--repeat-penalty must be greater than 0; 1 switches it off")
+        chosen = _grammar(grammar, grammar_file, json_schema, json_schema_file)
+        return command(sampling=Sampling(**values, logit_bias=_logit_bias(logit_bias), grammar=chosen), **others)
 
     default = Sampling()
+
+    def setting(flag: str, name: str, text: str, kind: Any = float) -> Callable[..., Any]:
+        return click.option(flag, name, type=kind, default=getattr(default, name), show_default=True, help=text)
+
     return _stack(
         with_sampling,
         [
-            click.option(
-                "--temp", type=float, default=default.temp, show_default=True, help="Temperature; 0 is greedy."
+            setting("--temp", "temp", "Temperature; 0 is greedy."),
+            setting("--top-k", "top_k", "0 switches it off.", int),
+            setting("--typical", "typical_p", "Locally typical sampling; 1 switches it off."),
+            setting("--top-p", "top_p", "1 switches it off."),
+            setting("--min-p", "min_p", "0 switches it off."),
+            setting("--repeat-penalty", "repeat_penalty", "For tokens said before; 1 switches it off."),
+            setting(
+                "--repeat-last-n",
+                "repeat_last_n",
+                "Tokens the penalties look back at; 0: none, -1: all.",
+                click.IntRange(-1),
             ),
-            click.option("--top-k", type=int, default=default.top_k, show_default=True, help="0 switches it off."),
-            click.option("--top-p", type=float, default=default.top_p, show_default=True, help="1 switches it off."),
-            click.option("--min-p", type=float, default=default.min_p, show_default=True, help="0 switches it off."),
+            setting("--presence-penalty", "presence_penalty", "Taken off once; 0 switches it off."),
+            setting("--frequency-penalty", "frequency_penalty", "Taken off each time; 0 switches it off."),
+            click.option(
+                "-l",
+                "--logit-bias",
+                multiple=True,
+                metavar="TOKEN_ID(+/-)BIAS",
+                help="Make a token likelier or rarer: 15043+1, 15043-inf. Can be repeated.",
+            ),
+            click.option("--grammar", metavar="GBNF", help="Constrain the answer to a grammar."),
+            click.option("--grammar-file", type=FILE, help="The grammar in a file."),
+            click.option("-j", "--json-schema", metavar="SCHEMA", help="Constrain the answer to JSON of a schema."),
+            click.option("-jf", "--json-schema-file", type=FILE, help="The schema in a file."),
             click.option("-s", "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: random]"),
             draft_max_option(),
         ],

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from corpus.chain import Chain
 from corpus.errors import EngineError
 from corpus.sampling import Distribution, Sampling
 
@@ -62,6 +63,7 @@ def generate(
             f"trained on {target.context.model.n_ctx_train}), shorten it, or /reset"
         )
     left = min(max_tokens, n_ctx - len(text) + 1)
+    chain = Chain(sampling, text, target.context.model)
     # Where an interruption cut the settling of the last answer short.
     target.settle()
     drafter.settle()
@@ -78,7 +80,8 @@ def generate(
             draft = drafter.draft(text, n, sampling, rng)
             drafts = draft.tokens
             logits = target.read([text[-1], *drafts], len(drafts) + 1)
-            accepted, following = accept(partial(_p_at, logits, sampling), drafts, draft.qs, rng)
+            accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, draft.qs, rng)
+            chain.accept(following)
             tokens = [*drafts[:accepted], following]
             end = next((i for i, token in enumerate(tokens) if is_end(token)), None)
             if end is not None:
@@ -108,6 +111,8 @@ def generate(
         drafter.settle()
 
 
-def _p_at(logits: np.ndarray, sampling: Sampling, i: int) -> Distribution:
-    """The target's distribution in row i, made only when it is asked for."""
-    return sampling.distribution(logits[i])
+def _p_at(logits: np.ndarray, chain: Chain, drafts: Sequence[int], i: int) -> Distribution:
+    """The target's distribution in row i. `accept` asks for it once the draft before it stands, and once only."""
+    if i:
+        chain.accept(drafts[i - 1])
+    return chain.distribution(logits[i])

@@ -13,6 +13,8 @@ from corpus.sampling import Distribution, Sampling
 from runner import acceptance
 from runner.acceptance import accept
 
+from .chains import llama_cpp_chain
+
 V = 5
 
 
@@ -199,34 +201,10 @@ def test_remapped_rows_are_the_same_distribution(logits: np.ndarray, chosen: Sam
 def test_filters_agree_with_llama_cpps_own_chain(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> None:
     """The same logits through llama.cpp's samplers leave the same tokens with the same probabilities."""
     logits = np.unique(logits)  # equal logits at a filter's edge have no right answer
-    expected = llama_cpp_chain(logits, top_k, top_p, min_p, temp=0.7)
-    found = Sampling(0.7, top_k, top_p, min_p).distribution(logits)
+    sampling = Sampling(0.7, top_k, top_p, min_p)
+    expected, found = llama_cpp_chain(sampling, logits), sampling.distribution(logits)
     assert found.ids.tolist() == sorted(expected)
     assert found.probs == pytest.approx([expected[i] for i in found.ids.tolist()], abs=1e-5)
-
-
-def llama_cpp_chain(logits: np.ndarray, top_k: int, top_p: float, min_p: float, temp: float) -> dict[int, float]:
-    import llama_cpp
-
-    n = len(logits)
-    data = (llama_cpp.llama_token_data * n)()
-    for i, value in enumerate(logits.tolist()):
-        data[i].id, data[i].logit, data[i].p = i, value, 0.0
-    array = llama_cpp.llama_token_data_array(data=data, size=n, selected=-1, sorted=False)
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    for sampler in (
-        llama_cpp.llama_sampler_init_top_k(top_k),
-        llama_cpp.llama_sampler_init_top_p(top_p, 1),
-        llama_cpp.llama_sampler_init_min_p(min_p, 1),
-        llama_cpp.llama_sampler_init_temp(temp),
-    ):
-        llama_cpp.llama_sampler_chain_add(chain, sampler)
-    llama_cpp.llama_sampler_apply(chain, array)
-    kept = {array.data[i].id: array.data[i].logit for i in range(array.size)}
-    llama_cpp.llama_sampler_free(chain)
-    top = max(kept.values())
-    weights = {i: np.exp(value - top) for i, value in kept.items()}
-    return {i: weight / sum(weights.values()) for i, weight in weights.items()}
 
 
 def test_draw_follows_the_probabilities() -> None:

@@ -98,7 +98,7 @@ def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
                 monkeypatch.setattr(engine.context, "truncate", lambda n: None)
             else:
                 honest = speculative._p_at
-                monkeypatch.setattr(speculative, "_p_at", lambda logits, s, i: honest(logits[::-1], s, i))
+                monkeypatch.setattr(speculative, "_p_at", lambda logits, *rest: honest(logits[::-1], *rest))
             assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults > 0
 
 

@@ -1,0 +1,109 @@
+"""Grammars: llama.cpp's own grammar sampler, which says what may come next of a text that obeys a GBNF.
+
+A module beside corpus/llama.py, because that one is full: it calls llama.cpp's grammar functions and no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+
+import llama_cpp
+import numpy as np
+from llama_cpp.llama_grammar import SchemaConverter
+
+from .errors import EngineError, FileFormatError
+from .llama import LAST_ERRORS, Model, Owner, last_error
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+class Grammar(Owner):
+    """A GBNF grammar and the place that a text has reached in it. The start symbol is `root`.
+
+    Raises EngineError with llama.cpp's reason where the grammar does not parse.
+    """
+
+    def __init__(self, model: Model, text: str) -> None:
+        self._sampler = None
+        vocab = llama_cpp.llama_model_get_vocab(model.handle)
+        LAST_ERRORS.clear()
+        with _stderr() as said:
+            self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        if not self._sampler:
+            raise EngineError(f"the grammar cannot be used: {_reason(said) or last_error()}; correct it")
+
+    def allows(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the tokens `ids` may come next (bool, n). An end token may where the grammar is complete."""
+        candidates = np.zeros(len(ids), _CANDIDATE)
+        candidates["id"] = ids
+        array = llama_cpp.llama_token_data_array(
+            data=candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data)),
+            size=len(ids),
+            selected=-1,
+            sorted=False,
+        )
+        llama_cpp.llama_sampler_apply(self._sampler, ctypes.byref(array))
+        return np.asarray(candidates["logit"] == 0)
+
+    def accept(self, token: int) -> None:
+        """Go on by a token. Raises ValueError for one that is not allowed: llama.cpp would end the process on it."""
+        if not self.allows(np.array([token])).all():
+            raise ValueError(f"the grammar does not allow token {token} here")
+        llama_cpp.llama_sampler_accept(self._sampler, token)
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            llama_cpp.llama_sampler_free(self._sampler)
+            self._sampler = None
+
+
+class _Converter(SchemaConverter):  # type: ignore[misc]
+    """llama-cpp-python's, with two of its faults mended."""
+
+    def _add_rule(self, name: str, rule: str) -> str:
+        """JSON has no raw control characters inside a string."""
+        return str(super()._add_rule(name, rule.replace(r'[^"\\]', r'[^"\\\x00-\x1F\x7F]') if name == "char" else rule))
+
+    def _format_literal(self, literal: str) -> str:
+        """A piece of JSON as a GBNF literal: a backslash in it is one, and letters beyond ASCII stay letters."""
+        text = json.dumps(json.loads(literal), ensure_ascii=False)
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def schema_grammar(schema: str) -> str:
+    """The GBNF of a JSON schema (its text). Raises FileFormatError where it is none, or asks for what GBNF lacks."""
+    try:
+        converter = _Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+        converter.visit(converter.resolve_refs(json.loads(schema), "schema"), "")
+        return str(converter.format_grammar())
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"the JSON schema is not JSON: {error}") from error
+    except Exception as error:  # the converter asserts, and trips over what it does not expect
+        reason = str(error) or type(error).__name__
+        raise FileFormatError(f"the JSON schema has no grammar: {reason}; simplify it or give a --grammar") from error
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+    """What C code prints to stderr meanwhile, line by line: llama.cpp's parser says there what is wrong."""
+    said: list[str] = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        kept = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said += file.read().splitlines()
+
+
+def _reason(said: list[str]) -> str:
+    """Of `parse: error parsing grammar: REASON`, a blank line and the whole grammar: the reason."""
+    return said[0].partition("error parsing grammar: ")[2].strip() if said else ""

@@ -1,0 +1,233 @@
+"""The whole sampler chain: the same law as llama.cpp's own samplers', and a grammar that is never broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from corpus import chain as chain_module
+from corpus.chain import Chain
+from corpus.errors import EngineError, FileFormatError
+from corpus.grammar import Grammar, schema_grammar
+from corpus.llama import Model
+from corpus.sampling import Distribution, Sampling
+
+from .chains import llama_cpp_chain
+
+GRAMMARS = (
+    'root ::= "the" [a-z]*',
+    'root ::= [eta]+ ("ing" | "tion")?',
+    r'root ::= "\"" [^"]* "\"" | [0-9]+',
+    'root ::= "é" "ñ"?',
+)
+
+
+@pytest.fixture(scope="module")
+def model(toys: dict[str, Path]) -> Iterator[Model]:
+    with Model(toys["target"], vocab_only=True) as opened:
+        yield opened
+
+
+def same(found: Distribution, expected: dict[int, float]) -> None:
+    assert found.ids.tolist() == sorted(expected)
+    assert found.probs == pytest.approx([expected[i] for i in found.ids.tolist()], abs=1e-5)
+
+
+samplings = st.builds(
+    Sampling,
+    temp=st.sampled_from([0.0, 0.7, 1.0]),
+    top_k=st.sampled_from([0, 1, 5, 40]),
+    typical_p=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
+    top_p=st.sampled_from([0.5, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repeat_penalty=st.sampled_from([0.8, 1.0, 1.5]),
+    repeat_last_n=st.sampled_from([-1, 0, 1, 4, 64]),
+    presence_penalty=st.sampled_from([-0.5, 0.0, 1.5]),
+    frequency_penalty=st.sampled_from([-0.5, 0.0, 1.5]),
+    logit_bias=st.dictionaries(st.integers(0, 9), st.sampled_from([-np.inf, -2.5, 3.0]), max_size=4),
+)
+
+
+def row(seed: int, n: int) -> np.ndarray:
+    """Logits in general position: where a filter's edge falls on a tie there is no right answer."""
+    return np.random.default_rng(seed).normal(0, 4, n).astype(np.float32)
+
+
+@given(
+    samplings, st.integers(0, 10**6), st.integers(10, 50), st.lists(st.integers(0, 9), max_size=9), st.integers(0, 9)
+)
+@settings(max_examples=100, deadline=None)
+def test_chain_agrees_with_llama_cpps_own(sampling: Sampling, seed: int, n: int, tokens: list[int], split: int) -> None:
+    """Whether the tokens before were there from the beginning or were accepted one by one."""
+    logits = row(seed, n)
+    before = logits.copy()
+    chain = Chain(sampling, tokens[:split])
+    for token in tokens[split:]:
+        chain.accept(token)
+    same(chain.distribution(logits), llama_cpp_chain(sampling, logits, tokens))
+    assert (logits == before).all()  # a view of llama.cpp's own memory
+
+
+@given(samplings, st.integers(0, 10**6), st.lists(st.integers(0, 9), max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_rows_of_a_trimmed_head_are_biased_and_penalised_by_their_ids(
+    sampling: Sampling, seed: int, tokens: list[int]
+) -> None:
+    """What a head lacks is as if it were banned."""
+    logits = row(seed, 30)
+    ids = np.flatnonzero(np.random.default_rng(seed).random(30) < 0.7)
+    if not any(sampling.logit_bias.get(i) != -np.inf for i in ids.tolist()):
+        return
+    masked = np.full(30, -np.inf, np.float32)
+    masked[ids] = logits[ids]
+    same(Chain(sampling, tokens).distribution(logits[ids], ids), llama_cpp_chain(sampling, masked, tokens))
+
+
+@given(samplings, st.sampled_from(GRAMMARS), st.integers(0, 10**6), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+@example(Sampling(temp=1, top_k=0, top_p=1, min_p=0), GRAMMARS[0], 0, 3)
+def test_grammar_agrees_with_masking_everything(
+    model: Model, sampling: Sampling, grammar: str, seed: int, length: int
+) -> None:
+    """Step by step through a text, asking the grammar about the likeliest few is the same as about every token."""
+    sampling = Sampling(**{**vars(sampling), "grammar": grammar})
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(0, 10, 5).tolist()
+    chain, answer = Chain(sampling, prompt, model), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain_module, "STEPS", (8, 40))
+        for step in range(length + 1):
+            logits = row(seed + step, model.n_vocab)
+            logits[65:] += 4 * rng.integers(0, 2)  # now and then the likeliest are allowed
+            found = chain.distribution(logits)
+            same(found, llama_cpp_chain(sampling, logits, prompt, answer, model))
+            answer.append(found.draw(rng))
+            chain.accept(answer[-1])
+
+
+def test_the_grammar_is_asked_about_few_tokens_where_few_decide(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    honest = Grammar.allows
+    monkeypatch.setattr(Grammar, "allows", lambda self, ids: asked.append(len(ids)) or honest(self, ids))
+    logits = row(0, model.n_vocab)
+    logits[64] = 99
+    for top_k, temp, expected in ((40, 0.0, [64]), (1, 1.0, [64]), (40, 1.0, [64, 600]), (0, 1.0, [600])):
+        asked.clear()
+        Chain(Sampling(temp, top_k, grammar="root ::= [a-z]+"), [], model).distribution(logits)
+        assert asked == expected
+
+
+def test_ties_are_decided_as_without_a_grammar(model: Model) -> None:
+    logits = np.zeros(model.n_vocab, np.float32)
+    assert Chain(Sampling(temp=0, grammar="root ::= [^é]+"), [], model).distribution(logits).ids.tolist() == [0]
+
+
+def test_a_complete_grammar_allows_only_ends_and_a_token_against_it_is_refused(model: Model) -> None:
+    chain = Chain(Sampling(1, 0, 1, 0, grammar='root ::= "a"'), [], model)
+    letter = model.tokenize("a")[0]
+    logits = row(0, model.n_vocab)
+    assert chain.distribution(logits).ids.tolist() == [letter]
+    with pytest.raises(ValueError, match=f"does not allow token {letter + 1}"):
+        chain.accept(letter + 1)
+    chain.accept(letter)
+    for _ in range(2):  # also after the end
+        ends = chain.distribution(logits).ids.tolist()
+        assert ends == [i for i in range(model.n_vocab) if model.is_end(i)]
+        chain.accept(ends[0])
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ("root ::= (", "expecting"),
+        ("root ::= x", "Undefined rule identifier 'x'"),
+        ('x ::= "a"', "does not contain a 'root' symbol"),
+        ('root ::= root "a" | "b"', "left recursion"),
+        ('root ::= "a" }', "expecting newline or end"),
+    ],
+)
+def test_a_grammar_that_does_not_parse(model: Model, grammar: str, reason: str, capfd) -> None:
+    with pytest.raises(EngineError, match=f"the grammar cannot be used: .*{reason}.*; correct it"):
+        Chain(Sampling(grammar=grammar), [], model)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_left_and_a_bias_of_no_token(model: Model) -> None:
+    letter = model.tokenize("a")[0]
+    chain = Chain(Sampling(grammar='root ::= "a"', logit_bias={letter: -np.inf}), [], model)
+    with pytest.raises(EngineError, match="no token is left"):
+        chain.distribution(row(0, model.n_vocab))
+    with pytest.raises(EngineError, match="has no token 600"):
+        Chain(Sampling(logit_bias={600: 1.0}), [], model)
+
+
+SCHEMAS = (
+    {
+        "type": "object",
+        "properties": {"a": {"enum": ['say "hi"', "é\\n"]}, 'q"': {"type": "integer"}},
+        "required": ["a"],
+    },
+    {"type": "array", "items": {"anyOf": [{"type": "null"}, {"const": {"x": "\\"}}]}, "maxItems": 3},
+    {"type": "string", "maxLength": 5},
+)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_schema_makes_json(model: Model, schema: dict) -> None:
+    """Names and constants with quotes and backslashes too, and no raw control character inside a string."""
+    sampling = Sampling(2.0, 0, 1, 0, grammar=schema_grammar(json.dumps(schema)))
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        chain, answer = Chain(sampling, [], model), b""
+        for _ in range(300):
+            logits = rng.normal(0, 1, model.n_vocab).astype(np.float32)
+            token = chain.distribution(logits).draw(rng)
+            if model.is_end(token):
+                break
+            chain.accept(token)
+            answer += model.piece(token)
+        assert obeys(json.loads(answer), schema), answer
+
+
+def obeys(value: object, schema: dict) -> bool:
+    """As much of JSON schema as these tests use."""
+    if "anyOf" in schema:
+        return any(obeys(value, one) for one in schema["anyOf"])
+    if "const" in schema or "enum" in schema:
+        return value in schema.get("enum", [schema.get("const")])
+    if schema["type"] == "object":
+        properties = schema["properties"]
+        return (
+            isinstance(value, dict)
+            and set(schema.get("required", [])) <= value.keys() <= properties.keys()
+            and all(obeys(each, properties[name]) for name, each in value.items())
+        )
+    if schema["type"] == "array":
+        return (
+            isinstance(value, list)
+            and len(value) <= schema.get("maxItems", len(value))
+            and all(obeys(each, schema["items"]) for each in value)
+        )
+    kind = {"null": type(None), "integer": int, "string": str, "boolean": bool}[schema["type"]]
+    return type(value) is kind and (kind is not str or len(value) <= schema.get("maxLength", len(value)))
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "has no grammar"),
+        ('{"type": "circle"}', "Unrecognized schema"),
+        ('{"$ref": "https://a.b"}', "remote"),
+        ('{"type": "string", "pattern": "a"}', "Pattern must start"),
+    ],
+)
+def test_a_schema_that_cannot_be_used(schema: str, reason: str) -> None:
+    with pytest.raises(FileFormatError, match=reason):
+        schema_grammar(schema)

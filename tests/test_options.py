@@ -1,0 +1,87 @@
+"""The sampler flags as llama.cpp names them: what they become, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from corpus.command import OneCommand
+from corpus.sampling import Sampling
+from runner.chat import main as chat
+from runner.options import sampling_options
+
+
+def parsed(*arguments: str) -> Sampling:
+    found = []
+
+    @click.command(cls=OneCommand)
+    @sampling_options
+    def command(sampling: Sampling, seed: int | None, draft_max: int) -> None:
+        found.append(sampling)
+
+    done = CliRunner().invoke(command, list(arguments))
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def test_defaults_are_llama_cpps() -> None:
+    assert parsed() == Sampling() == Sampling(0.8, 40, 0.95, 0.05, 1.0, 1.0, 64, 0.0, 0.0, {}, "")
+
+
+def test_every_flag_arrives(tmp_path: Path) -> None:
+    found = parsed(
+        *("--typical", "0.9", "--repeat-penalty", "1.1", "--repeat-last-n", "-1", "--presence-penalty", "0.5"),
+        *("--frequency-penalty", "-0.25", "-l", "5+1.5", "--logit-bias", "6-inf", "-l", "5-0.5", "-l", "7-2e1"),
+        *("--grammar", 'root ::= "a"'),
+    )
+    bias = {5: 1.0, 6: -math.inf, 7: -20.0}
+    assert found == Sampling(0.8, 40, 0.95, 0.05, 0.9, 1.1, -1, 0.5, -0.25, bias, 'root ::= "a"')
+
+
+def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
+    (tmp_path / "g.gbnf").write_text('root ::= "é"', encoding="utf-8")
+    (tmp_path / "s.json").write_text('{"type": "boolean"}')
+    assert parsed("--grammar-file", str(tmp_path / "g.gbnf")).grammar == 'root ::= "é"'
+    schemas = [parsed("-jf", str(tmp_path / "s.json")), parsed("--json-schema-file", str(tmp_path / "s.json"))]
+    schemas += [parsed("-j", '{"type": "boolean"}'), parsed("--json-schema", '{"type": "boolean"}')]
+    assert len({found.grammar for found in schemas}) == 1
+    assert "true" in schemas[0].grammar
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--typical", "nan"], 2, "--typical nan: is not a number"),
+        (["--repeat-penalty", "inf"], 2, "--repeat-penalty inf: is not a number"),
+        (["--repeat-penalty", "0"], 2, "--repeat-penalty must be greater than 0"),
+        (["--repeat-last-n", "-2"], 2, "-2"),
+        (["-l", "x+1"], 2, "--logit-bias x+1: is not TOKEN_ID(+/-)BIAS"),
+        (["-l", "5"], 2, "is not TOKEN_ID"),
+        (["-l", "5+one"], 2, "is not TOKEN_ID"),
+        (["-l", "5+inf"], 2, "or -inf to ban"),
+        (["-l", "5+nan"], 2, "or -inf to ban"),
+        (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
+        (["-j", "{"], 2, "the JSON schema is not JSON"),
+        (["-j", '{"type": "circle"}'], 2, "has no grammar"),
+        (["--grammar-file", "absent"], 1, "absent: No such file"),
+        (["--grammar", "root ::= ("], 1, "the grammar cannot be used: expecting"),
+        (["-l", "600+1"], 1, "has no token 600"),
+    ],
+)
+def test_mistakes_get_one_sentence(toys: dict[str, Path], arguments: list[str], code: int, said: str) -> None:
+    done = CliRunner().invoke(chat, ["--target", str(toys["target"]), "--prompt", "x", "-c", "256", *arguments])
+    assert done.exit_code == code, done.output
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.output
+
+
+def test_chat_answers_in_json(toys: dict[str, Path]) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["tea", "sea"]}}, "required": ["a"]}
+    pair = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "-c", "256"]
+    done = CliRunner().invoke(chat, [*pair, "--prompt", "x", "-j", json.dumps(schema), "--repeat-penalty", "1.1"])
+    assert json.loads(done.stdout)["a"] in ("tea", "sea")

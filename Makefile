@@ -27,7 +27,7 @@ export CFLAGS += -mno-amx-int8
 export CXXFLAGS += -mno-amx-int8
 endif
 
-.PHONY: help install demo test test-all trim calibrate plan chat steps exact lint clean
+.PHONY: help install demo test test-all trim calibrate plan chat bench steps exact lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -69,6 +69,10 @@ plan: $(STAMP)  ## Find the fastest k and draft length for a pair on this machin
 
 chat: $(STAMP)  ## Talk to a pair: MODEL=name, or TARGET=path DRAFTER=path
 	$(RUN) runner.chat $(PAIR)
+
+bench: $(STAMP)  ## Every way to decode, by turns, on all tasks of Spec-Bench (or bundled prompts); under 15 minutes
+	$(RUN) runner.bench run --model $(call quote,$(MODEL)) --limit 12 -n 48 \
+	  -o $(call quote,$(MODEL)-bench.json) --plot $(call quote,$(MODEL)-bench.png)
 
 steps: $(STAMP)  ## Time the trimmed drafter's step against the uncut one
 	$(RUN) runner.bench steps --model $(call quote,$(MODEL))

@@ -154,6 +154,10 @@ def run_command(
             "sha256": [entry["sha256"] for paths in record["files"].values() for entry in paths],
         }
         answers = runs.resumed(output, settings)
+        if answers:
+            stderr.print(
+                f"{output}: {len(answers)} answers are there; going on (remove it to begin anew)", markup=False
+            )
         record |= {"settings": settings, "answers": answers, "modes": {}}
         save = runs.saver(output, record)
         try:

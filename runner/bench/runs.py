@@ -18,7 +18,7 @@ import numpy as np
 from corpus.errors import FileFormatError, TrimError
 from corpus.files import write_whole
 from corpus.progress import stderr
-from corpus.prompts import Prompt, load_prompts, split
+from corpus.prompts import Prompt, load_prompts, split, spread
 from corpus.sampling import Sampling
 
 from ..engine import LONGEST, Engine
@@ -197,9 +197,10 @@ def chosen(prompts: list[Prompt], tasks: Sequence[str], limit: int | None) -> It
     if unknown := set(tasks) - set(groups):
         raise TrimError(f"there is no task {', '.join(sorted(unknown))}; there are {', '.join(sorted(groups))}")
     wanted = [groups[name] for name in (tasks or groups)]
-    total = sum(map(len, wanted))
-    limit = total if limit is None else min(limit, total)
-    shares = [limit // len(wanted) + (i < limit % len(wanted)) for i in range(len(wanted))]
+    left, shares = sum(map(len, wanted)) if limit is None else limit, [0] * len(wanted)
+    while left > 0 and any(share < len(group) for share, group in zip(shares, wanted, strict=True)):
+        for i, group in enumerate(wanted):
+            if left and shares[i] < len(group):
+                shares[i], left = shares[i] + 1, left - 1
     for group, share in zip(wanted, shares, strict=True):
-        n = min(share, len(group))
-        yield from (group[i * len(group) // n] for i in range(n))
+        yield from spread(group, share)

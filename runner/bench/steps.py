@@ -92,7 +92,7 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
     if files.full is None or not files.trimmed:
         raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
     vocabulary = Vocabulary(GGUFFile(files.target))
-    text = np.random.default_rng(1).integers(256, vocabulary.n_real // 2, N_TEXT).tolist()
+    text = np.random.default_rng(1).integers(vocabulary.n_real // 8, vocabulary.n_real // 2, N_TEXT).tolist()
     rng = np.random.default_rng(0)
     with ExitStack() as stack:
         steps = []

@@ -1,0 +1,289 @@
+"""The benchmark on toy models: every figure can be reckoned again from the raw rounds, and nothing measured is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from corpus.errors import EngineError
+from corpus.gguf_file import GGUFFile
+from corpus.prompts import Prompt
+from gguf_trim.cut import step_bytes
+from runner.bench import __main__ as bench
+from runner.bench import figures, peers, runs, steps
+from runner.bench.figures import ALL
+from runner.bench.machine import bandwidth, machine
+from runner.bench.shapes import SHAPES, Shape
+from runner.lookup import LookupDrafter
+
+ROOT = Path(__file__).parent.parent
+MODES = ["plain", "full", "trim", "context", "spec", "lookup", "auto"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Two tasks, one of them in two turns as MT-Bench is."""
+    lines = [
+        {"question_id": 1, "category": "writing", "turns": ["the sea and the tea and the sea", "on and on and on"]},
+        {"question_id": 2, "category": "qa", "turns": ["is it in the sea"]},
+        {"question_id": 3, "category": "qa", "turns": ["and the tea in the tea"]},
+    ]
+    path = tmp_path / "question.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture
+def arguments(toys: dict[str, Path], prompts: Path) -> list[str]:
+    files = ["--target", str(toys["target"]), "--draft", str(toys["spec-trimmed"]), "--full", str(toys["target"])]
+    return ["run", *files, "--prompts", str(prompts), "-n", "12", "-c", "256"]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(bench.main, list(arguments))
+
+
+def record_of(done: Result) -> dict:
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_every_mode_answers_every_turn(arguments: list[str], tmp_path: Path) -> None:
+    done = invoke(*arguments, "-o", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"), "--repeat", "2")
+    record = record_of(done)
+    assert record["settings"]["modes"] == MODES
+    keys = [(a["prompt"], a["turn"], a["repeat"], a["mode"]) for a in record["answers"]]
+    turns = [("1", 0), ("1", 1), ("2", 0), ("3", 0)]
+    assert sorted(keys) == sorted((p, t, again, mode) for p, t in turns for again in (0, 1) for mode in MODES)
+    assert not any("error" in answer for answer in record["answers"])
+    assert json.loads((tmp_path / "r.json").read_text()) == record
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert {a["task"] for a in record["answers"]} == {"mt_bench", "qa"}
+    for mode in MODES:
+        assert f"| {mode}" in done.stdout
+    # The toy is F32: every mode says the same.
+    texts = {(a["prompt"], a["turn"]): a["token_ids"] for a in record["answers"]}
+    assert all(texts[a["prompt"], a["turn"]] == a["token_ids"] for a in record["answers"])
+
+
+def test_figures_agree_with_an_independent_count(arguments: list[str], toys: dict[str, Path]) -> None:
+    record = record_of(invoke(*arguments))
+    found = figures.figures(record)
+    target, full = (step_bytes(GGUFFile(toys[name])) for name in ("target", "target"))
+    for mode in MODES:
+        rounds = [r for a in record["answers"] if a["mode"] == mode for r in a["rounds"]]
+        tokens = sum(len(a["token_ids"]) for a in record["answers"] if a["mode"] == mode)
+        f = found[ALL][mode]
+        assert f["tokens"] == tokens == sum(r[0] for r in rounds)
+        assert f["tau"] == pytest.approx(tokens / len(rounds))
+        drafted, accepted = sum(r[1] for r in rounds), sum(r[2] for r in rounds)
+        assert f["acceptance_rate"] == (pytest.approx(accepted / drafted) if drafted else None)
+        if f["acceptance_by_position"]:
+            first = [r for r in rounds if r[1] >= 1]
+            assert f["acceptance_by_position"][0] == pytest.approx(sum(r[2] >= 1 for r in first) / len(first))
+        seconds = sum(sum(r[3:]) for r in rounds)
+        assert f["tokens_per_second"] == pytest.approx(tokens / seconds)
+        plain = [a for a in record["answers"] if a["mode"] == "plain"]
+        slow = sum(sum(r[3:]) for a in plain for r in a["rounds"]) / sum(len(a["token_ids"]) for a in plain)
+        assert f["speedup_over_plain"]["total"] == pytest.approx(slow * tokens / seconds)
+        assert f["share_of_ceiling"] == pytest.approx(f["speedup_over_plain"]["total"] / f["mbsu_bytes"])
+    length = found[ALL]["full"]["drafted"] / found[ALL]["full"]["rounds"]
+    assert found[ALL]["full"]["mbsu_bytes"] == pytest.approx(found[ALL]["full"]["tau"] / (full / target * length + 1))
+    assert found[ALL]["plain"]["mbsu_bytes"] == found[ALL]["plain"]["speedup_over_plain"]["total"] == 1.0
+    assert found[ALL]["plain"]["tau"] == 1.0
+    # A full head drafts as the target itself would, so every draft is right.
+    assert found[ALL]["full"]["acceptance_rate"] == 1.0
+    assert found[ALL]["trim"]["mbsu_bytes"] != found[ALL]["spec"]["mbsu_bytes"]
+
+
+def test_parts_add_up_to_the_wall(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock around an answer and the sum of its parts; time that is in none of them is seen."""
+    found = figures.figures(record_of(invoke(*arguments, "--modes", "plain,spec")))[ALL]
+    assert all(abs(f["unaccounted"]) < 0.1 for f in found.values())  # of answers that take 5 ms; 2 % on real ones
+    generate = runs.generate
+
+    def dawdling(*args, **settings):
+        for round_ in generate(*args, **settings):
+            yield round_
+            time.sleep(0.01)
+
+    monkeypatch.setattr(runs, "generate", dawdling)
+    found = figures.figures(record_of(invoke(*arguments, "--modes", "plain")))[ALL]
+    assert found["plain"]["unaccounted"] > 0.3
+
+
+def test_interrupted_anywhere_it_goes_on(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in any answer: what was measured is there, what is missing is said, the same command goes on."""
+    path = tmp_path / "r.json"
+    answer, calls = runs.answer, 0
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    monkeypatch.setattr(runs, "answer", interrupted)
+    total = 4 * 3
+    for kept in (3, 6, 9):
+        done = invoke(*arguments, "--modes", "plain,trim,lookup", "-o", str(path))
+        assert done.exit_code == 130, done.output
+        record = json.loads(path.read_text())
+        assert (len(record["answers"]), record["missing"]) == (kept, total - kept)
+        assert f"{total - kept} answers are missing" in done.stdout
+    record = record_of(invoke(*arguments, "--modes", "plain,trim,lookup", "-o", str(path)))
+    assert len(record["answers"]) == total
+    assert "missing" not in record
+    assert calls == total + 3
+    other = invoke(*arguments, "--modes", "plain", "-o", str(path))
+    assert other.exit_code == 1
+    assert isinstance(other.exception, SystemExit)
+    assert len(json.loads(path.read_text())["answers"]) == total
+
+
+def test_killed_it_has_what_it_measured(arguments: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    command = [sys.executable, "-m", "runner.bench", *arguments, "--repeat", "400", "-o", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and len(json.loads(path.read_text())["answers"]) > 5):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(json.loads(path.read_text())["answers"]) > 5
+
+
+def test_a_mode_that_fails_is_named_and_the_others_go_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = LookupDrafter.draft
+    count = 0
+
+    def failing(self, text, *args):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise EngineError("the toy broke")
+        return draft(self, text, *args)
+
+    monkeypatch.setattr(LookupDrafter, "draft", failing)
+    done = invoke(*arguments, "--modes", "plain,lookup")
+    record = record_of(done)
+    assert [a["mode"] for a in record["answers"] if "error" in a] == ["lookup"]
+    assert len(record["answers"]) == 8
+    assert "lookup: failed on 1 answers" in done.stdout
+    assert "the toy broke" in done.stdout
+    assert figures.figures(record)[ALL]["lookup"]["answers"] == 3
+
+
+def test_a_prompt_too_long_is_a_failure_not_a_silence(arguments: list[str], prompts: Path) -> None:
+    prompts.write_text(json.dumps({"prompt": "the sea " * 200}) + "\n" + json.dumps({"prompt": "tea"}))
+    record = record_of(invoke(*arguments, "--modes", "plain,full"))
+    assert ["error" in a for a in record["answers"]] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "words"),
+    [
+        (["--tasks", "rag"], 1, "there is no task rag; there are mt_bench, qa"),
+        (["--spec-bench", "auto"], 2, "--prompts or --spec-bench"),
+        (["--modes", "plane"], 2, "plane"),
+        (["--llama-cpp", "/nowhere"], 1, "/nowhere: holds no llama-bench"),
+        (["-o", "PROMPTS"], 1, "holds no record of a benchmark"),
+    ],
+)
+def test_wrong_use(arguments: list[str], prompts: Path, extra: list[str], code: int, words: str) -> None:
+    before = prompts.read_text()
+    command = [*arguments, *(str(prompts) if word == "PROMPTS" else word for word in extra)]
+    done = subprocess.run(
+        [sys.executable, "-m", "runner.bench", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert words in " ".join(done.stderr.split())
+    assert prompts.read_text() == before
+
+
+def test_compare(arguments: list[str], tmp_path: Path) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    record_of(invoke(*arguments, "--modes", "plain,trim", "-o", str(a)))
+    record_of(invoke(*arguments, "--modes", "trim,spec", "-o", str(b)))
+    done = invoke("compare", str(a), str(b))
+    assert done.exit_code == 0, done.output
+    assert "| trim" in done.stdout
+    assert "| spec" not in done.stdout
+    a.write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "runner.bench", "compare", str(a), str(b)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "is no record of a benchmark" in done.stderr
+
+
+def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:
+    files = ["--target", str(toys["target"]), "--draft", str(toys["spec-trimmed"]), "--full", str(toys["target"])]
+    (tmp_path / "tau.json").write_text(json.dumps({"draft_max": 3, "tau": {"full": 3.0, "trim": 2.5}}))
+    done = invoke(
+        "steps", *files, "--repeat", "3", "--acceptance", str(tmp_path / "tau.json"), "-o", str(tmp_path / "s.json")
+    )
+    record = record_of(done)
+    assert {"full", "trim", "context", "spec", "head full", "verify 1", "verify 16"} <= record["seconds"].keys()
+    assert all(len(found) == 3 for found in record["seconds"].values())
+    assert record["bytes"]["full"] == step_bytes(GGUFFile(toys["target"]))
+    assert record["bytes"]["trim"] == step_bytes(GGUFFile(toys["spec-trimmed"]))
+    assert record["bytes"]["trim"] <= record["bytes"]["context"] < record["bytes"]["spec"]
+    assert "With the acceptance of tau.json" in done.stdout
+    assert json.loads((tmp_path / "s.json").read_text())["bytes"] == record["bytes"]
+
+
+def test_steps_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, layers in (("big", 4), ("little", 1)):
+        shape = Shape(name, "llama", 4096, 512, layers, 8, 2, 64, 768, True, 5e5, 1e-5, 512)
+        monkeypatch.setitem(SHAPES, name, shape)
+    record = record_of(invoke("steps", "--shape", "big+little", "--k", "512,1024", "--repeat", "2"))
+    assert {"full", "trim@512", "trim@1024"} <= record["seconds"].keys()
+    assert record["bytes"]["trim@512"] < record["bytes"]["trim@1024"] < record["bytes"]["full"]
+
+
+def test_unknown_shape() -> None:
+    with pytest.raises(steps.FileFormatError, match=r"no target\+drafter of known shapes; there are llama-3.2-1b"):
+        steps.shaped("llama+llama", "Q8_0", [8], Path())
+
+
+def test_a_selection_has_every_task() -> None:
+    prompts = [Prompt(str(i), task, []) for task in ("qa", "rag", "qa2") for i in range(10)]
+    chosen = list(runs.chosen(prompts, [], 7))
+    assert [sum(p.task == task for p in chosen) for task in ("qa", "rag", "qa2")] == [3, 2, 2]
+    assert [p.id for p in chosen][:3] == ["0", "3", "6"]
+    assert len(list(runs.chosen(prompts, ["rag"], 99))) == 10
+
+
+def test_machine_card() -> None:
+    card = machine()
+    assert card["cpu"]
+    assert card["cores"] >= 1
+    assert "CPU" in card["backends"]
+    assert 1e8 < bandwidth(1) < 1e13
+
+
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no folder of llama.cpp's tools")
+def test_peers(arguments: list[str]) -> None:
+    record = record_of(invoke(*arguments, "--modes", "plain", "--llama-cpp", os.environ["LLAMA_CPP"]))
+    plain, speculative = record["peers"]["rows"]
+    assert plain["tokens_per_second"] > 0
+    assert speculative["tau"] > 1
+
+
+def test_a_tool_that_fails_is_named(tmp_path: Path) -> None:
+    for name in (peers.BENCH, peers.SPECULATIVE):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'no such model' >&2\nexit 3\n")
+        (tmp_path / name).chmod(0o755)
+    bench_tool, _ = peers.find(tmp_path)
+    with pytest.raises(peers.TrimError, match="ended with 3: no such model"):
+        peers.single_stream(bench_tool, Path("x"), 1)

@@ -25,7 +25,7 @@ from corpus.command import FILE, Commands
 from corpus.errors import FileFormatError
 from corpus.files import write_whole
 from corpus.gguf_file import GGUFFile
-from corpus.progress import progress
+from corpus.progress import progress, stderr
 from corpus.prompts import Prompt
 from corpus.sampling import GREEDY, Sampling
 from gguf_trim.costs import Weights

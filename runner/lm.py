@@ -145,7 +145,7 @@ class SpeculativeLM:
         max_tokens: int = 1024,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
-        draft_max: Any = None,
+        draft_max: int | str | None = None,
         template: bool = True,
         record: Record | None = None,
         **sampling: Any,
@@ -169,7 +169,7 @@ class SpeculativeLM:
         if not template and not isinstance(messages, str):
             raise TypeError("without the template the prompt is a string, not messages")
         self._require_open()
-        settings = {"max_tokens": max_tokens, "seed": seed}
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
         if draft_max is not None:
             settings["draft_max"] = draft_max
         record = Record() if record is None else record

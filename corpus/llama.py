@@ -223,6 +223,8 @@ class Context(Owner):
         self.n_outputs = params.n_outputs_max
         self.n_past = 0
         self.seconds = 0.0
+        # Asked before every batch, so that another thread can end the reading of a long prompt.
+        self.go_on: Callable[[], bool] = lambda: True
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._with_hidden = False
         self._ids = self._batch(0)
@@ -266,6 +268,8 @@ class Context(Owner):
         tail = max(outputs, n % self.n_batch or self.n_batch) if n > self.n_batch else n
         edges = [*range(0, n - tail, self.n_batch), n - tail, n]
         for start, end in itertools.pairwise(edges):
+            if not self.go_on():
+                raise EngineError(f"{self.model.path}: was cancelled while it read {n} tokens")
             batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
             self._decode(batch)
             self.n_past += end - start

@@ -1,1 +1,28 @@
-"""Speculative decoding on llama.cpp: a target, a drafter, and the loop that keeps the output exactly the target's."""
+"""Speculative decoding on llama.cpp: a target, a drafter, and the loop that keeps the output exactly the target's.
+
+    from runner import SpeculativeLM, TrimmedDraft
+
+Both are imported when they are first asked for, so that `import runner` loads no llama.cpp.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .draft_model import TrimmedDraft as TrimmedDraft
+    from .engine import Record as Record
+    from .lm import SpeculativeLM as SpeculativeLM
+
+_MODULES = {"SpeculativeLM": "lm", "Record": "engine", "TrimmedDraft": "draft_model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.fetch import fetch
 from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.speculator import attach, fit, states_of
+from runner import SpeculativeLM
 
 from .toy import write_model
 
@@ -46,6 +48,14 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write(plan(files["target"], keep_first(1)), files["tiny-trimmed"])
     files["spec-trimmed"] = with_speculator(copy_trimmed(files["tiny-trimmed"], folder / "spec.gguf"))
     return files
+
+
+@pytest.fixture
+def lm(toys: dict[str, Path]) -> Iterator[SpeculativeLM]:
+    """The toy target with its good drafter, and no end tokens."""
+    with SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512) as lm:
+        lm._engine.model.is_end = lambda token: False
+        yield lm
 
 
 def copy_trimmed(trimmed: Path, to: Path) -> Path:

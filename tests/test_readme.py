@@ -8,9 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+
+from .conftest import copy_trimmed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -88,6 +91,25 @@ def test_figures_are_those_of_the_records() -> None:
     for figure in wanted:
         assert figure in README, figure
     assert exact["replay_faults"] == exact["beyond_noise"] == 0
+
+
+def python_code() -> list[str]:
+    """The indented blocks of README and of docs/llama-cpp-python.md that are Python and need no web server."""
+    texts = [README, (ROOT / "docs" / "llama-cpp-python.md").read_text("utf-8")]
+    blocks = [block for text in texts for block in re.findall(r"(?:^(?:    .*)?\n)+", text, re.MULTILINE)]
+    return [textwrap.dedent(block) for block in blocks if "from runner import" in block and "uvicorn" not in block]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_python_code_runs(number: int, toys: dict[str, Path], tmp_path: Path) -> None:
+    assert len(python_code()) == 3
+    shutil.copy(toys["target"], tmp_path / "target.gguf")
+    copy_trimmed(toys["good-trimmed"], tmp_path / "trimmed.gguf")
+    arguments = [sys.executable, "-c", python_code()[number]]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout
 
 
 def test_every_file_it_names_is_there() -> None:

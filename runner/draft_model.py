@@ -1,0 +1,101 @@
+"""TrimmedDraft: a trimmed (or stock) drafter where llama-cpp-python's `Llama` takes a draft model.
+
+from llama_cpp import Llama
+from runner import TrimmedDraft
+
+draft = TrimmedDraft("trimmed.gguf", num_pred_tokens=3, target="target.gguf")
+llm = Llama("target.gguf", n_ctx=2048, logits_all=True, draft_model=draft)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_speculative import LlamaDraftModel
+
+from corpus.errors import EngineError, VocabularyMismatch
+from corpus.gguf_file import GGUFFile
+from corpus.sampling import Sampling
+from corpus.vocabulary import Vocabulary
+from gguf_trim.companion import Trimmed
+
+from .drafter import AUTO, ModelDrafter, open_drafter
+
+_GREEDY = Sampling(temp=0)
+
+
+class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is untyped
+    """Drafts num_pred_tokens tokens greedily from a drafter GGUF; for one `Llama` at a time, in one thread.
+
+    With `target`, the path that `Llama` loads, the pair is checked here and VocabularyMismatch raised for a wrong one.
+    Without it a wrong drafter shows only by ids it does not have (VocabularyMismatch at the call) or by drafts that are
+    never accepted; where the target's table is shorter, `Llama` may be handed an id it does not know. n_ctx should be
+    no less than Llama's: a text beyond it is not drafted for. `vocab`, and other errors: see
+    `runner.drafter.open_drafter`.
+
+    What `Llama` makes of drafts (llama-cpp-python 0.3.36) is slower than `SpeculativeLM`; docs/llama-cpp-python.md:
+    it keeps the logits of every position, and needs logits_all=True for texts beyond n_batch tokens; it asks for a
+    draft of the same length whatever is left to say; at a temperature it samples from the target and compares, which
+    is exact but accepts less often than speculative sampling; it does not see refused rewinds (recurrent targets).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        num_pred_tokens: int = 3,
+        *,
+        target: str | Path | None = None,
+        n_ctx: int = 4096,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        vocab: str = AUTO,
+    ) -> None:
+        self._path, self.num_pred_tokens = Path(path), num_pred_tokens
+        vocabulary = self._own_vocabulary() if target is None else Vocabulary(GGUFFile(target))
+        self._n_ids = len(vocabulary)
+        self._drafter: ModelDrafter | None = open_drafter(self._path, vocabulary, n_ctx, n_threads, n_gpu_layers, vocab)
+        self._rng = np.random.default_rng()  # greedy drafts do not touch it
+        self._settled = True
+
+    def _own_vocabulary(self) -> Vocabulary:
+        file = GGUFFile(self._path)
+        return Trimmed.open(self._path).vocabulary if "gguf_trim.d2t" in file.fields else Vocabulary(file)
+
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
+        """Up to num_pred_tokens ids (int32) to follow `input_ids`, the whole text so far; none where its context ends.
+
+        Reads on from the longest beginning that it shares with the call before, whatever conversation that was.
+        """
+        if self._drafter is None:
+            raise EngineError(f"{self._path}: used after it was closed")
+        text = input_ids.tolist()
+        if not text:
+            return np.empty(0, np.intc)
+        if not 0 <= min(text) <= max(text) < self._n_ids:
+            wrong = max(text) if max(text) >= self._n_ids else min(text)
+            raise VocabularyMismatch(
+                f"{self._path}: was given token {wrong} and knows {self._n_ids}, so it is no drafter for this model; "
+                "give TrimmedDraft target= to have a pair checked when it is opened"
+            )
+        if not self._settled:  # an interruption cut the last call short
+            self._drafter.settle()
+        self._settled = False
+        draft = self._drafter.draft(text, self.num_pred_tokens, _GREEDY, self._rng)
+        self._settled = True
+        return np.array(draft.tokens, np.intc)
+
+    def close(self) -> None:
+        """Free the drafter; later calls raise EngineError."""
+        if self._drafter is not None:
+            self._drafter.close()
+            self._drafter = None
+
+    def __enter__(self) -> TrimmedDraft:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

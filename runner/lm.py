@@ -1,0 +1,289 @@
+"""SpeculativeLM: a target and its drafter as one Python object.
+
+from runner import SpeculativeLM
+
+with SpeculativeLM("target.gguf", "trimmed.gguf") as lm:
+    for chunk in lm.stream("Why is the sky blue?", temperature=0.7):
+        print(chunk, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from corpus.errors import EngineError
+from corpus.sampling import Sampling
+from gguf_trim.prepare import DEFAULT_MODEL, prepare
+
+from .drafter import AUTO
+from .engine import Engine, Record
+
+Messages = str | Sequence[Mapping[str, str]]
+
+# Python's name of a sampler setting where it is not the field's own.
+_RENAMED = {"temperature": "temp"}
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    """Keyword settings as Sampling: every field of it, with temperature for temp."""
+    python_name = {field: name for name, field in _RENAMED.items()}
+    known = [python_name.get(field.name, field.name) for field in dataclasses.fields(Sampling) if field.init]
+    for name, value in settings.items():
+        if name not in known:
+            others = ("max_tokens", "stop", "seed", "draft_max")
+            raise TypeError(f"there is no setting {name!r}; there are {', '.join([*known, *others])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} is not a number to sample with")
+    return Sampling(**{_RENAMED.get(name, name): value for name, value in settings.items()})
+
+
+def until(pieces: Iterable[str], stops: Sequence[str], record: Record) -> Generator[str, None, None]:
+    """Pieces up to the stop string that is complete first (of several that end together, the longest).
+
+    What may yet become a stop string waits, so no half of one is given out, however the text is cut into pieces.
+    Sets the record's text to what was given out.
+    """
+    given = held = ""
+    try:
+        for piece in pieces:
+            held += piece
+            found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
+            if found:
+                end = min(found)[1]
+                record.finish_reason = "stop"
+            else:
+                begun = (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
+                end = len(held) - max(begun, default=0)
+            out, held = held[:end], "" if found else held[end:]
+            given += out
+            if out:
+                yield out
+            if found:
+                return
+        given += held
+        if held:
+            yield held
+    finally:
+        record.text = given
+
+
+class _Answer:
+    """One generation: the pieces of its text, the stream that hands them out, and whether somebody wants it ended."""
+
+    def __init__(self, pieces: Generator[str, None, None]) -> None:
+        self.pieces = pieces
+        self.cancelled = False
+        self.stream: Callable[[], Generator[str, None, None] | None] = lambda: None
+
+    @property
+    def live(self) -> bool:
+        """Whether its stream may be read on. Asked of the stream itself: no interruption can leave that untrue."""
+        stream = self.stream()
+        return stream is not None and inspect.getgeneratorstate(stream) != inspect.GEN_CLOSED
+
+    @property
+    def running(self) -> bool:
+        return inspect.getgeneratorstate(self.pieces) == inspect.GEN_RUNNING
+
+
+class SpeculativeLM:
+    """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
+
+    The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
+    `runner.drafter.open_drafter`. n_threads None: as many as physical cores; n_gpu_layers None: llama.cpp's default.
+    Raises EngineError or FileFormatError where a file does not load and VocabularyMismatch for a wrong pair.
+
+    Threads: any thread may use it, one generation at a time. A generation runs from the first chunk of a stream to its
+    end, its close() or its collection; starting another meanwhile raises EngineError (it does not wait: the stream may
+    be the caller's own). cancel() and close() may be called from any thread and from a signal handler.
+    """
+
+    def __init__(
+        self,
+        target: str | Path,
+        draft: str | Path | None = None,
+        n_ctx: int = 4096,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        vocab: str = AUTO,
+    ) -> None:
+        self._closed = False
+        self._current: _Answer | None = None
+        # Held while llama.cpp computes. Reentrant: a signal handler or the collector may come back in.
+        self._lock = threading.RLock()
+        self._engine = Engine(
+            Path(target),
+            None if draft is None else Path(draft),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            vocab=vocab,
+        )
+
+    @classmethod
+    def from_pair(cls, name: str = DEFAULT_MODEL, **settings: Any) -> SpeculativeLM:
+        """A pair of the catalog (`python -m gguf_trim models`), fetched, trimmed and verified where that is not done.
+
+        `settings` are the constructor's. Raises what `gguf_trim.prepare.prepare` raises.
+        """
+        prepared = prepare(name)
+        return cls(prepared.target, prepared.trimmed, **settings)
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int = 1024,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        draft_max: int | str | None = None,
+        template: bool = True,
+        record: Record | None = None,
+        **sampling: Any,
+    ) -> Generator[str, None, None]:
+        """The answer chunk by chunk, each whole in UTF-8; nothing is computed before the first is asked for.
+
+        messages: {"role": ..., "content": ...} one after the other, or a string, which is a user's message; it goes
+        through the model's chat template, or with template=False, as a string, to the model as it is (`<|im_end|>` and
+        its like read as tokens). stop: the text ends before the first of these strings. seed: same seed, same text.
+        draft_max: tokens to draft per round, 0 for plain decoding, None or "auto" for as many as pay. record: filled as the
+        answer goes; its tokens are the target's, those of the stop string included. sampling: temperature (0 is greedy)
+        and the other fields of `corpus.sampling.Sampling` under their own names.
+
+        A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
+        settings, ValueError for impossible ones, and EngineError when it is closed, busy, or the context too small.
+        """
+        chosen = _sampling(sampling)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if max_tokens < 1 or "" in stops:
+            raise ValueError(f"max_tokens={max_tokens}, stop={stops}: at least one token, and no empty stop string")
+        if not template and not isinstance(messages, str):
+            raise TypeError("without the template the prompt is a string, not messages")
+        self._require_open()
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
+        if draft_max not in (None, "auto"):
+            settings["draft_max"] = draft_max
+        record = Record() if record is None else record
+        answer = _Answer(self._pieces(messages, template, chosen, stops, record, settings))
+        stream = self._run(answer)
+        answer.stream = weakref.ref(stream)
+        return stream
+
+    def chat(self, messages: Messages, **settings: Any) -> Record:
+        """The whole answer: its text and its figures. `settings` are those of `stream`."""
+        record = Record()
+        for _ in self.stream(messages, record=record, **settings):
+            pass
+        return record
+
+    def complete(self, prompt: str, **settings: Any) -> Record:
+        """Continue a text as it is, without the chat template; like `chat` in all else."""
+        return self.chat(prompt, template=False, **settings)
+
+    def cancel(self) -> None:
+        """End the generation that runs, if any: its stream stops after the round that is being computed.
+
+        Returns once nothing computes any more; from within the computing thread (a signal handler) at once.
+        """
+        if (answer := self._current) is not None:
+            answer.cancelled = True
+            self._release(answer)
+
+    def close(self) -> None:
+        """Cancel what runs and free the models; every later call raises EngineError. Closing twice does no harm."""
+        self._closed = True
+        self.cancel()
+        with self._lock:
+            if not self._busy:  # else the generation frees them when it ends
+                self._engine.close()
+
+    def __enter__(self) -> SpeculativeLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self._engine.model.path}: used after it was closed")
+
+    def _prompt(self, messages: Messages, template: bool) -> list[int]:
+        if not isinstance(messages, str):
+            return self._engine.prompt([dict(message) for message in messages])
+        if template:
+            return self._engine.prompt([{"role": "user", "content": messages}])
+        model = self._engine.model
+        return model.tokenize(messages) or ([] if model.bos is None else [model.bos])
+
+    def _pieces(
+        self,
+        messages: Messages,
+        template: bool,
+        sampling: Sampling,
+        stops: Sequence[str],
+        record: Record,
+        settings: dict[str, Any],
+    ) -> Generator[str, None, None]:
+        with contextlib.closing(
+            self._engine.answer(self._prompt(messages, template), sampling, record, **settings)
+        ) as pieces:
+            yield from until(pieces, stops, record)
+
+    def _run(self, answer: _Answer) -> Generator[str, None, None]:
+        """The pieces of an answer, each computed under the lock; between them others may cancel or close."""
+        try:
+            self._claim(answer)
+            while not answer.cancelled:
+                with self._lock:
+                    try:
+                        ended = answer.cancelled or self._closed
+                        piece = None if ended else next(answer.pieces, None)
+                    except EngineError:
+                        if not answer.cancelled:
+                            raise
+                        return
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            self._release(answer)
+
+    @property
+    def _busy(self) -> bool:
+        return (answer := self._current) is not None and answer.live
+
+    def _claim(self, answer: _Answer) -> None:
+        if not self._busy:  # asked before the lock as well, so as not to wait for another's round
+            with self._lock:
+                self._require_open()
+                if not self._busy:
+                    if self._current is not None:
+                        self._release(self._current)
+                    self._engine.context.go_on = lambda: not answer.cancelled
+                    self._current = answer
+        if self._current is not answer:
+            raise EngineError(
+                f"{self._engine.model.path}: is busy with another answer; read that to its end, close its stream or "
+                "cancel() it first"
+            )
+
+    def _release(self, answer: _Answer) -> None:
+        """End an answer, once, from wherever; one that computes in this very thread ends itself a little later."""
+        with self._lock:
+            if self._current is not answer or answer.running:
+                return
+            try:
+                answer.pieces.close()
+            finally:
+                self._current = None
+                if self._closed:
+                    self._engine.close()

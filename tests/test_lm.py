@@ -1,0 +1,147 @@
+"""SpeculativeLM: the engine's own text, its settings and stop strings, and how it is opened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import runner.lm
+from corpus.errors import EngineError, FileFormatError, VocabularyMismatch
+from corpus.sampling import Sampling
+from gguf_trim.prepare import Prepared
+from runner import Record, SpeculativeLM
+from runner.engine import Engine
+from runner.lm import until
+
+GREEDY = {"temperature": 0, "max_tokens": 40}
+
+
+# --- the text
+
+
+def test_it_is_the_engines_own_text(toys, lm) -> None:
+    with Engine(toys["target"], None, n_ctx=512) as engine:
+        engine.model.is_end = lambda token: False
+        messages = [{"role": "user", "content": "the king and the sea"}]
+        wanted = Record()
+        "".join(engine.answer(engine.prompt(messages), Sampling(temp=0), wanted, max_tokens=40))
+        raw = Record()
+        "".join(engine.answer(engine.model.tokenize("the king"), Sampling(temp=0), raw, max_tokens=40))
+    done = lm.chat(messages, **GREEDY)
+    assert (done.text, done.token_ids, done.finish_reason) == (wanted.text, wanted.token_ids, "length")
+    assert done.accepted > 0 and done.tau > 1
+    assert lm.chat("the king and the sea", **GREEDY).text == wanted.text
+    assert lm.chat(messages, draft_max=0, **GREEDY).text == wanted.text
+    assert lm.chat(messages, draft_max=0, **GREEDY).drafted == 0
+    assert lm.complete("the king", **GREEDY).text == raw.text != wanted.text
+    record = Record()
+    chunks = list(lm.stream(messages, record=record, **GREEDY))
+    assert len(chunks) > 2 and "".join(chunks) == record.text == wanted.text
+
+
+def test_a_seed_fixes_the_text(lm) -> None:
+    texts = [lm.chat("tea", temperature=1.5, max_tokens=30, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_every_field_of_sampling_is_a_setting(lm, monkeypatch) -> None:
+    @dataclass(frozen=True)
+    class More(Sampling):
+        brand_new: float = 0.0
+
+    monkeypatch.setattr(runner.lm, "Sampling", More)
+    assert runner.lm._sampling({"temperature": 0.1, "top_k": 3, "brand_new": 2.0}) == More(0.1, 3, brand_new=2.0)
+    assert runner.lm._sampling({}) == More()
+    for wrong in ("temp", "n_predict"):
+        with pytest.raises(TypeError, match=rf"'{wrong}'.*temperature, top_k.*brand_new.*draft_max"):
+            lm.stream("x", **{wrong: 1})
+    with pytest.raises(ValueError, match="not a number"):
+        lm.chat("x", temperature=float("nan"))
+    with pytest.raises(ValueError, match="at least one"):
+        lm.chat("x", max_tokens=0)
+    with pytest.raises(ValueError, match="no empty stop"):
+        lm.chat("x", stop="")
+    with pytest.raises(TypeError, match="a string"):
+        lm.stream([{"role": "user", "content": "x"}], template=False)
+
+
+# --- stop strings
+
+TEXT = st.text("ab", max_size=12)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
+
+
+@given(st.lists(TEXT, max_size=5), STOPS)
+def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[str], stops: list[str]) -> None:
+    text = "".join(pieces)
+    ends = [(end, end - len(s)) for s in stops for end in range(len(text) + 1) if text[:end].endswith(s)]
+    record, given_out = Record(), []
+    for piece in until(pieces, stops, record):
+        given_out.append(piece)
+        assert piece
+    wanted = text[: min(ends)[1]] if ends else text
+    assert "".join(given_out) == record.text == wanted
+    assert (record.finish_reason == "stop") == bool(ends)
+
+
+def test_stop_strings_end_an_answer(lm) -> None:
+    whole = lm.chat("the king", **GREEDY).text
+    stop = whole[10:14]
+    at = whole.index(stop)
+    done = lm.chat("the king", stop=["never said", stop], **GREEDY)
+    assert (done.text, done.finish_reason) == (whole[:at], "stop")
+    assert lm.chat("the king", stop=stop, **GREEDY).text == whole[:at]
+    assert done.tokens < 40
+    assert lm.chat("the king", **GREEDY).text == whole
+
+
+# --- opening
+
+
+def test_wrong_files_are_refused(toys, tmp_path) -> None:
+    with pytest.raises(EngineError, match="is a trimmed drafter"):
+        SpeculativeLM(toys["good-trimmed"])
+    with pytest.raises(VocabularyMismatch):
+        SpeculativeLM(str(toys["target"]), str(toys["foreign"]))
+    with pytest.raises(FileFormatError):
+        SpeculativeLM(tmp_path / "missing.gguf")
+
+
+def test_a_pair_by_name(toys, monkeypatch) -> None:
+    names = []
+
+    def prepare(name: str) -> Prepared:
+        names.append(name)
+        return Prepared(toys["target"], toys["target"], toys["good-trimmed"])
+
+    monkeypatch.setattr(runner.lm, "prepare", prepare)
+    with SpeculativeLM.from_pair("a-pair", n_ctx=256, vocab="trim") as lm:
+        assert lm._engine.context.n_ctx == 256
+        assert lm.chat("the king", **GREEDY).accepted > 0
+    assert names == ["a-pair"]
+
+
+@pytest.mark.slow
+def test_the_default_pair_by_name() -> None:
+    with SpeculativeLM.from_pair("qwen2.5-coder-1.5b") as lm:
+        done = lm.chat("Name the largest planet.", temperature=0, max_tokens=30)
+        assert "Jupiter" in done.text and done.accepted > 0
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    root = Path(__file__).parent.parent
+    code = "import sys, runner; print({'numpy', 'llama_cpp', 'runner.lm'} & set(sys.modules), runner.SpeculativeLM)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.startswith("set() <class 'runner.lm.SpeculativeLM'>"), done.stderr
+    code = "import sys, runner.chat; print('runner.lm' in sys.modules, 'runner.draft_model' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "False False", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        runner.nothing  # noqa: B018
+    assert {"SpeculativeLM", "TrimmedDraft"} <= set(dir(runner))

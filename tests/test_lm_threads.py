@@ -1,0 +1,231 @@
+"""SpeculativeLM: one answer at a time, and one that is ended: by another thread, a signal handler, Ctrl-C, an error."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+from corpus.errors import EngineError
+from corpus.llama import Context
+from runner import Record, SpeculativeLM
+
+GREEDY = {"temperature": 0, "max_tokens": 40}
+LONG = {"temperature": 0, "max_tokens": 400}
+
+
+@pytest.fixture
+def slowly(monkeypatch) -> dict[str, int]:
+    """Every decode takes a while; counts those that run, and the contexts closed under one."""
+    seen = {"running": 0, "decodes": 0, "closed": 0, "closed under one": 0}
+    decode, close = Context._decode, Context.close
+
+    def slow(self, batch) -> None:
+        seen["running"] += 1
+        seen["decodes"] += 1
+        time.sleep(0.005)
+        decode(self, batch)
+        seen["running"] -= 1
+
+    def watched(self) -> None:
+        if self._ctx is not None:
+            seen["closed"] += 1
+            seen["closed under one"] += seen["running"]
+        if not seen["running"]:
+            close(self)
+
+    monkeypatch.setattr(Context, "_decode", slow)
+    monkeypatch.setattr(Context, "close", watched)
+    return seen
+
+
+def started(lm: SpeculativeLM, **settings) -> tuple[threading.Thread, list]:
+    """A thread that reads a long stream; the list fills with chunks, then with "end" or the error."""
+    read: list = []
+
+    def go() -> None:
+        try:
+            for chunk in lm.stream("the king", **{**LONG, **settings}):
+                read.append(chunk)
+            read.append("end")
+        except BaseException as error:
+            read.append(error)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    while not read:
+        time.sleep(0.001)
+    return thread, read
+
+
+def test_a_second_answer_is_refused_while_one_is_read(lm) -> None:
+    wanted = lm.chat("the sea", **GREEDY).text
+    idle = lm.stream("never read", **GREEDY)  # claims nothing
+    stream = lm.stream("the king", **LONG)
+    next(stream)
+    for second in (lm.stream("the sea", **GREEDY), idle):
+        with pytest.raises(EngineError, match="busy with another answer"):
+            next(second)
+    assert next(stream)
+    stream.close()
+    assert lm.chat("the sea", **GREEDY).text == wanted
+    for _ in lm.stream("the king", **LONG):  # left, and so dropped
+        break
+    assert lm.chat("the sea", **GREEDY).text == wanted
+    kept = lm.stream("the king", **LONG)
+    next(kept)
+    lm.cancel()
+    assert list(kept) == []
+    lm.cancel()
+    assert lm.chat("the sea", **GREEDY).text == wanted
+
+
+def test_a_second_thread_is_refused_without_waiting(lm, slowly) -> None:
+    thread, _ = started(lm)
+    with pytest.raises(EngineError, match="busy with another answer"):
+        lm.chat("x")
+    lm.cancel()
+    thread.join()
+
+
+def test_cancel_from_another_thread(lm, slowly) -> None:
+    wanted = lm.chat("the sea", **GREEDY).text
+    record = Record()
+    thread, read = started(lm, record=record)
+    lm.cancel()
+    assert slowly["running"] == 0
+    assert lm.chat("the sea", **GREEDY).text == wanted  # at once
+    thread.join()
+    assert read[-1] == "end" and "".join(read[:-1]) == record.text
+    assert record.finish_reason == "cancelled" and record.tokens < 400
+
+
+def test_cancel_while_a_long_prompt_is_read(toys, monkeypatch) -> None:
+    """It ends after the batch that is read, not after the prompt."""
+    with SpeculativeLM(toys["target"], n_ctx=512) as lm:
+        lm._engine.context.n_batch = 64
+        wanted = lm.chat("the sea", **GREEDY).text
+        decode, batches = Context._decode, []
+
+        def cancelling(self, batch) -> None:
+            batches.append(batch.struct.n_tokens)
+            decode(self, batch)
+            lm.cancel()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "_decode", cancelling)
+            assert list(lm.stream("x" * 400, **GREEDY)) == []
+        assert batches == [64]
+        assert lm.chat("the sea", **GREEDY).text == wanted
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_close_waits_for_what_llama_cpp_computes(toys, slowly, moment: int) -> None:
+    lm = SpeculativeLM(toys["target"], toys["spec-trimmed"], n_ctx=512)
+    lm._engine.model.is_end = lambda token: False
+    thread, read = started(lm)
+    time.sleep(random.Random(moment).uniform(0, 0.03))
+    lm.close()
+    assert (slowly["closed"], slowly["closed under one"]) == (2, 0)
+    thread.join()
+    assert read[-1] == "end" and len(read) > 1
+    for call in (lm.chat, lm.stream, lm.complete):
+        with pytest.raises(EngineError, match="used after it was closed"):
+            call("x")
+    lm.close()
+    lm.cancel()
+
+
+def test_the_watch_sees_a_context_closed_under_a_decode(lm, slowly) -> None:
+    """The mutation of the test above: close that does not wait."""
+    thread, _ = started(lm)
+    while not slowly["running"]:
+        pass
+    lm._engine.context.close()
+    assert slowly["closed under one"] > 0
+    lm.cancel()
+    thread.join()
+
+
+def test_close_ends_a_stream_that_nobody_reads_just_now(toys) -> None:
+    lm = SpeculativeLM(toys["target"], n_ctx=512)
+    stream, unread = lm.stream("the king", **LONG), lm.stream("the king", **LONG)
+    next(stream)
+    lm.close()
+    assert list(stream) == []
+    with pytest.raises(EngineError, match="used after it was closed"):
+        next(unread)
+
+
+@pytest.mark.parametrize("what", ["cancel", "close"])
+def test_from_a_signal_handler_in_the_middle_of_a_decode(toys, monkeypatch, what: str) -> None:
+    lm = SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512)
+    lm._engine.model.is_end = lambda token: False
+    decode = Context._decode
+
+    def signalled(self, batch) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        decode(self, batch)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: getattr(lm, what)())
+    try:
+        stream = lm.stream("the king", **LONG)
+        next(stream)
+        monkeypatch.setattr(Context, "_decode", signalled)
+        assert len(list(stream)) <= 1
+        monkeypatch.undo()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    if what == "close":
+        assert lm._engine.context._ctx is None
+        with pytest.raises(EngineError, match="used after it was closed"):
+            lm.chat("x")
+    else:
+        assert lm.chat("the king", **GREEDY).tokens == 40
+        lm.close()
+
+
+def test_ctrl_c_at_every_round(lm, monkeypatch) -> None:
+    wanted = lm.chat("the sea", **GREEDY).text
+    decode = Context._decode
+    for stop in range(6):
+        calls = iter(range(100))
+
+        def interrupted(self, batch, calls=calls, stop=stop) -> None:
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            decode(self, batch)
+
+        stream = lm.stream("the king", **LONG)  # still referred to afterwards, as by a traceback
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "_decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(stream)
+        assert lm.chat("the sea", **GREEDY).text == wanted
+
+
+def test_a_ctrl_c_that_keeps_an_answer_from_being_let_go(lm, monkeypatch) -> None:
+    """Interrupted where it would have noted that it is over, at the end of an answer and of one left half-way."""
+    wanted = lm.chat("the sea", **GREEDY).text
+
+    def interrupted(answer) -> None:
+        raise KeyboardInterrupt
+
+    for whole in (True, False):
+        stream = lm.stream("the king", **GREEDY)
+        next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(lm, "_release", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(stream) if whole else stream.close()
+        assert lm.chat("the sea", **GREEDY).text == wanted
+
+
+def test_an_error_leaves_it_usable(lm) -> None:
+    with pytest.raises(EngineError, match="does not fit a context"):
+        lm.chat("x" * 600)
+    assert lm.chat("the king", **GREEDY).tokens == 40

@@ -115,3 +115,19 @@ def test_python_code_runs(number: int, toys: dict[str, Path], tmp_path: Path) ->
 def test_every_file_it_names_is_there() -> None:
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+def test_docs_say_what_the_plan_found() -> None:
+    """docs/dynamic.md against the record of its plan: each vocabulary at its best."""
+    found = record("mbsu")
+    text = (ROOT / "docs" / "dynamic.md").read_text("utf-8")
+    for type_ in ("as shipped", "Q4_0"):
+        best = {
+            vocab: max(row["mbsu_bytes"] for row in found if (row["type"], row["vocab"]) == (type_, vocab))
+            for vocab in ("full", "trim", "context", "spec")
+        }
+        line = next(
+            line for line in text.splitlines() if line.startswith("| as ") and line.split(" |")[0].endswith(type_)
+        )
+        for value in (*best.values(), best["spec"] / best["trim"], best["spec"] / best["full"]):
+            assert f"{value:.3f}" in line, (type_, value)

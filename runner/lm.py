@@ -155,9 +155,9 @@ class SpeculativeLM:
         messages: {"role": ..., "content": ...} one after the other, or a string, which is a user's message; it goes
         through the model's chat template, or with template=False, as a string, to the model as it is (`<|im_end|>` and
         its like read as tokens). stop: the text ends before the first of these strings. seed: same seed, same text.
-        draft_max: tokens to draft per round, 0 for plain decoding, None or "auto" for as many as pay. record: filled as the
-        answer goes; its tokens are the target's, those of the stop string included. sampling: temperature (0 is greedy)
-        and the other fields of `corpus.sampling.Sampling` under their own names.
+        draft_max: tokens to draft per round, 0 for plain decoding, None or "auto" for as many as pay. record: filled as
+        the answer goes; its tokens are the target's, those of the stop string included. sampling: temperature (0 is
+        greedy) and the other fields of `corpus.sampling.Sampling` under their own names.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
         settings, ValueError for impossible ones, and EngineError when it is closed, busy, or the context too small.

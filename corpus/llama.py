@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from .errors import EngineError
 
@@ -183,6 +185,18 @@ class Model(Owner):
             self._model = None
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Types of a KV cache's keys and values, as llama.cpp's --cache-type-k and -v name them."""
+
+    keys: str = "f16"
+    values: str = "f16"
+
+
+F16 = Cache()
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+
 class Context(Owner):
     """One sequence in one KV cache over a model: append, read logits, rewind.
 
@@ -199,6 +213,7 @@ class Context(Owner):
         n_batch: int = 512,
         n_outputs: int = 32,
         n_sequences: int = 1,
+        cache: Cache = F16,
     ) -> None:
         self._ctx = None
         self._batches: list[Any] = []
@@ -208,6 +223,7 @@ class Context(Owner):
         params.n_batch = params.n_ubatch = n_batch = min(n_batch, n_ctx)
         params.n_outputs_max = min(n_outputs, n_batch)
         params.n_seq_max = n_sequences
+        params.type_k, params.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
         # Apart, attention would be cheaper, but batches that mix prompts with single tokens are then cut to pieces.
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()

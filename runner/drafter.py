@@ -14,7 +14,7 @@ from corpus.chain import Chain
 from corpus.errors import EngineError
 from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores
+from corpus.llama import F16, Cache, Context, Model, physical_cores
 from corpus.sampling import Distribution, Sampling
 from corpus.vocabulary import Vocabulary, require_same
 from gguf_trim.companion import EmbeddingTable, Trimmed
@@ -23,6 +23,7 @@ from gguf_trim.speculator import Speculator
 
 AUTO = "auto"
 VOCABS = (AUTO, "trim", "context", "spec")
+AHEAD, FIRST = 16, 4  # tokens of a small context kept free for drafts, and those of a text that are always read
 HIDDEN_ROWS = 8  # tokens that are read in one batch with the one whose hidden state is wanted
 
 
@@ -163,12 +164,13 @@ class ModelDrafter:
     def propose(self, text: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> Iterator[Proposal]:
         """Drafted tokens one after another, each computed when it is asked for, until the context is full."""
         # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
-        self._reader.keep(text, len(text) - 1)
-        pending = text[len(self._reader.held) :]
+        seen = self._seen(text)
+        self._reader.keep(seen, len(seen) - 1)
+        pending = seen[len(self._reader.held) :]
         if self.dynamic is not None:
             self.dynamic.follow(text)
         chain = Chain(sampling, text)  # without the grammar, which only the target's p must obey
-        for _ in range(self._context.n_ctx - len(text)):
+        for _ in range(self._context.n_ctx - len(seen)):
             logits, ids = self._step(pending)
             q = chain.distribution(logits, ids)
             token = q.draw(rng)
@@ -182,7 +184,20 @@ class ModelDrafter:
 
     def unread(self, text: Sequence[int]) -> int:
         """How many tokens of `text` the next draft has to read first."""
-        return len(text) - self._reader.shared(text, len(text) - 1)
+        seen = self._seen(text)
+        return len(seen) - self._reader.shared(seen, len(seen) - 1)
+
+    def _seen(self, text: Sequence[int]) -> Sequence[int]:
+        """What the drafter reads of a text: all of it, or the last part where its context is smaller.
+
+        The first few tokens stay, since attention leans on them (arXiv 2309.17453). The part moves on by halves of the
+        context, so that it is read anew now and then and not at every token.
+        """
+        n, half = self._context.n_ctx, self._context.n_ctx // 2
+        if len(text) + AHEAD <= n or n < 4 * AHEAD:
+            return text
+        start = -(-(len(text) + AHEAD - n) // half) * half
+        return [*text[:FIRST], *text[start + FIRST :]]
 
     def _step(self, pending: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         """Read on; the logits after the last token, and the ids they are of (ascending; None: their places)."""
@@ -199,8 +214,9 @@ class ModelDrafter:
         return np.insert(logits, places, values), np.insert(self._ids, places, more)
 
     def prepare(self, text: Sequence[int], left: int) -> None:
-        self._reader.keep(text, len(text) - 1)
-        if (rest := text[len(self._reader.held) : -1]) and len(text) <= self._context.n_ctx:
+        seen = self._seen(text)
+        self._reader.keep(seen, len(seen) - 1)
+        if (rest := seen[len(self._reader.held) : -1]) and len(seen) <= self._context.n_ctx:
             self._reader.read(rest, 0)
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
@@ -227,6 +243,7 @@ def open_drafter(
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
     vocab: str = AUTO,
+    cache: Cache = F16,
 ) -> ModelDrafter:
     """Open a stock or trimmed drafter for a target's vocabulary.
 
@@ -243,7 +260,7 @@ def open_drafter(
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
     model = Model(path, n_gpu_layers)
     try:
-        context = Context(model, n_ctx, n_threads, n_outputs=HIDDEN_ROWS if dynamic else 1)
+        context = Context(model, n_ctx, n_threads, n_outputs=HIDDEN_ROWS if dynamic else 1, cache=cache)
         if trimmed is None:
             return ModelDrafter(model, context, len(target))
         embeddings = trimmed.embeddings()

@@ -14,7 +14,7 @@ import numpy as np
 
 from corpus.errors import EngineError
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
+from corpus.llama import F16, Cache, Context, Model
 from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
@@ -94,6 +94,8 @@ class Record:
 class Engine:
     """A target and, where `draft` is given, a drafter of the same vocabulary; `vocab`: see `open_drafter`.
 
+    n_ctx_draft: tokens the drafter remembers, where that is fewer; cache, cache_draft: types of the two KV caches.
+
     Raises EngineError or FileFormatError where a file does not load and VocabularyMismatch for a wrong pair.
     """
 
@@ -106,6 +108,9 @@ class Engine:
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         vocab: str = AUTO,
+        n_ctx_draft: int | None = None,
+        cache: Cache = F16,
+        cache_draft: Cache = F16,
     ) -> None:
         self.drafter: ModelDrafter | None = None
         self._auto: AutoDrafter | None = None
@@ -117,10 +122,11 @@ class Engine:
         vocabulary = Vocabulary(file)
         self.model = Model(target, n_gpu_layers)
         try:
-            self.context = Context(self.model, min(n_ctx, self.model.n_ctx_train), n_threads)
+            self.context = Context(self.model, min(n_ctx, self.model.n_ctx_train), n_threads, cache=cache)
             self.reader = Reader(self.context)
             if draft is not None:
-                self.drafter = open_drafter(draft, vocabulary, self.context.n_ctx, n_threads, n_gpu_layers, vocab)
+                n_ctx = min(n_ctx_draft or self.context.n_ctx, self.context.n_ctx)
+                self.drafter = open_drafter(draft, vocabulary, n_ctx, n_threads, n_gpu_layers, vocab, cache_draft)
         except BaseException:
             self.close()
             raise

@@ -15,6 +15,7 @@ import click
 from corpus.command import FILE
 from corpus.errors import FileFormatError, TrimError
 from corpus.grammar import schema_grammar
+from corpus.llama import CACHE_TYPES, F16, Cache
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
@@ -62,6 +63,9 @@ class Models:
     n_threads: int | None
     n_gpu_layers: int | None
     vocab: str
+    n_ctx_draft: int | None = None
+    cache: Cache = F16
+    cache_draft: Cache = F16
 
     def open(self, draft: Path | None = None) -> Engine:
         """The engine these options describe; `draft` overrides its drafter."""
@@ -72,7 +76,25 @@ class Models:
             n_threads=self.n_threads,
             n_gpu_layers=self.n_gpu_layers,
             vocab=self.vocab,
+            n_ctx_draft=self.n_ctx_draft,
+            cache=self.cache,
+            cache_draft=self.cache_draft,
         )
+
+
+def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
+    """--cache-type-k and -v of one of the two models."""
+    return [
+        click.option(
+            f"-ct{letter}{which[1:2]}",
+            f"--cache-type-{letter}{which}",
+            type=click.Choice(CACHE_TYPES),
+            default="f16",
+            show_default=True,
+            help=f"Type of {whose} KV cache's {name}.",
+        )
+        for letter, name in (("k", "keys"), ("v", "values"))
+    ]
 
 
 def model_options(command: Any) -> Any:
@@ -90,8 +112,14 @@ def model_options(command: Any) -> Any:
         threads: int | None,
         ctx_size: int,
         vocab: str,
+        draft_ctx: int | None,
+        cache_type_k: str,
+        cache_type_v: str,
+        cache_type_k_draft: str,
+        cache_type_v_draft: str,
         **others: Any,
     ) -> Any:
+        caches = draft_ctx, Cache(cache_type_k, cache_type_v), Cache(cache_type_k_draft, cache_type_v_draft)
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, or --target with --draft, not both")
         if draft is not None and target is None:
@@ -102,12 +130,12 @@ def model_options(command: Any) -> Any:
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
             if instead is not None:
-                return Models(instead, None, None, ctx_size, threads, n_gpu_layers, vocab)
+                return Models(instead, None, None, ctx_size, threads, n_gpu_layers, vocab, *caches)
             prepared = prepare(model or DEFAULT_MODEL) if target is None else None
             files = (target, draft)
             if prepared:
                 files = (prepared.target, prepared.drafter if vocab == FULL else prepared.trimmed)
-            return Models(Path(str(files[0])), files[1], prepared, ctx_size, threads, n_gpu_layers, vocab)
+            return Models(Path(str(files[0])), files[1], prepared, ctx_size, threads, n_gpu_layers, vocab, *caches)
 
         return command(models=find, **others)
 
@@ -124,6 +152,15 @@ def model_options(command: Any) -> Any:
             click.option(
                 "-c", "--ctx-size", type=click.IntRange(8), default=4096, show_default=True, help="Tokens of context."
             ),
+            click.option(
+                "-cd",
+                "--draft-ctx",
+                "--ctx-size-draft",
+                type=click.IntRange(64),
+                help="Tokens that the drafter remembers, to save memory.  [default: --ctx-size]",
+            ),
+            *_cache_options("", "the target's"),
+            *_cache_options("-draft", "the drafter's"),
             click.option(
                 "--vocab",
                 type=click.Choice([FULL, *VOCABS]),

@@ -287,3 +287,13 @@ def test_a_tool_that_fails_is_named(tmp_path: Path) -> None:
     bench_tool, _ = peers.find(tmp_path)
     with pytest.raises(peers.TrimError, match="ended with 3: no such model"):
         peers.single_stream(bench_tool, Path("x"), 1)
+
+
+def test_modes_with_draft_lengths_of_their_own(arguments: list[str]) -> None:
+    record = record_of(invoke(*arguments, "--modes", "plain,spec:1,spec:3,lookup:2"))
+    most = {
+        mode: max(r[1] for a in record["answers"] if a["mode"] == mode for r in a["rounds"])
+        for mode in record["settings"]["modes"]
+    }
+    assert most == {"plain": 0, "spec:1": 1, "spec:3": 3, "lookup:2": 2}
+    assert invoke(*arguments, "--modes", "spec:0").exit_code == 2

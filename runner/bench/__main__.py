@@ -32,7 +32,7 @@ from gguf_trim.costs import Weights
 from gguf_trim.layout import EMBEDDING
 
 from ..drafter import NoDrafter
-from ..engine import Engine, Record
+from ..engine import LONGEST, Engine, Record
 from ..options import Models, draft_max_option, model_options
 from . import peers, runs
 from .machine import bandwidth, describe, machine
@@ -62,6 +62,19 @@ class Listed(click.ParamType):  # type: ignore[type-arg]
         return [self._kind.convert(item.strip(), param, ctx) for item in value.split(",") if item.strip()]
 
 
+class ModeName(click.ParamType):  # type: ignore[type-arg]
+    """A kind of mode, and after a colon a draft length of its own: spec:2."""
+
+    name = "MODE[:N]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, colon, n = value.partition(":")
+        click.Choice(KINDS).convert(kind, param, ctx)
+        if colon:
+            click.IntRange(1, LONGEST).convert(n, param, ctx)
+        return str(value)
+
+
 class Default(Commands):
     """A group whose first command needs no name."""
 
@@ -83,7 +96,10 @@ def main() -> None:
     "--k", "ks", type=Listed(click.IntRange(1)), default=[], help="Cut to each of these.  [default: --draft's]"
 )
 @click.option(
-    "--modes", type=Listed(click.Choice(KINDS)), default=list(KINDS), help=f"Of {', '.join(KINDS)}.  [default: all]"
+    "--modes",
+    type=Listed(ModeName()),
+    default=list(KINDS),
+    help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2.  [default: all]",
 )
 @click.option(
     "--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench where it is found, else the bundled ones]"

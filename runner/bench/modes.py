@@ -31,7 +31,10 @@ KINDS = (PLAIN, FULL, "trim", "context", "spec", LOOKUP, AUTO)
 
 @dataclass
 class Mode:
-    """A way to decode; `name` is its kind, with @k where several cuts are compared. draft_max None: by cost."""
+    """A way to decode: its kind, @k where several cuts are compared, :n where it has a draft length of its own.
+
+    draft_max None: by cost.
+    """
 
     name: str
     drafter: Drafter
@@ -75,14 +78,16 @@ def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path
     return Files(target, full, cuts)
 
 
-def names_of(kinds: Sequence[str], files: Files) -> list[str]:
-    """Every kind that the files allow, trimmed ones once for each k where there are several."""
+def names_of(wanted: Sequence[str], files: Files) -> list[str]:
+    """Every mode that the files allow, trimmed ones once for each k where there are several."""
     found = []
-    for kind in kinds:
-        if kind in (PLAIN, LOOKUP) or (kind == FULL and files.full is not None) or kind == AUTO:
-            found.append(kind)
-        elif kind != FULL:
-            found += [f"{kind}@{k}" if len(files.trimmed) > 1 else kind for k in files.trimmed]
+    for name in wanted:
+        kind, colon, n = name.partition(":")
+        if kind == FULL and files.full is None:
+            continue
+        cuts = files.trimmed if kind in ("trim", "context", "spec") else (None,)
+        several = len(files.trimmed) > 1 and kind in ("trim", "context", "spec")
+        found += [f"{kind}@{k}{colon}{n}" if several else name for k in cuts]
     return found
 
 
@@ -100,12 +105,14 @@ def open_modes(
     with ExitStack() as stack:
         modes = []
         for name in names:
-            kind, _, k = name.partition("@")
+            full_name, _, own = name.partition(":")
+            kind, _, k = full_name.partition("@")
+            length = int(own) if own else draft_max
             if kind == PLAIN:
                 modes.append(Mode(name, NoDrafter(), 0))
                 continue
             if kind == LOOKUP:
-                modes.append(Mode(name, LookupDrafter() if draft_max is not None else by_cost(None), draft_max))
+                modes.append(Mode(name, LookupDrafter() if length is not None else by_cost(None), length))
                 continue
             smallest = min(files.trimmed, default=None)
             path = files.full if kind == FULL else files.trimmed[int(k)] if k else files.trimmed.get(smallest or 0)
@@ -113,14 +120,12 @@ def open_modes(
             drafter = None
             if path is not None:
                 vocab = kind if kind in ("trim", "context", "spec") else found.vocab
-                drafter = open_drafter(
-                    path, vocabulary, engine.context.n_ctx, found.n_threads, found.n_gpu_layers, vocab
-                )
+                n_ctx = found.n_ctx_draft or engine.context.n_ctx
+                limits = n_ctx, found.n_threads, found.n_gpu_layers, vocab, found.cache_draft
+                drafter = open_drafter(path, vocabulary, *limits)
                 stack.callback(drafter.close)
-            cost = kind == AUTO or draft_max is None
-            mode = Mode(
-                name, by_cost(drafter) if cost or drafter is None else drafter, None if cost else draft_max, path
-            )
+            cost = kind == AUTO or length is None
+            mode = Mode(name, by_cost(drafter) if cost or drafter is None else drafter, None if cost else length, path)
             if drafter is not None and path is not None:
                 mode.step = partial(bytes_of_step, path, drafter)
             mode.memory = resident() - before

@@ -85,7 +85,7 @@ def summary(answers: Sequence[dict[str, float]], draft_max: int) -> dict[str, An
     }
 
 
-def alternate(ours: Callable[[], float], theirs: Callable[[], float], repeat: int = 3) -> tuple[float, float, float]:
+def alternate(ours: Callable[[], float], theirs: Callable[[], float], repeat: int = 7) -> tuple[float, float, float]:
     """Median tokens per second of both, and the median of their ratios, by turns."""
     a: list[float] = []
     b: list[float] = []

@@ -24,7 +24,8 @@ from .pace import Chances, StepCost, best_cut
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
 DRAFT_SIZES = (1, 2, 4, 16, 64)
 LONGEST = 15  # drafts in a round
-LOSS = 0.015  # of an answer's plain time that drafts may cost it at the worst
+LOSS = 0.02  # of an answer's plain time that drafts may cost it at the worst
+CREDIT = 4.0  # plain steps of what drafts have won that they may lose again
 OUTLOOK = 64  # tokens that an answer is expected to go on for, whatever is known
 CATCH_UP = 16  # unread tokens that a round bears by itself; more is an investment in the rest of the answer
 FIRST_WAIT, LAST_WAIT = 4, 64  # plain rounds before drafting is tried again
@@ -60,7 +61,7 @@ class AutoDrafter:
         rate = min(max(1 / plain, self._tokens / self._seconds), 2 / plain)
         self._lookup.follow(text)
         guess, claims = self._suggest(n)
-        kept, worth = best_cut([self._matches.of(claim) for claim in claims], self._verify, rate)
+        kept, worth = best_cut([self._matches.of(claim) for claim in claims], self._verify, rate, most=allowance)
         if self._drafter is not None and self._worth_drafting(self._drafter, text, n, rate, worth, allowance):
             return self._run(self._drafter, text, n, sampling, rng, rate)
         self._claims = [(self._matches, claim) for claim in claims[:kept]]
@@ -136,7 +137,7 @@ class AutoDrafter:
         """A new answer. The prompt is read by the first round that finds it worth reading."""
         self._emitted, self._left = 0, left
         self._lost = min(self._lost, 0.0)
-        self._usual += 0.25 * (USUAL - self._usual)  # another text may suit the drafter better
+        self._usual += 0.1 * (USUAL - self._usual)  # another text may suit the drafter better
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         self._verify.saw(drafted + 1, verify_seconds)
@@ -145,8 +146,8 @@ class AutoDrafter:
         self._emitted += tokens
         self._left -= tokens
         if drafted or self._modelled:
-            # What was won before is no licence to lose more than a round of it.
-            self._lost = max(self._lost + seconds - tokens * plain, -2 * plain)
+            # What was won before is no licence to lose all of it.
+            self._lost = max(self._lost + seconds - tokens * plain, -CREDIT * plain)
             self._tokens = HALF_LIFE * self._tokens + tokens
             self._seconds = HALF_LIFE * self._seconds + seconds
         if self._modelled:

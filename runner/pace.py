@@ -6,6 +6,7 @@ otherwise, m drafts are worth their expected tokens less r times the seconds the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,19 +59,25 @@ class Chances:
 
 
 def best_cut(
-    chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, rows: int = 1
+    chances: Sequence[float],
+    verify: StepCost,
+    rate: float,
+    step: float = 0.0,
+    rows: int = 1,
+    most: float = math.inf,
 ) -> tuple[int, float]:
     """(m, worth in tokens) of the best beginning of a draft, on top of a batch of `rows` tokens.
 
     chances[i] is that of draft i if those before it were accepted; rate in tokens per second; step is what each draft
-    takes to make, in seconds. m is 0 where nothing is worth its cost.
+    takes to make, in seconds, and `most` what all may add. m is 0 where nothing is worth its cost.
     """
     best, chosen, together, expected = 0.0, 0, 1.0, 0.0
     base = verify.of(rows)
     for m, chance in enumerate(chances, 1):
         together *= chance
         expected += together
-        worth = expected - rate * (m * step + verify.of(rows + m) - base)
-        if worth > best:
+        added = m * step + verify.of(rows + m) - base
+        worth = expected - rate * added
+        if worth > best and added <= most:
             best, chosen = worth, m
     return chosen, best

@@ -117,7 +117,7 @@ def test_never_much_slower_than_plain_and_near_the_best_fixed_length(
             for n in fixed:
                 fixed[n] += seconds_of(world(), None, n)
     ratios = np.array(plain) / np.array(auto)
-    assert ratios.min() > 0.93  # one answer, beside the noise of its own steps
+    assert ratios.min() > 0.9  # one answer, beside the noise of its own steps
     assert ratios.mean() > 0.97
     best = sum(plain) / min(sum(plain), *fixed.values())
     assert sum(plain) / sum(auto) > 0.9 * best

@@ -67,8 +67,8 @@ def test_every_mode_answers_every_turn(arguments: list[str], tmp_path: Path) -> 
     assert json.loads((tmp_path / "r.json").read_text()) == record
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert {a["task"] for a in record["answers"]} == {"mt_bench", "qa"}
-    for mode in MODES:
-        assert f"| {mode}" in done.stdout
+    header = done.stdout.splitlines()[0]
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == MODES
     # The toy is F32: every mode says the same.
     texts = {(a["prompt"], a["turn"]): a["token_ids"] for a in record["answers"]}
     assert all(texts[a["prompt"], a["turn"]] == a["token_ids"] for a in record["answers"])
@@ -99,6 +99,7 @@ def test_figures_agree_with_an_independent_count(arguments: list[str], toys: dic
     assert found[ALL]["full"]["mbsu_bytes"] == pytest.approx(found[ALL]["full"]["tau"] / (full / target * length + 1))
     assert found[ALL]["plain"]["mbsu_bytes"] == found[ALL]["plain"]["speedup_over_plain"]["total"] == 1.0
     assert found[ALL]["plain"]["tau"] == 1.0
+    assert found[ALL]["plain"]["speedup_priced"]["total"] == pytest.approx(1.0, abs=0.2)
     # A full head drafts as the target itself would, so every draft is right.
     assert found[ALL]["full"]["acceptance_rate"] == 1.0
     assert found[ALL]["trim"]["mbsu_bytes"] != found[ALL]["spec"]["mbsu_bytes"]
@@ -290,10 +291,10 @@ def test_a_tool_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_modes_with_draft_lengths_of_their_own(arguments: list[str]) -> None:
-    record = record_of(invoke(*arguments, "--modes", "plain,spec:1,spec:3,lookup:2"))
+    record = record_of(invoke(*arguments, "--modes", "plain,again,spec:1,spec:3,lookup:2"))
     most = {
         mode: max(r[1] for a in record["answers"] if a["mode"] == mode for r in a["rounds"])
         for mode in record["settings"]["modes"]
     }
-    assert most == {"plain": 0, "spec:1": 1, "spec:3": 3, "lookup:2": 2}
+    assert most == {"plain": 0, "again": 0, "spec:1": 1, "spec:3": 3, "lookup:2": 2}
     assert invoke(*arguments, "--modes", "spec:0").exit_code == 2

@@ -36,7 +36,7 @@ from ..engine import LONGEST, Engine, Record
 from ..options import Models, draft_max_option, model_options
 from . import peers, runs
 from .machine import bandwidth, describe, machine
-from .modes import KINDS, Files, find_files, names_of, open_modes
+from .modes import AGAIN, KINDS, Files, find_files, names_of, open_modes
 from .report import compare, plot, report
 from .steps import promised, ratios, shaped, steps_table, time_steps
 
@@ -69,7 +69,7 @@ class ModeName(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         kind, colon, n = value.partition(":")
-        click.Choice(KINDS).convert(kind, param, ctx)
+        click.Choice((*KINDS, AGAIN)).convert(kind, param, ctx)
         if colon:
             click.IntRange(1, LONGEST).convert(n, param, ctx)
         return str(value)
@@ -99,7 +99,7 @@ def main() -> None:
     "--modes",
     type=Listed(ModeName()),
     default=list(KINDS),
-    help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2.  [default: all]",
+    help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2; again: plain once more, to see noise.  [default: all]",
 )
 @click.option(
     "--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench where it is found, else the bundled ones]"

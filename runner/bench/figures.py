@@ -56,10 +56,12 @@ def mode_figures(
         "tokens_per_second": tokens / sum(parts) if tokens else None,
         "first_token_seconds": _median(answer["prompt_seconds"] + answer["first_token_seconds"] for answer in good),
         "parted": _parted(good, everything),
+        "memory_bytes": mode.get("memory_bytes"),
         "unaccounted": _unaccounted(good),
     }
     for name in ("plain", "full"):
         out[f"speedup_over_{name}"] = speedup(good, everything, name)
+    out["speedup_priced"] = priced(good, everything)
     if step := mode.get("step"):
         length = drafted / n
         out["mbsu_params"] = mbsu(tau, step["params"] / target["params"], length)
@@ -108,6 +110,40 @@ def speedup(good: Sequence[Answer], everything: Sequence[Answer], base: str) -> 
         "median": middle,
         "high": high,
     }
+
+
+def priced(good: Sequence[Answer], everything: Sequence[Answer]) -> dict[str, float] | None:
+    """The speed-up over plain with every batch at its usual price, so without the machine's noise: total and least.
+
+    A batch of one costs the median of all that this prompt saw, in any mode; one of b tokens as many times that as the
+    medians of the whole record say. Drafting and Python cost what they took.
+    """
+    sizes: dict[int, list[float]] = {}
+    ones: dict[tuple[str, int], list[float]] = {}
+    for answer in everything:
+        for round_ in answer.get("rounds", ()):
+            sizes.setdefault(int(round_[1]) + 1, []).append(round_[4])
+            if not round_[1]:
+                ones.setdefault((answer["prompt"], answer["turn"]), []).append(round_[4])
+    hosts = [round_[5] for a in everything if a["mode"] == "plain" for round_ in a.get("rounds", ())]
+    if not hosts:
+        return None
+    host = statistics.median(hosts)
+    factor = {size: statistics.median(found) / statistics.median(sizes[1]) for size, found in sizes.items()}
+    tokens = seconds = plain = 0.0
+    least = []
+    for key, answers in _by_prompt(good).items():
+        if key not in ones:
+            continue
+        one = statistics.median(ones[key])
+        host = statistics.median(
+            round_[5] for a in everything if a["mode"] == "plain" for round_ in a.get("rounds", ())
+        )
+        took = sum(one * factor[int(r[1]) + 1] + r[3] + r[5] for answer in answers for r in answer["rounds"])
+        n = _tokens(answers)
+        tokens, seconds, plain = tokens + n, seconds + took, plain + n * (one + host)
+        least.append(n * (one + host) / took)
+    return {"total": plain / seconds, "least": min(least)} if least else None
 
 
 def _by_prompt(answers: Iterable[Answer]) -> dict[tuple[str, int], list[Answer]]:

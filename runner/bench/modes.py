@@ -27,6 +27,7 @@ from .machine import resident
 
 PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
 KINDS = (PLAIN, FULL, "trim", "context", "spec", LOOKUP, AUTO)
+AGAIN = "again"  # plain decoding a second time: what differs between the two is the machine's noise
 
 
 @dataclass
@@ -57,14 +58,14 @@ def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path
     """Requantise what is to be, and trim to every k; `quants` are the types of target and drafter, "" as shipped."""
     full = full or (found.prepared.drafter if found.prepared else None)
     target, trimmed = found.target, found.prepared.trimmed if found.prepared else found.draft
+    if trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
+        full, trimmed = full or trimmed, None
     if quants[0]:
         target = requantized(target, quants[0], folder)
     if quants[1]:
         if full is None:
             raise click.UsageError("--draft-quant needs the uncut drafter; give it as --full")
         full = requantized(full, quants[1], folder)
-        trimmed = None
-    if full is not None and trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
         trimmed = None
     cuts: dict[int, Path] = {}
     if trimmed is not None and not ks:
@@ -108,7 +109,7 @@ def open_modes(
             full_name, _, own = name.partition(":")
             kind, _, k = full_name.partition("@")
             length = int(own) if own else draft_max
-            if kind == PLAIN:
+            if kind in (PLAIN, AGAIN):
                 modes.append(Mode(name, NoDrafter(), 0))
                 continue
             if kind == LOOKUP:

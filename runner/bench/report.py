@@ -16,28 +16,31 @@ def _number(form: str, scale: float = 1.0) -> Callable[[Any], str]:
     return lambda value: "-" if value is None else format(scale * value, form)
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tau": lambda f: _number(".2f")(f["tau"]),
     "acceptance": lambda f: _number(".3f")(f["acceptance_rate"]),
     "tok/s": lambda f: _number(".1f")(f["tokens_per_second"]),
-    "x plain (quartiles of prompts)": lambda f: _speed(f["speedup_over_plain"]),
-    "least": lambda f: _number(".2f")((f["speedup_over_plain"] or {}).get("least")),
-    "with prompt": lambda f: _number(".2f")((f["speedup_over_plain"] or {}).get("overall")),
-    "x full": lambda f: _number(".2f")((f["speedup_over_full"] or {}).get("total")),
-    "draft ms": lambda f: _number(".1f")(f["draft_ms"]),
-    "verify ms": lambda f: _number(".1f")(f["verify_ms"]),
-    "Python ms": lambda f: _number(".2f")(f["host_ms"]),
+    "x plain": lambda f: _speed(f, "plain", "total"),
+    "  quartiles of prompts": lambda f: f"{_speed(f, 'plain', 'low')} to {_speed(f, 'plain', 'high')}",
+    "  least prompt": lambda f: _speed(f, "plain", "least"),
+    "  with reading the prompt": lambda f: _speed(f, "plain", "overall"),
+    "  at median step costs": lambda f: _number(".2f")((f["speedup_priced"] or {}).get("total")),
+    "  of these, least prompt": lambda f: _number(".2f")((f["speedup_priced"] or {}).get("least")),
+    "x full": lambda f: _speed(f, "full", "total"),
+    "MBSU by parameters": lambda f: _number(".2f")(f.get("mbsu_params")),
+    "MBSU by bytes": lambda f: _number(".2f")(f.get("mbsu_bytes")),
+    "x plain of MBSU by bytes": lambda f: _number(".0%")(f.get("share_of_ceiling")),
+    "a round: draft ms": lambda f: _number(".1f")(f["draft_ms"]),
+    "  verify ms": lambda f: _number(".1f")(f["verify_ms"]),
+    "  Python ms": lambda f: _number(".2f")(f["host_ms"]),
     "first token s": lambda f: _number(".2f")(f["first_token_seconds"]),
-    "MBSU params": lambda f: _number(".2f")(f.get("mbsu_params")),
-    "MBSU bytes": lambda f: _number(".2f")(f.get("mbsu_bytes")),
-    "of ceiling": lambda f: _number(".0%")(f.get("share_of_ceiling")),
+    "drafter's memory MB": lambda f: _number(".0f", 1e-6)(f["memory_bytes"]),
+    "texts that part from plain": lambda f: str(f["parted"]),
 }
 
 
-def _speed(found: dict[str, float] | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found['total']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+def _speed(f: dict[str, Any], base: str, which: str) -> str:
+    return _number(".2f")((f[f"speedup_over_{base}"] or {}).get(which))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -53,8 +56,8 @@ def report(record: dict[str, Any]) -> str:
     """The tables of a record: all modes, then tau and speed by task, then what failed, is missing, or stands beside."""
     found = figures(record)
     whole = found[ALL]
-    parts = [table(["", *COLUMNS], [[mode, *(cell(f) for cell in COLUMNS.values())] for mode, f in whole.items()])]
     modes = list(whole)
+    parts = [table(["", *modes], [[name, *(cell(whole[mode]) for mode in modes)] for name, cell in ROWS.items()])]
     tasks = [task for task in found if task != ALL]
     if len(tasks) > 1:
         rows = [
@@ -107,7 +110,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str
             mode,
             f"{f['tau']:.2f} | {g['tau']:.2f}",
             f"{_number('.3f')(f['acceptance_rate'])} | {_number('.3f')(g['acceptance_rate'])}",
-            f"{_speed(f['speedup_over_plain'])} | {_speed(g['speedup_over_plain'])}",
+            f"{_speed(f, 'plain', 'total')} | {_speed(g, 'plain', 'total')}",
             _number(".2f")((g["tokens_per_second"] or 0) / f["tokens_per_second"] if f["tokens_per_second"] else None),
         ])  # fmt: skip
     return "\n".join(lines) + "\n\n" + table(["A | B", "tau", "acceptance", "x plain", "tok/s B / A"], rows)

@@ -136,7 +136,7 @@ class AutoDrafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         """A new answer. The prompt is read by the first round that finds it worth reading."""
         self._emitted, self._left = 0, left
-        self._lost = min(self._lost, 0.0)
+        self._lost = 0.0  # what other answers have won is no licence to make this one slower
         self._usual += 0.1 * (USUAL - self._usual)  # another text may suit the drafter better
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:

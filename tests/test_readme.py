@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
 
 
 def slow(line: str) -> bool:
-    return "--types" in line
+    return "--types" in line or "runner.bench" in line
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,8 @@ def record(name: str) -> dict:
 
 
 def test_figures_are_those_of_the_records() -> None:
-    steps, exact, demo, vocab = record("steps"), record("exact"), record("demo"), record("vocab")
+    bench, steps, exact, vocab, shape = (record(name) for name in ("bench", "steps", "exact", "vocab", "llama"))
+    never, useless = figures(record("never"))[ALL]["auto"], figures(record("useless"))[ALL]["auto"]
     (judged,) = (row for row in vocab["texts"] if row["text"].startswith("Spec-Bench"))
     wanted = [
         "| "
@@ -79,37 +80,27 @@ def test_figures_are_those_of_the_records() -> None:
         for name in ("trim", "context", "spec")
     ] + [
         f"{steps['bytes']['trim'] / steps['bytes']['full']:.3f}",
+        f"takes {steps['median_ratios']['verify 4']:.2f} times",
         f"{exact['tokens']:,}",
         f"{exact['greatest_gap']:.2f}",
         f"{exact['noise']:.2f}",
         f"{exact['parted']} of {len(exact['prompts'])}",
-        exact["machine"]["date"],
+        bench["machine"]["date"],
+        f"{bench['peers']['rows'][0]['ratio']} of `llama-bench`",
+        f"{never['speedup_priced']['total']:.2f} in all, {never['speedup_priced']['least']:.2f} at the least",
+        f"| auto with a drafter of scrambled weights | {useless['speedup_over_plain']['total']:.2f} |",
     ]
-    for row in demo["prompts"]:
-        drafted = row["drafted"]
-        wanted.append(f"| {drafted['tau']:.2f} | {drafted['acceptance_rate']:.0%} | {row['ratio']:.2f} |")
+    for k in (16384, 32768):
+        wanted += [f"{shape['median_ratios'][f'trim@{k}']:.3f}"]
+        wanted += [f"{shape['bytes'][f'trim@{k}'] / shape['bytes']['full']:.3f}"]
+    for mode, f in figures(bench)[ALL].items():
+        speed = f["speedup_over_plain"]
+        quartiles = "" if mode == "plain" else f" ({speed['low']:.2f} to {speed['high']:.2f})"
+        wanted.append(f"| {speed['total']:.2f}{quartiles} | {f['mbsu_bytes']:.2f} |")
+        wanted.append(f"| {f['tau']:.2f} | " + ("-" if mode == "plain" else f"{f['acceptance_rate']:.3f}"))
     for figure in wanted:
         assert figure in README, figure
     assert exact["replay_faults"] == exact["beyond_noise"] == 0
-
-
-def python_code() -> list[str]:
-    """The indented blocks of README and of docs/llama-cpp-python.md that are Python and need no web server."""
-    texts = [README, (ROOT / "docs" / "llama-cpp-python.md").read_text("utf-8")]
-    blocks = [block for text in texts for block in re.findall(r"(?:^(?:    .*)?\n)+", text, re.MULTILINE)]
-    return [textwrap.dedent(block) for block in blocks if "from runner import" in block and "uvicorn" not in block]
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_python_code_runs(number: int, toys: dict[str, Path], tmp_path: Path) -> None:
-    assert len(python_code()) == 3
-    shutil.copy(toys["target"], tmp_path / "target.gguf")
-    copy_trimmed(toys["good-trimmed"], tmp_path / "trimmed.gguf")
-    arguments = [sys.executable, "-c", python_code()[number]]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout
 
 
 def test_every_file_it_names_is_there() -> None:

@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def main() -> None:
     "--modes",
     type=Listed(ModeName()),
     default=list(KINDS),
-    help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2; again: plain once more, to see noise.  [default: all]",
+    help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2; again: plain once more.  [default: all]",
 )
 @click.option(
     "--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench where it is found, else the bundled ones]"
@@ -169,12 +169,9 @@ def run_command(
             "n_gpu_layers": found.n_gpu_layers,
             "sha256": [entry["sha256"] for paths in record["files"].values() for entry in paths],
         }
-        answers = runs.resumed(output, settings)
-        if answers:
-            stderr.print(
-                f"{output}: {len(answers)} answers are there; going on (remove it to begin anew)", markup=False
-            )
-        record |= {"settings": settings, "answers": answers, "modes": {}}
+        record |= {"settings": settings, **runs.resumed(output, settings)}
+        if n := len(record["answers"]):
+            stderr.print(f"{output}: {n} answers are there; going on (remove it to begin anew)", markup=False)
         save = runs.saver(output, record)
         try:
             _measure(record, files, found, chosen, sampling, save, tools)
@@ -183,7 +180,7 @@ def run_command(
     if not record.get("missing"):
         record.pop("missing", None)
     save()
-    if picture is not None and answers:
+    if picture is not None and record["answers"]:
         plot(record, picture)
     click.echo(report(record))
     click.echo(json.dumps(record, ensure_ascii=False))
@@ -207,11 +204,13 @@ def _measure(
     weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
     record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
     names, repeat = settings["modes"], settings["repeat"]
-    engine = Engine(files.target, None, n_ctx=found.n_ctx, n_threads=found.n_threads, n_gpu_layers=found.n_gpu_layers)
+    engine = replace(found, target=files.target, draft=None).open()
     with engine, open_modes(names, files, engine, found, settings["draft_max"]) as modes:
 
         def note() -> None:
             for mode in modes:
+                if mode.name in record["modes"] and not mode.used:
+                    continue  # what an earlier run knew of it
                 params, n_bytes = mode.step()
                 record["modes"][mode.name] = {
                     "draft_max": mode.draft_max,

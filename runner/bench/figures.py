@@ -136,9 +136,6 @@ def priced(good: Sequence[Answer], everything: Sequence[Answer]) -> dict[str, fl
         if key not in ones:
             continue
         one = statistics.median(ones[key])
-        host = statistics.median(
-            round_[5] for a in everything if a["mode"] == "plain" for round_ in a.get("rounds", ())
-        )
         took = sum(one * factor[int(r[1]) + 1] + r[3] + r[5] for answer in answers for r in answer["rounds"])
         n = _tokens(answers)
         tokens, seconds, plain = tokens + n, seconds + took, plain + n * (one + host)

@@ -41,7 +41,8 @@ class Mode:
     drafter: Drafter
     draft_max: int | None
     file: Path | None = None
-    memory: int = 0  # bytes that opening its drafter took
+    memory: int = 0  # bytes that opening its drafter and answering with it took
+    used: bool = False
     step: Callable[[], tuple[float, float]] = field(default=lambda: (0.0, 0.0))  # (params, bytes) of a draft step
 
 

@@ -143,7 +143,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
         parts.barh(modes, values, left=left, label="Python" if name == "host" else name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     parts.set_xlabel("ms per round")
-    for axes in (speed, accepted, parts):
+    speed.legend(fontsize="small", ncols=len(modes), loc="lower right")
+    for axes in (accepted, parts):
         axes.legend(fontsize="small", ncols=4)
+    accepted.xaxis.get_major_locator().set_params(integer=True)
     with write_whole(path) as file:
         figure.savefig(file, format="png", dpi=110)

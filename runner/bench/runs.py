@@ -68,6 +68,7 @@ def answer(
         rounds.append([len(found.tokens), len(found.drafted), found.accepted, *(round(part, 7) for part in parts)])
     seconds = time.perf_counter() - started
     mode.memory += max(0, resident() - before)
+    mode.used = True
     return {"first_token_seconds": first, "seconds": seconds, "rounds": rounds, "token_ids": tokens}
 
 
@@ -143,21 +144,21 @@ def missing(record: dict[str, Any], prompts: Sequence[Prompt], modes: Sequence[s
     return turns_of(prompts) * len(modes) * repeat - len(record["answers"])
 
 
-def resumed(path: Path | None, settings: dict[str, Any]) -> list[Answer]:
-    """The answers of an interrupted run of the same settings in `path`.
+def resumed(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted run of the same settings has left in `path`: its answers, and what it knew of its modes.
 
     Raises FileFormatError where the file holds something else: nothing is overwritten.
     """
     if path is None or not path.exists():
-        return []
+        return {"answers": [], "modes": {}}
     try:
         found = json.loads(path.read_text("utf-8"))
-        same, answers = found["settings"] == settings, list(found["answers"])
+        same, kept = found["settings"] == settings, {name: found[name] for name in ("answers", "modes")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path}: is there and holds no record of a benchmark; name another file") from error
     if not same:
         raise FileFormatError(f"{path}: holds the record of another run; name another file, or remove it")
-    return answers
+    return kept
 
 
 def saver(path: Path | None, record: dict[str, Any]) -> Callable[[], None]:

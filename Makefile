@@ -74,7 +74,7 @@ bench: $(STAMP)  ## Every way to decode, by turns, on all tasks of Spec-Bench (o
 	$(RUN) runner.bench run --model $(call quote,$(MODEL)) --limit 12 -n 48 \
 	  -o $(call quote,$(MODEL)-bench.json) --plot $(call quote,$(MODEL)-bench.png)
 
-steps: $(STAMP)  ## Time the trimmed drafter's step against the uncut one
+steps: $(STAMP)  ## Time single steps: drafting by what is drafted from, verifying by batch size
 	$(RUN) runner.bench steps --model $(call quote,$(MODEL))
 
 exact: $(STAMP)  ## Check token by token that the output is the target's (20 prompts, about 10 minutes)

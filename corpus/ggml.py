@@ -7,6 +7,7 @@ in a numpy buffer); nothing is copied or dequantised to multiply by it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
@@ -20,6 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import EngineError
 from .gguf_file import bytes_of
+from .llama import start
 
 ALIGNMENT = 64  # bytes; ggml asks for 32
 _CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -63,6 +65,10 @@ def _ggml() -> dict[str, Any]:
             "ggml_backend_get_device": (c_void_p, [c_void_p]),
             "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
             "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+            "ggml_backend_dev_supports_op": (c_bool, [c_void_p, c_void_p]),
+            "ggml_backend_buft_alloc_buffer": (c_void_p, [c_void_p, c_size_t]),
+            "ggml_backend_buffer_get_base": (c_void_p, [c_void_p]),
+            "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
         },
         "ggml": {"ggml_backend_init_by_type": (c_void_p, [c_int, c_char_p])},
     }
@@ -126,13 +132,21 @@ class Backend:
 
     def __init__(self, n_threads: int) -> None:
         self.handle, self.seconds = None, 0.0
+        start()
         ggml = _ggml()
         self.handle = ggml["ggml_backend_init_by_type"](_CPU, None)
         if not self.handle:
             raise EngineError("ggml has no CPU backend; install llama-cpp-python again")
-        registry = ggml["ggml_backend_dev_backend_reg"](ggml["ggml_backend_get_device"](self.handle))
+        self.device = ggml["ggml_backend_get_device"](self.handle)
+        registry = ggml["ggml_backend_dev_backend_reg"](self.device)
         if address := ggml["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_set_n_threads"):
             ctypes.CFUNCTYPE(None, c_void_p, c_int)(address)(self.handle, n_threads)
+        # Kinds of memory in which the CPU keeps tables rearranged for its matrix kernels.
+        self.packings: list[int] = []
+        if address := ggml["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts"):
+            listed = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(address)(self.device)
+            for kind in itertools.takewhile(bool, (listed[i] for i in itertools.count()) if listed else ()):
+                self.packings.append(kind)
 
     def close(self) -> None:
         if self.handle:
@@ -146,15 +160,16 @@ class Backend:
 class Table:
     """A matrix of `type_`, n_rows x n_columns, in memory that stays where it is.
 
-    `rows` is uint8 (n_rows x bytes of a row), aligned as GGUF tensors and `aligned` memory are.
+    `rows` is uint8 (n_rows x bytes of a row), aligned as GGUF tensors and `aligned` memory are. One that `packs` never
+    changes, and is copied into the order that the processor's matrix kernels like best, where they have one for it.
     """
 
-    def __init__(self, rows: np.ndarray, type_: GGMLQuantizationType, n_columns: int) -> None:
+    def __init__(self, rows: np.ndarray, type_: GGMLQuantizationType, n_columns: int, packs: bool = False) -> None:
         if rows.ndim != 2 or rows.shape[1] != row_bytes(type_, n_columns) or not rows.flags.c_contiguous:
             raise EngineError(f"rows of {n_columns} {type_.name} numbers do not look like {rows.shape} bytes")
         if rows.ctypes.data % 32:
             raise EngineError("ggml needs tables that begin at a multiple of 32 bytes")
-        self.rows, self.type, self.n_columns = rows, type_, n_columns
+        self.rows, self.type, self.n_columns, self.packs = rows, type_, n_columns, packs
 
 
 class Product:
@@ -166,17 +181,21 @@ class Product:
     def __init__(self, backend: Backend, *tables: Table, n_rows: int | None = None) -> None:
         self._buffers: list[Any] = []
         self._context = None
-        self._backend, self._tables = backend, tables
+        self._backend = backend
         ggml = _ggml()
-        size = (2 * len(tables) + 1) * ggml["ggml_tensor_overhead"]() + ggml["ggml_graph_overhead"]()
+        n_tensors = 2 * len(tables) + 1 + 2 * len(backend.packings) * sum(table.packs for table in tables)
+        size = n_tensors * ggml["ggml_tensor_overhead"]() + ggml["ggml_graph_overhead"]()
         self._context = ggml["ggml_init"](_InitParams(size, None, True))
         self._vector = aligned(4 * tables[0].n_columns).view(np.float32)
-        self._memory = [self._vector]
+        self._memory: list[np.ndarray] = [self._vector]
         self._graph = ggml["ggml_new_graph"](self._context)
         last = self._tensor(GGMLQuantizationType.F32, tables[0].n_columns, 1, self._vector)
         for i, table in enumerate(tables):
             count = n_rows if n_rows is not None and i == len(tables) - 1 else len(table.rows)
-            weights = self._tensor(table.type, table.n_columns, count, table.rows)
+            weights = self._packed(table, count, last) if table.packs else None
+            if weights is None:
+                weights = self._tensor(table.type, table.n_columns, count, table.rows)
+                self._memory.insert(0, table.rows)
             last = ggml["ggml_mul_mat"](self._context, weights, last)
             self._memory.append(aligned(4 * count).view(np.float32))
             self._place(last, self._memory[-1])
@@ -187,6 +206,25 @@ class Product:
         tensor = _ggml()["ggml_new_tensor_2d"](self._context, int(type_), n_columns, n_rows)
         self._place(tensor, memory)
         return tensor
+
+    def _packed(self, table: Table, n_rows: int, vector: Any) -> Any:
+        """The table's rows rearranged for the matrix kernels; None where there are none for it."""
+        ggml = _ggml()
+        for kind in self._backend.packings:
+            buffer = ggml["ggml_backend_buft_alloc_buffer"](kind, table.rows[:n_rows].nbytes + ALIGNMENT)
+            if not buffer:
+                continue
+            self._buffers.append(buffer)
+            tensor = ggml["ggml_new_tensor_2d"](self._context, int(table.type), table.n_columns, n_rows)
+            ggml["ggml_backend_tensor_alloc"](buffer, tensor, ggml["ggml_backend_buffer_get_base"](buffer))
+            # As llama.cpp asks: the answer depends on the processor, the type and the shape.
+            if ggml["ggml_backend_dev_supports_op"](
+                self._backend.device, ggml["ggml_mul_mat"](self._context, tensor, vector)
+            ):
+                rows = np.ascontiguousarray(table.rows[:n_rows])
+                ggml["ggml_backend_tensor_set"](tensor, rows.ctypes.data, 0, rows.nbytes)
+                return tensor
+        return None
 
     def _place(self, tensor: Any, memory: np.ndarray) -> None:
         buffer = _ggml()["ggml_backend_cpu_buffer_from_ptr"](memory.ctypes.data, memory.nbytes)

@@ -41,7 +41,8 @@ def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 
 
 @lru_cache(maxsize=1)
-def _start() -> None:
+def start() -> None:
+    """Load llama.cpp's backends, and keep its chatter and ggml's off the user's screen."""
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
 
@@ -69,7 +70,7 @@ def physical_cores() -> int:
 
 def backends() -> dict[str, str]:
     """What this llama.cpp computes with, and each backend's features: {"CPU": "AVX2 AVX512", ...}."""
-    _start()
+    start()
     found: dict[str, str] = {}
     name = ""
     for part in llama_cpp.llama_print_system_info().decode("utf-8", "replace").split(" | "):
@@ -124,7 +125,7 @@ class Model(Owner):
     def __init__(self, path: str | Path, n_gpu_layers: int | None = None, vocab_only: bool = False) -> None:
         self._model = None
         self.path = Path(path)
-        _start()
+        start()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         if n_gpu_layers is not None:
@@ -391,7 +392,7 @@ def quantize(source: Path, out: Path, type_: str) -> None:
 
     Raises EngineError for a type llama.cpp does not know and where it fails.
     """
-    _start()
+    start()
     if type_ not in _FTYPES:
         raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
     params = llama_cpp.llama_model_quantize_default_params()

@@ -8,7 +8,7 @@ the companion. What is chosen depends on the text before the token that is drawn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -24,6 +24,7 @@ CONTEXT_ROWS = 1024  # of the text, at most
 CANDIDATES = 512  # of the speculator, a step
 _BUCKET = 64  # rows by which a product grows: one graph for every such size
 _STRIDES = 16
+_PACKED = 16  # rows that matrix kernels take at a time, or a part of it
 
 
 class Recent:
@@ -79,15 +80,19 @@ def top(scores: np.ndarray, m: int) -> np.ndarray:
     return chosen
 
 
-def scorer(backend: Backend, speculator: Speculator, ids: np.ndarray | None = None) -> Product:
+def scorer(
+    backend: Backend, speculator: Speculator, ids: np.ndarray | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """U (D h) as a ggml graph, for some ids or all."""
     rank, n_embd = speculator.down.shape
     down = aligned(speculator.down.nbytes).reshape(rank, -1)
     down[:] = np.ascontiguousarray(speculator.down, "<f4").view(np.uint8)
     count = len(speculator.up) if ids is None else len(ids)
-    up = aligned(count * speculator.up.shape[1]).reshape(count, -1)
-    up[:] = speculator.up if ids is None else speculator.up[ids]
-    return Product(backend, Table(down, GGMLQuantizationType.F32, n_embd), Table(up, UP_TYPE, rank))
+    padded = -(-count // _PACKED) * _PACKED
+    up = aligned(padded * speculator.up.shape[1]).reshape(padded, -1)
+    up[:count] = speculator.up if ids is None else speculator.up[ids]
+    product = Product(backend, Table(down, GGMLQuantizationType.F32, n_embd), Table(up, UP_TYPE, rank, packs=True))
+    return lambda hidden: product(hidden)[:count]
 
 
 class DynamicHead:
@@ -125,7 +130,7 @@ class DynamicHead:
         self._kept = trimmed.d2t
         self.steps = self.rows = 0  # steps taken, and rows they computed, for the bytes that a step reads
         self._products: dict[int, Product] = {}
-        self._scores: Product | None = None
+        self._scores: Callable[[np.ndarray], np.ndarray] | None = None
         if speculator is not None and len(self._others):
             self._scores = scorer(backend, speculator, self._others)
 

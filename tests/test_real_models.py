@@ -12,7 +12,8 @@ from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.catalog import load_catalog
 from gguf_trim.fetch import fetch
 from gguf_trim.prepare import prepare
-from runner import bench, exact
+from runner import exact
+from runner.bench.__main__ import main as bench
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2.5-coder-0.5b-instruct", "gemma-3-270m")]
 
@@ -46,20 +47,20 @@ def own_drafter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def test_every_token_is_the_targets_on_smollm2(own_drafter: list[str]) -> None:
-    found = call(exact.main, *own_drafter, "--limit", "3", "-n", "48")
+    found = call(exact.main, *own_drafter, "--limit", "3", "-n", "48", "--draft-max", "3")
     assert found["tokens"] > 60
     assert found["replay_faults"] == found["beyond_noise"] == 0
 
 
 def test_demo_on_smollm2(own_drafter: list[str]) -> None:
-    found = call(bench.main, "demo", *own_drafter, "-n", "24")
+    found = call(bench, "demo", *own_drafter, "-n", "24", "--draft-max", "3")
     for row in found["prompts"]:
         assert row["drafted"]["tau"] > 1.5  # its own head, trimmed: most drafts stand
         assert row["plain"]["drafted"] == 0
 
 
 def test_steps_on_smollm2(own_drafter: list[str], smollm2: Path) -> None:
-    found = call(bench.main, "steps", *own_drafter, "--full", smollm2, "--repeat", "5")
+    found = call(bench, "steps", *own_drafter, "--full", smollm2, "--repeat", "5")
     assert found["bytes"]["trim"] < found["bytes"]["full"]
     assert len(found["seconds"]["full"]) == 5
 
@@ -71,16 +72,16 @@ def test_draft_step_and_host_share_of_the_default_pair() -> None:
     Python: at most 3 % of a round with the kept rows alone; the speculator's rows are touched for the first time.
     """
     prepare("qwen2.5-coder-1.5b")
-    ratios = call(bench.main, "steps")["median_ratios"]
+    ratios = call(bench, "steps")["median_ratios"]
     assert ratios["trim"] <= 0.78
     assert ratios["context"] <= 1.05 * ratios["trim"]
     assert ratios["spec"] <= 0.86
     for vocab, share in (("trim", 0.03), ("spec", 0.08)):
-        for row in call(bench.main, "demo", "--vocab", vocab)["prompts"]:
+        for row in call(bench, "demo", "--vocab", vocab, "--draft-max", "3")["prompts"]:
             assert row["drafted"]["host_seconds"] <= share * row["drafted"]["seconds"]
 
 
 @pytest.mark.slow
 def test_every_token_is_the_targets_on_the_default_pair() -> None:
-    found = call(exact.main, "--limit", "4", "-n", "64")
+    found = call(exact.main, "--limit", "4", "-n", "64", "--draft-max", "3")
     assert found["replay_faults"] == found["beyond_noise"] == 0

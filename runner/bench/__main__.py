@@ -32,7 +32,7 @@ from gguf_trim.costs import Weights
 from gguf_trim.layout import EMBEDDING
 
 from ..drafter import NoDrafter
-from ..engine import LONGEST, Engine, Record
+from ..engine import LONGEST, Record
 from ..options import Models, draft_max_option, model_options
 from . import peers, runs
 from .machine import bandwidth, describe, machine

@@ -71,13 +71,16 @@ def top(scores: np.ndarray, m: int) -> np.ndarray:
     n = len(scores) // _STRIDES
     if m >= n:
         return np.argpartition(scores, -m)[-m:] if m < len(scores) else np.arange(len(scores))
-    groups = scores[: n * _STRIDES].reshape(_STRIDES, n)
-    best = np.argpartition(groups.max(axis=0), -m)[-m:]
-    places = (best + n * np.arange(_STRIDES)[:, None]).reshape(-1)
-    if rest := len(scores) - n * _STRIDES:
-        places = np.concatenate([places, np.arange(len(scores) - rest, len(scores))])
-    chosen: np.ndarray = places[np.argpartition(scores[places], -m)[-m:]]
-    return chosen
+    maxima = scores[: n * _STRIDES].reshape(_STRIDES, n).max(axis=0)
+    best = np.argpartition(maxima, -m)[-m:]
+    places = np.concatenate(
+        [(best + n * np.arange(_STRIDES)[:, None]).reshape(-1), np.arange(n * _STRIDES, len(scores))]
+    )
+    values = scores[places]
+    # m groups reach the least of these maxima, so no score below it is among the m greatest.
+    near = values >= maxima[best].min()
+    places, values = places[near], values[near]
+    return places[np.argpartition(values, -m)[-m:]]
 
 
 def scorer(
@@ -180,7 +183,7 @@ class DynamicHead:
         self.rows += n
         if not n:
             return ids, np.empty(0, np.float32)
-        np.take(self._full, ids[known:], axis=0, out=self._rows[known:n])
+        np.take(self._full, ids[known:], axis=0, out=self._rows[known:n], mode="clip")  # "raise" would copy twice
         values = self._product(-(-n // _BUCKET) * _BUCKET)(hidden)[:n]
         return ids, values if self._bias is None else values + self._bias[ids]
 

@@ -210,8 +210,13 @@ class ModelDrafter:
         more, values = self.dynamic.logits(self._context.hidden_states(len(pending))[-1])
         order = np.argsort(more)
         more, values = more[order], values[order]
-        places = np.searchsorted(self._ids, more)
-        return np.insert(logits, places, values), np.insert(self._ids, places, more)
+        places = np.searchsorted(self._ids, more) + np.arange(len(more))
+        own = np.ones(len(logits) + len(more), bool)
+        own[places] = False
+        row, ids = np.empty(len(own), np.float32), np.empty(len(own), self._ids.dtype)
+        row[places], row[own] = values, logits
+        ids[places], ids[own] = more, self._ids
+        return row, ids
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         seen = self._seen(text)

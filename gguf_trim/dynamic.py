@@ -80,7 +80,8 @@ def top(scores: np.ndarray, m: int) -> np.ndarray:
     # m groups reach the least of these maxima, so no score below it is among the m greatest.
     near = values >= maxima[best].min()
     places, values = places[near], values[near]
-    return places[np.argpartition(values, -m)[-m:]]
+    chosen: np.ndarray = places[np.argpartition(values, -m)[-m:]]
+    return chosen
 
 
 def scorer(

@@ -19,13 +19,14 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 
 from corpus.errors import EngineError, VocabularyMismatch
 from corpus.gguf_file import GGUFFile
-from corpus.sampling import Sampling
+from corpus.noise import Noise
+from corpus.sampling import GREEDY
 from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
 
 from .drafter import AUTO, ModelDrafter, open_drafter
 
-_GREEDY = Sampling(temp=0)
+_NO_NOISE = Noise(0)  # greedy drafts have none
 
 
 class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is untyped
@@ -58,7 +59,6 @@ class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is unt
         vocabulary = self._own_vocabulary() if target is None else Vocabulary(GGUFFile(target))
         self._n_ids = len(vocabulary)
         self._drafter: ModelDrafter | None = open_drafter(self._path, vocabulary, n_ctx, n_threads, n_gpu_layers, vocab)
-        self._rng = np.random.default_rng()  # greedy drafts do not touch it
         self._settled = True
 
     def _own_vocabulary(self) -> Vocabulary:
@@ -84,9 +84,9 @@ class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is unt
         if not self._settled:  # an interruption cut the last call short
             self._drafter.settle()
         self._settled = False
-        draft = self._drafter.draft(text, self.num_pred_tokens, _GREEDY, self._rng)
+        draft = self._drafter.draft(text, self.num_pred_tokens, GREEDY, _NO_NOISE)
         self._settled = True
-        return np.array(draft.tokens, np.intc)
+        return np.array(draft, np.intc)
 
     def close(self) -> None:
         """Free the drafter; later calls raise EngineError."""

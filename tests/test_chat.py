@@ -77,7 +77,7 @@ def test_one_prompt_with_its_record(pair) -> None:
 
 
 def test_same_answer_with_and_without_drafter(pair) -> None:
-    drafted = invoke(*pair, "--prompt", "the sea", "-n", "30")
+    drafted = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "3")
     plain = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "0")
     assert drafted.stdout == plain.stdout != "\n"
     assert "tau" in drafted.stderr

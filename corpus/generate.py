@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .errors import FileFormatError, TrimError
 from .llama import Context, Model
+from .noise import Noise
 from .progress import Advance
 from .sampling import Sampling
 
@@ -32,7 +31,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
     read: int = 0  # prompt tokens already in the cache
-    rng: np.random.Generator = field(default_factory=np.random.default_rng, repr=False)
+    noise: Noise = field(default_factory=Noise, repr=False)
 
 
 def answers(
@@ -47,12 +46,10 @@ def answers(
 ) -> Iterator[Answer]:
     """Answer the prompts, n_parallel at a time, in the order in which they finish.
 
-    Every answer draws from a generator of its own, seeded by its number: the text does not depend on its neighbours
+    Every answer draws with noise of its own, seeded by its number: the text does not depend on its neighbours
     (but for the batch-shape noise of quantised kernels).
     """
-    waiting = deque(
-        Answer(name, ids, rng=np.random.default_rng([seed, number])) for number, (name, ids) in enumerate(prompts)
-    )
+    waiting = deque(Answer(name, ids, noise=Noise([seed, number])) for number, (name, ids) in enumerate(prompts))
     free = list(range(n_parallel))
     running: dict[int, Answer] = {}
     while waiting or running:
@@ -81,7 +78,7 @@ def answers(
         logits = context.decode_each(tokens, sequences, positions, outputs)
         for row, sequence in zip(logits, speaking, strict=True):
             answer = running[sequence]
-            token = sampling.distribution(row).draw(answer.rng)
+            token = sampling.distribution(row).draw(answer.noise, answer.read)
             answer.tokens.append(token)
             ended = model.is_end(token)
             if ended or len(answer.tokens) >= max_tokens:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .noise import Noise
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -20,17 +22,29 @@ class Distribution:
         i = int(np.searchsorted(self.ids, token))
         return float(self.probs[i]) if i < len(self.ids) and self.ids[i] == token else 0.0
 
-    def overlap(self, other: Distribution) -> float:
-        """Sum of min(p, q): the chance that a token drawn from one is accepted as the other's."""
-        _, a, b = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
-        return float(np.minimum(self.probs[a], other.probs[b]).sum())
+    def agreement(self, other: Distribution) -> float:
+        """The chance that both draw the same token with the same noise.
 
-    def draw(self, rng: np.random.Generator) -> int:
-        """One token; a distribution with a single token draws it without touching the generator."""
+        That is the sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)) (arXiv 2408.07978), never above the
+        sum of min(p, q). Sorted by p / q, the first of the two is the greater for x and all after it.
+        """
+        _, a, b = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
+        p, q = self.probs[a], other.probs[b]
+        seen = np.minimum(p, q) > 1e-300  # the rest adds nothing and would overflow
+        p, q = p[seen], q[seen]
+        order = np.argsort(p / q)
+        p, q = p[order], q[order]
+        after, before = 1 - (np.cumsum(p) - p), 1 - np.cumsum(q[::-1])[::-1]
+        return float((1 / (after / p + before / q)).sum())
+
+    def draw(self, noise: Noise, position: int) -> int:
+        """The token at a position of a text: the argmax of log p + Gumbel noise, which follows p.
+
+        Written as p over exponential noise, where no logarithm meets a p of 0. A single token needs no noise.
+        """
         if len(self.ids) == 1:
             return int(self.ids[0])
-        i = int(np.searchsorted(np.cumsum(self.probs), rng.random() * self.probs.sum(), side="right"))
-        return int(self.ids[min(i, len(self.ids) - 1)])
+        return int(self.ids[np.argmax(self.probs / noise.exponentials(position, self.ids))])
 
 
 @dataclass(frozen=True)

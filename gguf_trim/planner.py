@@ -115,10 +115,10 @@ def sampled_acceptance(
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> dict[int, float]:
-    """Expected acceptance at a temperature, by k: the mean of sum(min(p, q_k)) over the positions.
+    """Expected acceptance at a temperature, by k: the mean of p's agreement with q_k over the positions.
 
-    p and q are what the samplers make of both models' logits, q_k over the first k rows of the order (arXiv
-    2211.17192, corollary 3.6).
+    p and q are what the samplers make of both models' logits, q_k over the first k rows of the order; see
+    `Distribution.agreement`.
     """
     wanted: dict[tuple[str, int], Distribution] = {}
 
@@ -133,7 +133,7 @@ def sampled_acceptance(
         p = wanted[answer.id, i]
         for k, ids in kept.items():
             q = sampling.distribution(logits[ids], ids)
-            sums[k] += p.overlap(q)
+            sums[k] += p.agreement(q)
 
     teacher_force(drafter, answers, see_drafter, n_threads, advance)
     return {k: total / len(wanted) for k, total in sums.items()}

@@ -12,13 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from corpus.llama import Context
+from corpus.noise import Noise
 from corpus.sampling import Sampling
 
-from .drafter import Draft, ModelDrafter, Reader
-from .lookup import Lookup, certain
+from .drafter import ModelDrafter, Reader
+from .lookup import Lookup
 from .pace import Chances, StepCost, best_cut
 
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
@@ -49,22 +48,22 @@ class AutoDrafter:
         self._modelled = False
         self._invested = 0.0  # seconds of this round that the rest of the answer is to bring back
 
-    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         self._claims, self._modelled, self._invested = [], False, 0.0
         n = min(n, LONGEST)
         plain = self._verify.of(1)
         allowance = LOSS * plain * (self._emitted + min(self._left, OUTLOOK)) - self._lost
         if n <= 0 or allowance < 0:
-            return Draft([], [])
+            return []
         # A second is worth what it brings otherwise; more than twice plain decoding would be a fluke to count on.
         rate = min(max(1 / plain, self._tokens / self._seconds), 2 / plain)
         self._lookup.follow(text)
         guess, claims = self._suggest(n)
         kept, worth = best_cut([self._matches.of(claim) for claim in claims], self._verify, rate)
         if self._drafter is not None and self._worth_drafting(self._drafter, text, n, rate, worth, allowance):
-            return self._run(self._drafter, text, n, sampling, rng, rate)
+            return self._run(self._drafter, text, n, sampling, noise, rate)
         self._claims = [(self._matches, claim) for claim in claims[:kept]]
-        return Draft(guess[:kept], [certain(token) for token in guess[:kept]])
+        return guess[:kept]
 
     def _suggest(self, n: int, tail: Sequence[int] = ()) -> tuple[list[int], list[float]]:
         """What the text suggests, and the chance that each claims by the length of the match before it."""
@@ -99,21 +98,22 @@ class AutoDrafter:
         text: Sequence[int],
         n: int,
         sampling: Sampling,
-        rng: np.random.Generator,
+        noise: Noise,
         rate: float,
-    ) -> Draft:
+    ) -> list[int]:
         """Draft while the next token is worth it; then verify the beginning that is."""
         assert self._draft is not None
-        draft, chances, together = Draft([], []), [], 1.0
+        draft: list[int] = []
+        chances: list[float] = []
+        together = 1.0
         self._modelled = True
         unread, before = drafter.unread(text), drafter.seconds
-        for proposal in drafter.propose(text, sampling, rng):
+        for proposal in drafter.propose(text, sampling, noise):
             self._draft.saw(unread, drafter.seconds - before)
             chance = self._certainties.of(proposal.certainty)
             together *= chance
             self._usual += SLOW * (chance - self._usual)
-            draft.tokens.append(proposal.token)
-            draft.qs.append(proposal.q)
+            draft.append(proposal.token)
             chances.append(chance)
             self._claims.append((self._certainties, proposal.certainty))
             more = [self._usual] * (n - len(chances))
@@ -123,14 +123,12 @@ class AutoDrafter:
             if not more or not best_cut(more, self._verify, rate, self._draft.of(1), rows)[0]:
                 break
             unread, before = 1, drafter.seconds
-        guess, claims = self._suggest(n - len(chances), draft.tokens)
+        guess, claims = self._suggest(n - len(chances), draft)
         chances += [self._matches.of(claim) for claim in claims]
         kept, _ = best_cut(chances, self._verify, rate)
-        draft.tokens.extend(guess)
-        draft.qs.extend(certain(token) for token in guess)
         self._claims += [(self._matches, claim) for claim in claims]
         del self._claims[kept:]
-        return Draft(draft.tokens[:kept], draft.qs[:kept])
+        return [*draft, *guess][:kept]
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """A new answer. The prompt is read by the first round that finds it worth reading."""
@@ -192,7 +190,7 @@ def measured_verify(target: Reader) -> StepCost:
 
 def measured_draft(drafter: ModelDrafter) -> StepCost:
     """A drafter's cost to draft one token, by the number of tokens it has to read first."""
-    rng = np.random.default_rng(0)
+    noise = Noise(0)
     longest = min(DRAFT_SIZES[-1], drafter.n_ctx // 2)
     text = list(range(longest))
     seconds: dict[int, float] = {}
@@ -201,7 +199,7 @@ def measured_draft(drafter: ModelDrafter) -> StepCost:
             drafter.settle()
             drafter.prepare(text[: longest - n + 1], 0)
             before = drafter.seconds
-            next(drafter.propose(text, Sampling(temp=0), rng))
+            next(drafter.propose(text, Sampling(temp=0), noise))
             took = drafter.seconds - before
             if turn:
                 seconds[n] = min(seconds.get(n, took), took)

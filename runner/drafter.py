@@ -15,7 +15,8 @@ from corpus.errors import EngineError
 from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model, physical_cores
-from corpus.sampling import Distribution, Sampling
+from corpus.noise import Noise
+from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary, require_same
 from gguf_trim.companion import EmbeddingTable, Trimmed
 from gguf_trim.dynamic import DynamicHead
@@ -27,19 +28,10 @@ HIDDEN_ROWS = 8  # tokens that are read in one batch with the one whose hidden s
 
 
 @dataclass(frozen=True)
-class Draft:
-    """Drafted target ids, and for each the distribution it was drawn from."""
-
-    tokens: list[int]
-    qs: list[Distribution]
-
-
-@dataclass(frozen=True)
 class Proposal:
-    """One drafted token (target id), its law, and how sure the drafter is of it (its own probability, 0 to 1)."""
+    """One drafted token (target id), and how sure the drafter is of it (its own probability, 0 to 1)."""
 
     token: int
-    q: Distribution
     certainty: float
 
 
@@ -51,8 +43,8 @@ def _certainty(logits: np.ndarray) -> float:
 class Drafter(Protocol):
     """Proposes tokens; keeps its own cache in step with the text it is given."""
 
-    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
-        """Up to n tokens to follow `text` (the whole of it, target ids)."""
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
+        """Up to n tokens to follow `text` (the whole of it, target ids); what is drawn is drawn with the noise."""
         ...
 
     def prepare(self, text: Sequence[int], left: int) -> None:
@@ -80,8 +72,8 @@ class NoDrafter:
 
     seconds = 0.0
 
-    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
-        return Draft([], [])
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
+        return []
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         pass
@@ -156,11 +148,10 @@ class ModelDrafter:
         self._rows = min(model.n_vocab, n_target) if d2t is None else int(np.searchsorted(d2t, n_target))
         self._ids = None if d2t is None else d2t[: self._rows]
 
-    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
-        proposed = list(islice(self.propose(text, sampling, rng), n)) if n > 0 else []
-        return Draft([found.token for found in proposed], [found.q for found in proposed])
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
+        return [found.token for found in islice(self.propose(text, sampling, noise), n)] if n > 0 else []
 
-    def propose(self, text: Sequence[int], sampling: Sampling, rng: np.random.Generator) -> Iterator[Proposal]:
+    def propose(self, text: Sequence[int], sampling: Sampling, noise: Noise) -> Iterator[Proposal]:
         """Drafted tokens one after another, each computed when it is asked for, until the context is full."""
         # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
         self._reader.keep(text, len(text) - 1)
@@ -168,12 +159,12 @@ class ModelDrafter:
         if self.dynamic is not None:
             self.dynamic.follow(text)
         chain = Chain(sampling, text)  # without the grammar, which only the target's p must obey
-        for _ in range(self._context.n_ctx - len(text)):
+        for position in range(len(text), self._context.n_ctx):
             logits, ids = self._step(pending)
             q = chain.distribution(logits, ids)
-            token = q.draw(rng)
+            token = q.draw(noise, position)
             chain.accept(token)
-            yield Proposal(token, q, _certainty(logits) if sampling.greedy else q.of(token))
+            yield Proposal(token, _certainty(logits) if sampling.greedy else q.of(token))
             pending = [token]
 
     @property

@@ -10,11 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from corpus.errors import EngineError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
+from corpus.noise import Noise
 from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
@@ -181,7 +180,7 @@ class Engine:
             max_tokens=max_tokens,
             draft_max=LONGEST if draft_max is None else draft_max,
             is_end=self.model.is_end,
-            rng=np.random.default_rng(seed),
+            noise=Noise(seed),
         )
 
     def answer(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
+from corpus.noise import Noise
+from corpus.sampling import Sampling
 
-from corpus.sampling import Distribution, Sampling
-
-from .drafter import Draft, NoDrafter
+from .drafter import NoDrafter
 
 LONGEST = 3  # tokens of a suffix that are looked up; the match itself may reach further back
 SHORTEST = 2  # a match of one token suggests too little for a fixed draft length
@@ -59,20 +58,13 @@ class Lookup:
         return [], 0
 
 
-def certain(token: int) -> Distribution:
-    """The law of a token that is not drawn: the acceptance rule then takes it with the target's own probability."""
-    return Distribution(np.array([token]), np.ones(1))
-
-
 class LookupDrafter(NoDrafter):
     """Drafts by lookup alone: needs no model and takes no time."""
 
     def __init__(self) -> None:
         self._lookup = Lookup()
 
-    def draft(self, text: Sequence[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Draft:
+    def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         self._lookup.follow(text)
         tokens, length = self._lookup.guess(n) if n > 0 else ([], 0)
-        if length < SHORTEST:
-            tokens = []
-        return Draft(tokens, [certain(token) for token in tokens])
+        return tokens if length >= SHORTEST else []

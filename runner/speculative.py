@@ -14,6 +14,7 @@ import numpy as np
 
 from corpus.chain import Chain
 from corpus.errors import EngineError
+from corpus.noise import Noise
 from corpus.sampling import Distribution, Sampling
 
 from .acceptance import accept
@@ -46,7 +47,7 @@ def generate(
     max_tokens: int,
     draft_max: int,
     is_end: Callable[[int], bool],
-    rng: np.random.Generator,
+    noise: Noise,
 ) -> Iterator[Round]:
     """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
 
@@ -77,10 +78,9 @@ def generate(
             started, before = time.perf_counter(), (drafter.seconds, target.context.seconds)
             # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
             n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
-            draft = drafter.draft(text, n, sampling, rng)
-            drafts = draft.tokens
+            drafts = drafter.draft(text, n, sampling, noise)
             logits = target.read([text[-1], *drafts], len(drafts) + 1)
-            accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, draft.qs, rng)
+            accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
             chain.accept(following)
             tokens = [*drafts[:accepted], following]
             end = next((i for i, token in enumerate(tokens) if is_end(token)), None)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from corpus.errors import FileFormatError, TrimError
 from corpus.files import write_whole
+from corpus.noise import Noise
 from corpus.progress import stderr
 from corpus.prompts import Prompt, load_prompts, split
 from corpus.sampling import Sampling
@@ -60,7 +60,7 @@ def answer(
         max_tokens=max_tokens,
         draft_max=LONGEST if mode.draft_max is None else mode.draft_max,
         is_end=engine.model.is_end,
-        rng=np.random.default_rng(seed),
+        noise=Noise(seed),
     ):
         first = first or time.perf_counter() - started
         tokens += found.tokens

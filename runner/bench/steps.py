@@ -17,6 +17,7 @@ from corpus.errors import FileFormatError
 from corpus.ggml import Backend, Product, Table
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model, physical_cores
+from corpus.noise import Noise
 from corpus.progress import progress
 from corpus.sampling import GREEDY
 from corpus.vocabulary import Vocabulary
@@ -93,7 +94,7 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
         raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
     vocabulary = Vocabulary(GGUFFile(files.target))
     text = np.random.default_rng(1).integers(256, vocabulary.n_real // 2, N_TEXT).tolist()
-    rng = np.random.default_rng(0)
+    noise = Noise(0)
     with ExitStack() as stack:
         steps = []
 
@@ -102,7 +103,7 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
             stack.callback(drafter.close)
 
             def run(drafter: ModelDrafter = drafter) -> None:
-                drafter.draft(text, 1, GREEDY, rng)
+                drafter.draft(text, 1, GREEDY, noise)
 
             def clock(drafter: ModelDrafter = drafter) -> float:
                 return drafter.seconds

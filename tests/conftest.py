@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.fetch import fetch
 from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.speculator import attach, fit, states_of
+from runner.engine import Engine
+from runner.pace import StepCost
 
 from .toy import write_model
 
@@ -46,6 +49,30 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write(plan(files["target"], keep_first(1)), files["tiny-trimmed"])
     files["spec-trimmed"] = with_speculator(copy_trimmed(files["tiny-trimmed"], folder / "spec.gguf"))
     return files
+
+
+@pytest.fixture(scope="module")
+def engines(toys: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
+    """An engine for each drafter (None: none), opened once."""
+    opened: dict[str | None, Engine] = {}
+
+    def get(name: str | None) -> Engine:
+        if name not in opened:
+            opened[name] = Engine(toys["target"], toys[name] if name else None, n_ctx=256)
+        return opened[name]
+
+    yield get
+    for engine in opened.values():
+        engine.close()
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs under which drafting always pays: toys are so fast that it never would."""
+    cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
+    monkeypatch.setattr("runner.engine.measured_verify", lambda reader: cheap)
+    monkeypatch.setattr("runner.engine.measured_draft", lambda drafter: StepCost({1: 0.01, 64: 0.02}))
+    monkeypatch.setattr(StepCost, "saw", lambda self, n, seconds: None)
 
 
 def copy_trimmed(trimmed: Path, to: Path) -> Path:

@@ -88,6 +88,7 @@ def test_seed_decides_the_text(pair) -> None:
     hot = [*pair, "--temp", "2", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--prompt", "the sea", "-n", "20"]
     a, b, c = (invoke(*hot, "--seed", seed).stdout for seed in ("1", "1", "2"))
     assert a == b != c
+    assert all(invoke(*hot, "--seed", "1", "--draft-max", n).stdout == a for n in ("0", "3"))
 
 
 def test_a_pipe_is_one_prompt(pair) -> None:

@@ -18,7 +18,8 @@ from corpus.errors import EngineError, FileFormatError, TrimError
 from corpus.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
-from corpus.sampling import Sampling
+from corpus.noise import Noise
+from corpus.sampling import Distribution, Sampling
 from corpus.vocabulary import Vocabulary
 from gguf_trim import dynamic, speculator
 from gguf_trim.__main__ import main as gguf_trim
@@ -238,7 +239,7 @@ def test_more_sources_draft_more_tokens_right(toys: dict[str, Path], spec: Path)
     for vocab in right:
         drafter = open_with(toys, spec, vocab)
         for text, token in zip(TEXTS, wanted, strict=True):
-            drafted = drafter.draft(text, 1, GREEDY, np.random.default_rng(0)).tokens
+            drafted = drafter.draft(text, 1, GREEDY, Noise(0))
             right[vocab] += drafted == [token]
         drafter.close()
     assert right["trim"] <= right["context"] <= right["spec"] == len(TEXTS)
@@ -270,13 +271,17 @@ def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, 
     drafter.close()
 
 
-def test_sampled_drafts_come_with_the_distribution_they_were_drawn_from(toys: dict[str, Path], spec: Path) -> None:
-    """q is a distribution over ascending ids, kept and added ones, and is the full head's softmax over them."""
+def test_sampled_drafts_are_drawn_from_the_full_heads_softmax(toys: dict[str, Path], spec: Path, monkeypatch) -> None:
+    """Over ascending ids, kept and added ones."""
+    seen: list[Distribution] = []
+    honest = Distribution.draw
+    monkeypatch.setattr(Distribution, "draw", lambda self, *at: seen.append(self) or honest(self, *at))
     drafter = open_with(toys, spec, "spec")
     with Model(toys["target"]) as model, Context(model, 256) as context:
         full = context.decode(TEXTS[0], 1)[0].copy()
-    (q,) = drafter.draft(TEXTS[0], 1, Sampling(1.0, 0, 1.0, 0.0), np.random.default_rng(0)).qs
+    drafter.draft(TEXTS[0], 1, Sampling(1.0, 0, 1.0, 0.0), Noise(0))
     drafter.close()
+    (q,) = seen
     assert (np.diff(q.ids) > 0).all()
     assert len(q.ids) > 512
     weights = np.exp(full[q.ids] - full.max())

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from corpus.errors import EngineError, TrimError
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model
+from corpus.noise import Noise
 from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 from gguf_trim.__main__ import main
@@ -106,9 +107,9 @@ def test_llama_cpp_loads_it_trims_and_drafts(folder: Path, tmp_path: Path, quant
     target = Vocabulary(GGUFFile(path))
     for drafter in (path, trimmed):
         opened = open_drafter(drafter, target, 128)
-        draft = opened.draft([5, 300, 7], 4, Sampling(temp=0), np.random.default_rng(0))
+        draft = opened.draft([5, 300, 7], 4, Sampling(temp=0), Noise(0))
         opened.close()
-        assert len(draft.tokens) == 4
+        assert len(draft) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,297 @@
+"""Sampled text is the same however it was drafted, and follows the target's law; on real llama.cpp, toys in F32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from corpus.llama import Model
+from corpus.noise import Noise
+from corpus.sampling import Sampling
+from runner import speculative
+from runner.drafter import ModelDrafter, NoDrafter
+from runner.engine import Engine
+from runner.lookup import Lookup, LookupDrafter
+from runner.speculative import Round
+
+from .chains import llama_cpp_chain
+
+PROMPT = "tea and tea and the sea and tea and the"  # of which something may be looked up
+N = 30
+SAMPLINGS = {
+    "all ids": Sampling(temp=1.2, top_k=0, top_p=1, min_p=0),
+    "filters": Sampling(temp=1.2, top_k=20, top_p=0.9, min_p=0.02, typical_p=0.95),
+    "penalties": Sampling(
+        temp=0.8,
+        repeat_penalty=1.3,
+        frequency_penalty=0.7,
+        presence_penalty=-1.0,
+        repeat_last_n=9,
+        logit_bias={32: 2.0},
+    ),
+    "grammar": Sampling(temp=1.5, top_k=8, grammar="root ::= ([a-z]+ [ ,.] [0-9])+"),
+}
+DRAFTERS = ("target", "good-trimmed", "wrong", "wrong-trimmed", "tiny-trimmed", "spec-trimmed")
+SEEDS = (3, 4)
+
+
+def rounds_of(engine: Engine, sampling: Sampling, n: int = N, **settings: object) -> list[Round]:
+    return list(engine.rounds(engine.model.tokenize(PROMPT), sampling, max_tokens=n, **settings))
+
+
+def text_of(engine: Engine, sampling: Sampling, n: int = N, **settings: object) -> list[int]:
+    return [token for round_ in rounds_of(engine, sampling, n, **settings) for token in round_.tokens]
+
+
+@pytest.fixture(autouse=True)
+def never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights would end some texts before anything was shown."""
+    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
+
+
+@pytest.fixture(scope="module")
+def plain(engines) -> Callable[[str, int], list[int]]:
+    """The text without any drafter."""
+    texts: dict[tuple[str, int], list[int]] = {}
+
+    def get(kind: str, seed: int) -> list[int]:
+        if (kind, seed) not in texts:
+            texts[kind, seed] = text_of(engines(None), SAMPLINGS[kind], draft_max=0, seed=seed)
+            assert len(set(texts[kind, seed])) > 8  # a text of little else than one token would prove little
+        return texts[kind, seed]
+
+    return get
+
+
+class Moody(NoDrafter):
+    """In each round, at random: a model's drafts, the text's own suggestions, anything, or nothing. Any number."""
+
+    def __init__(self, drafter: ModelDrafter, seed: int) -> None:
+        self._drafter, self._lookup, self._rng = drafter, Lookup(), np.random.default_rng(seed)
+
+    def draft(self, text, n, sampling, noise) -> list[int]:
+        n = min(n, int(self._rng.integers(0, 12)))
+        self._lookup.follow(text)
+        kind = self._rng.integers(4)
+        if kind < 2:
+            return self._drafter.draft(text, n, sampling, noise)
+        return self._lookup.guess(n)[0] if kind == 2 else self._rng.integers(0, 600, n).tolist()
+
+    def settle(self) -> None:
+        self._drafter.settle()
+
+
+@pytest.mark.parametrize("kind", SAMPLINGS)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_text_is_the_plain_one_whatever_the_drafter(engines, plain, eager, name: str, kind: str) -> None:
+    """Its vocabulary and the draft length; also by cost, which a clock decides, and at random."""
+    engine, sampling = engines(name), SAMPLINGS[kind]
+    engine._auto = None  # costs as `eager` gives them
+    for seed in SEEDS:
+        for draft_max in (1, 3, 8, None):
+            assert text_of(engine, sampling, draft_max=draft_max, seed=seed) == plain(kind, seed), draft_max
+        for mood in range(2):
+            moody = Moody(engine.drafter, mood)
+            assert text_of(engine, sampling, draft_max=12, seed=seed, drafter=moody) == plain(kind, seed)
+    assert plain(kind, SEEDS[0]) != plain(kind, SEEDS[1])
+
+
+@pytest.mark.parametrize("kind", SAMPLINGS)
+def test_text_is_the_plain_one_with_the_texts_own_suggestions(engines, plain, eager, kind: str) -> None:
+    engine, drafted = engines(None), 0
+    engine._auto = None
+    for seed in SEEDS:
+        for settings in ({"draft_max": 3, "drafter": LookupDrafter()}, {"draft_max": None}):
+            rounds = rounds_of(engine, SAMPLINGS[kind], seed=seed, **settings)
+            assert [token for round_ in rounds for token in round_.tokens] == plain(kind, seed)
+            drafted += sum(len(round_.drafted) for round_ in rounds)
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("kind", ["all ids", "filters", "penalties"])
+def test_drafts_are_accepted_where_laws_agree(engines, kind: str) -> None:
+    """All where q is p, some of good drafts, hardly any of wrong ones. (A grammar is known to p alone.)"""
+    rates = {}
+    for name in ("target", "good-trimmed", "wrong"):
+        rounds = [r for seed in range(6) for r in rounds_of(engines(name), SAMPLINGS[kind], draft_max=3, seed=seed)]
+        rates[name] = sum(r.accepted for r in rounds) / sum(len(r.drafted) for r in rounds)
+    assert rates["target"] == 1
+    assert rates["wrong"] < 0.05 < 0.3 < rates["good-trimmed"] < 1
+
+
+@pytest.mark.parametrize("kind", SAMPLINGS)
+def test_goes_on_as_it_would_have(engines, plain, kind: str) -> None:
+    """The same seed again after stopping in the middle, drafting by cost; without a grammar also from there on."""
+    engine, sampling = engines("good-trimmed"), SAMPLINGS[kind]
+    prompt = engine.model.tokenize(PROMPT)
+    stopped = engine.rounds(prompt, sampling, max_tokens=N, seed=5)
+    next(stopped)
+    stopped.close()
+    assert text_of(engine, sampling, seed=SEEDS[0]) == plain(kind, SEEDS[0])
+    if not sampling.grammar:
+        rest = engine.rounds(
+            [*prompt, *plain(kind, SEEDS[0])[:7]], sampling, max_tokens=N - 7, draft_max=3, seed=SEEDS[0]
+        )
+        assert [token for round_ in rest for token in round_.tokens] == plain(kind, SEEDS[0])[7:]
+
+
+def accept_all(p_at, drafts, noise, position):
+    for i in range(len(drafts)):
+        p_at(i)
+    return len(drafts), p_at(len(drafts)).draw(noise, position + len(drafts))
+
+
+def draw_anew(p_at, drafts, noise, position):
+    for i, token in enumerate(drafts):
+        p = p_at(i)
+        if p.draw(noise, position + i) != token:
+            return i, p.draw(Noise(77), position + i)
+    return len(drafts), p_at(len(drafts)).draw(noise, position + len(drafts))
+
+
+def draw_with_the_first_rows(p_at, drafts, noise, position):
+    for i, token in enumerate(drafts):
+        if (own := p_at(i).draw(noise, position)) != token:
+            return i, own
+    return len(drafts), p_at(len(drafts)).draw(noise, position)
+
+
+def mix_rows_up(logits, chain, drafts, i):
+    return P_AT(logits[::-1], chain, drafts, i)
+
+
+def tell_the_chain_of_every_draft(logits, chain, drafts, i):
+    for token in drafts if i == 0 else ():
+        chain.accept(token)
+    return chain.distribution(logits[i])
+
+
+def tell_the_chain_of_none(logits, chain, drafts, i):
+    return chain.distribution(logits[i])
+
+
+def forget_the_grammar_on_the_bonus_token(logits, chain, drafts, i):
+    p = P_AT(logits, chain, drafts, i)
+    return replace(chain._sampling, grammar="").distribution(logits[i]) if i == len(drafts) else p
+
+
+P_AT, EXPONENTIALS = speculative._p_at, Noise.exponentials
+ACCEPT = (accept_all, draw_anew, draw_with_the_first_rows)
+STATE = (tell_the_chain_of_every_draft, tell_the_chain_of_none)
+
+
+class HalfRight(NoDrafter):
+    """Drafts a text that it knows, but for every fourth token."""
+
+    def __init__(self, engine: Engine, answer: list[int]) -> None:
+        self._start, self._answer = len(engine.model.tokenize(PROMPT)), answer
+
+    def draft(self, text, n, sampling, noise) -> list[int]:
+        first = len(text) - self._start
+        return [token if i % 4 else 0 for i, token in enumerate(self._answer[first : first + n], first)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        *((fault, "all ids") for fault in (*ACCEPT, mix_rows_up)),
+        *((fault, kind) for fault in STATE for kind in ("penalties", "grammar")),
+        (forget_the_grammar_on_the_bonus_token, "grammar"),
+    ],
+)
+def test_a_fault_of_the_loop_changes_the_text(engines, plain, fault, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(speculative, "accept" if fault in ACCEPT else "_p_at", fault)
+    try:
+        engine, wanted = engines(None), plain(kind, SEEDS[0])
+        found = text_of(engine, SAMPLINGS[kind], draft_max=3, seed=1, drafter=HalfRight(engine, wanted))
+    except ValueError as error:  # what breaks a grammar is refused before llama.cpp sees it
+        assert "does not allow" in str(error)
+    else:
+        assert found != wanted
+
+
+# Few tokens, all of them likely. By the bias the same ones come again and again; by negative penalties what was said in
+# the same round matters.
+LAWS = {
+    "bias": Sampling(temp=3.0, top_k=4, top_p=1, min_p=0, logit_bias=dict.fromkeys(range(65, 70), 60.0)),
+    "penalties": Sampling(
+        temp=3.0, top_k=3, top_p=1, min_p=0, repeat_penalty=1.3, presence_penalty=-9.0, frequency_penalty=-2.0,
+        repeat_last_n=3, logit_bias={32: 2.0},
+    ),
+    "grammar": Sampling(temp=3.0, top_k=3, top_p=1, min_p=0, grammar="root ::= [a-e] [0-9] [a-c] [f-z]*"),
+}  # fmt: skip
+LENGTH = 3
+
+
+def wanted_law(engine: Engine, sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """The law of the target alone under llama.cpp's own samplers."""
+    prompt, law = engine.model.tokenize(PROMPT), {(): 1.0}
+    for _ in range(LENGTH):
+        longer = {}
+        for said, mass in law.items():
+            engine.reader.keep([], 0)
+            logits = engine.reader.read([*prompt, *said], 1)[0].copy()
+            for token, chance in llama_cpp_chain(sampling, logits, prompt, said, engine.model).items():
+                longer[(*said, token)] = mass * chance
+        law = longer
+    return law
+
+
+def law_error(engine: Engine, sampling: Sampling, n: int = 800, **settings: object) -> float:
+    """Chi-square of the first tokens over seeds, in standard deviations above its mean; inf where one cannot be."""
+    wanted = wanted_law(engine, sampling)
+    counts = dict.fromkeys(wanted, 0)
+    for seed in range(n):
+        found = tuple(text_of(engine, sampling, LENGTH, seed=seed, draft_max=2, **settings))
+        if found not in counts:
+            return float("inf")
+        counts[found] += 1
+    cells = np.array([(counts[key], n * mass) for key, mass in wanted.items()])
+    rare = cells[:, 1] < 5
+    cells = np.append(cells[~rare], [cells[rare].sum(axis=0)] if rare.any() else np.empty((0, 2)), axis=0)
+    freedom = len(cells) - 1
+    return float((((cells[:, 0] - cells[:, 1]) ** 2 / cells[:, 1]).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+class Likely(NoDrafter):
+    """Drafts, blind to the text and without the noise, the likeliest answer: often right."""
+
+    def __init__(self, engine: Engine, sampling: Sampling) -> None:
+        wanted = wanted_law(engine, sampling)
+        self._start, self._likely = len(engine.model.tokenize(PROMPT)), max(wanted, key=wanted.__getitem__)
+
+    def draft(self, text, n, sampling, noise) -> list[int]:
+        return list(self._likely[len(text) - self._start :][:n])
+
+
+@pytest.mark.parametrize("kind", LAWS)
+@pytest.mark.parametrize("name", ["likely", "lookup", "wrong", "spec-trimmed"])
+def test_what_is_emitted_follows_llama_cpps_law(engines, name: str, kind: str) -> None:
+    engine, sampling = engines(None if name in ("likely", "lookup") else name), LAWS[kind]
+    own = {"likely": Likely(engine, sampling), "lookup": LookupDrafter()}
+    assert abs(law_error(engine, sampling, drafter=own.get(name))) < 5
+
+
+def draw_the_same_at_every_position(self, position, ids):
+    return EXPONENTIALS(self, 0, ids)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "name"),
+    [
+        *((fault, "bias", "likely") for fault in (accept_all, draw_anew, mix_rows_up)),
+        *((fault, "bias", "target") for fault in (draw_with_the_first_rows, draw_the_same_at_every_position)),
+        *((fault, "penalties", "likely") for fault in STATE),
+    ],
+)
+def test_the_law_fails_with_a_fault(engines, fault, kind: str, name: str, monkeypatch) -> None:
+    engine, sampling = engines(None if name == "likely" else name), LAWS[kind]
+    drafter = Likely(engine, sampling) if name == "likely" else None
+    if fault is draw_the_same_at_every_position:
+        monkeypatch.setattr(Noise, "exponentials", fault)
+    else:
+        monkeypatch.setattr(speculative, "accept" if fault in ACCEPT else "_p_at", fault)
+    assert law_error(engine, sampling, drafter=drafter) > 10

@@ -51,6 +51,9 @@ def generate(
 ) -> Iterator[Round]:
     """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
 
+    With the same noise the text is the same for any drafter and draft length, apart from near-ties of a quantised
+    target, where the shape of a batch changes the last bits of a logit.
+
     Emits at most max_tokens tokens and never more than the context holds. The target may already hold a beginning of
     the prompt: only the rest is read. Closing the generator leaves target and drafter usable.
     """

@@ -92,7 +92,9 @@ def test_text_is_the_plain_one_whatever_the_drafter(engines, plain, eager, name:
     engine._auto = None  # costs as `eager` gives them
     for seed in SEEDS:
         for draft_max in (1, 3, 8, None):
-            assert text_of(engine, sampling, draft_max=draft_max, seed=seed) == plain(kind, seed), draft_max
+            rounds = rounds_of(engine, sampling, draft_max=draft_max, seed=seed)
+            assert [token for round_ in rounds for token in round_.tokens] == plain(kind, seed), draft_max
+            assert any(round_.drafted for round_ in rounds)
         for mood in range(2):
             moody = Moody(engine.drafter, mood)
             assert text_of(engine, sampling, draft_max=12, seed=seed, drafter=moody) == plain(kind, seed)
@@ -126,6 +128,7 @@ def test_drafts_are_accepted_where_laws_agree(engines, kind: str) -> None:
 def test_goes_on_as_it_would_have(engines, plain, kind: str) -> None:
     """The same seed again after stopping in the middle, drafting by cost; without a grammar also from there on."""
     engine, sampling = engines("good-trimmed"), SAMPLINGS[kind]
+    engine._auto = None
     prompt = engine.model.tokenize(PROMPT)
     stopped = engine.rounds(prompt, sampling, max_tokens=N, seed=5)
     next(stopped)

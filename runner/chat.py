@@ -234,6 +234,8 @@ def main(
         raise click.UsageError("--json needs --prompt")
     show_draft = show_draft and _colours()
     with models().open() as engine:
+        if draft_max is None:
+            engine.measure()  # now, rather than while the user waits for an answer
         chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft)
         if system_prompt:
             chat.set_system(system_prompt)

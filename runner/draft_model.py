@@ -41,7 +41,7 @@ class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is unt
     What `Llama` makes of drafts (llama-cpp-python 0.3.36) is slower than `SpeculativeLM`; docs/llama-cpp-python.md:
     it keeps the logits of every position, and needs logits_all=True for texts beyond n_batch tokens; it asks for a
     draft of the same length whatever is left to say; at a temperature it samples from the target and compares, which
-    is exact but accepts less often than speculative sampling; it does not see refused rewinds (recurrent targets).
+    is exact but accepts less often than with shared noise; it does not see refused rewinds (recurrent targets).
     """
 
     def __init__(

@@ -146,11 +146,16 @@ class Engine:
 
     @property
     def auto(self) -> AutoDrafter:
-        """Drafting by cost over the engine's drafter; step costs are measured at the first use, in a second or two."""
+        """Drafting by cost over the engine's drafter; see `measure`."""
         if self._auto is None:
-            draft = None if self.drafter is None else measured_draft(self.drafter)
-            self._auto = AutoDrafter(self.drafter, measured_verify(self.reader), draft)
+            self.measure()
+        assert self._auto is not None
         return self._auto
+
+    def measure(self) -> None:
+        """Measure what steps cost here, which takes a second or two; drafting by cost does so at its first use."""
+        draft = None if self.drafter is None else measured_draft(self.drafter)
+        self._auto = AutoDrafter(self.drafter, measured_verify(self.reader), draft)
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""

@@ -215,16 +215,16 @@ def test_pieces_say_what_was_drafted(toys) -> None:
         engine.model.is_end = lambda token: False
         engine.model.piece = lambda token: f"{token} ".encode()
         prompt, record = engine.model.tokenize("the king and the sea"), Record()
-        rounds = list(engine.rounds(prompt, GREEDY, max_tokens=40))
+        rounds = list(engine.rounds(prompt, GREEDY, max_tokens=40, draft_max=3))
         wanted = []
         for round_ in rounds:
             wanted += [(token, True) for token in round_.tokens[: round_.accepted]]
             wanted += [(token, False) for token in round_.tokens[round_.accepted :]]
-        pieces = list(engine.pieces(prompt, GREEDY, record, max_tokens=40))
+        pieces = list(engine.pieces(prompt, GREEDY, record, max_tokens=40, draft_max=3))
         found = [(int(token), drafted) for text, drafted in pieces for token in text.split()]
         assert found == wanted
         assert sum(drafted for _, drafted in found) == record.accepted > 0
-        assert "".join(engine.answer(prompt, GREEDY, Record(), max_tokens=40)) == record.text
+        assert "".join(engine.answer(prompt, GREEDY, Record(), max_tokens=40, draft_max=3)) == record.text
 
 
 def test_ctrl_c_within_a_character_leaves_none_of_it(bytewise) -> None:

@@ -127,7 +127,7 @@ GREEN = re.compile(r"\x1b\[32m.*?\x1b\[0m", re.DOTALL)
 def test_drafted_text_is_green_on_request(pair, tmp_path) -> None:
     texts = {}
     for name, options, settings in (
-        ("green", ["--show-draft"], {}),
+        ("green", ["--show-draft", "--draft-max", "3"], {}),
         ("plain", [], {}),
         ("NO_COLOR", ["--show-draft"], {"NO_COLOR": "1"}),
         ("dumb", ["--show-draft"], {"TERM": "dumb"}),

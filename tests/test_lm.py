@@ -33,7 +33,7 @@ def test_it_is_the_engines_own_text(toys, lm) -> None:
         "".join(engine.answer(engine.prompt(messages), Sampling(temp=0), wanted, max_tokens=40))
         raw = Record()
         "".join(engine.answer(engine.model.tokenize("the king"), Sampling(temp=0), raw, max_tokens=40))
-    done = lm.chat(messages, **GREEDY)
+    done = lm.chat(messages, draft_max=3, **GREEDY)
     assert (done.text, done.token_ids, done.finish_reason) == (wanted.text, wanted.token_ids, "length")
     assert done.accepted > 0 and done.tau > 1
     assert lm.chat("the king and the sea", **GREEDY).text == wanted.text
@@ -123,7 +123,7 @@ def test_a_pair_by_name(toys, monkeypatch) -> None:
     monkeypatch.setattr(runner.lm, "prepare", prepare)
     with SpeculativeLM.from_pair("a-pair", n_ctx=256, vocab="trim") as lm:
         assert lm._engine.context.n_ctx == 256
-        assert lm.chat("the king", **GREEDY).accepted > 0
+        assert lm.chat("the king", draft_max=3, **GREEDY).accepted > 0
     assert names == ["a-pair"]
 
 

@@ -24,23 +24,24 @@ if __name__ == "__main__":
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from corpus.chain import Chain
 from corpus.command import FILE, OneCommand
 from corpus.errors import TrimError
 from corpus.llama import Context
 from corpus.progress import progress
 from corpus.prompts import load_prompts
-from corpus.sampling import GREEDY
+from corpus.sampling import GREEDY, Sampling
 
 from .bench.machine import machine
 from .engine import Engine
-from .options import Models, draft_max_option, model_options
+from .options import Models, model_options, sampling_options
 from .speculative import Round
 
 
@@ -77,10 +78,25 @@ class Top:
     gap: float
 
 
+def shaped(chain: Chain, logits: np.ndarray) -> np.ndarray:
+    """A row of logits with bias and penalties, and -inf for what the grammar forbids."""
+    values, ids = chain.logits(logits)
+    if ids is None:
+        return values
+    row = np.full(len(logits), -np.inf, np.float32)
+    row[ids] = values
+    return row
+
+
 def plain_greedy(
-    context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool]
+    context: Context,
+    prompt: Sequence[int],
+    n: int,
+    is_end: Callable[[int], bool],
+    sampling: Sampling = GREEDY,
 ) -> tuple[list[int], list[Top]]:
     """Greedy decoding, one token a call: the tokens, and the two best of each position."""
+    chain = Chain(sampling, prompt, context.model)
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
@@ -88,33 +104,42 @@ def plain_greedy(
     best: list[Top] = []
     token = prompt[-1]
     while len(tokens) < n:
-        logits = context.decode([token])[0]
+        logits = shaped(chain, context.decode([token])[0])
         token = int(np.argmax(logits))
         second = next(int(i) for i in np.argpartition(logits, -2)[-2:] if i != token)
         best.append(Top(token, second, float(logits[token] - logits[second])))
         tokens.append(token)
+        chain.accept(token)
         if is_end(token):
             break
     return tokens, best
 
 
-def one_pass(context: Context, prompt: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-    """Logits (len(tokens) x n_vocab, a view) before each of `tokens`, all in one batch."""
+def one_pass(context: Context, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling = GREEDY) -> np.ndarray:
+    """Logits (len(tokens) x n_vocab) before each of `tokens`, all in one batch."""
+    chain = Chain(sampling, prompt, context.model)
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
-    return context.decode([prompt[-1], *tokens[:-1]], len(tokens))
+    rows = context.decode([prompt[-1], *tokens[:-1]], len(tokens))
+    for row, token in zip(rows, tokens, strict=True):
+        row[:] = shaped(chain, row)
+        chain.accept(token)
+    return rows
 
 
-def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round]) -> int:
+def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], sampling: Sampling = GREEDY) -> int:
     """Decode the rounds again in the shapes the loop used; how many emitted tokens are not the argmax."""
+    chain = Chain(sampling, prompt, context.model)
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
     last, position, faults = prompt[-1], len(prompt) - 1, 0
     for round_ in rounds:
         logits = context.decode([last, *round_.drafted], len(round_.drafted) + 1)
-        faults += sum(int(np.argmax(logits[i])) != token for i, token in enumerate(round_.tokens))
+        for row, token in zip(logits, round_.tokens, strict=False):
+            faults += int(np.argmax(shaped(chain, row))) != token
+            chain.accept(token)
         position += len(round_.tokens)
         last = round_.tokens[-1]
         context.truncate(position)
@@ -122,17 +147,25 @@ def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round]) -> 
 
 
 def check_prompt(
-    engine: Engine, context: Context, name: str, prompt: list[int], n: int, draft_max: int | None
+    engine: Engine,
+    context: Context,
+    name: str,
+    prompt: list[int],
+    n: int,
+    draft_max: int | None,
+    sampling: Sampling = GREEDY,
 ) -> Exactness:
     """All five steps for one prompt; `context` is a second one over the target with room for n rows of logits."""
-    plain, best = plain_greedy(context, prompt, n, engine.model.is_end)
+    plain, best = plain_greedy(context, prompt, n, engine.model.is_end, sampling)
     engine.reader.keep([], 0)  # so that the loop reads the prompt as the replay will
-    rounds = list(engine.rounds(prompt, GREEDY, max_tokens=n, draft_max=draft_max))
+    rounds = list(engine.rounds(prompt, sampling, max_tokens=n, draft_max=draft_max))
     tokens = [token for round_ in rounds for token in round_.tokens]
-    faults = replay(context, prompt, rounds)
-    logits = one_pass(context, prompt, plain)
-    noise = np.array([abs(top.gap - (row[top.first] - row[top.second])) for row, top in zip(logits, best, strict=True)])
-    logits = one_pass(context, prompt, tokens)
+    faults = replay(context, prompt, rounds, sampling)
+    logits = one_pass(context, prompt, plain, sampling)
+    leads = [(top.gap, row[top.first] - row[top.second]) for row, top in zip(logits, best, strict=True)]
+    # Where a grammar leaves one token, there is no second to lead over.
+    noise = np.array([abs(a - b) for a, b in leads if np.isfinite([a, b]).all()] or [0.0])
+    logits = one_pass(context, prompt, tokens, sampling)
     gaps = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
     parts_at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), None)
     parting = (
@@ -146,11 +179,21 @@ def check_prompt(
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the prompts.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
-@draft_max_option()
+@sampling_options
 def main(
-    models: Callable[[], Models], prompts: Path | None, limit: int, max_tokens: int, draft_max: int | None
+    models: Callable[[], Models],
+    sampling: Sampling,
+    prompts: Path | None,
+    limit: int,
+    max_tokens: int,
+    draft_max: int | None,
+    seed: int | None,
 ) -> None:
-    """Check greedy exactness token by token; exit 1 where a token is not the target's."""
+    """Check greedy exactness token by token, also with penalties, bias or a grammar; exit 1 for a wrong token.
+
+    Of the samplers only those count that can change which token is the likeliest.
+    """
+    sampling = replace(sampling, temp=0.0)
     chosen = load_prompts(prompts, limit)
     found = models()
     results = []
@@ -161,7 +204,7 @@ def main(
     ):
         for prompt in chosen:
             ids = engine.prompt(prompt.messages)
-            results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max))
+            results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max, sampling))
             advance(1)
     epsilon = float(max(result.noise.max() for result in results))
     rows = [result.as_json(epsilon) for result in results]

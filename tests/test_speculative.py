@@ -10,7 +10,7 @@ from corpus.sampling import Sampling
 from runner import speculative
 from runner.drafter import NoDrafter
 from runner.engine import Engine, Record
-from runner.exact import check_prompt, plain_greedy
+from runner.exact import check_prompt, plain_greedy, replay
 from runner.speculative import Round
 
 GREEDY = Sampling(temp=0)
@@ -65,6 +65,31 @@ def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
     plain = tokens_of(run(engine, PROMPTS[0], draft_max=0, drafter=NoDrafter()))
     monkeypatch.setattr(speculative, "accept", lambda p_at, drafts, *_: (len(drafts), int(p_at(len(drafts)).ids[0])))
     assert tokens_of(run(engine, PROMPTS[0])) != plain
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temp=0, repeat_penalty=1.3, frequency_penalty=0.2),
+        Sampling(temp=0, grammar="root ::= [a-z ]{1,60}"),
+        Sampling(temp=0, logit_bias={65: 3.0}, presence_penalty=0.5),
+    ],
+    ids=["penalties", "grammar", "bias"],
+)
+@pytest.mark.parametrize("name", ["good-trimmed", "wrong"])
+def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str, monkeypatch) -> None:
+    """Teacher-forced, with penalties, a grammar, a bias; a state that forgets what was said is seen."""
+    with Engine(toys["target"], toys[name], n_ctx=256) as engine:
+        ids = engine.model.tokenize(PROMPTS[0])
+        with Context(engine.model, 256, n_outputs=40) as context:
+            found = check_prompt(engine, context, "x", ids, 32, 3, sampling)
+            assert (found.replay_faults, found.parts_at) == (0, None)
+            assert found.tokens > 5
+            assert float(found.gaps.max()) < 1e-3
+            plain = check_prompt(engine, context, "x", ids, 32, 3)
+            assert plain.replay_faults == 0
+            rounds = list(engine.rounds(ids, sampling, max_tokens=32, draft_max=3))
+            assert replay(context, ids, rounds) > 0  # without the chain the same rounds are not the argmax
 
 
 @pytest.mark.parametrize("fault", ["no rewind", "rows mixed up"])

@@ -22,7 +22,6 @@ from .pace import Chances, StepCost, best_cut
 
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
 DRAFT_SIZES = (1, 2, 4, 16, 64)
-LONGEST = 15  # drafts in a round
 LOSS = 0.02  # of an answer's plain time that drafts may cost it at the worst
 CREDIT = 4.0  # plain steps of what drafts have won that they may lose again
 OUTLOOK = 64  # tokens that an answer is expected to go on for, whatever is known
@@ -51,7 +50,6 @@ class AutoDrafter:
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         self._claims, self._modelled, self._invested = [], False, 0.0
-        n = min(n, LONGEST)
         plain = self._verify.of(1)
         allowance = LOSS * plain * (self._emitted + min(self._left, OUTLOOK)) - self._lost
         if n <= 0 or allowance < 0:

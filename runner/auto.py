@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from corpus.llama import Context
 from corpus.noise import Noise
-from corpus.sampling import Sampling
+from corpus.sampling import GREEDY, Sampling
 
 from .drafter import ModelDrafter, Reader
 from .lookup import Lookup
@@ -198,7 +198,7 @@ def measured_draft(drafter: ModelDrafter) -> StepCost:
             drafter.settle()
             drafter.prepare(text[: longest - n + 1], 0)
             before = drafter.seconds
-            next(drafter.propose(text, Sampling(temp=0), noise))
+            next(drafter.propose(text, GREEDY, noise))
             took = drafter.seconds - before
             if turn:
                 seconds[n] = min(seconds.get(n, took), took)

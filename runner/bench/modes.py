@@ -26,7 +26,8 @@ from ..options import FULL, Models
 from .machine import resident
 
 PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
-KINDS = (PLAIN, FULL, "trim", "context", "spec", LOOKUP, AUTO)
+CUT = ("trim", "context", "spec")  # what a trimmed drafter may draft from
+KINDS = (PLAIN, FULL, *CUT, LOOKUP, AUTO)
 AGAIN = "again"  # plain decoding a second time: what differs between the two is the machine's noise
 
 
@@ -87,9 +88,10 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
         kind, colon, n = name.partition(":")
         if kind == FULL and files.full is None:
             continue
-        cuts = files.trimmed if kind in ("trim", "context", "spec") else (None,)
-        several = len(files.trimmed) > 1 and kind in ("trim", "context", "spec")
-        found += [f"{kind}@{k}{colon}{n}" if several else name for k in cuts]
+        if kind in CUT and len(files.trimmed) != 1:
+            found += [f"{kind}@{k}{colon}{n}" for k in files.trimmed]
+        else:
+            found.append(name)
     return found
 
 
@@ -121,7 +123,7 @@ def open_modes(
             before = resident()
             drafter = None
             if path is not None:
-                vocab = kind if kind in ("trim", "context", "spec") else found.vocab
+                vocab = kind if kind in CUT else found.vocab
                 n_ctx = found.n_ctx_draft or engine.context.n_ctx
                 limits = n_ctx, found.n_threads, found.n_gpu_layers, vocab, found.cache_draft
                 drafter = open_drafter(path, vocabulary, *limits)
@@ -129,23 +131,26 @@ def open_modes(
             cost = kind == AUTO or length is None
             mode = Mode(name, by_cost(drafter) if cost or drafter is None else drafter, None if cost else length, path)
             if drafter is not None and path is not None:
-                mode.step = partial(bytes_of_step, path, drafter)
+                mode.step = step_reader(path, drafter)
             mode.memory = resident() - before
             modes.append(mode)
         yield modes
 
 
-def bytes_of_step(path: Path, drafter: ModelDrafter) -> tuple[float, float]:
-    """(parameters, bytes) that a draft step of this file has read on average so far."""
-    file = GGUFFile(path)
+def step_reader(path: Path, drafter: ModelDrafter) -> Callable[[], tuple[float, float]]:
+    """A function that says what a draft step of this file has read on average so far: (parameters, bytes).
+
+    The files are read here, once: it is asked after every answer.
+    """
+    file, dynamic = GGUFFile(path), drafter.dynamic
     weights, k = Weights.of(file), file.tensors[EMBEDDING].n_rows
-    params, n_bytes = weights.params_at(k), float(weights.bytes_at(k))
-    dynamic = drafter.dynamic
-    if dynamic is not None and dynamic.steps:
-        more = dynamic.rows / dynamic.steps
-        params, n_bytes = weights.params_at(k + more), weights.bytes_at(k + more)
-        speculator = Speculator.of(Trimmed.open(path)) if dynamic.speculates else None
-        if speculator is not None:
-            scored = speculator.step(k)
-            params, n_bytes = params + scored[0], n_bytes + scored[1]
-    return params, n_bytes
+    speculator = Speculator.of(Trimmed.open(path)) if dynamic is not None and dynamic.speculates else None
+    scored = (0.0, 0.0) if speculator is None else speculator.step(k)
+
+    def step() -> tuple[float, float]:
+        if dynamic is None or not dynamic.steps:
+            return weights.params_at(k), float(weights.bytes_at(k))
+        rows = k + dynamic.rows / dynamic.steps
+        return weights.params_at(rows) + scored[0], weights.bytes_at(rows) + scored[1]
+
+    return step

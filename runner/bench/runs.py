@@ -29,7 +29,6 @@ from .modes import Mode
 TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # Spec-Bench's, beside MT-Bench's categories
 # Where `--spec-bench auto` looks, from the working directory.
 SPEC_BENCH = ("question.jsonl", "spec_bench/question.jsonl", "../shared/data/spec_bench/question.jsonl")
-ROUND = ("tokens", "drafted", "accepted", "draft_seconds", "verify_seconds", "host_seconds")
 Answer = dict[str, Any]
 
 
@@ -45,7 +44,10 @@ def turns_of(prompts: Sequence[Prompt]) -> int:
 def answer(
     engine: Engine, mode: Mode, prompt: list[int], sampling: Sampling, max_tokens: int, seed: int | None
 ) -> Answer:
-    """One answer's raw figures. The target has read the prompt; the drafter has not."""
+    """One answer's raw figures. The target has read the prompt; the drafter has not.
+
+    A round is [tokens, drafted, accepted, draft seconds, verify seconds, host seconds].
+    """
     mode.drafter.settle()
     mode.drafter.prepare(prompt[:1], 0)  # forgets all but the first token, and reads nothing
     before, started = resident(), time.perf_counter()

@@ -29,7 +29,7 @@ from gguf_trim.speculator import Speculator
 
 from ..drafter import ModelDrafter, open_drafter
 from ..options import FULL, Models
-from .modes import Files, bytes_of_step
+from .modes import Files, step_reader
 from .report import table
 from .shapes import SHAPES, write_shape
 
@@ -108,7 +108,8 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
             def clock(drafter: ModelDrafter = drafter) -> float:
                 return drafter.seconds
 
-            steps.append(Step(name, run, FULL, lambda: bytes_of_step(path, drafter)[1], clock))
+            read = step_reader(path, drafter)
+            steps.append(Step(name, run, FULL, lambda: read()[1], clock))
 
         add(FULL, files.full, "trim")
         for k, path in files.trimmed.items():

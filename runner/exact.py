@@ -2,15 +2,16 @@
 
 Batch shape changes floating point: on a quantised target the same position has slightly different logits decoded alone
 and in a batch of four, so two correct greedy runs part at near-ties. This check tells a near-tie from a bug. For every
-prompt, greedily:
+prompt, greedily or with the noise of a seed:
 
 1. plain: the target decodes one token at a time, in code that shares nothing with the speculative loop;
 2. the speculative loop answers, and its rounds are kept;
 3. replay: the kept rounds are decoded again, in the same batch shapes, on an empty cache: every emitted token must be
-   the argmax of its row;
+   the argmax of its row, as the samplers and the noise make it;
 4. one pass: the emitted text is read in one batch: no token may lie further below the maximum than the batch-shape
    noise, which is measured apart from the loop, on the plain text (how far the lead of the best token over the second
-   moves between one token at a time and one pass);
+   moves between one token at a time and one pass); where a filter such as top-p leaves a token out in one shape and not
+   in another, it is counted, too;
 5. where the loop's text parts from the plain one, the gap between the two tokens is printed.
 """
 
@@ -24,17 +25,19 @@ if __name__ == "__main__":
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from corpus.chain import Chain
 from corpus.command import FILE, OneCommand
 from corpus.errors import TrimError
 from corpus.llama import Context
+from corpus.noise import Noise
 from corpus.progress import progress
 from corpus.prompts import load_prompts
 from corpus.sampling import GREEDY, Sampling
@@ -55,15 +58,16 @@ class Exactness:
     gaps: np.ndarray  # one pass: maximum minus the emitted token's logit, per position
     noise: np.ndarray  # per position of the plain text
     parts_at: int | None
-    parting_gap: float | None
+    parting_gap: float | None  # None, too, where a filter leaves one of the two tokens out
 
     def as_json(self, epsilon: float) -> dict[str, Any]:
         return {
             "prompt": self.prompt,
             "tokens": self.tokens,
             "replay_faults": self.replay_faults,
-            "greatest_gap": float(self.gaps.max()),
-            "beyond_noise": int((self.gaps > epsilon).sum()),
+            "greatest_gap": float(self.gaps.max(initial=0, where=np.isfinite(self.gaps))),
+            "beyond_noise": int((self.gaps[np.isfinite(self.gaps)] > epsilon).sum()),
+            "at_filters_edge": int(np.isinf(self.gaps).sum()),
             "parts_at": self.parts_at,
             "parting_gap": self.parting_gap,
         }
@@ -78,36 +82,51 @@ class Top:
     gap: float
 
 
-def shaped(chain: Chain, logits: np.ndarray) -> np.ndarray:
-    """A row of logits with bias and penalties, and -inf for what the grammar forbids."""
-    values, ids = chain.logits(logits)
-    if ids is None:
-        return values
-    row = np.full(len(logits), -np.inf, np.float32)
-    row[ids] = values
-    return row
+@dataclass(frozen=True)
+class Law:
+    """How the target draws: its samplers, and the seed of the noise where they are not greedy."""
+
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+    def scores(self, chain: Chain, logits: np.ndarray, position: int) -> np.ndarray:
+        """A row of logits made so that the token to draw is its argmax; -inf for what the samplers leave out.
+
+        Greedily that is the row with bias and penalties. Otherwise the noise is added, times the temperature, so that
+        differences are logits still.
+        """
+        row = np.full(len(logits), -np.inf)
+        if self.sampling.greedy:
+            values, ids = chain.logits(logits)
+            row[slice(None) if ids is None else ids] = values
+            return row
+        law = chain.distribution(logits)
+        gumbel = -np.log(Noise(self.seed).exponentials(position, law.ids))
+        row[law.ids] = self.sampling.temp * (np.log(law.probs) + gumbel)
+        return row
 
 
-def plain_greedy(
-    context: Context,
-    prompt: Sequence[int],
-    n: int,
-    is_end: Callable[[int], bool],
-    sampling: Sampling = GREEDY,
-) -> tuple[list[int], list[Top]]:
-    """Greedy decoding, one token a call: the tokens, and the two best of each position."""
-    chain = Chain(sampling, prompt, context.model)
+def begin(context: Context, prompt: Sequence[int], law: Law) -> Chain:
+    """Read a prompt but for its last token into an empty cache."""
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
+    return Chain(law.sampling, prompt, context.model)
+
+
+def plain_tokens(
+    context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool], law: Law = Law()
+) -> tuple[list[int], list[Top]]:
+    """Decoding one token a call: the tokens, and the two best of each position."""
+    chain = begin(context, prompt, law)
     tokens: list[int] = []
     best: list[Top] = []
     token = prompt[-1]
     while len(tokens) < n:
-        logits = shaped(chain, context.decode([token])[0])
-        token = int(np.argmax(logits))
-        second = next(int(i) for i in np.argpartition(logits, -2)[-2:] if i != token)
-        best.append(Top(token, second, float(logits[token] - logits[second])))
+        scores = law.scores(chain, context.decode([token])[0], len(prompt) + len(tokens))
+        token = int(np.argmax(scores))
+        second = next(int(i) for i in np.argpartition(scores, -2)[-2:] if i != token)
+        best.append(Top(token, second, float(scores[token] - scores[second])))
         tokens.append(token)
         chain.accept(token)
         if is_end(token):
@@ -115,30 +134,25 @@ def plain_greedy(
     return tokens, best
 
 
-def one_pass(context: Context, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling = GREEDY) -> np.ndarray:
-    """Logits (len(tokens) x n_vocab) before each of `tokens`, all in one batch."""
-    chain = Chain(sampling, prompt, context.model)
-    context.truncate(0)
-    if len(prompt) > 1:
-        context.decode(prompt[:-1], 0)
+def one_pass(context: Context, prompt: Sequence[int], tokens: Sequence[int], law: Law = Law()) -> np.ndarray:
+    """Scores (len(tokens) x n_vocab) before each of `tokens`, all in one batch."""
+    chain = begin(context, prompt, law)
     rows = context.decode([prompt[-1], *tokens[:-1]], len(tokens))
-    for row, token in zip(rows, tokens, strict=True):
-        row[:] = shaped(chain, row)
+    for i, token in enumerate(tokens):
+        rows[i] = law.scores(chain, rows[i], len(prompt) + i)
+        # What a filter leaves out here, and did not in another shape, can be drawn all the same.
         chain.accept(token)
     return rows
 
 
-def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], sampling: Sampling = GREEDY) -> int:
+def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], law: Law = Law()) -> int:
     """Decode the rounds again in the shapes the loop used; how many emitted tokens are not the argmax."""
-    chain = Chain(sampling, prompt, context.model)
-    context.truncate(0)
-    if len(prompt) > 1:
-        context.decode(prompt[:-1], 0)
+    chain = begin(context, prompt, law)
     last, position, faults = prompt[-1], len(prompt) - 1, 0
     for round_ in rounds:
         logits = context.decode([last, *round_.drafted], len(round_.drafted) + 1)
-        for row, token in zip(logits, round_.tokens, strict=False):
-            faults += int(np.argmax(shaped(chain, row))) != token
+        for i, (row, token) in enumerate(zip(logits, round_.tokens, strict=False)):
+            faults += int(np.argmax(law.scores(chain, row, position + 1 + i))) != token
             chain.accept(token)
         position += len(round_.tokens)
         last = round_.tokens[-1]
@@ -153,24 +167,25 @@ def check_prompt(
     prompt: list[int],
     n: int,
     draft_max: int | None,
-    sampling: Sampling = GREEDY,
+    law: Law = Law(),
 ) -> Exactness:
     """All five steps for one prompt; `context` is a second one over the target with room for n rows of logits."""
-    plain, best = plain_greedy(context, prompt, n, engine.model.is_end, sampling)
+    plain, best = plain_tokens(context, prompt, n, engine.model.is_end, law)
     engine.reader.keep([], 0)  # so that the loop reads the prompt as the replay will
-    rounds = list(engine.rounds(prompt, sampling, max_tokens=n, draft_max=draft_max))
+    rounds = list(engine.rounds(prompt, law.sampling, max_tokens=n, draft_max=draft_max, seed=law.seed))
     tokens = [token for round_ in rounds for token in round_.tokens]
-    faults = replay(context, prompt, rounds, sampling)
-    logits = one_pass(context, prompt, plain, sampling)
-    leads = [(top.gap, row[top.first] - row[top.second]) for row, top in zip(logits, best, strict=True)]
-    # Where a grammar leaves one token, there is no second to lead over.
+    faults = replay(context, prompt, rounds, law)
+    scores = one_pass(context, prompt, plain, law)
+    leads = [(top.gap, row[top.first] - row[top.second]) for row, top in zip(scores, best, strict=True)]
+    # Where the samplers leave one token, there is no second to lead over.
     noise = np.array([abs(a - b) for a, b in leads if np.isfinite([a, b]).all()] or [0.0])
-    logits = one_pass(context, prompt, tokens, sampling)
-    gaps = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+    scores = one_pass(context, prompt, tokens, law)
+    gaps = scores.max(axis=1) - scores[np.arange(len(tokens)), tokens]
     parts_at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), None)
-    parting = (
-        None if parts_at is None else float(logits[parts_at][plain[parts_at]] - logits[parts_at][tokens[parts_at]])
-    )
+    parting = None
+    if parts_at is not None:
+        gap = float(scores[parts_at][plain[parts_at]] - scores[parts_at][tokens[parts_at]])
+        parting = gap if np.isfinite(gap) else None
     return Exactness(name, len(tokens), faults, gaps, noise, parts_at, parting)
 
 
@@ -189,11 +204,13 @@ def main(
     draft_max: int | None,
     seed: int | None,
 ) -> None:
-    """Check greedy exactness token by token, also with penalties, bias or a grammar; exit 1 for a wrong token.
+    """Check token by token that the output is the target's; exit 1 for a wrong token.
 
-    Of the samplers only those count that can change which token is the likeliest.
+    Greedily unless --temp is given, and with every sampler that is given.
     """
-    sampling = replace(sampling, temp=0.0)
+    if click.get_current_context().get_parameter_source("temp") is ParameterSource.DEFAULT:
+        sampling = replace(sampling, temp=0.0)
+    law = Law(sampling, seed or 0)
     chosen = load_prompts(prompts, limit)
     found = models()
     results = []
@@ -204,32 +221,37 @@ def main(
     ):
         for prompt in chosen:
             ids = engine.prompt(prompt.messages)
-            results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max, sampling))
+            results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max, law))
             advance(1)
     epsilon = float(max(result.noise.max() for result in results))
     rows = [result.as_json(epsilon) for result in results]
     for row in rows:
-        parting = (
-            "same text" if row["parts_at"] is None else f"parts at {row['parts_at']}, gap {row['parting_gap']:+.3f}"
-        )
+        parting = "same text"
+        if row["parts_at"] is not None:
+            gap = "at a filter's edge" if row["parting_gap"] is None else f"gap {row['parting_gap']:+.3f}"
+            parting = f"parts at {row['parts_at']}, {gap}"
         click.echo(f"{row['prompt']:14s} {row['tokens']:4d} tokens  greatest gap {row['greatest_gap']:.3f}  {parting}")
     total = {
         "machine": machine(),
         "target": found.target.name,
         "draft": found.draft.name if found.draft else None,
         "draft_max": draft_max,
+        "sampling": asdict(sampling) | {"logit_bias": {str(i): str(bias) for i, bias in sampling.logit_bias.items()}},
+        "seed": law.seed,
         "tokens": sum(row["tokens"] for row in rows),
         "replay_faults": sum(row["replay_faults"] for row in rows),
         "noise": epsilon,
         "noise_median": float(np.median(np.concatenate([result.noise for result in results]))),
         "greatest_gap": max(row["greatest_gap"] for row in rows),
         "beyond_noise": sum(row["beyond_noise"] for row in rows),
+        "at_filters_edge": sum(row["at_filters_edge"] for row in rows),
         "parted": sum(row["parts_at"] is not None for row in rows),
         "prompts": rows,
     }
     click.echo(
         f"{total['tokens']} tokens: {total['replay_faults']} are not the argmax in the loop's own batch shapes; in one "
-        f"pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}; "
+        f"pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}"
+        f"{f', and filters leave {edge} out' if (edge := total['at_filters_edge']) else ''}; "
         f"{total['parted']} of {len(rows)} texts part from plain decoding"
     )
     click.echo(json.dumps(total))

@@ -181,7 +181,7 @@ def test_costs_follow_what_is_seen_and_not_a_hiccup() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "target", "good-trimmed", "wrong", "tiny-trimmed", "spec-trimmed"])
-def test_greedy_text_is_plain_greedy(toys, name: str | None, eager) -> None:
+def test_greedy_text_is_plain_tokens(toys, name: str | None, eager) -> None:
     with Engine(toys["target"], toys[name] if name else None, n_ctx=256) as engine:
         engine.model.is_end = lambda token: False  # type: ignore[method-assign]
         drafted = 0

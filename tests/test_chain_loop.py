@@ -12,7 +12,7 @@ from corpus.grammar import schema_grammar
 from corpus.sampling import Sampling
 from runner.drafter import NoDrafter
 from runner.engine import Engine
-from runner.exact import plain_greedy
+from runner.exact import plain_tokens
 
 from .chains import llama_cpp_chain
 from .test_chain import obeys
@@ -43,7 +43,7 @@ def test_greedy_text_is_the_plain_one(engines, name: str, sampling: Sampling, mo
     for draft_max in (1, 3, 8):
         assert tokens_of(engine, prompt, sampling, 40, draft_max=draft_max) == plain
     engine.reader.keep([], 0)
-    assert plain != plain_greedy(engine.context, prompt, 40, lambda token: False)[0]
+    assert plain != plain_tokens(engine.context, prompt, 40, lambda token: False)[0]
     for i in range(0, 40, 7):
         engine.reader.settle()
         engine.reader.keep([], 0)

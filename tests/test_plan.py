@@ -25,7 +25,7 @@ from gguf_trim.matches import rank_of, tau_of
 from gguf_trim.planner import matches_of, sampled_acceptance
 from gguf_trim.speculator import Speculator, attach, fit, states_of
 from runner.engine import Engine
-from runner.exact import plain_greedy
+from runner.exact import plain_tokens
 
 from .toy import write_model
 
@@ -47,7 +47,7 @@ def answers(pair) -> list[TargetAnswer]:
     with Model(pair[0]) as model, Context(model, 256) as context:
         for i, text in enumerate(("the king and the sea", "a", "of tea", "once more")):
             prompt = model.tokenize(text)
-            tokens, _ = plain_greedy(context, prompt, N_TOKENS, lambda token: False)
+            tokens, _ = plain_tokens(context, prompt, N_TOKENS, lambda token: False)
             found.append(TargetAnswer(f"p{i}", "xy"[i % 2], prompt, tokens))
     return found
 

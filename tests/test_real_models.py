@@ -52,6 +52,12 @@ def test_every_token_is_the_targets_on_smollm2(own_drafter: list[str]) -> None:
     assert found["replay_faults"] == found["beyond_noise"] == 0
 
 
+def test_every_sampled_token_is_the_targets_on_smollm2(own_drafter: list[str]) -> None:
+    found = call(exact.main, *own_drafter, "--limit", "1", "-n", "40", "--draft-max", "3", "--temp", "1", "-s", "3")
+    assert found["tokens"] == 40
+    assert found["replay_faults"] == found["beyond_noise"] == 0
+
+
 def test_demo_on_smollm2(own_drafter: list[str]) -> None:
     found = call(bench, "demo", *own_drafter, "-n", "24", "--draft-max", "3")
     for row in found["prompts"]:

@@ -10,7 +10,7 @@ from corpus.sampling import Sampling
 from runner import speculative
 from runner.drafter import NoDrafter
 from runner.engine import Engine, Record
-from runner.exact import check_prompt, plain_greedy, replay
+from runner.exact import Law, check_prompt, plain_tokens, replay
 from runner.speculative import Round
 
 GREEDY = Sampling(temp=0)
@@ -40,7 +40,7 @@ def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, dr
     for prompt in PROMPTS:
         ids = engine.model.tokenize(prompt)
         engine.reader.keep([], 0)
-        plain, _ = plain_greedy(engine.context, ids, 48, lambda token: False)
+        plain, _ = plain_tokens(engine.context, ids, 48, lambda token: False)
         engine.reader.settle()
         rounds = run(engine, prompt, draft_max=draft_max)
         assert tokens_of(rounds) == plain
@@ -73,22 +73,28 @@ def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
         Sampling(temp=0, repeat_penalty=1.3, frequency_penalty=0.2),
         Sampling(temp=0, grammar="root ::= [a-z ]{1,60}"),
         Sampling(temp=0, logit_bias={65: 3.0}, presence_penalty=0.5),
+        Sampling(temp=0.9, top_k=60, repeat_penalty=1.1),
+        Sampling(temp=1.2, top_k=0, top_p=1, min_p=0, typical_p=0.9),
     ],
-    ids=["penalties", "grammar", "bias"],
+    ids=["penalties", "grammar", "bias", "sampled", "typical"],
 )
 @pytest.mark.parametrize("name", ["good-trimmed", "wrong"])
 def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str, monkeypatch) -> None:
-    """Teacher-forced, with penalties, a grammar, a bias; a state that forgets what was said is seen."""
+    """Teacher-forced, with penalties, a grammar, a bias, sampled; a state that forgets what was said is seen."""
+    law = Law(sampling, seed=3)
     with Engine(toys["target"], toys[name], n_ctx=256) as engine:
         ids = engine.model.tokenize(PROMPTS[0])
         with Context(engine.model, 256, n_outputs=40) as context:
-            found = check_prompt(engine, context, "x", ids, 32, 3, sampling)
+            found = check_prompt(engine, context, "x", ids, 32, 3, law)
             assert (found.replay_faults, found.parts_at) == (0, None)
             assert found.tokens > 5
             assert float(found.gaps.max()) < 1e-3
             plain = check_prompt(engine, context, "x", ids, 32, 3)
             assert plain.replay_faults == 0
-            rounds = list(engine.rounds(ids, sampling, max_tokens=32, draft_max=3))
+            rounds = list(engine.rounds(ids, sampling, max_tokens=32, draft_max=3, seed=law.seed))
+            assert replay(context, ids, rounds, law) == 0
+            if not sampling.greedy:
+                assert replay(context, ids, rounds, Law(sampling, seed=4)) > 0
             assert replay(context, ids, rounds) > 0  # without the chain the same rounds are not the argmax
 
 

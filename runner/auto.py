@@ -9,19 +9,15 @@ failed bounds what an answer can lose, whatever the estimates say.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
-from corpus.llama import Context
 from corpus.noise import Noise
-from corpus.sampling import GREEDY, Sampling
+from corpus.sampling import Sampling
 
-from .drafter import ModelDrafter, Reader
+from .drafter import ModelDrafter
 from .lookup import Lookup
 from .pace import Chances, StepCost, best_cut
 
-VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
-DRAFT_SIZES = (1, 2, 4, 16, 64)
 LOSS = 0.02  # of an answer's plain time that drafts may cost it at the worst
 CREDIT = 4.0  # plain steps of what drafts have won that they may lose again
 OUTLOOK = 64  # tokens that an answer is expected to go on for, whatever is known
@@ -167,39 +163,3 @@ class AutoDrafter:
     def close(self) -> None:
         if self._drafter is not None:
             self._drafter.close()
-
-
-def measured_verify(target: Reader) -> StepCost:
-    """A target's verify cost on this machine: the faster of two steps of each size, on an empty cache."""
-    context: Context = target.context
-    target.keep([], 0)
-    seconds: dict[int, float] = {}
-    for turn in range(3):
-        for n in VERIFY_SIZES[:: 1 if turn else -1]:
-            if n > min(context.n_outputs, context.n_ctx):
-                continue
-            started = time.perf_counter()
-            context.decode(list(range(n)), n)
-            took = time.perf_counter() - started
-            context.truncate(0)
-            if turn:  # the first turn warms up
-                seconds[n] = min(seconds.get(n, took), took)
-    return StepCost(seconds)
-
-
-def measured_draft(drafter: ModelDrafter) -> StepCost:
-    """A drafter's cost to draft one token, by the number of tokens it has to read first."""
-    noise = Noise(0)
-    longest = min(DRAFT_SIZES[-1], drafter.n_ctx // 2)
-    text = list(range(longest))
-    seconds: dict[int, float] = {}
-    for turn in range(3):
-        for n in (size for size in DRAFT_SIZES if size <= longest):
-            drafter.settle()
-            drafter.prepare(text[: longest - n + 1], 0)
-            before = drafter.seconds
-            next(drafter.propose(text, GREEDY, noise))
-            took = drafter.seconds - before
-            if turn:
-                seconds[n] = min(seconds.get(n, took), took)
-    return StepCost(seconds)

@@ -17,9 +17,11 @@ from corpus.noise import Noise
 from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
+from gguf_trim.cut import companion_path
 
-from .auto import AutoDrafter, measured_draft, measured_verify
+from .auto import AutoDrafter
 from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, Reader, open_drafter
+from .measured import step_costs
 from .speculative import Round, generate
 
 LONGEST = 16  # drafts in a round
@@ -113,6 +115,8 @@ class Engine:
     ) -> None:
         self.drafter: ModelDrafter | None = None
         self._auto: AutoDrafter | None = None
+        self._files = [target] if draft is None else [target, draft, companion_path(draft)]
+        self._settings = (n_ctx, n_threads, n_gpu_layers, vocab, n_ctx_draft, cache, cache_draft)
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
             raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as --draft")
@@ -153,9 +157,11 @@ class Engine:
         return self._auto
 
     def measure(self) -> None:
-        """Measure what steps cost here, which takes a second or two; drafting by cost does so at its first use."""
-        draft = None if self.drafter is None else measured_draft(self.drafter)
-        self._auto = AutoDrafter(self.drafter, measured_verify(self.reader), draft)
+        """Find out what steps cost here, which takes seconds where this pair never drafted here before.
+
+        Drafting by cost does so at its first use.
+        """
+        self._auto = AutoDrafter(self.drafter, *step_costs(self.reader, self.drafter, self._files, self._settings))
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""

@@ -75,12 +75,20 @@ def engines(toys: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
         engine.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Costs of toys are no business of the user's own memory of costs."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runner.measured.costs_file", lambda: path)
+        yield path
+
+
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which drafting always pays: toys are so fast that it never would."""
     cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
-    monkeypatch.setattr("runner.engine.measured_verify", lambda reader: cheap)
-    monkeypatch.setattr("runner.engine.measured_draft", lambda drafter: StepCost({1: 0.01, 64: 0.02}))
+    monkeypatch.setattr("runner.engine.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
     monkeypatch.setattr(StepCost, "saw", lambda self, n, seconds: None)
 
 

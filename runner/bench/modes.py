@@ -18,11 +18,13 @@ from gguf_trim.layout import EMBEDDING
 from gguf_trim.prepare import choose_rows, prepare
 from gguf_trim.speculator import Speculator
 
-from ..auto import AutoDrafter, measured_draft, measured_verify
+from ..auto import AutoDrafter
 from ..drafter import Drafter, ModelDrafter, NoDrafter, open_drafter
 from ..engine import Engine
 from ..lookup import LookupDrafter
+from ..measured import measured_draft, measured_verify
 from ..options import FULL, Models
+from ..pace import StepCost
 from .machine import resident
 
 PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
@@ -101,10 +103,10 @@ def open_modes(
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
-    verify = measured_verify(engine.reader)
+    verify = StepCost(measured_verify(engine.reader))  # anew, whatever is remembered
 
     def by_cost(drafter: ModelDrafter | None) -> AutoDrafter:
-        return AutoDrafter(drafter, verify, None if drafter is None else measured_draft(drafter))
+        return AutoDrafter(drafter, verify, None if drafter is None else StepCost(measured_draft(drafter)))
 
     with ExitStack() as stack:
         modes = []

@@ -1,0 +1,105 @@
+"""Step costs: measured without a trace, remembered for the next time, and measured again when anything has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from corpus.sampling import GREEDY
+from gguf_trim.cut import companion_path
+from runner import measured
+from runner.engine import Engine
+from runner.measured import measured_draft, measured_verify
+
+from .conftest import copy_trimmed
+
+
+def test_measures_and_leaves_no_trace(toys) -> None:
+    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+        before = [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
+        verify, draft = measured_verify(engine.reader), measured_draft(engine.drafter)
+        assert list(verify) == [1, 2, 3, 4, 5, 6, 8]
+        assert all(seconds > 0 for seconds in verify.values())
+        assert draft[64] > draft[1] > 0
+        assert [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)] == before
+
+
+class Pair:
+    """Opens a pair and counts how often it was measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured = 0
+
+        def counted(reader) -> dict[int, float]:
+            self.measured += 1
+            return measured_verify(reader)
+
+        monkeypatch.setattr(measured, "measured_verify", counted)
+
+    def is_measured(self, target: Path, draft: Path | None = None, **settings) -> bool:
+        before = self.measured
+        with Engine(target, draft, **({"n_ctx": 128} | settings)) as engine:
+            engine.measure()
+        return self.measured > before
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Pair:
+    return Pair(monkeypatch)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "cache" / "costs.json"
+    monkeypatch.setattr(measured, "costs_file", lambda: path)
+    return path
+
+
+def test_is_remembered_until_something_changes(toys, tmp_path: Path, pair: Pair, memory: Path, monkeypatch) -> None:
+    draft = copy_trimmed(toys["good-trimmed"], tmp_path / "draft.gguf")
+    assert pair.is_measured(toys["target"], draft)
+    assert not pair.is_measured(toys["target"], draft)
+    assert pair.is_measured(toys["target"])
+    assert pair.is_measured(toys["target"], draft, n_threads=1)
+    assert pair.is_measured(toys["target"], draft, vocab="trim")
+    os.utime(companion_path(draft))  # another speculator, say
+    assert pair.is_measured(toys["target"], draft)
+    assert not pair.is_measured(toys["target"])
+    monkeypatch.setattr(measured, "DAYS", 0)
+    assert pair.is_measured(toys["target"])
+    assert len(json.loads(memory.read_text())) == 1  # the old ones are forgotten
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"a": 1}', b'{"a": {"measured": "x"}}'])
+def test_a_damaged_memory_is_done_without(toys, pair: Pair, memory: Path, damage: bytes) -> None:
+    memory.parent.mkdir()
+    memory.write_bytes(damage)
+    assert pair.is_measured(toys["target"])
+    assert not pair.is_measured(toys["target"])
+
+
+@pytest.mark.parametrize("seconds", [None, [], {}, {"x": 1}, {"1": "y"}, {"1": -1.0}, {"0": 1.0}])
+def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, seconds) -> None:
+    assert pair.is_measured(toys["target"])
+    (found,) = json.loads(memory.read_text()).items()
+    memory.write_text(json.dumps({found[0]: found[1] | {"verify": seconds}}))
+    assert pair.is_measured(toys["target"])
+
+
+def test_a_memory_that_cannot_be_written_is_done_without(toys, tmp_path: Path, pair: Pair, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(measured, "costs_file", lambda: tmp_path / "file" / "costs.json")
+    assert pair.is_measured(toys["target"])
+    assert pair.is_measured(toys["target"])
+
+
+def test_not_more_pairs_than_are_kept(toys, pair: Pair, memory: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measured, "PAIRS", 2)
+    for n_ctx in (64, 72, 80):
+        assert pair.is_measured(toys["target"], n_ctx=n_ctx)
+    assert not pair.is_measured(toys["target"], n_ctx=80)
+    assert not pair.is_measured(toys["target"], n_ctx=72)
+    assert pair.is_measured(toys["target"], n_ctx=64)

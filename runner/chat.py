@@ -233,9 +233,13 @@ def main(
     if as_json and text is None:
         raise click.UsageError("--json needs --prompt")
     show_draft = show_draft and _colours()
-    with models().open() as engine:
-        if draft_max is None:
-            engine.measure()  # now, rather than while the user waits for an answer
+    found = models()
+    with contextlib.ExitStack() as opened:
+        with stderr.status("loading the models", spinner_style="dim") as status:
+            engine = opened.enter_context(found.open())
+            if draft_max is None:
+                status.update("measuring what drafting costs here")
+                engine.measure()  # now, rather than while the user waits for an answer
         chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft)
         if system_prompt:
             chat.set_system(system_prompt)

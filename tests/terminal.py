@@ -59,8 +59,9 @@ class Terminal:
 
     @property
     def plain(self) -> str:
-        """The screen without its escape sequences, which readline writes as well."""
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.screen).replace("\r", "")
+        """The screen without lines that were erased, and without escape sequences, which readline writes as well."""
+        left = re.sub(r"[^\n]*\r\x1b\[2K", "", self.screen)
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", left).replace("\r", "")
 
     def _more(self, timeout: float) -> bool:
         if not select.select([self._keyboard], [], [], timeout)[0]:

@@ -169,6 +169,10 @@ class ModelDrafter:
             yield Proposal(token, _certainty(logits) if sampling.greedy else q.of(token))
             pending = [token]
 
+    def heed(self, go_on: Callable[[], bool]) -> None:
+        """Ask this before every batch; where it says no, EngineError is raised."""
+        self._context.go_on = go_on
+
     @property
     def n_ctx(self) -> int:
         return self._context.n_ctx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +147,12 @@ class Engine:
         if hasattr(self, "context"):
             self.context.close()
         self.model.close()
+
+    def heed(self, go_on: Callable[[], bool]) -> None:
+        """Ask this before every batch of the target or the drafter; where it says no, EngineError is raised."""
+        self.context.go_on = go_on
+        if self.drafter is not None:
+            self.drafter.heed(go_on)
 
     @property
     def auto(self) -> AutoDrafter:

@@ -268,7 +268,7 @@ class SpeculativeLM:
                 if not self._busy:
                     if self._current is not None:
                         self._release(self._current)
-                    self._engine.context.go_on = lambda: not answer.cancelled
+                    self._engine.heed(lambda: not answer.cancelled)
                     self._current = answer
         if self._current is not answer:
             raise EngineError(

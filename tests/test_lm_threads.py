@@ -104,23 +104,26 @@ def test_cancel_from_another_thread(lm, slowly) -> None:
     assert record.finish_reason == "cancelled" and record.tokens < 400
 
 
-def test_cancel_while_a_long_prompt_is_read(toys, monkeypatch) -> None:
+@pytest.mark.parametrize("whose", ["target", "drafter"])
+def test_cancel_while_a_long_prompt_is_read(toys, monkeypatch, whose: str) -> None:
     """It ends after the batch that is read, not after the prompt."""
-    with SpeculativeLM(toys["target"], n_ctx=512) as lm:
-        lm._engine.context.n_batch = 64
-        wanted = lm.chat("the sea", **GREEDY).text
+    with SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512) as lm:
+        wanted = lm.chat("the sea", **GREEDY, draft_max=3).text
+        context = {"target": lm._engine.context, "drafter": lm._engine.drafter._context}[whose]
+        context.n_batch = 64
         decode, batches = Context._decode, []
 
         def cancelling(self, batch) -> None:
-            batches.append(batch.struct.n_tokens)
             decode(self, batch)
-            lm.cancel()
+            if self is context:
+                batches.append(batch.struct.n_tokens)
+                lm.cancel()
 
         with monkeypatch.context() as patch:
             patch.setattr(Context, "_decode", cancelling)
-            assert list(lm.stream("x" * 400, **GREEDY)) == []
+            assert list(lm.stream("x" * 400, **GREEDY, draft_max=3)) == []
         assert batches == [64]
-        assert lm.chat("the sea", **GREEDY).text == wanted
+        assert lm.chat("the sea", **GREEDY, draft_max=3).text == wanted
 
 
 @pytest.mark.parametrize("moment", range(4))

@@ -248,10 +248,10 @@ def main(
         "parted": sum(row["parts_at"] is not None for row in rows),
         "prompts": rows,
     }
+    edge = f", where filters leave {total['at_filters_edge']} out" if total["at_filters_edge"] else ""
     click.echo(
-        f"{total['tokens']} tokens: {total['replay_faults']} are not the argmax in the loop's own batch shapes; in one "
-        f"pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}"
-        f"{f', and filters leave {edge} out' if (edge := total['at_filters_edge']) else ''}; "
+        f"{total['tokens']} tokens: {total['replay_faults']} are not the target's in the loop's own batch shapes; in "
+        f"one pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}{edge}; "
         f"{total['parted']} of {len(rows)} texts part from plain decoding"
     )
     click.echo(json.dumps(total))

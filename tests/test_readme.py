@@ -63,6 +63,7 @@ def record(name: str) -> dict:
 
 def test_figures_are_those_of_the_records() -> None:
     bench, steps, exact, vocab, shape = (record(name) for name in ("bench", "steps", "exact", "vocab", "llama"))
+    sampled = record("exact-sampled")
     never, useless = figures(record("never"))[ALL]["auto"], figures(record("useless"))[ALL]["auto"]
     (judged,) = (row for row in vocab["texts"] if row["text"].startswith("Spec-Bench"))
     wanted = [
@@ -81,6 +82,7 @@ def test_figures_are_those_of_the_records() -> None:
         f"{steps['bytes']['trim'] / steps['bytes']['full']:.3f}",
         f"takes {steps['median_ratios']['verify 4']:.2f} times",
         f"{exact['tokens']:,}",
+        f"temperature {sampled['sampling']['temp']}, {len(sampled['prompts'])} prompts, {sampled['tokens']:,} tokens",
         f"{exact['greatest_gap']:.2f}",
         f"{exact['noise']:.2f}",
         f"{exact['parted']} of {len(exact['prompts'])}",
@@ -99,7 +101,8 @@ def test_figures_are_those_of_the_records() -> None:
         wanted.append(f"| {f['tau']:.2f} | " + ("-" if mode == "plain" else f"{f['acceptance_rate']:.3f}"))
     for figure in wanted:
         assert figure in README, figure
-    assert exact["replay_faults"] == exact["beyond_noise"] == 0
+    for checked in (exact, sampled):
+        assert checked["replay_faults"] == checked["beyond_noise"] == 0
 
 
 def test_every_file_it_names_is_there() -> None:

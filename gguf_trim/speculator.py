@@ -138,7 +138,7 @@ def fit(
     return Speculator(down, up, len(states))
 
 
-def attach(trimmed: Trimmed, speculator: Speculator, advance: Callable[[int], object] = lambda _: None) -> None:
+def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     """Write a speculator into the companion of a trimmed drafter, in place of one that is there.
 
     The companion is written anew beside itself and takes its name when whole; raises TrimError where the disk is full.
@@ -159,10 +159,10 @@ def attach(trimmed: Trimmed, speculator: Speculator, advance: Callable[[int], ob
     with open(file.path, "rb") as source, write_whole(file.path) as out:
         out.write(head)
         for tensor in kept:
-            copy_range(source, tensor.offset, tensor.n_bytes, out, advance)
+            copy_range(source, tensor.offset, tensor.n_bytes, out)
             out.write(b"\0" * (-tensor.n_bytes % file.alignment))
         for tensor, data in fresh:
-            advance(out.write(data))
+            out.write(data)
             out.write(b"\0" * (-tensor.n_bytes % file.alignment))
 
 

@@ -1,4 +1,4 @@
-"""What a target said, as token ids: the text a drafter is judged and fitted on."""
+"""What a target said, as token ids: the text a drafter is judged and fitted on, and the pass that reads it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The speculative loop: draft, verify in one batch, accept, rewind. A generator of small records.
 
-Reading a prompt, printing and timing a whole answer are outer layers; see `session` and `record`.
+Adding up and printing a whole answer are outer layers; see `engine`.
 """
 
 from __future__ import annotations

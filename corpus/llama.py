@@ -234,7 +234,8 @@ class Context(Owner):
         with _interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
         if self._ctx is None:
-            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {last_error()}; try a smaller --ctx-size")
+            reason = last_error()
+            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {reason}; try a smaller --ctx-size (n_ctx)")
         self.n_ctx: int = min(n_ctx, llama_cpp.llama_n_ctx(self._ctx))  # llama.cpp rounds up
         self.n_batch = n_batch
         self.n_outputs = params.n_outputs_max
@@ -272,7 +273,9 @@ class Context(Owner):
         if outputs > min(n, self.n_outputs):
             raise EngineError(f"{outputs} rows of logits asked of {n} tokens; the context gives {self.n_outputs}")
         if self.n_past + n > self.n_ctx:
-            raise EngineError(f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size")
+            raise EngineError(
+                f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size (n_ctx)"
+            )
         if hidden != self._with_hidden:  # a change makes llama.cpp build its graph anew
             llama_cpp.llama_set_embeddings(handle, hidden)
             self._with_hidden = hidden

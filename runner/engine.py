@@ -115,7 +115,7 @@ class Engine:
         self._auto: AutoDrafter | None = None
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
-            raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as --draft")
+            raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as the drafter")
         if "gguf_trim.companion" in file.fields:
             raise EngineError(f"{target}: is the companion of a trimmed drafter, not a model")
         vocabulary = Vocabulary(file)

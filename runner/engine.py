@@ -84,7 +84,7 @@ class Record:
 
     def line(self) -> str:
         """The closing line of an answer."""
-        text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tok/s"
+        text = f"{self.tokens} token{'s' * (self.tokens != 1)}, {self.tokens_per_second:.1f} tok/s"
         if self.drafted:
             text += f", tau {self.tau:.2f}, acceptance {self.acceptance_rate:.0%}"
         return text

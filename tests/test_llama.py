@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from corpus.errors import EngineError
+from corpus.errors import EngineError, TrimError
 from corpus.ggml import dequantizer
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores
+from corpus.llama import Context, Model, physical_cores, quantize
 from gguf_trim.companion import EmbeddingTable
 from runner.engine import Engine
 
@@ -132,3 +134,19 @@ def test_pieces_and_tokens(toys) -> None:
         assert model.is_end(ids[-1])
         assert not model.is_end(ids[0])
         assert b"<|im_end|>" not in [model.piece(i, special=True) for i in model.tokenize(text, special=False)]
+
+
+def test_a_disk_without_room_is_refused_before_it_is_requantised(toys, tmp_path, monkeypatch) -> None:
+    """The size reckoned for the check is nearly what llama.cpp writes, so that what fits is not refused."""
+    out = tmp_path / "q.gguf"
+    quantize(toys["target"], out, "Q8_0")
+    size = out.stat().st_size
+    for free, fits in ((size, True), (0.9 * size, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        out.unlink(missing_ok=True)
+        if fits:
+            quantize(toys["target"], out, "Q8_0")
+        else:
+            with pytest.raises(TrimError, match=r"q\.gguf: needs \d+ MB and the disk has \d+ MB free"):
+                quantize(toys["target"], out, "Q8_0")
+        assert [path.name for path in tmp_path.iterdir()] == ["q.gguf"] * fits

@@ -134,7 +134,7 @@ def generate_command(
     with Model(target) as model, progress("answering", len(chosen), "prompts") as advance:
         started = time.perf_counter()
         total = generate(
-            [(prompt.id, prompt.messages, template.ids(model, prompt.messages)) for prompt in chosen],
+            [(prompt, template.ids(model, prompt.messages)) for prompt in chosen],
             model,
             output,
             n_parallel=parallel,

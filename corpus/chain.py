@@ -33,7 +33,7 @@ class Chain:
         self._grammar = Grammar(model, sampling.grammar) if model is not None and sampling.grammar else None
         if model is not None and not all(0 <= token < model.n_vocab for token in sampling.logit_bias):
             raise EngineError(
-                f"{model.path}: has no token {max(sampling.logit_bias)}, which --logit-bias names; "
+                f"{model.path}: has no token {max(sampling.logit_bias)}, which the logit bias names; "
                 f"it has {model.n_vocab}"
             )
         n = sampling.repeat_last_n
@@ -62,7 +62,7 @@ class Chain:
         if self._grammar is not None and len(logits):
             logits, ids = _allowed(self._grammar, logits, ids, self._sampling.sight)
         if not len(logits):
-            raise EngineError("no token is left that may come next: the grammar or --logit-bias forbids all of them")
+            raise EngineError("no token is left that may come next: the grammar or the logit bias forbids all of them")
         return logits, ids
 
     def accept(self, token: int) -> None:

@@ -11,6 +11,8 @@ from .errors import TrimError
 from .progress import progress
 from .sources import files_of
 
+PATIENCE = 10.0  # seconds in which a scheduler has to answer
+
 
 def _count_shard(shard: tuple[str, str], tokenizer: str, field: str, skip_bad: bool) -> Counts | None:
     """One file of a source, on a worker that sees the same paths; None for a file that holds no text."""
@@ -35,7 +37,7 @@ def count_on(address: str, sources: list[str], tokenizer: Path, field: str, skip
         raise TrimError("--dask needs the extra: pip install 'gguf-trim[cluster]'") from error
     shards = [(name_of(source), str(Path(file).resolve())) for source in sources for file, _ in files_of([source])]
     try:
-        client = Client(address, timeout="10s")
+        client = Client(address, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise TrimError(f"{address}: no Dask scheduler answers there ({error})") from error
     found: list[Counts] = []

@@ -88,7 +88,9 @@ def require_room(path: Path, n_bytes: int) -> None:
         )
 
 
-def copy_range(source: BinaryIO, offset: int, count: int, out: BinaryIO, advance: Callable[[int], object]) -> None:
+def copy_range(
+    source: BinaryIO, offset: int, count: int, out: BinaryIO, advance: Callable[[int], object] = lambda _: None
+) -> None:
     """Append `count` bytes of an open file, from `offset`, to another; inside the kernel where it can."""
     out.flush()
     while count:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .errors import FileFormatError, TrimError
 from .llama import Context, Model
 from .noise import Noise
 from .progress import Advance
+from .prompts import Prompt
 from .sampling import Sampling
 
 
@@ -46,10 +47,10 @@ def answers(
 ) -> Iterator[Answer]:
     """Answer the prompts, n_parallel at a time, in the order in which they finish.
 
-    Every answer draws with noise of its own, seeded by its number: the text does not depend on its neighbours
-    (but for the batch-shape noise of quantised kernels).
+    Every answer draws with noise of its own, seeded by its prompt's id: the text does not depend on its neighbours, nor
+    on what was answered before (but for the batch-shape noise of quantised kernels).
     """
-    waiting = deque(Answer(name, ids, noise=Noise([seed, number])) for number, (name, ids) in enumerate(prompts))
+    waiting = deque(Answer(name, ids, noise=Noise([seed, *name.encode()])) for name, ids in prompts)
     free = list(range(n_parallel))
     running: dict[int, Answer] = {}
     while waiting or running:
@@ -114,7 +115,7 @@ def read_answers(path: Path) -> dict[str, Any]:
 
 
 def generate(
-    prompts: list[tuple[str, list[dict[str, str]], list[int]]],
+    prompts: Sequence[tuple[Prompt, list[int]]],
     model: Model,
     out: Path,
     *,
@@ -125,18 +126,17 @@ def generate(
     n_threads: int | None = None,
     advance: Advance = lambda amount, note="": None,
 ) -> int:
-    """Append the target's answer to every prompt (id, messages, token ids) that `out` lacks; tokens generated.
+    """Append the target's answer to every prompt (with its token ids) that `out` lacks; tokens generated.
 
     Each line is whole on disk before the next answer is waited for, so a kill loses at most what was unfinished, and
     running again goes on from there.
     """
     done = read_answers(out)
-    todo = [prompt for prompt in prompts if prompt[0] not in done]
+    todo = {prompt.id: (prompt, ids) for prompt, ids in prompts if prompt.id not in done}
     advance(len(prompts) - len(todo))
     if not todo:
         return 0
-    messages = {name: turns for name, turns, _ in todo}
-    longest = max(len(ids) for _, _, ids in todo)
+    longest = max(len(ids) for _, ids in todo.values())
     n_parallel = min(n_parallel, len(todo))
     n_ctx = n_parallel * -(-(longest + max_tokens) // 32) * 32
     total, started = 0, time.perf_counter()
@@ -148,7 +148,7 @@ def generate(
             for answer in answers(
                 model,
                 context,
-                [(name, ids) for name, _, ids in todo],
+                [(name, ids) for name, (_, ids) in todo.items()],
                 n_parallel=n_parallel,
                 max_tokens=max_tokens,
                 sampling=sampling,
@@ -156,9 +156,11 @@ def generate(
             ):
                 spoken = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
                 text = b"".join(model.piece(token) for token in spoken).decode("utf-8", "replace")
+                prompt, _ = todo[answer.id]
                 line = {
-                    "id": answer.id,
-                    "messages": [*messages[answer.id], {"role": "assistant", "content": text}],
+                    "id": prompt.id,
+                    "label": prompt.label,
+                    "messages": [*prompt.messages, {"role": "assistant", "content": text}],
                     "prompt_ids": answer.prompt,
                     "answer_ids": answer.tokens,
                     "finish": answer.finish,

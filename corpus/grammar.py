@@ -85,7 +85,7 @@ def schema_grammar(schema: str) -> str:
         raise FileFormatError(f"the JSON schema is not JSON: {error}") from error
     except Exception as error:  # the converter asserts, and trips over what it does not expect
         reason = str(error) or type(error).__name__
-        raise FileFormatError(f"the JSON schema has no grammar: {reason}; simplify it or give a --grammar") from error
+        raise FileFormatError(f"the JSON schema has no grammar: {reason}; simplify it or give a grammar") from error
 
 
 @contextlib.contextmanager

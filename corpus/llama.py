@@ -1,4 +1,4 @@
-"""The seam over llama.cpp: the one module that calls its low-level functions.
+"""The seam over llama.cpp: the one module, with `grammar` beside it, that calls its low-level functions.
 
 `llama_cpp.Llama` keeps an n_ctx x n_vocab array of scores and ignores refused rewinds, so everything here drives the
 `llama_*` functions that llama-cpp-python binds. A Model owns weights, a Context owns one KV cache.
@@ -28,6 +28,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from .errors import EngineError
+from .files import require_room
+from .gguf_file import GGUFFile, bytes_of
 
 LAST_ERRORS: deque[str] = deque(maxlen=8)
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
@@ -234,7 +236,8 @@ class Context(Owner):
         with _interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
         if self._ctx is None:
-            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {last_error()}; try a smaller --ctx-size")
+            reason = last_error()
+            raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {reason}; try a smaller --ctx-size (n_ctx)")
         self.n_ctx: int = min(n_ctx, llama_cpp.llama_n_ctx(self._ctx))  # llama.cpp rounds up
         self.n_batch = n_batch
         self.n_outputs = params.n_outputs_max
@@ -272,7 +275,9 @@ class Context(Owner):
         if outputs > min(n, self.n_outputs):
             raise EngineError(f"{outputs} rows of logits asked of {n} tokens; the context gives {self.n_outputs}")
         if self.n_past + n > self.n_ctx:
-            raise EngineError(f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size")
+            raise EngineError(
+                f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size (n_ctx)"
+            )
         if hidden != self._with_hidden:  # a change makes llama.cpp build its graph anew
             llama_cpp.llama_set_embeddings(handle, hidden)
             self._with_hidden = hidden
@@ -387,14 +392,23 @@ _FTYPES = {
 } | {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q4_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
 
 
+def _size_as(type_: str, file: GGUFFile) -> int:
+    """About the bytes of a file requantised: its matrices all in the type that gives a mix such as Q4_K_M its name."""
+    begins = [type_[:n] for n in range(len(type_) + 1)]
+    named = max(GGMLQuantizationType, key=lambda known: sum(map(known.name.startswith, begins)))
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    return file.size + sum(bytes_of(named, tensor.n_elements) - tensor.n_bytes for tensor in matrices)
+
+
 def quantize(source: Path, out: Path, type_: str) -> None:
     """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
 
-    Raises EngineError for a type llama.cpp does not know and where it fails.
+    Raises EngineError for a type llama.cpp does not know and where it fails, TrimError where the disk lacks the room.
     """
     start()
     if type_ not in _FTYPES:
         raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
+    require_room(out, _size_as(type_, GGUFFile(source)))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = _FTYPES[type_]
     params.allow_requantize = True

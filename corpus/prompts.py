@@ -23,6 +23,11 @@ class Prompt:
     language: str = ""  # of the answer, where the file says so
     more: tuple[str, ...] = ()  # what the user says in the turns after the first
 
+    @property
+    def label(self) -> str:
+        """What a plan groups answers by: the task, or the language where it is not English."""
+        return self.task if self.language in ("", "en") else self.language
+
 
 def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Prompt]:
     """Prompts of a JSON-lines file, each line with `messages` (OpenAI), `turns` (Spec-Bench) or `prompt`.

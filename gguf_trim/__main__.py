@@ -1,4 +1,4 @@
-"""python -m gguf_trim: trim, verify, inspect, models, fetch. Data on stdout, everything else on stderr."""
+"""python -m gguf_trim: trim, verify, speculator, inspect, models, prepare, plan. Data on stdout, the rest on stderr."""
 
 from __future__ import annotations
 

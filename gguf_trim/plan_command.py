@@ -11,7 +11,7 @@ import click
 from corpus.command import FILE
 from corpus.errors import TrimError
 from corpus.files import write_whole
-from corpus.generate import generate, read_answers
+from corpus.generate import generate
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Model
 from corpus.progress import progress, stderr
@@ -155,10 +155,9 @@ def target_answers(
     file = GGUFFile(target)
     template = ChatTemplate(file, Vocabulary(file))
     out = folder / "answers.jsonl"
-    labels = {prompt.id: prompt.task if prompt.language in ("", "en") else prompt.language for prompt in chosen}
     with Model(target) as model, progress("the target answers", len(chosen), "prompts") as advance:
         generate(
-            [(prompt.id, prompt.messages, template.ids(model, prompt.messages)) for prompt in chosen],
+            [(prompt, template.ids(model, prompt.messages)) for prompt in chosen],
             model,
             out,
             max_tokens=tokens,
@@ -166,10 +165,7 @@ def target_answers(
             n_threads=threads,
             advance=advance,
         )
-    return [
-        TargetAnswer(name, labels[name], line["prompt_ids"], line["answer_ids"])
-        for name, line in read_answers(out).items()
-    ]
+    return read_answers_file(out)
 
 
 def _table(plan: Plan, draft_max: int) -> str:

@@ -8,7 +8,7 @@ it by parameters and by bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,19 +16,17 @@ import numpy as np
 
 from corpus.counts import Counts
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
-from corpus.sampling import Distribution, Sampling
+from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 
 from .added import AddedRows
-from .answers import TargetAnswer
+from .answers import TargetAnswer, read_through
 from .costs import DraftCost, Weights, draft_cost, requantized
 from .keep import keep_order
 from .layout import EMBEDDING
 from .matches import Matches, beaters, grid, interval, rank_of, share, tau_of
 from .speculator import Speculator
 
-ROWS = 64  # positions whose logits are held at a time
 DRAFT_LENGTHS = tuple(range(1, 9))
 AS_SHIPPED = "as shipped"
 
@@ -56,29 +54,15 @@ def mbsu(tau: float, c: float, draft_max: int) -> float:
 
 
 def teacher_force(
-    drafter: Path,
+    model: Path,
     answers: Sequence[TargetAnswer],
-    see: Callable[[TargetAnswer, int, np.ndarray, np.ndarray], None],
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
-) -> None:
-    """Read each answer; see(answer, i, logits, hidden) gets logits and hidden state (views) before answer token i."""
-    longest = max(len(found.prompt) + len(found.answer) for found in answers)
-    with Model(drafter) as model, Context(model, -(-longest // 32) * 32, n_threads, n_outputs=ROWS) as context:
-        last = model.n_vocab - 1
-        for found in answers:
-            context.truncate(0)
-            text = np.minimum([*found.prompt, *found.answer], last)
-            begin = len(found.prompt) - 1
-            if begin:
-                context.decode(text[:begin], 0)
-            for start in range(0, len(found.answer), ROWS):
-                n = min(ROWS, len(found.answer) - start)
-                logits = context.decode(text[begin + start : begin + start + n], n, hidden=True)
-                states = context.hidden_states(n)
-                for row in range(n):
-                    see(found, start + row, logits[row], states[row])
-            advance(1)
+) -> Iterator[tuple[TargetAnswer, int, np.ndarray, np.ndarray]]:
+    """Read each answer: (answer, i, logits, hidden), what the model says (views) before answer token i."""
+    texts = [([*found.prompt, *found.answer[:-1]], len(found.prompt) - 1) for found in answers]
+    for text, i, logits, hidden in read_through(model, texts, None, n_threads, advance):
+        yield answers[text], i - texts[text][1], logits, hidden
 
 
 def matches_of(
@@ -92,15 +76,12 @@ def matches_of(
     """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way."""
     rank = rank_of(order)
     found: dict[str, list[tuple[int, int]]] = {answer.id: [] for answer in answers}
-
-    def see(answer: TargetAnswer, i: int, logits: np.ndarray, hidden: np.ndarray) -> None:
+    for answer, i, logits, hidden in teacher_force(drafter, answers, n_threads, advance):
         target = answer.answer[i]
         found[answer.id].append(interval(logits, target, rank))
         if added is not None:
             better = np.flatnonzero(beaters(logits, target)) if target < len(rank) else np.empty(0, np.int64)
             added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, target, better)
-
-    teacher_force(drafter, answers, see, n_threads, advance)
     intervals = [np.array(found[answer.id], np.int64).reshape(-1, 2) for answer in answers]
     return Matches(intervals, [answer.label for answer in answers], len(order))
 
@@ -120,22 +101,15 @@ def sampled_acceptance(
     p and q are what the samplers make of both models' logits, q_k over the first k rows of the order; see
     `Distribution.agreement`.
     """
-    wanted: dict[tuple[str, int], Distribution] = {}
-
-    def see_target(answer: TargetAnswer, i: int, logits: np.ndarray, _: np.ndarray) -> None:
-        wanted[answer.id, i] = sampling.distribution(logits)
-
-    teacher_force(target, answers, see_target, n_threads, advance)
+    wanted = {
+        (answer.id, i): sampling.distribution(logits)
+        for answer, i, logits, _ in teacher_force(target, answers, n_threads, advance)
+    }
     sums = dict.fromkeys(sizes, 0.0)
     kept = {k: np.sort(order[:k]) for k in sizes}
-
-    def see_drafter(answer: TargetAnswer, i: int, logits: np.ndarray, _: np.ndarray) -> None:
-        p = wanted[answer.id, i]
+    for answer, i, logits, _ in teacher_force(drafter, answers, n_threads, advance):
         for k, ids in kept.items():
-            q = sampling.distribution(logits[ids], ids)
-            sums[k] += p.agreement(q)
-
-    teacher_force(drafter, answers, see_drafter, n_threads, advance)
+            sums[k] += wanted[answer.id, i].agreement(sampling.distribution(logits[ids], ids))
     return {k: total / len(wanted) for k, total in sums.items()}
 
 

@@ -61,7 +61,8 @@ def prepare(
 ) -> Prepared:
     """Fetch what is missing, trim the drafter where this very cut is not there yet, and prove a fresh cut.
 
-    Trimmed drafters go to the cache folder. Raises FetchError, VocabularyMismatch or FileFormatError.
+    Trimmed drafters go to the cache folder, where a speculator that is missing or does not fit is made. Raises
+    FetchError, VocabularyMismatch or FileFormatError.
     """
     if model is not None:
         pair = load_catalog().pair(model)
@@ -74,7 +75,12 @@ def prepare(
     out = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
     if not is_this_cut(out, cut):
         _cut_and_prove(cut, out)
-    if Speculator.of(Trimmed.open(out)) is None:
+    try:
+        fitted = Speculator.of(Trimmed.open(out)) is not None
+    except FileFormatError:
+        stderr.print(f"{out.name}: its speculator does not fit its head and is made again", markup=False)
+        fitted = False
+    if not fitted:
         add_speculator(out)
     return Prepared(target, drafter, out)
 

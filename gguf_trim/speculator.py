@@ -23,14 +23,14 @@ from corpus.errors import FileFormatError
 from corpus.files import CHUNK, copy_range, require_room, write_whole
 from corpus.ggml import dequantizer, quantize_rows
 from corpus.gguf_file import GGUFFile, Tensor, bytes_of
-from corpus.llama import Context, Model
+from corpus.llama import Model
 from corpus.progress import progress
 from corpus.prompts import spread
 from corpus.ready import ready_answers
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
 
-from .answers import read_answers_file
+from .answers import read_answers_file, read_through
 from .companion import Trimmed
 from .cut import head_tensor
 from .layout import Piece, encode_head, field
@@ -39,7 +39,6 @@ DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
 BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
 CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
-STATES = 256  # hidden states that are held at a time
 RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
 
 
@@ -139,7 +138,7 @@ def fit(
     return Speculator(down, up, len(states))
 
 
-def attach(trimmed: Trimmed, speculator: Speculator, advance: Callable[[int], object] = lambda _: None) -> None:
+def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     """Write a speculator into the companion of a trimmed drafter, in place of one that is there.
 
     The companion is written anew beside itself and takes its name when whole; raises TrimError where the disk is full.
@@ -160,10 +159,10 @@ def attach(trimmed: Trimmed, speculator: Speculator, advance: Callable[[int], ob
     with open(file.path, "rb") as source, write_whole(file.path) as out:
         out.write(head)
         for tensor in kept:
-            copy_range(source, tensor.offset, tensor.n_bytes, out, advance)
+            copy_range(source, tensor.offset, tensor.n_bytes, out)
             out.write(b"\0" * (-tensor.n_bytes % file.alignment))
         for tensor, data in fresh:
-            advance(out.write(data))
+            out.write(data)
             out.write(b"\0" * (-tensor.n_bytes % file.alignment))
 
 
@@ -188,29 +187,16 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[list[int]]:
 def states_of(
     drafter: Path,
     texts: Sequence[list[int]],
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda ids: ids,
+    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
-    """The drafter's final hidden states over texts: float32 (positions x n_embd).
+    """The drafter's final hidden states over texts: float32 (positions x n_embd); see `read_through`.
 
-    They do not depend on how many rows the head has left; `feed` makes a trimmed drafter's inputs of ids. advance(1) is
-    called after every text.
+    They do not depend on how many rows the head has left.
     """
-    longest = max(map(len, texts))
-    with (
-        Model(drafter) as model,
-        Context(model, -(-longest // 32) * 32, n_threads, n_outputs=STATES) as context,
-    ):
-        found = []
-        for ids in texts:
-            context.truncate(0)
-            for start in range(0, len(ids), STATES):
-                chunk = ids[start : start + STATES]
-                context.decode(feed(chunk), len(chunk), hidden=True)
-                found.append(context.hidden_states(len(chunk)).copy())
-            advance(1)
-    return np.concatenate(found)
+    found = read_through(drafter, [(ids, 0) for ids in texts], feed, n_threads, advance)
+    return np.array([hidden.copy() for *_, hidden in found])
 
 
 def fit_to(
@@ -218,7 +204,7 @@ def fit_to(
     file: GGUFFile,
     texts: Path | None = None,
     rank: int | None = None,
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda ids: ids,
+    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
     n_threads: int | None = None,
     steps: int = 0,
 ) -> Speculator:

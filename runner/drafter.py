@@ -267,7 +267,7 @@ def open_drafter(
         if dynamic is not None and not _multiplies(dynamic, context, embeddings):
             if vocab != AUTO:
                 raise EngineError(
-                    f"{path}: its head does more than multiply, so rows cannot be added to it; use --vocab trim"
+                    f"{path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
                 )
             dynamic = None
         return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic)

@@ -86,7 +86,7 @@ class Record:
 
     def line(self) -> str:
         """The closing line of an answer."""
-        text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tok/s"
+        text = f"{self.tokens} token{'s' * (self.tokens != 1)}, {self.tokens_per_second:.1f} tok/s"
         if self.drafted:
             text += f", tau {self.tau:.2f}, acceptance {self.acceptance_rate:.0%}"
         return text
@@ -119,7 +119,7 @@ class Engine:
         self._settings = (n_ctx, n_threads, n_gpu_layers, vocab, n_ctx_draft, cache, cache_draft)
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
-            raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as --draft")
+            raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as the drafter")
         if "gguf_trim.companion" in file.fields:
             raise EngineError(f"{target}: is the companion of a trimmed drafter, not a model")
         vocabulary = Vocabulary(file)

@@ -1,6 +1,6 @@
 """The speculative loop: draft, verify in one batch, accept, rewind. A generator of small records.
 
-Reading a prompt, printing and timing a whole answer are outer layers; see `session` and `record`.
+Adding up and printing a whole answer are outer layers; see `engine`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def generate(
     n_ctx = target.context.n_ctx
     if len(text) > n_ctx:
         raise EngineError(
-            f"a conversation of {len(text)} tokens does not fit a context of {n_ctx}: raise --ctx-size (this model was "
-            f"trained on {target.context.model.n_ctx_train}), shorten it, or /reset"
+            f"a conversation of {len(text)} tokens does not fit a context of {n_ctx}: raise --ctx-size (n_ctx; this "
+            f"model was trained on {target.context.model.n_ctx_train}), shorten it, or /reset"
         )
     left = min(max_tokens, n_ctx - len(text) + 1)
     chain = Chain(sampling, text, target.context.model)

@@ -52,7 +52,8 @@ def test_same_bytes_as_the_local_run(tmp_path: Path, toys, kill: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_cluster_is_one_sentence(tmp_path: Path, toys) -> None:
+def test_no_cluster_is_one_sentence(tmp_path: Path, toys, monkeypatch) -> None:
+    monkeypatch.setattr("corpus.cluster.PATIENCE", 0.5)
     folder = corpus_in(tmp_path / "corpus")
     done = count(folder, "--tokenizer", toys["target"], "-o", tmp_path / "c.npz", "--dask", "tcp://127.0.0.1:9")
     assert done.exit_code == 1

@@ -9,9 +9,12 @@ import pytest
 from corpus.errors import FileFormatError
 from corpus.generate import answers, generate, read_answers
 from corpus.llama import Context, Model
+from corpus.prompts import Prompt
 from corpus.sampling import Sampling
+from gguf_trim.answers import read_answers_file
 
 GREEDY = Sampling(temp=0)
+HOT = Sampling(temp=1.5, top_k=0, top_p=1, min_p=0)
 TEXTS = ["the king", "a", "once more into the house of tea", "sea", "and then there is the end of it all " * 6, "one"]
 
 
@@ -21,8 +24,11 @@ def model(toys):
         yield model
 
 
-def prompts_of(model) -> list[tuple[str, list[dict[str, str]], list[int]]]:
-    return [(f"p{i}", [{"role": "user", "content": text}], model.tokenize(text)) for i, text in enumerate(TEXTS)]
+def prompts_of(model) -> list[tuple[Prompt, list[int]]]:
+    return [
+        (Prompt(f"p{i}", f"task{i % 2}", [{"role": "user", "content": text}]), model.tokenize(text))
+        for i, text in enumerate(TEXTS)
+    ]
 
 
 def alone(model, ids: list[int], n: int) -> list[int]:
@@ -42,7 +48,7 @@ def alone(model, ids: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize("n_batch", [16, 256])
 def test_same_answers_in_any_company(model, n_parallel: int, n_batch: int) -> None:
     """However many run together and however prompts are cut to fit a batch."""
-    prompts = [(name, ids) for name, _, ids in prompts_of(model)]
+    prompts = [(prompt.id, ids) for prompt, ids in prompts_of(model)]
     with Context(model, 1024, n_batch=n_batch, n_outputs=16, n_sequences=16) as context:
         found = list(answers(model, context, prompts, n_parallel=n_parallel, max_tokens=24, sampling=GREEDY))
     assert sorted(answer.id for answer in found) == sorted(name for name, _ in prompts)
@@ -52,25 +58,27 @@ def test_same_answers_in_any_company(model, n_parallel: int, n_batch: int) -> No
 
 
 def test_sampled_answers_depend_on_the_seed_alone(model, tmp_path) -> None:
-    hot = Sampling(temp=1.5, top_k=0, top_p=1, min_p=0)
     texts = []
     for n_parallel, seed in ((1, 3), (4, 3), (4, 4)):
         out = tmp_path / f"{n_parallel}-{seed}.jsonl"
-        generate(prompts_of(model), model, out, n_parallel=n_parallel, max_tokens=12, sampling=hot, seed=seed)
+        generate(prompts_of(model), model, out, n_parallel=n_parallel, max_tokens=12, sampling=HOT, seed=seed)
         texts.append({name: line["answer_ids"] for name, line in read_answers(out).items()})
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_kill_at_any_byte_neither_loses_nor_repeats_an_answer(model, tmp_path) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, HOT])
+def test_a_kill_at_any_byte_neither_loses_nor_repeats_an_answer(model, tmp_path, sampling) -> None:
+    """What a resumed run adds is what an uninterrupted one says, sampled text too; a plan can group it by task."""
     whole = tmp_path / "whole.jsonl"
-    generate(prompts_of(model), model, whole, n_parallel=3, max_tokens=8, sampling=GREEDY)
+    generate(prompts_of(model), model, whole, n_parallel=3, max_tokens=8, sampling=sampling)
+    assert {found.id: found.label for found in read_answers_file(whole)} == {f"p{i}": f"task{i % 2}" for i in range(6)}
     data = whole.read_bytes()
     wanted = {line["id"]: line for line in map(json.loads, data.splitlines())}
     for cut in {0, 1, len(data) // 3, data.index(b"\n"), data.index(b"\n") + 1, len(data) - 1, len(data)}:
         out = tmp_path / f"cut{cut}.jsonl"
         out.write_bytes(data[:cut])
         kept = data[: data[:cut].rfind(b"\n") + 1]
-        generate(prompts_of(model), model, out, n_parallel=3, max_tokens=8, sampling=GREEDY)
+        generate(prompts_of(model), model, out, n_parallel=3, max_tokens=8, sampling=sampling)
         assert out.read_bytes().startswith(kept)
         lines = [json.loads(line) for line in out.read_bytes().splitlines()]
         assert len(lines) == len(wanted)

@@ -15,8 +15,10 @@ from corpus.gguf_file import GGUFFile
 from corpus.llama import Model, _interruptible
 from corpus.sampling import Sampling
 from gguf_trim import prepare as preparing
+from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, source_identity, write
 from gguf_trim.prepare import prepare
+from gguf_trim.speculator import Speculator, attach
 from runner.chat import main as chat
 from runner.engine import Engine
 
@@ -100,6 +102,19 @@ def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> N
     assert prepare(target=toys["target"], drafter=toys["wrong"], choose=choose) == done
     assert len(calls) == 2  # proven once is enough
     assert len(list((tmp_path / "trimmed").iterdir())) == 2
+
+
+def test_a_speculator_that_does_not_fit_is_made_again(toys, tmp_path, monkeypatch, capsys) -> None:
+    """In prepare's own folder; `test_dynamic` shows that everybody else refuses it."""
+    monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
+    monkeypatch.setattr("gguf_trim.speculator.CONVERSATIONS", 4)
+    done = prepare(target=toys["target"], drafter=toys["wrong"], choose=keep_first(400))
+    made = Speculator.of(trimmed := Trimmed.open(done.trimmed))
+    attach(trimmed, Speculator(made.down, made.up[:-1], 1))
+    assert prepare(target=toys["target"], drafter=toys["wrong"], choose=keep_first(400)) == done
+    again = Speculator.of(Trimmed.open(done.trimmed))
+    assert (again.up == made.up).all() and again.n_positions == made.n_positions
+    assert "does not fit its head and is made again" in " ".join(capsys.readouterr().err.split())
 
 
 def test_checkpoints_of_one_model_are_told_apart(tmp_path) -> None:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from corpus.errors import EngineError
+from corpus.errors import EngineError, TrimError
 from corpus.ggml import dequantizer
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores
+from corpus.llama import Context, Model, physical_cores, quantize
 from gguf_trim.companion import EmbeddingTable
+from runner.bench.machine import resident
 from runner.engine import Engine
 
 from .toy import ARCHITECTURES, HEAD_TYPES, write_model
-
-
-def resident_kb() -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs /proc")
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
 
 
 def test_rewinding_gives_the_same_logits_again(toys) -> None:
@@ -101,6 +97,7 @@ def test_what_it_refuses(toys, tmp_path) -> None:
         Context(model, 64)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_fifty_cycles_leak_nothing(toys) -> None:
     """Neither memory nor file handles grow over 50 openings of a target with a trimmed drafter."""
 
@@ -111,12 +108,12 @@ def test_fifty_cycles_leak_nothing(toys) -> None:
     for _ in range(5):
         cycle()
     gc.collect()
-    memory, handles = resident_kb(), len(list(Path("/proc/self/fd").iterdir()))
+    memory, handles = resident(), len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(50):
         cycle()
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == handles
-    assert resident_kb() - memory < 8000
+    assert resident() - memory < 8 << 20
 
 
 def test_threads_default_to_physical_cores() -> None:
@@ -132,3 +129,19 @@ def test_pieces_and_tokens(toys) -> None:
         assert model.is_end(ids[-1])
         assert not model.is_end(ids[0])
         assert b"<|im_end|>" not in [model.piece(i, special=True) for i in model.tokenize(text, special=False)]
+
+
+def test_a_disk_without_room_is_refused_before_it_is_requantised(toys, tmp_path, monkeypatch) -> None:
+    """The size reckoned for the check is nearly what llama.cpp writes, so that what fits is not refused."""
+    out = tmp_path / "q.gguf"
+    quantize(toys["target"], out, "Q8_0")
+    size = out.stat().st_size
+    for free, fits in ((size, True), (0.9 * size, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        out.unlink(missing_ok=True)
+        if fits:
+            quantize(toys["target"], out, "Q8_0")
+        else:
+            with pytest.raises(TrimError, match=r"q\.gguf: needs \d+ MB and the disk has \d+ MB free"):
+                quantize(toys["target"], out, "Q8_0")
+        assert [path.name for path in tmp_path.iterdir()] == ["q.gguf"] * fits

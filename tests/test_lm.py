@@ -45,6 +45,11 @@ def test_it_is_the_engines_own_text(toys, lm) -> None:
     assert len(chunks) > 2 and "".join(chunks) == record.text == wanted.text
 
 
+@pytest.mark.parametrize(("tokens", "wanted"), [(0, "0 tokens, "), (1, "1 token, "), (2, "2 tokens, ")])
+def test_one_token_is_no_plural(tokens: int, wanted: str) -> None:
+    assert Record(tokens=tokens).line().startswith(wanted)
+
+
 def test_a_seed_fixes_the_text(lm) -> None:
     texts = [lm.chat("tea", temperature=1.5, max_tokens=30, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

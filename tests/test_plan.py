@@ -161,12 +161,12 @@ def test_command(pair, answers, counts, tmp_path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_answers_are_named(pair, tmp_path) -> None:
+def test_bad_answers_are_named(pair, counts, tmp_path) -> None:
+    counts.save(tmp_path / "c.npz")
+    arguments = ["plan", "--target", str(pair[0]), "--draft", str(pair[1]), "--counts", str(tmp_path / "c.npz")]
     for text in ("", "[]", '{"a": [1]}', '{"a": [[1], ["x"]]}', "{}"):
         (tmp_path / "a.json").write_text(text)
-        done = CliRunner().invoke(
-            main, ["plan", "--target", str(pair[0]), "--draft", str(pair[1]), "--answers", str(tmp_path / "a.json")]
-        )
+        done = CliRunner().invoke(main, [*arguments, "--answers", str(tmp_path / "a.json")])
         assert done.exit_code == 1
         assert "a.json" in done.stderr
 

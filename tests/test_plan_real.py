@@ -14,7 +14,7 @@ from corpus.ready import ready_counts
 from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary
 from gguf_trim.added import AddedRows
-from gguf_trim.answers import TargetAnswer
+from gguf_trim.answers import ROWS, TargetAnswer
 from gguf_trim.catalog import load_catalog
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, write
@@ -22,7 +22,7 @@ from gguf_trim.fetch import fetch
 from gguf_trim.keep import keep_counted, keep_order
 from gguf_trim.layout import EMBEDDING
 from gguf_trim.matches import rank_of, tau_of
-from gguf_trim.planner import ROWS, matches_of
+from gguf_trim.planner import matches_of
 from runner.engine import Engine, Record
 
 GREEDY = Sampling(temp=0)

@@ -32,7 +32,7 @@ def session(name: str, toys) -> Iterator[SpeculativeLM]:
             yield lm
 
 
-def resident() -> int:
+def own_memory() -> int:
     """Bytes of memory that are this process's own; pages of mapped model files come and go."""
     gc.collect()
     pages = Path("/proc/self/statm").read_text().split()
@@ -65,10 +65,10 @@ def growth(lm: SpeculativeLM, turns: int, warm: int, act=turn) -> tuple[int, int
     """Growth of (memory, handles) after the first `warm` turns."""
     for i in range(warm):
         act(lm, i)
-    before = resident(), handles()
+    before = own_memory(), handles()
     for i in range(warm, turns):
         act(lm, i)
-    return resident() - before[0], handles() - before[1]
+    return own_memory() - before[0], handles() - before[1]
 
 
 def interrupt(lm: SpeculativeLM, after: float) -> None:

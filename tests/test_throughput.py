@@ -65,7 +65,7 @@ def test_sixteen_answers_at_a_time_are_twice_as_fast_as_one(tmp_path: Path) -> N
     file = GGUFFile(target)
     template = ChatTemplate(file, Vocabulary(file))
     with Model(target) as model:
-        prompts = [(p.id, p.messages, template.ids(model, p.messages)) for p in spread(load_prompts(), 48)]
+        prompts = [(p, template.ids(model, p.messages)) for p in spread(load_prompts(), 48)]
         rates: dict[int, list[float]] = {1: [], 16: []}
         for turn, (at_once, chosen) in enumerate(((1, prompts[::16]), (16, prompts), (1, prompts[8::16]))):
             out = tmp_path / f"{turn}.jsonl"

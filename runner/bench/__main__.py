@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,15 @@ import click
 from corpus.command import FILE, Commands
 from corpus.errors import FileFormatError
 from corpus.files import write_whole
-from corpus.gguf_file import GGUFFile
 from corpus.progress import progress, stderr
-from corpus.prompts import Prompt
 from corpus.sampling import GREEDY, Sampling
-from gguf_trim.costs import Weights
-from gguf_trim.layout import EMBEDDING
 
 from ..drafter import NoDrafter
 from ..engine import LONGEST, Record
 from ..options import Models, draft_max_option, model_options
 from . import peers, runs
 from .machine import bandwidth, describe, machine
-from .modes import AGAIN, KINDS, Files, find_files, names_of, open_modes
+from .modes import AGAIN, KINDS, find_files, names_of
 from .report import compare, plot, report
 from .steps import promised, ratios, shaped, steps_table, time_steps
 
@@ -174,7 +170,7 @@ def run_command(
             stderr.print(f"{output}: {n} answers are there; going on (remove it to begin anew)", markup=False)
         save = runs.saver(output, record)
         try:
-            _measure(record, files, found, chosen, sampling, save, tools)
+            runs.measure(record, files, found, chosen, sampling, save, tools)
         except KeyboardInterrupt:
             record["missing"] = runs.missing(record, chosen, names, repeat)
     if not record.get("missing"):
@@ -186,57 +182,6 @@ def run_command(
     click.echo(json.dumps(record, ensure_ascii=False))
     if record.get("missing"):
         sys.exit(130)
-
-
-def _measure(
-    record: dict[str, Any],
-    files: Files,
-    found: Models,
-    prompts: list[Prompt],
-    sampling: Sampling,
-    save: Callable[[], None],
-    tools: tuple[Path, Path] | None,
-) -> None:
-    """Everything that is timed; what is known already is not measured again."""
-    settings = record["settings"]
-    record["copy_bytes_per_second"] = bandwidth(found.n_threads)
-    target = GGUFFile(files.target)
-    weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
-    record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
-    names, repeat = settings["modes"], settings["repeat"]
-    engine = replace(found, target=files.target, draft=None).open()
-    with engine, open_modes(names, files, engine, found, settings["draft_max"]) as modes:
-
-        def note() -> None:
-            for mode in modes:
-                if mode.name in record["modes"] and not mode.used:
-                    continue  # what an earlier run knew of it
-                params, n_bytes = mode.step()
-                record["modes"][mode.name] = {
-                    "draft_max": mode.draft_max,
-                    "file": mode.file.name if mode.file else None,
-                    "memory_bytes": mode.memory,
-                    "step": {"params": params, "bytes": n_bytes},
-                }
-            record["missing"] = runs.missing(record, prompts, names, repeat)
-            save()
-
-        with progress("measuring", runs.missing(record, prompts, names, repeat), "answers") as advance:
-            runs.run(
-                engine,
-                modes,
-                prompts,
-                sampling,
-                record,
-                max_tokens=settings["max_tokens"],
-                repeat=repeat,
-                seed=settings["seed"],
-                save=note,
-                advance=advance,
-            )
-        note()
-        if tools is not None and "peers" not in record:
-            record["peers"] = peers.beside(record, tools, files, found, engine, prompts)
 
 
 @main.command("demo")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ import click
 
 from corpus.errors import FileFormatError, TrimError
 from corpus.files import write_whole
+from corpus.gguf_file import GGUFFile
 from corpus.noise import Noise
-from corpus.progress import stderr
+from corpus.progress import progress, stderr
 from corpus.prompts import Prompt, load_prompts, split, spread
 from corpus.sampling import Sampling
+from gguf_trim.costs import Weights
+from gguf_trim.layout import EMBEDDING
 
 from ..engine import LONGEST, Engine
+from ..options import Models
 from ..speculative import generate
-from .machine import peak, resident
-from .modes import Mode
+from . import peers
+from .machine import bandwidth, peak, resident
+from .modes import Files, Mode, open_modes
 
 TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # Spec-Bench's, beside MT-Bench's categories
 # Where `--spec-bench auto` looks, from the working directory.
@@ -123,6 +129,57 @@ def run(
                     advance(1, mode.name)
             text = b"".join(engine.model.piece(token) for token in first or ())
             messages.append({"role": "assistant", "content": text.decode("utf-8", "replace")})
+
+
+def measure(
+    record: dict[str, Any],
+    files: Files,
+    found: Models,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    save: Callable[[], None],
+    tools: tuple[Path, Path] | None,
+) -> None:
+    """Everything that is timed; what is known already is not measured again."""
+    settings = record["settings"]
+    record["copy_bytes_per_second"] = bandwidth(found.n_threads)
+    target = GGUFFile(files.target)
+    weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
+    record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
+    names, repeat = settings["modes"], settings["repeat"]
+    engine = replace(found, target=files.target, draft=None).open()
+    with engine, open_modes(names, files, engine, found, settings["draft_max"]) as modes:
+
+        def note() -> None:
+            for mode in modes:
+                if mode.name in record["modes"] and not mode.used:
+                    continue  # what an earlier run knew of it
+                params, n_bytes = mode.step()
+                record["modes"][mode.name] = {
+                    "draft_max": mode.draft_max,
+                    "file": mode.file.name if mode.file else None,
+                    "memory_bytes": mode.memory,
+                    "step": {"params": params, "bytes": n_bytes},
+                }
+            record["missing"] = missing(record, prompts, names, repeat)
+            save()
+
+        with progress("measuring", missing(record, prompts, names, repeat), "answers") as advance:
+            run(
+                engine,
+                modes,
+                prompts,
+                sampling,
+                record,
+                max_tokens=settings["max_tokens"],
+                repeat=repeat,
+                seed=settings["seed"],
+                save=note,
+                advance=advance,
+            )
+        note()
+        if tools is not None and "peers" not in record:
+            record["peers"] = peers.beside(record, tools, files, found, engine, prompts)
 
 
 def _key(found: Answer) -> tuple[str, int, int, str]:

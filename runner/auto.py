@@ -172,6 +172,7 @@ class AutoDrafter:
 def measured_verify(target: Reader) -> StepCost:
     """A target's verify cost on this machine: the faster of two steps of each size, on an empty cache."""
     context: Context = target.context
+    target.settle()  # where an interruption cut the last measurement short
     target.keep([], 0)
     seconds: dict[int, float] = {}
     for turn in range(3):

@@ -208,6 +208,24 @@ def test_ctrl_c_at_every_round(lm, monkeypatch) -> None:
         assert lm.chat("the sea", **GREEDY).text == wanted
 
 
+def test_ctrl_c_while_step_costs_are_measured(lm, monkeypatch) -> None:
+    decode = Context._decode
+    for stop in range(0, 40, 3):
+        calls = iter(range(100))
+
+        def interrupted(self, batch, calls=calls, stop=stop) -> None:
+            decode(self, batch)
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+
+        lm._engine._auto = None
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "_decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                lm.chat("the sea", **GREEDY)
+        assert lm.chat("the sea", **GREEDY).tokens == 40
+
+
 def test_a_ctrl_c_that_keeps_an_answer_from_being_let_go(lm, monkeypatch) -> None:
     """Interrupted where it would have noted that it is over, at the end of an answer and of one left half-way."""
     wanted = lm.chat("the sea", **GREEDY).text

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import llama_cpp
 import pytest
 
 from corpus.errors import EngineError
@@ -161,25 +162,26 @@ def test_close_ends_a_stream_that_nobody_reads_just_now(toys) -> None:
         next(unread)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("what", ["cancel", "close"])
-def test_from_a_signal_handler_in_the_middle_of_a_decode(toys, monkeypatch, what: str) -> None:
+def test_from_a_signal_handler_in_the_middle_of_a_decode(toys, monkeypatch, what: str, number: int) -> None:
     lm = SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512)
     lm._engine.model.is_end = lambda token: False
-    decode = Context._decode
+    decode = llama_cpp.llama_decode
 
-    def signalled(self, batch) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        decode(self, batch)
+    def signalled(context, batch) -> int:
+        os.kill(os.getpid(), number)
+        return decode(context, batch)
 
-    before = signal.signal(signal.SIGUSR1, lambda *_: getattr(lm, what)())
+    before = signal.signal(number, lambda *_: getattr(lm, what)())
     try:
         stream = lm.stream("the king", **LONG)
         next(stream)
-        monkeypatch.setattr(Context, "_decode", signalled)
+        monkeypatch.setattr(llama_cpp, "llama_decode", signalled)
         assert len(list(stream)) <= 1
         monkeypatch.undo()
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(number, before)
     if what == "close":
         assert lm._engine.context._ctx is None
         with pytest.raises(EngineError, match="used after it was closed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 
@@ -26,18 +27,18 @@ class Chain:
 
     def __init__(self, sampling: Sampling, text: Sequence[int], model: Model | None = None) -> None:
         self._sampling = sampling
+        unknown = [token for token in sampling.logit_bias if model is not None and not 0 <= token < model.n_vocab]
+        if model is not None and unknown:
+            raise EngineError(
+                f"{model.path}: has no token {unknown[0]}, which the logit bias names; it has {model.n_vocab}"
+            )
         self._bias = (
             np.array(list(sampling.logit_bias), np.int64),
             np.array(list(sampling.logit_bias.values()), np.float32),
         )
         self._grammar = Grammar(model, sampling.grammar) if model is not None and sampling.grammar else None
-        if model is not None and not all(0 <= token < model.n_vocab for token in sampling.logit_bias):
-            raise EngineError(
-                f"{model.path}: has no token {max(sampling.logit_bias)}, which the logit bias names; "
-                f"it has {model.n_vocab}"
-            )
         n = sampling.repeat_last_n
-        self._recent: deque[int] = deque(maxlen=n if n >= 0 else None)
+        self._recent: deque[int] = deque(maxlen=min(n, sys.maxsize) if n >= 0 else None)
         self._counts: Counter[int] = Counter()
         if sampling.penalises:
             self._recent.extend(text if n < 0 else text[-n:])

@@ -22,3 +22,7 @@ class FetchError(TrimError):
 
 class EngineError(TrimError):
     """llama.cpp refused to load, decode or rewind."""
+
+
+class SettingError(TrimError, ValueError):
+    """A sampler setting that nothing can be sampled with."""

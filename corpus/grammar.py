@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import llama_cpp
@@ -20,6 +21,7 @@ from .errors import EngineError, FileFormatError
 from .llama import LAST_ERRORS, Model, Owner, last_error
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_PARSING = threading.Lock()  # there is one stderr
 
 
 class Grammar(Owner):
@@ -31,9 +33,15 @@ class Grammar(Owner):
     def __init__(self, model: Model, text: str) -> None:
         self._sampler = None
         vocab = llama_cpp.llama_model_get_vocab(model.handle)
-        LAST_ERRORS.clear()
-        with _stderr() as said:
-            self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        try:
+            source = text.encode()
+        except UnicodeEncodeError as error:  # bytes of an argument that were no UTF-8
+            raise EngineError(f"the grammar cannot be used: it is not text in UTF-8: {error.reason}") from error
+        if b"\0" in source:
+            raise EngineError(r"the grammar cannot be used: llama.cpp would read it up to its NUL; write \x00")
+        with _PARSING, _stderr() as said:
+            LAST_ERRORS.clear()
+            self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, source, b"root")
         if not self._sampler:
             raise EngineError(f"the grammar cannot be used: {_reason(said) or last_error()}; correct it")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import llama_cpp
@@ -85,21 +85,23 @@ def backends() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold a Ctrl-C back while llama.cpp calls into Python, where ctypes would drop it, and raise it afterwards.
+    """Hold a Ctrl-C back while llama.cpp calls into Python, where ctypes would drop what is raised; then let it act.
 
-    Yields a function that says whether to go on. Only the main thread gets signals, so elsewhere nothing is changed.
+    Yields a function that says whether to go on: not when KeyboardInterrupt is to come. Only the main thread gets
+    signals, and one that is ignored or left to the system calls no Python: there nothing is changed.
     """
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    pressed: list[tuple[int, FrameType | None]] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: True
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    signal.signal(signal.SIGINT, lambda *press: pressed.append(press))
     try:
-        yield lambda: not pressed
+        yield lambda: not pressed or before is not signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-        if pressed:
-            raise KeyboardInterrupt
+        for press in pressed:
+            before(*press)
 
 
 class Owner:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from .errors import SettingError
 from .noise import Noise
+
+LARGEST = 1e30  # of a setting: float32 holds what penalties and bias make of logits, however often they are added up
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Sampling:
     the last repeat_last_n tokens (0: none, -1: all); repeat_penalty 1 and the others 0 switch them off. logit_bias is
     added to the logits of its token ids, -inf bans one. grammar is a GBNF, empty for none. What depends on the text
     (grammar, penalties) is applied by `corpus.chain.Chain`, with the bias; `distribution` is what follows.
+
+    Raises SettingError, which is a ValueError, for what is no number or too large to reckon with.
     """
 
     temp: float = 0.8
@@ -69,6 +74,15 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str = ""
+
+    def __post_init__(self) -> None:
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        biases = {f"logit_bias of {token}": bias for token, bias in self.logit_bias.items() if bias != -np.inf}
+        for name, value in (settings | biases).items():
+            if isinstance(value, int | float) and not abs(value) <= LARGEST:
+                raise SettingError(f"{name}={value} is not a number to sample with")
+        if self.repeat_penalty < 1 / LARGEST:
+            raise SettingError(f"repeat_penalty={self.repeat_penalty} must be greater than 0; 1 switches it off")
 
     @property
     def greedy(self) -> bool:

@@ -14,7 +14,10 @@ from .vocabulary import Vocabulary
 
 
 class ChatTemplate:
-    """The template of a GGUF, through llama-cpp-python's Jinja formatter; a model without one gets the bare text."""
+    """The template of a GGUF, through llama-cpp-python's Jinja formatter; a model without one gets the bare text.
+
+    Raises FileFormatError for one that is no Jinja.
+    """
 
     def __init__(self, file: GGUFFile, vocabulary: Vocabulary) -> None:
         self._path = file.path
@@ -22,10 +25,16 @@ class ChatTemplate:
 
         def text(key: str) -> str:
             token = file.get(f"tokenizer.ggml.{key}_token_id")
-            return vocabulary.text(token).decode("utf-8", "replace") if token is not None else ""
+            known = token is not None and 0 <= token < len(vocabulary)  # as llama.cpp, which takes no others for one
+            return vocabulary.text(token).decode("utf-8", "replace") if known else ""
 
         self._bos = text("bos")
-        self._format = Jinja2ChatFormatter(source, eos_token=text("eos"), bos_token=self._bos) if source else None
+        try:
+            self._format = Jinja2ChatFormatter(source, eos_token=text("eos"), bos_token=self._bos) if source else None
+        except Exception as error:  # a source may be anything
+            raise FileFormatError(
+                f"{self._path}: its chat template cannot be used: {error}; get another file"
+            ) from error
 
     def text(self, messages: Sequence[dict[str, Any]], tools: Any = None, answered: bool = False) -> str:
         """The conversation as the model reads it, up to where its answer begins (or ends, where `answered`).

@@ -123,6 +123,7 @@ class Engine:
         if "gguf_trim.companion" in file.fields:
             raise EngineError(f"{target}: is the companion of a trimmed drafter, not a model")
         vocabulary = Vocabulary(file)
+        self._template = ChatTemplate(file, vocabulary)
         self.model = Model(target, n_gpu_layers)
         try:
             self.context = Context(self.model, min(n_ctx, self.model.n_ctx_train), n_threads, cache=cache)
@@ -133,7 +134,6 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self._template = ChatTemplate(file, vocabulary)
 
     def __enter__(self) -> Engine:
         return self

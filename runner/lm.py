@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import math
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -37,12 +36,10 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
     """Keyword settings as Sampling: every field of it, with temperature for temp."""
     python_name = {field: name for name, field in _RENAMED.items()}
     known = [python_name.get(field.name, field.name) for field in dataclasses.fields(Sampling) if field.init]
-    for name, value in settings.items():
+    for name in settings:
         if name not in known:
             others = ("max_tokens", "stop", "seed", "draft_max")
             raise TypeError(f"there is no setting {name!r}; there are {', '.join([*known, *others])}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}={value} is not a number to sample with")
     return Sampling(**{_RENAMED.get(name, name): value for name, value in settings.items()})
 
 

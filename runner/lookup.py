@@ -21,9 +21,13 @@ class Lookup:
     def __init__(self) -> None:
         self._text: list[int] = []
         self._after: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # where an n-gram was followed
+        self._settled = True
 
     def follow(self, text: Sequence[int]) -> None:
         """Take in a text that mostly begins as the last one did."""
+        if not self._settled:  # an interruption cut the last call short, and the index is of no text
+            self._text, self._after = [], defaultdict(list)
+        self._settled = False
         known = self._text
         same = min(len(known), len(text))
         if known[:same] != text[:same]:
@@ -36,6 +40,7 @@ class Lookup:
         for i in range(same, len(known)):
             for n in range(1, min(LONGEST, i) + 1):
                 self._after[tuple(known[i - n : i])].append(i)
+        self._settled = True
 
     def guess(self, n: int, tail: Sequence[int] = ()) -> tuple[list[int], int]:
         """(up to n tokens to follow the text and `tail`, length of the match that suggests them).

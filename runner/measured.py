@@ -89,6 +89,7 @@ def _write(memory: dict[str, Any]) -> None:
 def measured_verify(target: Reader) -> dict[int, float]:
     """Seconds of a target's step by the number of tokens it reads: the faster of two, on an empty cache."""
     context = target.context
+    target.settle()  # where an interruption cut the last measurement short
     target.keep([], 0)
 
     def step(n: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from corpus.command import FILE
-from corpus.errors import FileFormatError, TrimError
+from corpus.errors import FileFormatError, SettingError, TrimError
 from corpus.grammar import schema_grammar
 from corpus.llama import CACHE_TYPES, F16, Cache
 from corpus.sampling import Sampling
@@ -224,14 +224,12 @@ def sampling_options(command: Any) -> Any:
         **others: Any,
     ) -> Any:
         values = {field.name: others.pop(field.name) for field in fields(Sampling) if field.name in others}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                flag = "typical" if name == "typical_p" else name.replace("_", "-")
-                raise click.UsageError(f"--{flag} {value}: is not a number to sample with")
-        if values["repeat_penalty"] <= 0:
-            raise click.UsageError("--repeat-penalty must be greater than 0; 1 switches it off")
         chosen = _grammar(grammar, grammar_file, json_schema, json_schema_file)
-        return command(sampling=Sampling(**values, logit_bias=_logit_bias(logit_bias), grammar=chosen), **others)
+        try:
+            sampling = Sampling(**values, logit_bias=_logit_bias(logit_bias), grammar=chosen)
+        except SettingError as error:
+            raise click.UsageError(str(error)) from error
+        return command(sampling=sampling, **others)
 
     default = Sampling()
 

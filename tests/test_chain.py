@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -157,6 +161,40 @@ def test_a_grammar_that_does_not_parse(model: Model, grammar: str, reason: str, 
     with pytest.raises(EngineError, match=f"the grammar cannot be used: .*{reason}.*; correct it"):
         Chain(Sampling(grammar=grammar), [], model)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("letter", "reason"), [("\0", "NUL"), ("\udcff", "not text in UTF-8")])
+def test_a_grammar_that_llama_cpp_would_not_get_whole(model: Model, letter: str, reason: str) -> None:
+    with pytest.raises(EngineError, match=f"the grammar cannot be used: .*{reason}"):
+        Grammar(model, f'root ::= "a" # {letter} \n | "b"')
+
+
+def test_grammars_of_two_threads_leave_stderr_as_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both redirect it while llama.cpp says there what is wrong; the first waits inside for the second to begin."""
+    parse, inside = llama_cpp.llama_sampler_init_grammar, threading.Event()
+
+    def slow(*arguments: object) -> object:
+        inside.set()
+        time.sleep(0.05)
+        return parse(*arguments)
+
+    monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", slow)
+    before, reasons = os.fstat(2), []
+
+    def refused() -> None:
+        with pytest.raises(EngineError, match="expecting") as error:
+            Grammar(model, "root ::= (")
+        reasons.append(error)
+
+    threads = [threading.Thread(target=refused) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        inside.wait()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert os.path.samestat(os.fstat(2), before)
+    assert len(reasons) == 2
 
 
 def test_nothing_left_and_a_bias_of_no_token(model: Model) -> None:

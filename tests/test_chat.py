@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFWriter
 
 from corpus.errors import TrimError
 from corpus.sampling import Sampling
@@ -304,6 +305,21 @@ def test_a_conversation_that_the_template_refuses(tmp_path) -> None:
     done = invoke("--target", str(model), "-sys", "x", "-p", "y")
     assert done.exit_code == 1
     assert "no system" in done.stderr
+
+
+def test_a_template_that_is_none(tmp_path) -> None:
+    model = write_model(tmp_path / "m.gguf", template="{% for m in messages %}{{ m['content'] }}")
+    done = invoke("--target", str(model), "-p", "x")
+    assert done.exit_code == 1
+    assert "m.gguf: its chat template cannot be used: " in done.stderr
+
+
+def test_a_special_token_that_the_vocabulary_does_not_have(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        GGUFWriter, "add_bos_token_id", lambda self, token: self.add_uint32("tokenizer.ggml.bos_token_id", 2**32 - 1)
+    )
+    done = invoke("--target", str(write_model(tmp_path / "m.gguf")), "-p", "x", "-n", "2")
+    assert done.exit_code == 0
 
 
 def test_a_folder_is_no_conversation(tmp_path) -> None:

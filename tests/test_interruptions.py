@@ -40,6 +40,22 @@ def test_ctrl_c_while_llama_cpp_calls_back_is_raised_afterwards() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_goes_to_the_handler_that_is_there() -> None:
+    """A program's own, or none at all where it is ignored, as in the background."""
+    heard: list[int] = []
+    for handler, wanted in ((lambda number, frame: heard.append(number), [signal.SIGINT]), (signal.SIG_IGN, [])):
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            with _interruptible() as go_on:
+                os.kill(os.getpid(), signal.SIGINT)
+                assert go_on() and heard == []
+            assert heard == wanted
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
+        heard.clear()
+
+
 def test_ctrl_c_stops_a_load(toys, monkeypatch) -> None:
     import llama_cpp
 

@@ -68,6 +68,11 @@ def test_every_field_of_sampling_is_a_setting(lm, monkeypatch) -> None:
             lm.stream("x", **{wrong: 1})
     with pytest.raises(ValueError, match="not a number"):
         lm.chat("x", temperature=float("nan"))
+    for wrong in ({"repeat_penalty": 0}, {"logit_bias": {5: float("inf")}}, {"presence_penalty": -1e39}):
+        with pytest.raises(ValueError, match=r"not a number|greater than 0"):
+            lm.chat("x", **wrong)
+    with pytest.raises(EngineError, match="has no token -3"):
+        lm.chat("x", logit_bias={-3: 1.0, 5: 1.0})
     with pytest.raises(ValueError, match="at least one"):
         lm.chat("x", max_tokens=0)
     with pytest.raises(ValueError, match="no empty stop"):

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import llama_cpp
 import pytest
 
 from corpus.errors import EngineError
@@ -164,25 +165,26 @@ def test_close_ends_a_stream_that_nobody_reads_just_now(toys) -> None:
         next(unread)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("what", ["cancel", "close"])
-def test_from_a_signal_handler_in_the_middle_of_a_decode(toys, monkeypatch, what: str) -> None:
+def test_from_a_signal_handler_in_the_middle_of_a_decode(toys, monkeypatch, what: str, number: int) -> None:
     lm = SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512)
     lm._engine.model.is_end = lambda token: False
-    decode = Context._decode
+    decode = llama_cpp.llama_decode
 
-    def signalled(self, batch) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        decode(self, batch)
+    def signalled(context, batch) -> int:
+        os.kill(os.getpid(), number)
+        return decode(context, batch)
 
-    before = signal.signal(signal.SIGUSR1, lambda *_: getattr(lm, what)())
+    before = signal.signal(number, lambda *_: getattr(lm, what)())
     try:
         stream = lm.stream("the king", **LONG)
         next(stream)
-        monkeypatch.setattr(Context, "_decode", signalled)
+        monkeypatch.setattr(llama_cpp, "llama_decode", signalled)
         assert len(list(stream)) <= 1
         monkeypatch.undo()
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(number, before)
     if what == "close":
         assert lm._engine.context._ctx is None
         with pytest.raises(EngineError, match="used after it was closed"):
@@ -209,6 +211,24 @@ def test_ctrl_c_at_every_round(lm, monkeypatch) -> None:
             with pytest.raises(KeyboardInterrupt):
                 list(stream)
         assert lm.chat("the sea", **GREEDY).text == wanted
+
+
+def test_ctrl_c_while_step_costs_are_measured(lm, monkeypatch) -> None:
+    decode = Context._decode
+    for stop in range(0, 40, 3):
+        calls = iter(range(100))
+
+        def interrupted(self, batch, calls=calls, stop=stop) -> None:
+            decode(self, batch)
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+
+        lm._engine._auto = None
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "_decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                lm.chat("the sea", **GREEDY)
+        assert lm.chat("the sea", **GREEDY).tokens == 40
 
 
 def test_a_ctrl_c_that_keeps_an_answer_from_being_let_go(lm, monkeypatch) -> None:

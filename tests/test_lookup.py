@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,3 +44,34 @@ def test_continues_a_repetition_over_its_own_end() -> None:
     lookup = Lookup()
     lookup.follow([1, 2, 3, 1, 2, 3])
     assert lookup.guess(7) == ([1, 2, 3, 1, 2, 3, 1], 3)
+
+
+def interrupted(lookup: Lookup, text: list[int], at: int) -> None:
+    """Follow a text and press Ctrl-C before the at-th line of Python."""
+    lines = iter(range(at))
+
+    def trace(frame, event, arg):
+        if frame.f_code is not Lookup.follow.__code__:
+            return None
+        if event == "line" and next(lines, None) is None:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            lookup.follow(text)
+    finally:
+        sys.settrace(before)
+
+
+def test_guesses_as_a_fresh_index_would_after_a_ctrl_c_at_any_line() -> None:
+    first, second, third = [1, 2, 3, 1, 2], [1, 2, 0, 3, 2, 1], [1, 2, 3, 1, 2, 3]
+    for at in range(120):
+        lookup = Lookup()
+        lookup.follow(first)
+        interrupted(lookup, second, at)
+        for text in (third, second):
+            lookup.follow(text)
+            assert lookup.guess(4) == expected(text, 4, [])

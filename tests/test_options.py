@@ -56,10 +56,13 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--typical", "nan"], 2, "--typical nan: is not a number"),
-        (["--repeat-penalty", "inf"], 2, "--repeat-penalty inf: is not a number"),
-        (["--repeat-penalty", "0"], 2, "--repeat-penalty must be greater than 0"),
+        (["--typical", "nan"], 2, "typical_p=nan is not a number"),
+        (["--repeat-penalty", "inf"], 2, "repeat_penalty=inf is not a number"),
+        (["--repeat-penalty", "0"], 2, "repeat_penalty=0.0 must be greater than 0"),
+        (["--presence-penalty", "1e300"], 2, "presence_penalty=1e+300 is not a number"),
         (["--repeat-last-n", "-2"], 2, "-2"),
+        (["--repeat-last-n", "9" * 20, "--repeat-penalty", "2", "-n", "1"], 0, "1 tokens"),
+        (["-l", "5+1e39"], 2, "logit_bias of 5=1e+39 is not a number"),
         (["-l", "x+1"], 2, "--logit-bias x+1: is not TOKEN_ID(+/-)BIAS"),
         (["-l", "5"], 2, "is not TOKEN_ID"),
         (["-l", "5+one"], 2, "is not TOKEN_ID"),
@@ -71,6 +74,7 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["--grammar-file", "absent"], 1, "absent: No such file"),
         (["--grammar", "root ::= ("], 1, "the grammar cannot be used: expecting"),
         (["-l", "600+1"], 1, "has no token 600"),
+        (["-l", "9" * 20 + "+1"], 1, f"has no token {'9' * 20}"),
     ],
 )
 def test_mistakes_get_one_sentence(toys: dict[str, Path], arguments: list[str], code: int, said: str) -> None:

@@ -28,6 +28,12 @@ ROOT = Path(__file__).parent.parent
 MODES = ["plain", "full", "trim", "context", "spec", "lookup", "auto"]
 
 
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bandwidth of memory is in every record; how much is copied to find it is all one here."""
+    monkeypatch.setattr("runner.bench.machine.COPIED", 16 << 20)
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     """Two tasks, one of them in two turns as MT-Bench is."""

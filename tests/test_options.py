@@ -61,7 +61,7 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["--repeat-penalty", "0"], 2, "repeat_penalty=0.0 must be greater than 0"),
         (["--presence-penalty", "1e300"], 2, "presence_penalty=1e+300 is not a number"),
         (["--repeat-last-n", "-2"], 2, "-2"),
-        (["--repeat-last-n", "9" * 20, "--repeat-penalty", "2", "-n", "1"], 0, "1 tokens"),
+        (["--repeat-last-n", "9" * 20, "--repeat-penalty", "2", "-n", "1"], 0, "1 token,"),
         (["-l", "5+1e39"], 2, "logit_bias of 5=1e+39 is not a number"),
         (["-l", "x+1"], 2, "--logit-bias x+1: is not TOKEN_ID(+/-)BIAS"),
         (["-l", "5"], 2, "is not TOKEN_ID"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import random
@@ -35,6 +36,8 @@ def session(name: str, toys) -> Iterator[SpeculativeLM]:
 def own_memory() -> int:
     """Bytes of memory that are this process's own; pages of mapped model files come and go."""
     gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc's: what other tests have freed would hide what is kept here
+        ctypes.CDLL(None).malloc_trim(0)
     pages = Path("/proc/self/statm").read_text().split()
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
@@ -119,7 +122,7 @@ def test_a_leak_would_be_seen(toys) -> None:
         memory, opened = growth(lm, turns=200, warm=60, act=leaking)
     for _, file in kept:
         os.close(file)
-    assert memory > 8 << 20
+    assert memory > 100 << 20
     assert opened == 140
 
 

@@ -44,6 +44,8 @@ from .engine import Engine
 from .options import Models, model_options, sampling_options
 from .speculative import Round
 
+MOST = 512  # tokens that are read in one pass
+
 
 @dataclass
 class Exactness:
@@ -178,7 +180,9 @@ def check_prompt(
 @model_options
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the prompts.")
-@click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(2, MOST), default=128, show_default=True, help="Most per answer."
+)
 @sampling_options
 def main(
     models: Callable[[], Models],
@@ -191,15 +195,17 @@ def main(
 ) -> None:
     """Check greedy exactness token by token, also with penalties, bias or a grammar; exit 1 for a wrong token.
 
-    Of the samplers only those count that can change which token is the likeliest.
+    The other samplers are left out: of greedy text they can only say that it is not the likeliest token that follows.
     """
-    sampling = replace(sampling, temp=0.0)
+    sampling = replace(sampling, temp=0.0, typical_p=1.0)
     chosen = load_prompts(prompts, limit)
     found = models()
     results = []
     with (
         found.open() as engine,
-        Context(engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens) as context,
+        Context(
+            engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens, cache=found.cache
+        ) as context,
         progress("checking", len(chosen), "prompts") as advance,
     ):
         for prompt in chosen:

@@ -169,6 +169,17 @@ def test_a_grammar_that_llama_cpp_would_not_get_whole(model: Model, letter: str,
         Grammar(model, f'root ::= "a" # {letter} \n | "b"')
 
 
+@pytest.mark.parametrize(
+    "schema", [{"type": "string", "maxLength": 65535}, {"items": {"type": "null"}, "maxItems": 40000}]
+)
+def test_a_grammar_that_would_overflow_llama_cpps_stack(model: Model, schema: dict) -> None:
+    """It would end the process. What looks like nesting inside literals, classes and comments is none."""
+    with pytest.raises(EngineError, match="nest more than 4000 deep"):
+        Grammar(model, schema_grammar(json.dumps(schema)))
+    braces = "(" * 5000
+    Grammar(model, f'root ::= "\\"{braces}" | # {braces}\n [\\]"{braces}]').close()
+
+
 def test_grammars_of_two_threads_leave_stderr_as_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both redirect it while llama.cpp says there what is wrong; the first waits inside for the second to begin."""
     parse, inside = llama_cpp.llama_sampler_init_grammar, threading.Event()

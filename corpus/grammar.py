@@ -103,7 +103,10 @@ def schema_grammar(schema: str) -> str:
     """The GBNF of a JSON schema (its text). Raises FileFormatError where it is none, or asks for what GBNF lacks."""
     try:
         converter = _Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        converter.visit(converter.resolve_refs(json.loads(schema), "schema"), "")
+        found = json.loads(schema)
+        if "$ref" in found:  # beside which the converter would not see the definitions that it refers to
+            found = {"anyOf": [{"$ref": found.pop("$ref")}], **found}
+        converter.visit(converter.resolve_refs(found, "schema"), "")
         return str(converter.format_grammar())
     except json.JSONDecodeError as error:
         raise FileFormatError(f"the JSON schema is not JSON: {error}") from error

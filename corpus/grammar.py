@@ -9,9 +9,11 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from itertools import accumulate
 
 import llama_cpp
 import numpy as np
@@ -22,6 +24,10 @@ from .llama import LAST_ERRORS, Model, Owner, last_error
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _PARSING = threading.Lock()  # there is one stderr
+_PARTS = re.compile(
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^]\\])*\]|#.*|[()]'
+)  # literals, classes, comments; what is left nests
+DEEPEST = 4000  # llama.cpp's parser calls itself for every parenthesis: some ten thousand overflow the stack
 
 
 class Grammar(Owner):
@@ -39,6 +45,11 @@ class Grammar(Owner):
             raise EngineError(f"the grammar cannot be used: it is not text in UTF-8: {error.reason}") from error
         if b"\0" in source:
             raise EngineError(r"the grammar cannot be used: llama.cpp would read it up to its NUL; write \x00")
+        if _depth(text) > DEEPEST:
+            raise EngineError(
+                f"the grammar cannot be used: its parentheses nest more than {DEEPEST} deep, which would overflow "
+                "llama.cpp's stack; repeat less (maxLength and maxItems of a JSON schema nest as deep)"
+            )
         with _PARSING, _stderr() as said:
             LAST_ERRORS.clear()
             self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, source, b"root")
@@ -70,6 +81,11 @@ class Grammar(Owner):
             self._sampler = None
 
 
+def _depth(grammar: str) -> int:
+    """How deep its parentheses nest."""
+    return max(accumulate({"(": 1, ")": -1}.get(part, 0) for part in _PARTS.findall(grammar)), default=0)
+
+
 class _Converter(SchemaConverter):  # type: ignore[misc]
     """llama-cpp-python's, with two of its faults mended."""
 
@@ -87,7 +103,10 @@ def schema_grammar(schema: str) -> str:
     """The GBNF of a JSON schema (its text). Raises FileFormatError where it is none, or asks for what GBNF lacks."""
     try:
         converter = _Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        converter.visit(converter.resolve_refs(json.loads(schema), "schema"), "")
+        found = json.loads(schema)
+        if "$ref" in found:  # beside which the converter would not see the definitions that it refers to
+            found = {"anyOf": [{"$ref": found.pop("$ref")}], **found}
+        converter.visit(converter.resolve_refs(found, "schema"), "")
         return str(converter.format_grammar())
     except json.JSONDecodeError as error:
         raise FileFormatError(f"the JSON schema is not JSON: {error}") from error

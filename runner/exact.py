@@ -47,6 +47,8 @@ from .engine import Engine
 from .options import Models, model_options, sampling_options
 from .speculative import Round
 
+MOST = 512  # tokens that are read in one pass
+
 
 @dataclass
 class Exactness:
@@ -96,7 +98,7 @@ class Law:
         differences are logits still.
         """
         row = np.full(len(logits), -np.inf)
-        if self.sampling.greedy:
+        if self.sampling.greedy and self.sampling.typical_p >= 1:
             values, ids = chain.logits(logits)
             row[slice(None) if ids is None else ids] = values
             return row
@@ -193,7 +195,9 @@ def check_prompt(
 @model_options
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many of the prompts.")
-@click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(2, MOST), default=128, show_default=True, help="Most per answer."
+)
 @sampling_options
 def main(
     models: Callable[[], Models],
@@ -216,7 +220,9 @@ def main(
     results = []
     with (
         found.open() as engine,
-        Context(engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens) as context,
+        Context(
+            engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens, cache=found.cache
+        ) as context,
         progress("checking", len(chosen), "prompts") as advance,
     ):
         for prompt in chosen:

@@ -203,6 +203,7 @@ def test_a_prompt_too_long_is_a_failure_not_a_silence(arguments: list[str], prom
         (["--spec-bench", "auto"], 2, "--prompts or --spec-bench"),
         (["--modes", "plane"], 2, "plane"),
         (["--llama-cpp", "/nowhere"], 1, "/nowhere: holds no llama-bench"),
+        (["-o", "/dev/zero"], 1, "/dev/zero: holds no record of a benchmark"),
         (["-o", "PROMPTS"], 1, "holds no record of a benchmark"),
     ],
 )
@@ -230,7 +231,28 @@ def test_compare(arguments: list[str], tmp_path: Path) -> None:
         [sys.executable, "-m", "runner.bench", "compare", str(a), str(b)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "is no record of a benchmark" in done.stderr
+    assert "holds no record of a benchmark" in done.stderr
+
+
+def test_damaged_records_are_refused_and_left_alone(arguments: list[str], tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.json", tmp_path / "a.json"
+    record = record_of(invoke(*arguments, "--modes", "plain", "-o", str(whole)))
+    for damage in (
+        {"answers": 5},
+        {"answers": [{}]},
+        {"answers": [None]},
+        {"answers": [{**record["answers"][0], "rounds": [[1]]}]},
+        {"modes": []},
+        {"files": None},
+        {"machine": []},
+    ):
+        path.write_text(json.dumps(record | damage))
+        before = path.read_bytes()
+        for command in ((*arguments, "--modes", "plain", "-o", str(path)), ("compare", str(whole), str(path))):
+            done = invoke(*command)
+            assert done.exit_code == 1, damage
+            assert "a.json: holds no record of a benchmark" in " ".join(done.stderr.split())
+        assert path.read_bytes() == before
 
 
 def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from click.testing import CliRunner
 
 from corpus.errors import EngineError, VocabularyMismatch
 from corpus.llama import Context
@@ -11,6 +14,7 @@ from runner import speculative
 from runner.drafter import NoDrafter
 from runner.engine import Engine, Record
 from runner.exact import Law, check_prompt, plain_tokens, replay
+from runner.exact import main as exact
 from runner.speculative import Round
 
 GREEDY = Sampling(temp=0)
@@ -226,6 +230,19 @@ def test_pair_with_more_padding_works(toys) -> None:
             found = tokens_of(run(engine, PROMPTS[0], n=20))
             plain = tokens_of(run(engine, PROMPTS[0], n=20, draft_max=0))
             assert found == plain
+
+
+@pytest.mark.parametrize("settings", [("-ctk", "q4_0", "-ctv", "q4_0"), ("--typical", "0.3")])
+def test_the_check_reads_as_the_loop_does(toys, tmp_path, settings: tuple[str, ...]) -> None:
+    """With its cache and its samplers: it once called what these do bugs."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": "p", "messages": [{"role": "user", "content": "tea and the king"}]}')
+    pair = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "--draft-max", "3", "-c", "256"]
+    done = CliRunner().invoke(exact, [*pair, "--prompts", str(prompts), "-n", "24", *settings])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens"] > 4 and found["replay_faults"] == 0
+    assert CliRunner().invoke(exact, [*pair, "-n", "513"]).exit_code == 2
 
 
 def test_record_adds_up(engines, monkeypatch) -> None:

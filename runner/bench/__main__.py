@@ -22,7 +22,6 @@ from typing import Any
 import click
 
 from corpus.command import FILE, Commands
-from corpus.errors import FileFormatError
 from corpus.files import write_whole
 from corpus.progress import progress, stderr
 from corpus.sampling import GREEDY, Sampling
@@ -264,13 +263,7 @@ def steps_command(
 @click.argument("b", type=FILE)
 def compare_command(a: Path, b: Path) -> None:
     """Two records of `run`, mode by mode."""
-    records = []
-    for path in (a, b):
-        try:
-            records.append(json.loads(path.read_text("utf-8").strip().splitlines()[-1]))
-            records[-1]["answers"], records[-1]["machine"], records[-1]["settings"]["modes"]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise FileFormatError(f"{path}: is no record of a benchmark; make one with `run -o {path}`") from error
+    records = [runs.read_record(path, f"make one with `run -o {path}`", slice(-1, None)) for path in (a, b)]
     click.echo(compare(records[0], records[1], (str(a), str(b))))
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from gguf_trim.planner import mbsu
 
-from .runs import Answer
-
 ALL = "all"
+Answer = dict[str, Any]
 
 
 def figures(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

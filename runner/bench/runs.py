@@ -29,13 +29,13 @@ from ..engine import LONGEST, Engine
 from ..options import Models
 from ..speculative import generate
 from . import peers
+from .figures import Answer, figures
 from .machine import bandwidth, peak, resident
 from .modes import Files, Mode, open_modes
 
 TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # Spec-Bench's, beside MT-Bench's categories
 # Where `--spec-bench auto` looks, from the working directory.
 SPEC_BENCH = ("question.jsonl", "spec_bench/question.jsonl", "../shared/data/spec_bench/question.jsonl")
-Answer = dict[str, Any]
 
 
 def task_of(prompt: Prompt) -> str:
@@ -203,6 +203,19 @@ def missing(record: dict[str, Any], prompts: Sequence[Prompt], modes: Sequence[s
     return turns_of(prompts) * len(modes) * repeat - len(record["answers"])
 
 
+def read_record(path: Path, way_out: str, line: slice = slice(None)) -> dict[str, Any]:
+    """A record that `run` has made, in these lines of a file. Raises FileFormatError where that makes no figures."""
+    try:
+        if not path.is_file():
+            raise ValueError("it may never end")
+        found: dict[str, Any] = json.loads("".join(path.read_text("utf-8").strip().split("\n")[line]))
+        figures(found), [_key(answer) for answer in found["answers"]]
+        found["machine"].get("cpu"), [file["sha256"] for files in found["files"].values() for file in files]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise FileFormatError(f"{path}: holds no record of a benchmark; {way_out}") from error
+    return found
+
+
 def resumed(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What an interrupted run of the same settings has left in `path`: its answers, and what it knew of its modes.
 
@@ -210,14 +223,10 @@ def resumed(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     """
     if path is None or not path.exists():
         return {"answers": [], "modes": {}}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        same, kept = found["settings"] == settings, {name: found[name] for name in ("answers", "modes")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{path}: is there and holds no record of a benchmark; name another file") from error
-    if not same:
+    found = read_record(path, "name another file")
+    if found["settings"] != settings:
         raise FileFormatError(f"{path}: holds the record of another run; name another file, or remove it")
-    return kept
+    return {name: found[name] for name in ("answers", "modes")}
 
 
 def saver(path: Path | None, record: dict[str, Any]) -> Callable[[], None]:

@@ -24,6 +24,8 @@ from runner.bench.machine import bandwidth, machine
 from runner.bench.shapes import SHAPES, Shape
 from runner.lookup import LookupDrafter
 
+from .terminal import Terminal
+
 ROOT = Path(__file__).parent.parent
 MODES = ["plain", "full", "trim", "context", "spec", "lookup", "auto"]
 
@@ -298,3 +300,14 @@ def test_modes_with_draft_lengths_of_their_own(arguments: list[str]) -> None:
     }
     assert most == {"plain": 0, "again": 0, "spec:1": 1, "spec:3": 3, "lookup:2": 2}
     assert invoke(*arguments, "--modes", "spec:0").exit_code == 2
+
+
+def test_the_demo_shows_its_texts_and_no_json_in_a_terminal(toys: dict[str, Path], tmp_path: Path) -> None:
+    files = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "-c", "256", "-n", "4"]
+    record = record_of(invoke("demo", *files))
+    with Terminal("-m", "runner.bench", "demo", *files, home=tmp_path, columns=200) as demo:
+        assert demo.end() == 0
+    shown = demo.plain
+    assert '{"' not in shown
+    for row in record["prompts"]:
+        assert f"> {row['prompt']}\n{row['drafted']['text']}" in shown

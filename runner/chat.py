@@ -133,9 +133,19 @@ class Chat:
             case ["/load", name]:
                 self.take(load(expand(name)))
                 _say(f"loaded {_messages(self.messages)}")
-            case _:
+            case ["/help"]:
                 _say(HELP)
+            case [name, *_]:
+                _say(f"{name}: not understood; there are\n{HELP}")
         return True
+
+    def closing(self, record: Record) -> str:
+        """The closing line of an answer, and what cut it off."""
+        text = record.line()
+        if record.finish_reason == "length":
+            full = record.tokens < self._max_tokens
+            text += ", cut off by " + (f"-c {self.engine.context.n_ctx}" if full else f"-n {self._max_tokens}")
+        return f"[{text}]"
 
 
 def _messages(messages: Messages) -> str:
@@ -171,7 +181,7 @@ def _talk(chat: Chat) -> None:
                 if not chat.command(text):
                     return
             elif text := said(text):
-                _say(f"[{_answer(chat, text).line()}]")
+                _say(chat.closing(_answer(chat, text)))
         except TrimError as error:  # the conversation goes on
             _say(f"Error: {error}")
         except EOFError:
@@ -233,7 +243,10 @@ def main(
     if as_json and text is None:
         raise click.UsageError("--json needs --prompt")
     show_draft = show_draft and _colours()
-    with models().open() as engine:
+    found = models()
+    if text is None:
+        _say(" and ".join(["loading " + found.target.name, *([found.draft.name] if found.draft else [])]))
+    with found.open() as engine:
         if draft_max is None:
             engine.measure()  # now, rather than while the user waits for an answer
         chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft)
@@ -246,7 +259,7 @@ def main(
         if as_json:
             click.echo(json.dumps(record.as_json(), ensure_ascii=False))
         else:
-            _say(f"[{record.line()}]")
+            _say(chat.closing(record))
         if record.finish_reason == "cancelled":
             sys.exit(130)
 

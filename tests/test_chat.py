@@ -76,6 +76,11 @@ def test_one_prompt_with_its_record(pair) -> None:
     assert record["finish_reason"] in ("stop", "length")
 
 
+def test_the_closing_line_says_what_cut_the_answer_off(pair) -> None:
+    assert "cut off by -n 6]" in invoke(*pair, "--prompt", "the sea", "-n", "6").stderr
+    assert "cut off by -c 24]" in invoke(*pair, "-c", "24", "--prompt", "the sea").stderr
+
+
 def test_same_answer_with_and_without_drafter(pair) -> None:
     drafted = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "3")
     plain = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "0")

@@ -218,7 +218,16 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
 @click.option("-p", "--prompt", help="Answer this once on stdout and exit; what is piped in follows it.")
 @click.option("-f", "--file", type=FILE, help="The same, with the prompt's text from a file.")
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="The system message.")
-@click.option("-n", "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most per answer.")
+@click.option(
+    "-n",
+    "--n-predict",
+    "--max-tokens",
+    "max_tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Most per answer.",
+)
 @click.option("--show-draft", is_flag=True, help="On a terminal: show in green what the drafter has drafted.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record as the last line.")
 def main(

@@ -331,6 +331,8 @@ def test_help_fits_a_narrow_terminal() -> None:
     [
         (["--draft", "x.gguf"], 2, "--draft needs --target"),
         (["--model", "a", "--target", "b"], 2, "not both"),
+        (["-m", "a.gguf", "-md", "b.gguf"], 2, "give --model, a pair of the catalog, or --target with --draft"),
+        (["-m", "a.gguf", "--n-predict", "9", "-p", "x"], 1, "for other files give their paths (--target and --draft"),
         ([], 2, "the prompt is empty: type in a terminal, pipe a text in"),
         (["-p", " "], 2, "the prompt is empty"),
         (["-p", "x", "-f", "y"], 2, "give --prompt or --file, not both"),

@@ -216,10 +216,13 @@ def test_wrong_use(arguments: list[str], prompts: Path, extra: list[str], code: 
 def test_compare(arguments: list[str], tmp_path: Path) -> None:
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     record_of(invoke(*arguments, "--modes", "plain,trim", "-o", str(a)))
-    record_of(invoke(*arguments, "--modes", "trim,spec", "-o", str(b)))
+    assert arguments[5] == "--full"  # a file that no mode in common uses
+    record_of(invoke(*arguments[:5], *arguments[7:], "--modes", "trim,spec", "-o", str(b)))
     done = invoke("compare", str(a), str(b))
     assert done.exit_code == 0, done.output
+    assert "differ" not in done.stdout
     assert "| trim" in done.stdout
+    assert {line.count("|") for line in done.stdout.splitlines() if line.startswith("|")} == {6}
     assert "| spec" not in done.stdout
     a.write_text("{}")
     done = subprocess.run(

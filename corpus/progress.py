@@ -13,10 +13,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -27,15 +30,23 @@ class Advance(Protocol):
     def __call__(self, amount: float, note: str = "") -> None: ...
 
 
+class _Title(ProgressColumn):
+    """What goes on; the first to give way in a narrow terminal, so that the bar stays on one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 @contextlib.contextmanager
 def progress(title: str, total: float | None, unit: str = "") -> Iterator[Advance]:
     """Show a bar with the time left and yield what moves it; `unit` is "B" for bytes, else a plural noun."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)]
+    columns: list[ProgressColumn] = [_Title(), BarColumn(bar_width=None)]
+    whole = Column(no_wrap=True)
     if unit == "B":
-        columns += [DownloadColumn(), TransferSpeedColumn()]
+        columns += [DownloadColumn(table_column=whole), TransferSpeedColumn(table_column=whole)]
     else:
-        columns += [MofNCompleteColumn(), TextColumn(unit)]
-    columns += [TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn()]
+        columns += [MofNCompleteColumn(table_column=whole), TextColumn(unit)]
+    columns += [TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(table_column=whole)]
     with Progress(*columns, console=stderr, transient=stderr.is_terminal) as bar:
         task = bar.add_task(title, total=total, note="")
 

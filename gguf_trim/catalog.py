@@ -61,7 +61,7 @@ class Catalog:
         if name not in self.pairs:
             raise TrimError(
                 f"there is no model pair called {name!r}; there are {', '.join(sorted(self.pairs))}; "
-                "for other files give their paths"
+                "for other files give their paths (--target and --draft, or make's TARGET= and DRAFTER=)"
             )
         return self.pairs[name]
 

@@ -133,9 +133,19 @@ class Chat:
             case ["/load", name]:
                 self.take(load(expand(name)))
                 _say(f"loaded {_messages(self.messages)}")
-            case _:
+            case ["/help"]:
                 _say(HELP)
+            case [name, *_]:
+                _say(f"{name}: not understood; there are\n{HELP}")
         return True
+
+    def closing(self, record: Record) -> str:
+        """The closing line of an answer, and what cut it off."""
+        text = record.line()
+        if record.finish_reason == "length":
+            full = record.tokens < self._max_tokens
+            text += ", cut off by " + (f"-c {self.engine.context.n_ctx}" if full else f"-n {self._max_tokens}")
+        return f"[{text}]"
 
 
 def _messages(messages: Messages) -> str:
@@ -171,7 +181,7 @@ def _talk(chat: Chat) -> None:
                 if not chat.command(text):
                     return
             elif text := said(text):
-                _say(f"[{_answer(chat, text).line()}]")
+                _say(chat.closing(_answer(chat, text)))
         except TrimError as error:  # the conversation goes on
             _say(f"Error: {error}")
         except EOFError:
@@ -208,7 +218,16 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
 @click.option("-p", "--prompt", help="Answer this once on stdout and exit; what is piped in follows it.")
 @click.option("-f", "--file", type=FILE, help="The same, with the prompt's text from a file.")
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="The system message.")
-@click.option("-n", "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most per answer.")
+@click.option(
+    "-n",
+    "--n-predict",
+    "--max-tokens",
+    "max_tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Most per answer.",
+)
 @click.option("--show-draft", is_flag=True, help="On a terminal: show in green what the drafter has drafted.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record as the last line.")
 def main(
@@ -250,7 +269,7 @@ def main(
         if as_json:
             click.echo(json.dumps(record.as_json(), ensure_ascii=False))
         else:
-            _say(f"[{record.line()}]")
+            _say(chat.closing(record))
         if record.finish_reason == "cancelled":
             sys.exit(130)
 

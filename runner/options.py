@@ -121,7 +121,7 @@ def model_options(command: Any) -> Any:
     ) -> Any:
         caches = draft_ctx, Cache(cache_type_k, cache_type_v), Cache(cache_type_k_draft, cache_type_v_draft)
         if model is not None and (target is not None or draft is not None):
-            raise click.UsageError("give --model, or --target with --draft, not both")
+            raise click.UsageError("give --model, a pair of the catalog, or --target with --draft, not both")
         if draft is not None and target is None:
             raise click.UsageError("--draft needs --target")
         if vocab == FULL and target is not None:
@@ -142,9 +142,16 @@ def model_options(command: Any) -> Any:
     return _stack(
         with_models,
         [
-            click.option("--model", metavar="NAME", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]"),
+            click.option("-m", "--model", metavar="NAME", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]"),
             click.option("--target", type=FILE, help="The target's GGUF, instead of --model."),
-            click.option("--draft", type=FILE, help="The drafter's GGUF, trimmed or not; without it: plain decoding."),
+            click.option(
+                "-md",
+                "--model-draft",
+                "--draft",
+                "draft",
+                type=FILE,
+                help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
+            ),
             click.option("-ngl", "--n-gpu-layers", type=int, help="Layers on the GPU.  [default: llama.cpp's]"),
             click.option(
                 "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: as many as physical cores]"

@@ -24,6 +24,8 @@ from runner.bench.machine import bandwidth, machine
 from runner.bench.shapes import SHAPES, Shape
 from runner.lookup import LookupDrafter
 
+from .terminal import Terminal
+
 ROOT = Path(__file__).parent.parent
 MODES = ["plain", "full", "trim", "context", "spec", "lookup", "auto"]
 
@@ -221,10 +223,13 @@ def test_wrong_use(arguments: list[str], prompts: Path, extra: list[str], code: 
 def test_compare(arguments: list[str], tmp_path: Path) -> None:
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     record_of(invoke(*arguments, "--modes", "plain,trim", "-o", str(a)))
-    record_of(invoke(*arguments, "--modes", "trim,spec", "-o", str(b)))
+    assert arguments[5] == "--full"  # a file that no mode in common uses
+    record_of(invoke(*arguments[:5], *arguments[7:], "--modes", "trim,spec", "-o", str(b)))
     done = invoke("compare", str(a), str(b))
     assert done.exit_code == 0, done.output
+    assert "differ" not in done.stdout
     assert "| trim" in done.stdout
+    assert {line.count("|") for line in done.stdout.splitlines() if line.startswith("|")} == {6}
     assert "| spec" not in done.stdout
     a.write_text("{}")
     done = subprocess.run(
@@ -326,3 +331,14 @@ def test_modes_with_draft_lengths_of_their_own(arguments: list[str]) -> None:
     }
     assert most == {"plain": 0, "again": 0, "spec:1": 1, "spec:3": 3, "lookup:2": 2}
     assert invoke(*arguments, "--modes", "spec:0").exit_code == 2
+
+
+def test_the_demo_shows_its_texts_and_no_json_in_a_terminal(toys: dict[str, Path], tmp_path: Path) -> None:
+    files = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "-c", "256", "-n", "4"]
+    record = record_of(invoke("demo", *files))
+    with Terminal("-m", "runner.bench", "demo", *files, home=tmp_path, columns=200) as demo:
+        assert demo.end() == 0
+    shown = demo.plain
+    assert '{"' not in shown
+    for row in record["prompts"]:
+        assert f"> {row['prompt']}\n{row['drafted']['text']}" in shown

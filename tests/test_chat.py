@@ -77,6 +77,11 @@ def test_one_prompt_with_its_record(pair) -> None:
     assert record["finish_reason"] in ("stop", "length")
 
 
+def test_the_closing_line_says_what_cut_the_answer_off(pair) -> None:
+    assert "cut off by -n 6]" in invoke(*pair, "--prompt", "the sea", "-n", "6").stderr
+    assert "cut off by -c 24]" in invoke(*pair, "-c", "24", "--prompt", "the sea").stderr
+
+
 def test_same_answer_with_and_without_drafter(pair) -> None:
     drafted = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "3")
     plain = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "0")
@@ -342,6 +347,8 @@ def test_help_fits_a_narrow_terminal() -> None:
     [
         (["--draft", "x.gguf"], 2, "--draft needs --target"),
         (["--model", "a", "--target", "b"], 2, "not both"),
+        (["-m", "a.gguf", "-md", "b.gguf"], 2, "give --model, a pair of the catalog, or --target with --draft"),
+        (["-m", "a.gguf", "--n-predict", "9", "-p", "x"], 1, "for other files give their paths (--target and --draft"),
         ([], 2, "the prompt is empty: type in a terminal, pipe a text in"),
         (["-p", " "], 2, "the prompt is empty"),
         (["-p", "x", "-f", "y"], 2, "give --prompt or --file, not both"),

@@ -34,7 +34,7 @@ def test_a_session_of_commands(pair, tmp_path) -> None:
             ("hello", "tok/s"),
             ("/stats", "tok/s"),
             ("/draft off", "drafting is off"),
-            ("more", "[6 tokens"),
+            ("more", "cut off by -n 6]"),
             ("/draft on", "drafting is on"),
             ("/system", "there is no system message"),
             ("/system Be brief.", "is set"),
@@ -43,7 +43,8 @@ def test_a_session_of_commands(pair, tmp_path) -> None:
             ("/system", "Be brief."),
             (f"/load {tmp_path / 'my talk.json'}", "loaded 5 messages"),
             (f"/load {tmp_path / 'absent.json'}", "Error: "),
-            ("/nonsense", "/load FILE"),
+            ("/nonsense", "/nonsense: not understood"),
+            ("/save", "/save: not understood; there are"),
         ):
             chat.type(f"{line}\n").until(answer).until("\n> ")
         chat.type("/quit\n")

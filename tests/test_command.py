@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from corpus.command import Commands, OneCommand
 from corpus.errors import EngineError, FetchError, FileFormatError, TrimError, VocabularyMismatch
+from corpus.progress import progress
 
 
 def command(raised: BaseException, kind: str) -> tuple[click.Command, list[str]]:
@@ -48,3 +52,13 @@ def test_wrong_usage_is_exit_code_2(kind: str) -> None:
 def test_faults_of_the_program_are_not_hidden() -> None:
     main, args = command(ZeroDivisionError("a bug"), "group")
     assert isinstance(CliRunner().invoke(main, args).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_bar_is_one_line_and_names_its_units(columns: int, monkeypatch) -> None:
+    out = Console(file=io.StringIO(), width=columns)
+    monkeypatch.setattr("corpus.progress.stderr", out)
+    with progress("joining qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", 1.1e9, "B") as advance:
+        advance(1.1e9)
+    line = out.file.getvalue()
+    assert line.count("\n") == 1 and line.startswith("join") and "1.1/1.1 GB" in line

@@ -1,7 +1,7 @@
 """python -m runner.bench: what trimming gains, measured here.
 
 Both sides of a comparison run in one process, alternating, on the same prompts and with the same token ruler; medians
-are given. The last line of stdout is a JSON record.
+are given. The last line of stdout is a JSON record, but in a terminal, where it would push the tables off the screen.
 """
 
 from __future__ import annotations
@@ -178,9 +178,14 @@ def run_command(
     if picture is not None and record["answers"]:
         plot(record, picture)
     click.echo(report(record))
-    click.echo(json.dumps(record, ensure_ascii=False))
+    _last_line(record)
     if record.get("missing"):
         sys.exit(130)
+
+
+def _last_line(record: dict[str, Any]) -> None:
+    if not sys.stdout.isatty():
+        click.echo(json.dumps(record, ensure_ascii=False))
 
 
 @main.command("demo")
@@ -188,10 +193,12 @@ def run_command(
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @draft_max_option()
 def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int | None) -> None:
-    """Three prompts, plain and speculative in turn: tokens, tau, acceptance, tok/s, and Python's own share."""
+    """Three prompts, plain and speculative in turn: text, tokens, tau, acceptance, tok/s, and Python's own share."""
     found = models()
     rows = []
     with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
+        if draft_max is None:
+            engine.measure()  # or the first answer's prompt would seem to take as long
         for i, text in enumerate(DEMO_PROMPTS):
             prompt = engine.prompt([{"role": "user", "content": text}])
             plain, drafted = Record(), Record()
@@ -204,10 +211,11 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int |
             ratio = drafted.tokens_per_second / plain.tokens_per_second
             rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
             click.echo(
-                f"{text}\n    {drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; "
-                f"Python {drafted.host_seconds / drafted.seconds:.1%}"
+                f"> {text}\n{drafted.text}{' ...' * (drafted.finish_reason == 'length')}\n"
+                f"[{drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; "
+                f"Python {drafted.host_seconds / drafted.seconds:.1%}]\n"
             )
-    click.echo(json.dumps({"machine": machine(), "draft_max": draft_max, "prompts": rows}, ensure_ascii=False))
+    _last_line({"machine": machine(), "draft_max": draft_max, "prompts": rows})
 
 
 @main.command("steps")
@@ -255,7 +263,7 @@ def steps_command(
     if output is not None:
         with write_whole(output) as file:
             file.write((json.dumps(record) + "\n").encode())
-    click.echo(json.dumps(record))
+    _last_line(record)
 
 
 @main.command("compare")

@@ -341,4 +341,4 @@ def test_the_demo_shows_its_texts_and_no_json_in_a_terminal(toys: dict[str, Path
     shown = demo.plain
     assert '{"' not in shown
     for row in record["prompts"]:
-        assert f"> {row['prompt']}\n{row['drafted']['text']}" in shown
+        assert f"\n> {row['prompt']}\n{row['drafted']['text']}" in shown

@@ -195,7 +195,7 @@ def _last_line(record: dict[str, Any]) -> None:
 def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int | None) -> None:
     """Three prompts, plain and speculative in turn: text, tokens, tau, acceptance, tok/s, and Python's own share."""
     found = models()
-    rows = []
+    rows, shown = [], []
     with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
         if draft_max is None:
             engine.measure()  # or the first answer's prompt would seem to take as long
@@ -210,11 +210,13 @@ def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int |
                 advance(1)
             ratio = drafted.tokens_per_second / plain.tokens_per_second
             rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
-            click.echo(
+            shown.append(
                 f"> {text}\n{drafted.text}{' ...' * (drafted.finish_reason == 'length')}\n"
                 f"[{drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; "
                 f"Python {drafted.host_seconds / drafted.seconds:.1%}]\n"
             )
+    for answer in shown:  # not before: they would run into the bar
+        click.echo(answer)
     _last_line({"machine": machine(), "draft_max": draft_max, "prompts": rows})
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -86,8 +88,25 @@ def _depth(grammar: str) -> int:
     return max(accumulate({"(": 1, ")": -1}.get(part, 0) for part in _PARTS.findall(grammar)), default=0)
 
 
+# Of JSON Schema, what the converter would pass over in silence.
+_LOST = frozenset(
+    "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf uniqueItems contains minProperties maxProperties "
+    "patternProperties propertyNames dependentRequired dependentSchemas not if then else".split()
+)
+
+
 class _Converter(SchemaConverter):  # type: ignore[misc]
-    """llama-cpp-python's, with two of its faults mended."""
+    """llama-cpp-python's, with three of its faults mended."""
+
+    def visit(self, schema: Any, name: str) -> str:
+        """A rule for what it can say; ValueError for what it would leave out."""
+        if isinstance(schema, dict):
+            if lost := sorted(_LOST & schema.keys()):
+                raise ValueError(f"llama-cpp-python cannot express {', '.join(lost)}")
+            for least, most in (("minLength", "maxLength"), ("minItems", "maxItems")):
+                if schema.get(least, 0) > schema.get(most, math.inf):
+                    raise ValueError(f"{least} is greater than {most}")
+        return str(super().visit(schema, name))
 
     def _add_rule(self, name: str, rule: str) -> str:
         """JSON has no raw control characters inside a string."""

@@ -286,6 +286,10 @@ def obeys(value: object, schema: dict) -> bool:
         ('{"type": "circle"}', "Unrecognized schema"),
         ('{"$ref": "https://a.b"}', "remote"),
         ('{"type": "string", "pattern": "a"}', "Pattern must start"),
+        ('{"type": "integer", "minimum": 0, "maximum": 9}', "cannot express maximum, minimum"),
+        ('{"properties": {"a": {"items": {"multipleOf": 2}}}, "type": "object"}', "cannot express multipleOf"),
+        ('{"$ref": "#/$defs/a", "$defs": {"a": {"not": {}}}}', "cannot express not"),
+        ('{"type": "string", "minLength": 3, "maxLength": 2}', "minLength is greater than maxLength"),
     ],
 )
 def test_a_schema_that_cannot_be_used(schema: str, reason: str) -> None:

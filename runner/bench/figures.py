@@ -9,6 +9,7 @@ from typing import Any
 from gguf_trim.planner import mbsu
 
 ALL = "all"
+FEW = 5  # batches of one size; the median of fewer says little
 Answer = dict[str, Any]
 
 
@@ -114,16 +115,15 @@ def speedup(good: Sequence[Answer], everything: Sequence[Answer], base: str) -> 
 def priced(good: Sequence[Answer], everything: Sequence[Answer]) -> dict[str, float] | None:
     """The speed-up over plain with every batch at its usual price, so without the machine's noise: total and least.
 
-    A batch of one costs the median of all that this prompt saw, in any mode; one of b tokens as many times that as the
-    medians of the whole record say. Drafting and Python cost what they took.
+    A batch costs the median of those of its size that this prompt saw, in any mode; where these are too few, as many
+    times the prompt's batch of one as the medians of the whole record say. Drafting and Python cost what they took.
     """
     sizes: dict[int, list[float]] = {}
-    ones: dict[tuple[str, int], list[float]] = {}
+    seen: dict[tuple[str, int], dict[int, list[float]]] = {}
     for answer in everything:
         for round_ in answer.get("rounds", ()):
-            sizes.setdefault(int(round_[1]) + 1, []).append(round_[4])
-            if not round_[1]:
-                ones.setdefault((answer["prompt"], answer["turn"]), []).append(round_[4])
+            for of in (sizes, seen.setdefault((answer["prompt"], answer["turn"]), {})):
+                of.setdefault(int(round_[1]) + 1, []).append(round_[4])
     hosts = [round_[5] for a in everything if a["mode"] == "plain" for round_ in a.get("rounds", ())]
     if not hosts:
         return None
@@ -132,10 +132,14 @@ def priced(good: Sequence[Answer], everything: Sequence[Answer]) -> dict[str, fl
     tokens = seconds = plain = 0.0
     least = []
     for key, answers in _by_prompt(good).items():
-        if key not in ones:
+        if 1 not in seen[key]:
             continue
-        one = statistics.median(ones[key])
-        took = sum(one * factor[int(r[1]) + 1] + r[3] + r[5] for answer in answers for r in answer["rounds"])
+        one = statistics.median(seen[key][1])
+        price = {
+            size: statistics.median(found) if size == 1 or len(found) >= FEW else one * factor[size]
+            for size, found in seen[key].items()
+        }
+        took = sum(price[int(r[1]) + 1] + r[3] + r[5] for answer in answers for r in answer["rounds"])
         n = _tokens(answers)
         tokens, seconds, plain = tokens + n, seconds + took, plain + n * (one + host)
         least.append(n * (one + host) / took)

@@ -21,6 +21,7 @@ from runner.bench import __main__ as bench
 from runner.bench import figures, peers, runs, steps
 from runner.bench.figures import ALL
 from runner.bench.machine import bandwidth, machine
+from runner.bench.modes import KINDS, Files, names_of
 from runner.bench.shapes import SHAPES, Shape
 from runner.lookup import LookupDrafter
 
@@ -342,3 +343,11 @@ def test_the_demo_shows_its_texts_and_no_json_in_a_terminal(toys: dict[str, Path
     assert '{"' not in shown
     for row in record["prompts"]:
         assert f"\n> {row['prompt']}\n{row['drafted']['text']}" in shown
+
+
+def test_a_trim_without_a_speculator_is_measured_without_spec(toys, capfd) -> None:
+    files = Files(toys["target"], None, {400: toys["good-trimmed"]})
+    assert names_of([*KINDS, "spec:3"], files) == ["plain", "trim", "context", "lookup", "auto"]
+    assert "spec is left out: " in capfd.readouterr().err
+    both = Files(toys["target"], toys["target"], {1: toys["spec-trimmed"], 400: toys["good-trimmed"]})
+    assert names_of(["full", "trim", "spec:3"], both) == ["full", "trim@1", "trim@400", "spec@1:3"]

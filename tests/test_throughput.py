@@ -13,7 +13,7 @@ import pytest
 from corpus.count import BATCH_CHARS, _batches, count
 from corpus.generate import generate
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Model
+from corpus.llama import Context, Model
 from corpus.prompts import load_prompts, spread
 from corpus.sampling import Sampling
 from corpus.sources import Document
@@ -59,12 +59,19 @@ def test_counting_keeps_up_with_bare_tokenizing(tmp_path: Path) -> None:
     assert statistics.median(ratios) >= 0.9
 
 
-def test_sixteen_answers_at_a_time_are_twice_as_fast_as_one(tmp_path: Path) -> None:
-    """Prompts are read in both, which takes as long for each answer either way; 2.2 to 3.5 times were measured."""
+def test_sixteen_answers_at_a_time_bring_what_batches_of_sixteen_do(tmp_path: Path) -> None:
+    """At least half of it: prompts are read in both, which takes as long for each answer either way."""
     target = fetch(load_catalog().models["qwen2.5-coder-1.5b-instruct"])
     file = GGUFFile(target)
     template = ChatTemplate(file, Vocabulary(file))
     with Model(target) as model:
+        with Context(model, 256) as context:
+
+            def step(n: int) -> float:
+                context.truncate(0)
+                return seconds(lambda: context.decode(list(range(n)), n))
+
+            steps = {n: min(step(n) for _ in range(5)) for n in (1, 16)}
         prompts = [(p, template.ids(model, p.messages)) for p in spread(load_prompts(), 48)]
         rates: dict[int, list[float]] = {1: [], 16: []}
         for turn, (at_once, chosen) in enumerate(((1, prompts[::16]), (16, prompts), (1, prompts[8::16]))):
@@ -72,6 +79,7 @@ def test_sixteen_answers_at_a_time_are_twice_as_fast_as_one(tmp_path: Path) -> N
             started = time.perf_counter()
             tokens = generate(chosen, model, out, n_parallel=at_once, max_tokens=192, sampling=Sampling(temp=0))
             rates[at_once].append(tokens / (time.perf_counter() - started))
-    ratio = rates[16][0] / statistics.mean(rates[1])
-    print(f"16 at a time / one: {ratio:.2f}; tok/s {rates}")
-    assert ratio >= 2
+    ratio, most = rates[16][0] / statistics.mean(rates[1]), 16 * steps[1] / steps[16]
+    print(f"16 at a time / one: {ratio:.2f}; the batch alone {most:.2f}; tok/s {rates}")
+    assert ratio >= 0.5 * most
+    assert ratio > 1.2

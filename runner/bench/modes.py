@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from corpus.gguf_file import GGUFFile
+from corpus.progress import stderr
 from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
 from gguf_trim.costs import Weights, requantized
@@ -28,7 +29,8 @@ from ..pace import StepCost
 from .machine import resident
 
 PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
-CUT = ("trim", "context", "spec")  # what a trimmed drafter may draft from
+SPEC = "spec"
+CUT = ("trim", "context", SPEC)  # what a trimmed drafter may draft from
 KINDS = (PLAIN, FULL, *CUT, LOOKUP, AUTO)
 AGAIN = "again"  # plain decoding a second time: what differs between the two is the machine's noise
 
@@ -90,10 +92,18 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
         kind, colon, n = name.partition(":")
         if kind == FULL and files.full is None:
             continue
-        if kind in CUT and len(files.trimmed) != 1:
-            found += [f"{kind}@{k}{colon}{n}" for k in files.trimmed]
-        else:
+        if kind not in CUT:
             found.append(name)
+            continue
+        for k, path in files.trimmed.items():
+            if kind == SPEC and Speculator.of(trimmed := Trimmed.open(path)) is None:
+                stderr.print(
+                    f"{name} is left out: {trimmed.companion.path} holds no speculator (`python -m gguf_trim "
+                    f"speculator {path}` makes one)",
+                    markup=False,
+                )
+            else:
+                found.append(name if len(files.trimmed) == 1 else f"{kind}@{k}{colon}{n}")
     return found
 
 

@@ -25,4 +25,4 @@ class EngineError(TrimError):
 
 
 class SettingError(TrimError, ValueError):
-    """A sampler setting that nothing can be sampled with."""
+    """A setting that nothing can be computed with."""

@@ -1,8 +1,15 @@
-"""Ctrl-C before a command has begun. Imports nothing that takes time: the imports are what it is about."""
+"""Ctrl-C before a command has begun, and while llama.cpp computes.
+
+Imports nothing that takes time: the imports are what the first is about.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 def leave_to_the_system() -> None:
@@ -15,3 +22,24 @@ def take_back() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold a Ctrl-C back while llama.cpp calls into Python, where ctypes would drop what is raised; then let it act.
+
+    Yields a function that says whether to go on: not when KeyboardInterrupt is to come. Only the main thread gets
+    signals, and one that is ignored or left to the system calls no Python: there nothing is changed.
+    """
+    pressed: list[tuple[int, FrameType | None]] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: True
+        return
+    signal.signal(signal.SIGINT, lambda *press: pressed.append(press))
+    try:
+        yield lambda: not pressed or before is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for press in pressed:
+            before(*press)

@@ -1,4 +1,4 @@
-"""The seam over llama.cpp: the one module, with `grammar` beside it, that calls its low-level functions.
+"""The seam over llama.cpp: the one module, with `grammar` and `quantize` beside it, that calls its low-level functions.
 
 `llama_cpp.Llama` keeps an n_ctx x n_vocab array of scores and ignores refused rewinds, so everything here drives the
 `llama_*` functions that llama-cpp-python binds. A Model owns weights, a Context owns one KV cache.
@@ -6,30 +6,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from .errors import EngineError
-from .files import require_room
-from .gguf_file import GGUFFile, bytes_of
+from .errors import EngineError, SettingError
+from .interrupt import interruptible
 
 LAST_ERRORS: deque[str] = deque(maxlen=8)
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
@@ -83,27 +79,6 @@ def backends() -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold a Ctrl-C back while llama.cpp calls into Python, where ctypes would drop what is raised; then let it act.
-
-    Yields a function that says whether to go on: not when KeyboardInterrupt is to come. Only the main thread gets
-    signals, and one that is ignored or left to the system calls no Python: there nothing is changed.
-    """
-    pressed: list[tuple[int, FrameType | None]] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield lambda: True
-        return
-    signal.signal(signal.SIGINT, lambda *press: pressed.append(press))
-    try:
-        yield lambda: not pressed or before is not signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-        for press in pressed:
-            before(*press)
-
-
 class Owner:
     """Something that holds memory of llama.cpp's: closed by `with`, by close(), at the latest by the collector."""
 
@@ -137,7 +112,7 @@ class Model(Owner):
         if not self.path.is_file():
             raise EngineError(f"{self.path}: there is no such file")
         LAST_ERRORS.clear()
-        with _interruptible() as go_on:
+        with interruptible() as go_on:
             params.progress_callback = progress = llama_cpp.llama_progress_callback(lambda *_: go_on())
             self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
             del progress  # kept alive until here
@@ -190,16 +165,26 @@ class Model(Owner):
             self._model = None
 
 
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+
 @dataclass(frozen=True)
 class Cache:
-    """Types of a KV cache's keys and values, as llama.cpp's --cache-type-k and -v name them."""
+    """Types of a KV cache's keys and values, as llama.cpp's --cache-type-k and -v name them.
+
+    Raises SettingError, which is a ValueError, for a type that llama.cpp keeps no cache in.
+    """
 
     keys: str = "f16"
     values: str = "f16"
 
+    def __post_init__(self) -> None:
+        for name in (self.keys, self.values):
+            if name not in CACHE_TYPES:
+                raise SettingError(f"{name}: is no type of a KV cache; there are {', '.join(CACHE_TYPES)}")
+
 
 F16 = Cache()
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 class Context(Owner):
@@ -235,7 +220,7 @@ class Context(Owner):
         params.swa_full = True  # a sliding window that forgets cannot be rewound
         params.no_perf = True
         LAST_ERRORS.clear()
-        with _interruptible():
+        with interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
         if self._ctx is None:
             reason = last_error()
@@ -312,7 +297,7 @@ class Context(Owner):
 
     def _decode(self, batch: _Batch) -> None:
         LAST_ERRORS.clear()
-        with _interruptible():  # llama.cpp may log, and so call into Python, in the middle
+        with interruptible():  # llama.cpp may log, and so call into Python, in the middle
             code = llama_cpp.llama_decode(self.handle, batch.struct)
         if code:
             raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {last_error()}")
@@ -385,43 +370,3 @@ class _Batch:
 
     def free(self) -> None:
         llama_cpp.llama_batch_free(self.struct)
-
-
-_FTYPES = {
-    name.removeprefix("LLAMA_FTYPE_MOSTLY_"): value
-    for name, value in vars(llama_cpp).items()
-    if name.startswith("LLAMA_FTYPE_MOSTLY_")
-} | {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q4_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
-
-
-def _size_as(type_: str, file: GGUFFile) -> int:
-    """About the bytes of a file requantised: its matrices all in the type that gives a mix such as Q4_K_M its name."""
-    begins = [type_[:n] for n in range(len(type_) + 1)]
-    named = max(GGMLQuantizationType, key=lambda known: sum(map(known.name.startswith, begins)))
-    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
-    return file.size + sum(bytes_of(named, tensor.n_elements) - tensor.n_bytes for tensor in matrices)
-
-
-def quantize(source: Path, out: Path, type_: str) -> None:
-    """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
-
-    Raises EngineError for a type llama.cpp does not know and where it fails, TrimError where the disk lacks the room.
-    """
-    start()
-    if type_ not in _FTYPES:
-        raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
-    require_room(out, _size_as(type_, GGUFFile(source)))
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = _FTYPES[type_]
-    params.allow_requantize = True
-    params.nthread = physical_cores()
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    LAST_ERRORS.clear()
-    try:
-        with _interruptible():
-            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
-        if code:
-            raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {last_error()}")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)

@@ -18,8 +18,8 @@ import click
 from corpus.command import FILE, Commands
 from corpus.errors import TrimError
 from corpus.gguf_file import GGUFFile
-from corpus.llama import quantize
 from corpus.progress import progress, stderr
+from corpus.quantize import quantize
 
 from .catalog import USER_CATALOG, cache_folder, load_catalog
 from .cut import companion_path, plan, step_bytes, write

@@ -15,7 +15,8 @@ import numpy as np
 
 from corpus.ggml import Backend
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores, quantize
+from corpus.llama import Context, Model, physical_cores
+from corpus.quantize import quantize
 
 from .added import TIMED_CORE
 from .companion import Trimmed

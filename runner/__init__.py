@@ -2,7 +2,7 @@
 
     from runner import SpeculativeLM, TrimmedDraft
 
-Both are imported when they are first asked for, so that `import runner` loads no llama.cpp.
+They are imported when they are first asked for, so that `import runner` loads no llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from corpus.llama import Cache as Cache
+
     from .draft_model import TrimmedDraft as TrimmedDraft
     from .engine import Record as Record
     from .lm import SpeculativeLM as SpeculativeLM
 
-_MODULES = {"SpeculativeLM": "lm", "Record": "engine", "TrimmedDraft": "draft_model"}
+_MODULES = {"SpeculativeLM": "lm", "Cache": "lm", "Record": "engine", "TrimmedDraft": "draft_model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 
 from corpus.errors import EngineError
 from corpus.grammar import schema_grammar
+from corpus.llama import F16, Cache
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, prepare
 
@@ -103,8 +104,10 @@ class SpeculativeLM:
     """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
 
     The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
-    `runner.drafter.open_drafter`. n_threads None: as many as physical cores; n_gpu_layers None: llama.cpp's default.
-    Raises EngineError or FileFormatError where a file does not load and VocabularyMismatch for a wrong pair.
+    `runner.drafter.open_drafter`. n_threads None: as many as physical cores; n_gpu_layers None: llama.cpp's default;
+    n_ctx_draft: tokens that the drafter remembers, where that is fewer; cache and cache_draft: types of the KV caches,
+    such as Cache("q8_0", "q8_0"). Raises EngineError or FileFormatError where a file does not load and
+    VocabularyMismatch for a wrong pair.
 
     Threads: any thread may use it, one generation at a time. A generation runs from the first chunk of a stream to its
     end, its close() or its collection; starting another meanwhile raises EngineError (it does not wait: the stream may
@@ -119,6 +122,9 @@ class SpeculativeLM:
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         vocab: str = AUTO,
+        n_ctx_draft: int | None = None,
+        cache: Cache = F16,
+        cache_draft: Cache = F16,
     ) -> None:
         self._closed = False
         self._current: _Answer | None = None
@@ -131,6 +137,9 @@ class SpeculativeLM:
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             vocab=vocab,
+            n_ctx_draft=n_ctx_draft,
+            cache=cache,
+            cache_draft=cache_draft,
         )
 
     @classmethod

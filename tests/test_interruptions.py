@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from corpus.__main__ import main as corpus
 from corpus.errors import TrimError
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Model, _interruptible
+from corpus.interrupt import interruptible
+from corpus.llama import Model
 from corpus.sampling import Sampling
 from gguf_trim import prepare as preparing
 from gguf_trim.companion import Trimmed
@@ -32,7 +33,7 @@ def test_ctrl_c_while_llama_cpp_calls_back_is_raised_afterwards() -> None:
     """ctypes drops an exception raised inside a callback, such as that of the log while a model loads."""
     before = signal.getsignal(signal.SIGINT)
     reached = []
-    with pytest.raises(KeyboardInterrupt), _interruptible() as go_on:
+    with pytest.raises(KeyboardInterrupt), interruptible() as go_on:
         assert go_on()
         os.kill(os.getpid(), signal.SIGINT)
         reached.append(go_on())
@@ -46,7 +47,7 @@ def test_ctrl_c_goes_to_the_handler_that_is_there() -> None:
     for handler, wanted in ((lambda number, frame: heard.append(number), [signal.SIGINT]), (signal.SIG_IGN, [])):
         before = signal.signal(signal.SIGINT, handler)
         try:
-            with _interruptible() as go_on:
+            with interruptible() as go_on:
                 os.kill(os.getpid(), signal.SIGINT)
                 assert go_on() and heard == []
             assert heard == wanted

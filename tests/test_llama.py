@@ -14,7 +14,8 @@ import pytest
 from corpus.errors import EngineError, TrimError
 from corpus.ggml import dequantizer
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores, quantize
+from corpus.llama import Context, Model, physical_cores
+from corpus.quantize import quantize
 from gguf_trim.companion import EmbeddingTable
 from runner.bench.machine import resident
 from runner.engine import Engine

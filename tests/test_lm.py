@@ -16,7 +16,7 @@ import runner.lm
 from corpus.errors import EngineError, FileFormatError, VocabularyMismatch
 from corpus.sampling import Sampling
 from gguf_trim.prepare import Prepared
-from runner import Record, SpeculativeLM
+from runner import Cache, Record, SpeculativeLM
 from runner.engine import Engine
 from runner.lm import until
 
@@ -169,3 +169,19 @@ def test_a_json_schema(lm) -> None:
         lm.chat("the king", grammar='root ::= "a"', json_schema=schema)
     with pytest.raises(FileFormatError, match="has no grammar"):
         lm.chat("the king", json_schema={"type": "circle"})
+
+
+def test_the_drafters_context_and_both_caches(toys) -> None:
+    """Arrive where they are meant to; a type that does not exist is named."""
+    with SpeculativeLM(
+        toys["target"],
+        toys["good-trimmed"],
+        n_ctx=512,
+        n_ctx_draft=128,
+        cache=Cache("f32", "f32"),
+        cache_draft=Cache("q8_0"),
+    ) as lm:
+        assert (lm._engine.context.n_ctx, lm._engine.drafter.n_ctx) == (512, 128)
+        assert lm.chat("the king", **GREEDY, draft_max=3).tokens
+    with pytest.raises(ValueError, match="q9_0: is no type of a KV cache; there are f32, f16"):
+        Cache("q9_0")

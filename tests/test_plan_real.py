@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, quantize
+from corpus.llama import Context, Model
 from corpus.prompts import load_prompts, split, spread
+from corpus.quantize import quantize
 from corpus.ready import ready_counts
 from corpus.sampling import Sampling
 from corpus.vocabulary import Vocabulary

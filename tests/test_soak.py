@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,13 +86,16 @@ def interrupt(lm: SpeculativeLM, after: float) -> None:
             wait = 1.0
 
     presser = threading.Thread(target=press)
-    with pytest.raises(KeyboardInterrupt):
-        presser.start()
-        while True:
-            for _ in lm.stream("the king and the sea", temperature=1, max_tokens=400):
-                pass
-    over.set()
-    presser.join()
+    end = time.monotonic() + after + 30
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            presser.start()
+            while time.monotonic() < end:
+                for _ in lm.stream("the king and the sea", temperature=1, max_tokens=400):
+                    pass
+    finally:
+        over.set()
+        presser.join()
 
 
 def interruptions(lm: SpeculativeLM, n: int, longest: float) -> None:

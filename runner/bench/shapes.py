@@ -22,8 +22,8 @@ from gguf.constants import GGMLQuantizationType
 from corpus.files import require_room, write_whole
 from corpus.ggml import quantize_rows
 from corpus.gguf_file import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
-from corpus.llama import quantize
 from corpus.progress import progress
+from corpus.quantize import quantize
 from corpus.vocabulary import TokenType
 from gguf_trim.layout import EMBEDDING, HEAD, Piece, encode_head, field
 

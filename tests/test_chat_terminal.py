@@ -180,7 +180,6 @@ def test_ctrl_c_ends_the_answer_then_the_line_and_ctrl_d_the_session(pair, tmp_p
     with Terminal("-c", code, home=tmp_path) as chat:
         chat.until("> ").type("the sea\n").until("the sea\n")
         chat.interrupt().until("tok/s").until("> ")
-        chat.type("/stats\n").until("tok/s").until("> ")
         chat.type("half a li").until("half a li").interrupt().until("/quit leaves").until("> ")
         chat.type("and then\n").until("and then\n").interrupt().until("tok/s").until("> ")
         chat.type(f"/save {tmp_path / 'c.json'}\n").until("saved 4 messages").until("> ").type("\x04")

@@ -31,9 +31,6 @@ from .engine import Engine, Record
 
 Messages = str | Sequence[Mapping[str, str]]
 
-# Python's name of a sampler setting where it is not the field's own.
-_RENAMED = {"temperature": "temp"}
-
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
     """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a grammar."""
@@ -42,13 +39,14 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
         if settings.get("grammar"):
             raise ValueError("give grammar or json_schema, not both")
         settings["grammar"] = schema_grammar(schema if isinstance(schema, str) else json.dumps(schema))
-    python_name = {field: name for name, field in _RENAMED.items()}
-    known = [python_name.get(field.name, field.name) for field in dataclasses.fields(Sampling) if field.init]
+    known = {
+        "temperature" if field.name == "temp" else field.name: field.name for field in dataclasses.fields(Sampling)
+    }
     for name in settings:
         if name not in known:
             others = ("json_schema", "max_tokens", "stop", "seed", "draft_max")
             raise TypeError(f"there is no setting {name!r}; there are {', '.join([*known, *others])}")
-    return Sampling(**{_RENAMED.get(name, name): value for name, value in settings.items()})
+    return Sampling(**{known[name]: value for name, value in settings.items()})
 
 
 def until(pieces: Iterable[str], stops: Sequence[str], record: Record) -> Generator[str, None, None]:

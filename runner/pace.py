@@ -1,7 +1,8 @@
 """What drafting costs and brings on this machine, learned while running: step costs and chances of acceptance.
 
 The rule: with V(b) the seconds of verifying b tokens at once and r the tokens per second that the time could bring
-otherwise, m drafts are worth their expected tokens less r times the seconds they add.
+otherwise, m drafts are worth their expected tokens less r times the seconds they add. What they add is bounded, too,
+whatever they are worth: a wager that pays in the long run may still be lost on this answer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 OWN, OTHERS = 0.15, 0.05  # how fast a measured cost follows what is seen, of the same size and of others
 WEIGHT = 6.0  # observations that a stated chance is worth
 MEMORY = 0.97  # what an observation still weighs when the next one comes
+STAKE = 0.3  # plain steps that may be risked beyond the bound,
+PROMISE = 3.0  # on drafts that are expected to bring so many times what they add
 EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 
 
@@ -69,15 +72,15 @@ def best_cut(
     """(m, worth in tokens) of the best beginning of a draft, on top of a batch of `rows` tokens.
 
     chances[i] is that of draft i if those before it were accepted; rate in tokens per second; step is what each draft
-    takes to make, in seconds, and `most` what all may add. m is 0 where nothing is worth its cost.
+    takes to make, in seconds, and `most` what all may add, give or take a STAKE. m is 0 where nothing is worth it.
     """
     best, chosen, together, expected = 0.0, 0, 1.0, 0.0
-    base = verify.of(rows)
+    base, stake = verify.of(rows), STAKE * verify.of(1)
     for m, chance in enumerate(chances, 1):
         together *= chance
         expected += together
         added = m * step + verify.of(rows + m) - base
         worth = expected - rate * added
-        if worth > best and added <= most:
+        if worth > best and added <= most + (stake if expected >= PROMISE * rate * added else 0):
             best, chosen = worth, m
     return chosen, best

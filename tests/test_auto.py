@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from corpus.noise import Noise
 from corpus.sampling import Sampling
-from runner.auto import AutoDrafter
+from runner.auto import LOSS, TRIAL, AutoDrafter
 from runner.drafter import Proposal
 from runner.engine import Engine
-from runner.pace import Chances, StepCost, best_cut
+from runner.pace import STAKE, Chances, StepCost, best_cut
 
 GREEDY = Sampling(temp=0)
 # Seconds by batch size: kernels that like batches of four, dear verifying, and a machine bound by memory.
@@ -96,12 +96,15 @@ def seconds_of(world: World, auto: AutoDrafter | None, fixed: int = 0) -> float:
     return total
 
 
+# Where a round of drafts costs more than a plain step, it must be earned first, which takes from what is won.
 @pytest.mark.parametrize(
-    ("costs", "steps"), [(UNEVEN, DRAFT), (DEAR, DRAFT), (FLAT, QUICK)], ids=["uneven", "dear", "flat"]
+    ("costs", "steps", "share"),
+    [(UNEVEN, DRAFT, 0.78), (DEAR, DRAFT, 0.78), (FLAT, QUICK, 0.9)],
+    ids=["uneven", "dear", "flat"],
 )
 @pytest.mark.parametrize("acceptance", [0.02, 0.3, 0.6, 0.8, 0.95])
 def test_never_much_slower_than_plain_and_near_the_best_fixed_length(
-    costs: dict[int, float], steps: dict[int, float], acceptance: float
+    costs: dict[int, float], steps: dict[int, float], share: float, acceptance: float
 ) -> None:
     verify, draft = StepCost(dict(costs)), StepCost(dict(steps))
     plain, auto, fixed = [], [], dict.fromkeys((1, 2, 3, 5, 8), 0.0)
@@ -117,10 +120,50 @@ def test_never_much_slower_than_plain_and_near_the_best_fixed_length(
             for n in fixed:
                 fixed[n] += seconds_of(world(), None, n)
     ratios = np.array(plain) / np.array(auto)
-    assert ratios.min() > 0.9  # one answer, beside the noise of its own steps
+    assert ratios.min() > 0.92  # one answer, beside the noise of its own steps
     assert ratios.mean() > 0.97
     best = sum(plain) / min(sum(plain), *fixed.values())
-    assert sum(plain) / sum(auto) > 0.9 * best
+    assert sum(plain) / sum(auto) > share * best
+
+
+@given(
+    st.sampled_from([UNEVEN, DEAR, FLAT]),
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=60), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None)
+def test_wherever_an_answer_ends_guesses_have_cost_little_of_it(
+    costs: dict[int, float], texts: list[list[int]], seed: int
+) -> None:
+    """The law of the account, for what the text suggests: in texts that repeat themselves, and then do not."""
+    verify = StepCost(dict(costs))
+    plain, auto = verify.of(1), AutoDrafter(None, StepCost(dict(costs)), None)
+    for answer in texts:
+        prompt = np.random.default_rng(seed).integers(0, 4, 40).tolist()
+        whole, text, seconds = [*prompt, *answer], list(prompt), 0.0
+        auto.prepare(text, 256)
+        while len(text) < len(whole):
+            guess = auto.draft(text, 15, GREEDY, Noise(0))
+            rest = whole[len(text) :]
+            accepted = next((i for i, (a, b) in enumerate(zip(guess, rest, strict=False)) if a != b), len(guess))
+            tokens = rest[: accepted + 1]
+            took = verify.of(len(guess) + 1)
+            auto.learn(len(guess), min(accepted, len(tokens)), len(tokens), took, took)
+            text, seconds = [*text, *tokens], seconds + took
+            assert seconds <= plain * ((1 + LOSS) * (len(text) - len(prompt)) + STAKE) + 1e-9
+
+
+@pytest.mark.parametrize("acceptance", [0.02, 0.6, 0.9])
+def test_short_answers_cost_one_trial_a_session(acceptance: float) -> None:
+    """In answers of sixteen tokens a drafter whose rounds are dear has no time to earn anything."""
+    verify, draft = StepCost(dict(UNEVEN)), StepCost(dict(DRAFT))
+    auto = AutoDrafter(None, StepCost(dict(UNEVEN)), StepCost(dict(DRAFT)))
+    lost = []
+    for answer in range(12):
+        worlds = [World(acceptance, answer, verify, draft, tokens=16) for _ in range(2)]
+        lost.append((seconds_of(worlds[0], auto) - seconds_of(worlds[1], None)) / verify.of(1))
+    assert sum(lost) < TRIAL + 1
+    assert max(lost[3:]) < 0.5
 
 
 def test_the_bound_on_losses_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ whatever they are worth: a wager that pays in the long run may still be lost on 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-
-import numpy as np
 
 OWN, OTHERS = 0.15, 0.05  # how fast a measured cost follows what is seen, of the same size and of others
 WEIGHT = 6.0  # observations that a stated chance is worth
@@ -24,39 +23,40 @@ class StepCost:
     """Seconds of a step by the number of tokens it reads, from measured sizes; follows what it is shown."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
-        self._sizes = np.array(sorted(seconds), np.float64)
-        self._seconds = np.array([seconds[int(n)] for n in self._sizes])
+        self._sizes = sorted(seconds)
+        self._seconds = [seconds[n] for n in self._sizes]
 
     def of(self, n: int) -> float:
         """Between measured sizes on the line that joins them; beyond the last one, on the line from the first."""
-        last = self._sizes[-1]
-        if n <= last:
-            return float(np.interp(n, self._sizes, self._seconds))
-        slope = (self._seconds[-1] - self._seconds[0]) / max(last - self._sizes[0], 1)
-        return float(self._seconds[-1] + slope * (n - last))
+        sizes, seconds = self._sizes, self._seconds
+        i = bisect_left(sizes, n)
+        if i == 0 or (i < len(sizes) and sizes[i] == n):
+            return seconds[i]
+        low, high = (i - 1, i) if i < len(sizes) else (0, -1)
+        slope = (seconds[high] - seconds[low]) / max(sizes[high] - sizes[low], 1)
+        return seconds[high] + slope * (n - sizes[high])
 
     def saw(self, n: int, seconds: float) -> None:
         """A step of n tokens took this long: believe it a little, and a hiccup no more than a little."""
-        ratio = np.clip(seconds / self.of(n), 0.5, 2.0)
-        self._seconds *= ratio**OTHERS
-        i = int(np.searchsorted(self._sizes, n))
-        if i < len(self._sizes) and self._sizes[i] == n:
-            self._seconds[i] *= ratio ** (OWN - OTHERS)
+        ratio = min(max(seconds / self.of(n), 0.5), 2.0)
+        self._seconds = [
+            old * ratio ** (OWN if size == n else OTHERS) for size, old in zip(self._sizes, self._seconds, strict=True)
+        ]
 
 
 class Chances:
     """The chance that a draft is accepted, from the chance it claims, corrected by what came of its like."""
 
     def __init__(self) -> None:
-        self._accepted = np.zeros(len(EDGES) + 1)
-        self._seen = np.zeros(len(EDGES) + 1)
+        self._accepted = [0.0] * (len(EDGES) + 1)
+        self._seen = [0.0] * (len(EDGES) + 1)
 
     def of(self, claimed: float) -> float:
-        i = int(np.searchsorted(EDGES, claimed))
-        return float((self._accepted[i] + WEIGHT * claimed) / (self._seen[i] + WEIGHT))
+        i = bisect_left(EDGES, claimed)
+        return (self._accepted[i] + WEIGHT * claimed) / (self._seen[i] + WEIGHT)
 
     def saw(self, claimed: float, accepted: bool) -> None:
-        i = int(np.searchsorted(EDGES, claimed))
+        i = bisect_left(EDGES, claimed)
         self._accepted[i] = MEMORY * self._accepted[i] + accepted
         self._seen[i] = MEMORY * self._seen[i] + 1
 

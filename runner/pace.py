@@ -34,6 +34,8 @@ class StepCost:
             return seconds[i]
         low, high = (i - 1, i) if i < len(sizes) else (0, -1)
         slope = (seconds[high] - seconds[low]) / max(sizes[high] - sizes[low], 1)
+        if i == len(sizes):
+            slope = max(slope, 0.0)  # a dip measured once must not make a long prompt cost less than nothing
         return seconds[high] + slope * (n - sizes[high])
 
     def saw(self, n: int, seconds: float) -> None:

@@ -40,6 +40,7 @@ class AutoDrafter:
         self._usual = USUAL
         self._tokens, self._seconds = 1.0, verify.of(1)  # of late, in rounds with drafts
         self._lost = self._spent = 0.0  # seconds of this answer: more than plain decoding takes, and all
+        self._owed = 0.0  # seconds of this answer that its drafter, and reading for it, has yet to bring back
         self._emitted = self._left = 0
         self._trial = TRIAL * verify.of(1)
         self._idle, self._wait = 0, FIRST_WAIT
@@ -88,7 +89,7 @@ class AutoDrafter:
             m, _ = best_cut(usual, self._verify, 1 / plain, step, most=most)
             tokens = sum(self._usual**i for i in range(m + 1))
             saved = min(plain, self._spent / max(self._emitted, 1)) - (self._verify.of(m + 1) + m * step) / tokens
-            if saved * self._left > first and saved * OUTLOOK * self._emitted > first - self._trial:
+            if saved * self._left > first and saved * OUTLOOK * self._emitted > self._owed + first - self._trial:
                 self._invested = first - step
                 return True
         one = first + self._verify.of(2) - plain
@@ -111,9 +112,14 @@ class AutoDrafter:
         together = 1.0
         self._modelled = True
         unread, before = drafter.unread(text), drafter.seconds
-        most += before + self._invested
+        most += before
+        outlay, self._invested = self._invested, 0.0
         for proposal in drafter.propose(text, sampling, noise):
             self._draft.saw(unread, drafter.seconds - before)
+            if not draft:
+                # Never more than reading took: what it was thought to take besides has not been won.
+                self._invested = min(outlay, drafter.seconds - before)
+                most += self._invested
             chance = self._certainties.of(proposal.certainty)
             together *= chance
             self._usual += SLOW * (chance - self._usual)
@@ -138,7 +144,7 @@ class AutoDrafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         """A new answer. The prompt is read by the first round that finds it worth reading."""
         self._emitted, self._left = 0, left
-        self._lost = self._spent = 0.0  # what other answers have won is no licence to make this one slower
+        self._lost = self._spent = self._owed = 0.0  # what other answers have won is no licence to make this one slower
         self._usual += 0.1 * (USUAL - self._usual)  # another text may suit the drafter better
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
@@ -154,6 +160,7 @@ class AutoDrafter:
                 paid = min(self._trial, max(lost + self._invested, 0))
                 self._trial -= paid
                 lost -= max(paid - self._invested, 0)
+                self._owed = max(self._owed + lost + max(self._invested - paid, 0), 0)
             # What was won before is no licence to lose all of it.
             self._lost = max(self._lost + lost, -CREDIT * plain)
             self._tokens = HALF_LIFE * self._tokens + tokens

@@ -166,6 +166,36 @@ def test_short_answers_cost_one_trial_a_session(acceptance: float) -> None:
     assert max(lost[3:]) < 0.5
 
 
+def test_a_reading_that_was_quicker_than_thought_has_won_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts are read in large batches, which the line through the measured sizes makes too dear."""
+
+    class Batched(StepCost):
+        def of(self, n: int) -> float:
+            return super().of(n) * (0.15 if n > 16 else 1.0)
+
+    world = World(0.0, 0, StepCost(dict(UNEVEN)), Batched(dict(DRAFT)), prompt=400, tokens=400)
+    world.right[:], world.claims[:] = False, 0.99
+    auto, learn, of_late = AutoDrafter(None, StepCost(dict(UNEVEN)), StepCost(dict(DRAFT))), AutoDrafter.learn, []
+
+    def watched(*args: float) -> None:
+        learn(*args)  # type: ignore[arg-type]
+        of_late.append(auto._seconds)
+
+    monkeypatch.setattr(AutoDrafter, "learn", watched)
+    seconds_of(world, auto)
+    assert len(set(of_late)) > 1  # it did read
+    assert min(of_late) > 0
+
+
+def test_readings_of_one_answer_are_bounded_together() -> None:
+    """A drafter that does not pay is put aside, and must then read what was written without it, again and again."""
+    auto, ratios = AutoDrafter(None, StepCost(dict(FLAT)), StepCost(dict(DRAFT))), []
+    for answer in range(6):
+        worlds = [World(0.3, answer, StepCost(dict(FLAT)), StepCost(dict(DRAFT)), tokens=300) for _ in range(2)]
+        ratios.append(seconds_of(worlds[0], None) / seconds_of(worlds[1], auto))
+    assert min(ratios) > 0.93
+
+
 def test_the_bound_on_losses_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter that is always sure and always wrong: without the account of losses it costs a lot more."""
     verify, draft = StepCost(dict(UNEVEN)), StepCost(dict(DRAFT))
@@ -209,6 +239,15 @@ def test_chances_learn_what_claims_are_worth(claimed: float, true: float, seed: 
     for accepted in rng.random(400) < true:
         chances.saw(claimed, bool(accepted))
     assert chances.of(claimed) == pytest.approx(true, abs=0.3)
+
+
+def test_no_number_of_tokens_costs_less_than_the_largest_measured() -> None:
+    """Where a single token has become dearer than a batch, the line through both falls below nothing."""
+    cost = StepCost({1: 0.006, 64: 0.0065})
+    for _ in range(30):
+        cost.saw(1, 0.012)
+    assert cost.of(1) > cost.of(64)
+    assert cost.of(2000) >= cost.of(64) > 0
 
 
 def test_costs_follow_what_is_seen_and_not_a_hiccup() -> None:

@@ -39,7 +39,7 @@ class AutoDrafter:
         self._certainties, self._matches = Chances(), Chances()
         self._usual = USUAL
         self._tokens, self._seconds = 1.0, verify.of(1)  # of late, in rounds with drafts
-        self._lost = self._spent = 0.0  # seconds of this answer: more than plain decoding takes, and all
+        self._lost = self._spent = 0.0  # seconds of this answer, without reading up: more than plain takes, and all
         self._owed = 0.0  # seconds of this answer that its drafter, and reading for it, has yet to bring back
         self._emitted = self._left = 0
         self._trial = TRIAL * verify.of(1)

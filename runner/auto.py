@@ -96,6 +96,7 @@ class AutoDrafter:
             if saved * self._left > first and saved * OUTLOOK * self._emitted > self._owed + first - self._trial:
                 self._invested = first - step
                 return True
+        # The session's trial is for a drafter that should pay; this try must be earned.
         one = first + self._verify.of(2) - plain
         return self._idle >= self._wait and otherwise == 0 and one < most - self._trial
 

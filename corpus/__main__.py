@@ -15,9 +15,10 @@ import click
 
 from .command import FILE, Commands
 from .count import count
-from .counts import Counts, merge
+from .counts import COUNTS, Counts, merge
 from .errors import TrimError
-from .generate import generate
+from .files import PLOT
+from .generate import ANSWERS, generate
 from .gguf_file import GGUFFile
 from .llama import Model
 from .progress import progress, stderr
@@ -63,6 +64,7 @@ def count_command(
     for path in (tokenizer, *(Path(file) for file, _ in files)):
         if output.exists() and path.exists() and output.samefile(path):
             raise TrimError(f"{output}: is one of the inputs; choose another output name")
+    COUNTS.require(output)
     total = sum(Path(file).stat().st_size for file, _ in files if not file.startswith("hf:"))
     started = time.perf_counter()
     if dask is not None:
@@ -127,6 +129,7 @@ def generate_command(
     threads: int | None,
 ) -> None:
     """Have the target answer PROMPTS (JSON lines; the bundled ones by default), many at a time. Resumes."""
+    ANSWERS.require(output)
     chosen = split(load_prompts(prompts), part)
     chosen = chosen if limit is None else spread(chosen, limit)
     file = GGUFFile(target)
@@ -161,6 +164,7 @@ def merge_command(tables: tuple[Path, ...], weights: str | None, output: Path) -
         raise click.UsageError(f"--weights {weights}: numbers separated by commas") from None
     if factors is not None and (len(factors) != len(tables) or min(factors) < 0):
         raise click.UsageError(f"--weights: {len(tables)} tables need as many numbers, none negative")
+    COUNTS.require(output)
     merge([Counts.load(table) for table in tables], factors).save(output)
     click.echo(str(output))
 
@@ -171,6 +175,9 @@ def merge_command(tables: tuple[Path, ...], weights: str | None, output: Path) -
 @click.option("--plot", "picture", type=FILE, help="Also draw coverage against k, as a PNG.")
 def show_command(table: Path, tokenizer: Path | None, picture: Path | None) -> None:
     """Say what share of each source and language the k most frequent tokens cover."""
+    if picture is not None and picture.suffix != ".png":
+        raise TrimError(f"{picture}: a plot's name must end in .png")
+    PLOT.require(picture)
     counts = Counts.load(table)
     forced: list[int] = []
     if tokenizer is not None:
@@ -179,8 +186,6 @@ def show_command(table: Path, tokenizer: Path | None, picture: Path | None) -> N
         forced = vocabulary.forced
     click.echo(coverage_table(counts, forced))
     if picture is not None:
-        if picture.suffix != ".png":
-            raise TrimError(f"{picture}: a plot's name must end in .png")
         plot(counts, forced, picture)
         click.echo(str(picture))
 

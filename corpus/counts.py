@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from .errors import FileFormatError, VocabularyMismatch
-from .files import write_whole
+from .files import Kind, marked, write_whole
 from .vocabulary import Vocabulary
 
 _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")
+COUNTS = Kind("is not a counts file", marked(b"PK", b"fingerprint.npy", b"made_from.npy"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Counts:
         )
 
     def save(self, path: Path) -> None:
-        with write_whole(path) as file:
+        with write_whole(path, COUNTS) as file:
             np.savez_compressed(
                 file,
                 ids=self.ids.astype(np.int32),

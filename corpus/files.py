@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary sibling, fsync, rename."""
+"""Files that appear whole or not at all (temporary sibling, fsync, rename), and replace none of another kind."""
 
 from __future__ import annotations
 
@@ -9,12 +9,52 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import TrimError
 
 CHUNK = 8 << 20  # bytes moved at a time: large enough for full disk speed, small enough to stay in memory
+_HEAD = 4 * CHUNK  # bytes in which a file shows its kind: the metadata of a companion holds a vocabulary
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that is written under a name the user chose: a file of any other kind is never replaced.
+
+    `known` tells whether a file is of it, `differs` is what is said of any other: "is not a counts file".
+    """
+
+    differs: str
+    known: Callable[[Path], bool]
+
+    def require(self, path: Path | None) -> None:
+        """Raise TrimError in one sentence where `path` is there and is not of this kind; None is no file.
+
+        A command asks before its work begins; write_whole asks again, as the work may take hours.
+        """
+        if path is None or not path.exists():
+            return
+        if not path.is_file():
+            raise TrimError(f"{path}: is a folder or a device; name a file to write")
+        if not self.known(path):
+            raise TrimError(f"{path}: is there and {self.differs}; choose another name")
+
+
+def marked(begins: bytes, *marks: bytes) -> Callable[[Path], bool]:
+    """Know a file by its first bytes and by marks in its first 32 MB. An empty one passes: nothing is lost with it."""
+
+    def known(path: Path) -> bool:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+        return not head or (head.startswith(begins) and all(mark in head for mark in marks))
+
+    return known
+
+
+PLOT = Kind("is not a plot", marked(b"\x89PNG", b"Matplotlib"))  # a photo is a PNG, too
+CACHED = Kind("", lambda _: True)  # under names of our own, in the cache or a temporary folder
 
 
 def _alive(pid: int) -> bool:
@@ -38,17 +78,17 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
+def write_whole(path: Path, kind: Kind) -> Iterator[BinaryIO]:
     """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise it is gone.
 
-    Raises TrimError in one sentence where the folder is missing, not writable or full.
+    Raises TrimError in one sentence where a file of another kind is there, and where the folder is missing, not
+    writable or full.
     """
     path = Path(path)
     part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
+        kind.require(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise TrimError(f"{path}: is a folder or a device; name a file to write")
         _sweep(path)
         try:
             with open(part, "wb") as file:

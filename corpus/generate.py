@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FileFormatError, TrimError
+from .files import CHUNK, Kind
 from .llama import Context, Model
 from .noise import Noise
 from .progress import Advance
@@ -87,6 +88,20 @@ def answers(
                 context.drop(sequence)
                 free.append(sequence)
                 yield running.pop(sequence)
+
+
+def _holds_answers(path: Path) -> bool:
+    """Whether the first line is an answer, or what a kill has left of one."""
+    with open(path, "rb") as file:
+        line = file.readline(CHUNK)
+    try:
+        return "answer_ids" in json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        begin = b'{"id": '
+        return begin.startswith(line[: len(begin)]) and not line.endswith(b"\n")
+
+
+ANSWERS = Kind("does not hold answers", _holds_answers)
 
 
 def read_answers(path: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def _size_as(type_: str, file: GGUFFile) -> int:
 def quantize(source: Path, out: Path, type_: str) -> None:
     """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
 
-    Raises EngineError for a type llama.cpp does not know and where it fails, TrimError where the disk lacks the room.
+    Callers name files of their own, as whatever is there is replaced. Raises EngineError for a type llama.cpp does not
+    know and where it fails, TrimError where the disk lacks the room.
     """
     start()
     if type_ not in _FTYPES:

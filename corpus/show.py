@@ -8,7 +8,7 @@ import numpy as np
 
 from .counts import Counts, Part, add_up
 from .errors import TrimError
-from .files import write_whole
+from .files import PLOT, write_whole
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -73,5 +73,5 @@ def plot(counts: Counts, forced: list[int], path: Path) -> None:
     axes.set(xscale="log", xlabel="k (tokens kept)", ylabel="share covered", title=f"Coverage of {counts.name}")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    with write_whole(path) as file:
+    with write_whole(path, PLOT) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -22,7 +22,7 @@ from corpus.progress import progress, stderr
 from corpus.quantize import quantize
 
 from .catalog import USER_CATALOG, cache_folder, load_catalog
-from .cut import companion_path, plan, step_bytes, write
+from .cut import companion_path, plan, require_outputs, step_bytes, write
 from .describe import describe
 from .layout import EMBEDDING, Cut
 from .plan_command import auto_k, plan_command
@@ -85,6 +85,7 @@ def trim_command(
         raise click.UsageError("give --counts or --keep, not both")
     if sum(rule is not None for rule in (k, top_p, min_count)) > 1:
         raise click.UsageError("give one of --k, --top-p, --min-count")
+    require_outputs(drafter, output)
     if k == "auto":
         if target is None:
             raise click.UsageError("--k auto needs --target")

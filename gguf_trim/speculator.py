@@ -32,7 +32,7 @@ from corpus.vocabulary import Vocabulary
 
 from .answers import read_answers_file, read_through
 from .companion import Trimmed
-from .cut import head_tensor
+from .cut import COMPANION, head_tensor
 from .layout import Piece, encode_head, field
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
@@ -156,7 +156,7 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     pieces = [Piece(tensor) for tensor in (*kept, *(tensor for tensor, _ in fresh))]
     head = encode_head(fields, pieces, file.alignment)
     require_room(file.path, len(head) + sum(piece.n_bytes for piece in pieces))
-    with open(file.path, "rb") as source, write_whole(file.path) as out:
+    with open(file.path, "rb") as source, write_whole(file.path, COMPANION) as out:
         out.write(head)
         for tensor in kept:
             copy_range(source, tensor.offset, tensor.n_bytes, out)

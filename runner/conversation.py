@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from corpus.errors import FileFormatError, TrimError
-from corpus.files import write_whole
+from corpus.errors import FileFormatError
+from corpus.files import Kind, write_whole
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
@@ -15,12 +15,7 @@ MOST = 1 << 26  # bytes to read: more than any context holds, and no model by mi
 
 def save(messages: Messages, path: Path) -> None:
     """Write a conversation as JSON. Raises TrimError where it cannot; replaces nothing but a conversation."""
-    with write_whole(path) as file:
-        if path.exists():
-            try:
-                load(path)
-            except FileFormatError as error:
-                raise TrimError(f"{path}: is there and is not a conversation; choose another name") from error
+    with write_whole(path, CONVERSATION) as file:
         file.write(json.dumps(messages, ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n")
 
 
@@ -44,3 +39,14 @@ def load(path: Path) -> Messages:
             "content, as /save writes it"
         )
     return [{"role": message["role"], "content": message["content"]} for message in found]
+
+
+def _is_conversation(path: Path) -> bool:
+    try:
+        load(path)
+    except FileFormatError:
+        return False
+    return True
+
+
+CONVERSATION = Kind("is not a conversation", _is_conversation)

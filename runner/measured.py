@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import TrimError
-from corpus.files import write_whole
+from corpus.files import CACHED, write_whole
 from corpus.llama import backends, physical_cores
 from corpus.noise import Noise
 from corpus.sampling import GREEDY
@@ -82,7 +82,7 @@ def _valid(seconds: Any) -> dict[int, float]:
 
 
 def _write(memory: dict[str, Any]) -> None:
-    with contextlib.suppress(TrimError), write_whole(costs_file()) as file:
+    with contextlib.suppress(TrimError), write_whole(costs_file(), CACHED) as file:
         file.write(json.dumps(dict(list(memory.items())[-PAIRS:])).encode())
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from corpus.command import FILE, Commands
-from corpus.files import write_whole
+from corpus.files import PLOT, write_whole
 from corpus.progress import progress, stderr
 from corpus.sampling import GREEDY, Sampling
 
@@ -33,7 +33,7 @@ from . import peers, runs
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
 from .report import compare, plot, report
-from .steps import promised, ratios, shaped, steps_table, time_steps
+from .steps import STEPS, promised, ratios, shaped, steps_table, time_steps
 
 DEMO_PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",
@@ -135,6 +135,8 @@ def run_command(
     picture: Path | None,
 ) -> None:
     """Answer prompts in every mode by turns: tau, acceptance, tokens per second, and where the time goes."""
+    left = runs.left_in(output)
+    PLOT.require(picture)
     chosen = list(runs.chosen(runs.prompts_of(prompts, spec_bench), tasks, limit))
     tools = peers.find(llama_cpp) if llama_cpp else None
     found = models()
@@ -164,7 +166,7 @@ def run_command(
             "n_gpu_layers": found.n_gpu_layers,
             "sha256": [entry["sha256"] for paths in record["files"].values() for entry in paths],
         }
-        record |= {"settings": settings, **runs.resumed(output, settings)}
+        record |= {"settings": settings, **runs.resumed(left, settings, output)}
         if n := len(record["answers"]):
             stderr.print(f"{output}: {n} answers are there; going on (remove it to begin anew)", markup=False)
         save = runs.saver(output, record)
@@ -244,6 +246,7 @@ def steps_command(
     output: Path | None,
 ) -> None:
     """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone."""
+    STEPS.require(output)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         if shape is not None:
             files = shaped(shape, quant, ks or SHAPED_KS, Path(folder))
@@ -263,7 +266,7 @@ def steps_command(
     if acceptance is not None:
         click.echo("\n" + promised(record, acceptance))
     if output is not None:
-        with write_whole(output) as file:
+        with write_whole(output, STEPS) as file:
             file.write((json.dumps(record) + "\n").encode())
     _last_line(record)
 

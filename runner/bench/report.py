@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import TrimError
-from corpus.files import write_whole
+from corpus.files import PLOT, write_whole
 
 from .figures import ALL, figures
 
@@ -148,5 +148,5 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for axes in (accepted, parts):
         axes.legend(fontsize="small", ncols=4)
     accepted.xaxis.get_major_locator().set_params(integer=True)
-    with write_whole(path) as file:
+    with write_whole(path, PLOT) as file:
         figure.savefig(file, format="png", dpi=110)

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from corpus.errors import FileFormatError, TrimError
-from corpus.files import write_whole
+from corpus.files import Kind, marked, write_whole
 from corpus.gguf_file import GGUFFile
 from corpus.noise import Noise
 from corpus.progress import progress, stderr
@@ -34,6 +34,7 @@ from .machine import bandwidth, peak, resident
 from .modes import Files, Mode, open_modes
 
 TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # Spec-Bench's, beside MT-Bench's categories
+RECORD = Kind("holds no record of a benchmark", marked(b"{", b'"machine":', b'"settings":', b'"answers":'))
 # Where `--spec-bench auto` looks, from the working directory.
 SPEC_BENCH = ("question.jsonl", "spec_bench/question.jsonl", "../shared/data/spec_bench/question.jsonl")
 
@@ -216,17 +217,30 @@ def read_record(path: Path, way_out: str, line: slice = slice(None)) -> dict[str
     return found
 
 
-def resumed(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an interrupted run of the same settings has left in `path`: its answers, and what it knew of its modes.
+def left_in(path: Path | None) -> dict[str, Any] | None:
+    """The record that an earlier run has left in `path`, or None. Raises TrimError where it holds anything else.
 
-    Raises FileFormatError where the file holds something else: nothing is overwritten.
+    More than RECORD asks: what a run goes on from must make figures.
     """
     if path is None or not path.exists():
+        return None
+    if path.is_file():
+        RECORD.require(path)  # before all of a model would be read
+        if not path.stat().st_size:
+            return None
+    return read_record(path, "name another file")
+
+
+def resumed(left: dict[str, Any] | None, settings: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """What a run of the same settings goes on from: the answers left in `path`, and what was known of its modes.
+
+    Raises FileFormatError where they are another run's.
+    """
+    if left is None:
         return {"answers": [], "modes": {}}
-    found = read_record(path, "name another file")
-    if found["settings"] != settings:
+    if left.get("settings") != settings:
         raise FileFormatError(f"{path}: holds the record of another run; name another file, or remove it")
-    return {name: found[name] for name in ("answers", "modes")}
+    return {name: left[name] for name in ("answers", "modes")}
 
 
 def saver(path: Path | None, record: dict[str, Any]) -> Callable[[], None]:
@@ -234,7 +248,7 @@ def saver(path: Path | None, record: dict[str, Any]) -> Callable[[], None]:
 
     def save() -> None:
         if path is not None:
-            with write_whole(path) as file:
+            with write_whole(path, RECORD) as file:
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
     return save

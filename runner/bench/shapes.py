@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from corpus.files import require_room, write_whole
+from corpus.files import CACHED, require_room, write_whole
 from corpus.ggml import quantize_rows
 from corpus.gguf_file import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
 from corpus.progress import progress
@@ -132,7 +132,7 @@ def write_shape(shape: Shape, path: Path, quant: str) -> None:
     total = len(head) + sum(_padded(tensor.n_bytes) for tensor in tensors)
     require_room(path, total)
     tile = lru_cache(_tile)  # for this file only: a dozen MB
-    with progress(f"writing {shape.name} {quant}", total, "B") as advance, write_whole(path) as file:
+    with progress(f"writing {shape.name} {quant}", total, "B") as advance, write_whole(path, CACHED) as file:
         advance(file.write(head))
         for tensor in tensors:
             _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor)), advance)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from corpus.errors import FileFormatError
+from corpus.files import Kind, marked
 from corpus.ggml import Backend, Product, Table
 from corpus.gguf_file import GGUFFile
 from corpus.llama import Context, Model, physical_cores
@@ -36,6 +37,7 @@ from .shapes import SHAPES, write_shape
 VERIFY = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 N_TEXT = 64  # tokens already read when a step is timed
 WARM_UP = 3
+STEPS = Kind("holds no record of steps", marked(b"{", b'"machine":', b'"shape":', b'"seconds":'))
 
 
 @dataclass

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -301,17 +302,32 @@ def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:
     assert record["bytes"]["full"] == step_bytes(GGUFFile(toys["target"]))
     assert record["bytes"]["trim"] == step_bytes(GGUFFile(toys["spec-trimmed"]))
     assert record["bytes"]["trim"] <= record["bytes"]["context"] < record["bytes"]["spec"]
+    assert record["paying"].keys() == {"full", "trim", "context", "spec"}
+    assert record["paying"] == steps.paying(record)
+    assert "| pays from" in done.stdout
     assert "With the acceptance of tau.json" in done.stdout
     assert json.loads((tmp_path / "s.json").read_text())["bytes"] == record["bytes"]
 
 
-def test_steps_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, layers in (("big", 4), ("little", 1)):
-        shape = Shape(name, "llama", 4096, 512, layers, 8, 2, 64, 768, True, 5e5, 1e-5, 512)
+def test_steps_of_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tables of different length, as Gemma 3 has; gigabytes go where TMPDIR says, and do not stay there."""
+    for name, layers, n_vocab in (("big", 4, 4128), ("little", 1, 4096)):
+        shape = Shape(name, "llama", n_vocab, 512, layers, 8, 2, 64, 768, True, 5e5, 1e-5, 512)
         monkeypatch.setitem(SHAPES, name, shape)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folders = []
+
+    def seen(files: Files, *args) -> dict:
+        folders.append(files.target.parent)
+        return steps.time_steps(files, *args)
+
+    monkeypatch.setattr(bench, "time_steps", seen)
     record = record_of(invoke("steps", "--shape", "big+little", "--k", "512,1024", "--repeat", "2"))
-    assert {"full", "trim@512", "trim@1024"} <= record["seconds"].keys()
+    assert {"full", "trim@512", "trim@1024"} == record["paying"].keys() <= record["seconds"].keys()
     assert record["bytes"]["trim@512"] < record["bytes"]["trim@1024"] < record["bytes"]["full"]
+    assert [folder.parent for folder in folders] == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_shape() -> None:

@@ -47,6 +47,8 @@ QUANTS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
         ("gemma-3-1b", 999_885_952),
         # 4,300,079,472 with 416,866,032 of the vision tower and 2,950,272 of its projector
         ("gemma-3-4b", 3_880_263_168),
+        # 12,187,325,040 with the same vision tower and 4,424,832 of its projector
+        ("gemma-3-12b", 11_766_034_176),
     ],
 )
 def test_parameters_are_those_of_the_model_cards(name: str, n_params: int) -> None:
@@ -62,6 +64,7 @@ def test_parameters_are_those_of_the_model_cards(name: str, n_params: int) -> No
         ("qwen2.5-1.5b", "Q4_0", 885.97),
         ("qwen3-0.6b", "Q4_K_M", 372.65),
         ("gemma-3-4b", "Q4_K_M", 2.31 * 1024),
+        ("gemma-3-12b", "Q4_K_M", 6.79 * 1024),
     ],
 )
 def test_sizes_are_those_that_llama_bench_prints_of_the_real_files(name: str, quant: str, mebibytes: float) -> None:
@@ -165,10 +168,12 @@ def test_bytes_of_a_draft_step(tmp_path: Path) -> None:
     assert cut.step_bytes / full == pytest.approx(0.765, abs=0.001)
 
 
-def test_two_shapes_of_one_family_are_a_pair(tmp_path: Path) -> None:
-    """Tables of different length too: Qwen2.5 pads to 151,936 rows or 152,064."""
-    target = _sparse(SHAPES["qwen2.5-7b"], "Q4_0", tmp_path / "7b.gguf")
-    write_shape(replace(SMALL, n_vocab=152000), tmp_path / "small.gguf", "Q4_0")
+@pytest.mark.parametrize(("name", "n_vocab"), [("qwen2.5-7b", 151936), ("gemma-3-12b", 262144)])
+def test_two_shapes_of_one_family_are_a_pair(tmp_path: Path, name: str, n_vocab: int) -> None:
+    """Tables of different length too: Qwen2.5 pads to 151,936 rows or 152,064, Gemma 3 to 262,144 or 262,208."""
+    assert SHAPES[name].n_vocab != n_vocab
+    target = _sparse(SHAPES[name], "Q4_0", tmp_path / "target.gguf")
+    write_shape(replace(SMALL, n_vocab=n_vocab), tmp_path / "small.gguf", "Q4_0")
     open_drafter(tmp_path / "small.gguf", Vocabulary(GGUFFile(target)), 64).close()
 
 

@@ -33,7 +33,7 @@ from . import peers, runs
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
 from .report import compare, plot, report
-from .steps import STEPS, promised, ratios, shaped, steps_table, time_steps
+from .steps import STEPS, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
 DEMO_PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",
@@ -245,7 +245,10 @@ def steps_command(
     repeat: int,
     output: Path | None,
 ) -> None:
-    """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone."""
+    """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone.
+
+    And from which acceptance per draft these steps pay.
+    """
     STEPS.require(output)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         if shape is not None:
@@ -262,7 +265,9 @@ def steps_command(
         record |= {"target": files.target.name, "full": files.full.name if files.full else None}
         record |= time_steps(files, found, repeat)
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
+    record["paying"] = paying(record)
     click.echo(steps_table(record, record["copy_bytes_per_second"]))
+    click.echo("\n" + paying_table(record))
     if acceptance is not None:
         click.echo("\n" + promised(record, acceptance))
     if output is not None:

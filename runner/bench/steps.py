@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import head_tensor, plan, step_bytes, write
 from gguf_trim.keep import Keep, keep_listed
-from gguf_trim.planner import mbsu
+from gguf_trim.planner import DRAFT_LENGTHS, mbsu
 from gguf_trim.speculator import Speculator
 
 from ..drafter import ModelDrafter, open_drafter
@@ -37,6 +38,8 @@ from .shapes import SHAPES, write_shape
 VERIFY = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 N_TEXT = 64  # tokens already read when a step is timed
 WARM_UP = 3
+ACCEPTANCES = (0.6, 0.7, 0.8)  # per draft: what speed is told for
+PARTS = 1_000_000  # of 1: how finely the least acceptance that pays is sought
 STEPS = Kind("holds no record of steps", marked(b"{", b'"machine":', b'"shape":', b'"seconds":'))
 
 
@@ -167,9 +170,9 @@ def ratios(record: dict[str, Any]) -> dict[str, list[float]]:
 
 def steps_table(record: dict[str, Any], copied: float) -> str:
     """One line a step. Bytes over time beside what a plain copy moves: how far the step is bound by memory."""
-    rows = []
+    rows, cost = [], _medians(record)
     for name, (low, median, high) in ratios(record).items():
-        seconds = statistics.median(record["seconds"][name])
+        seconds = cost[name]
         n_bytes, base = record["bytes"][name], record["bytes"][record["base"][name]]
         inside = zip(record["seconds"][name], record["engine_seconds"][name], strict=True)
         python = statistics.median(1 - b / a for a, b in inside)
@@ -185,6 +188,82 @@ def steps_table(record: dict[str, Any], copied: float) -> str:
     return table(["step", "ms", "ratio (quartiles)", "by bytes", "MB", "of a copy's rate", "Python"], rows)
 
 
+def _medians(record: dict[str, Any]) -> dict[str, float]:
+    return {name: statistics.median(found) for name, found in record["seconds"].items()}
+
+
+def _verify_of(cost: Mapping[str, float]) -> dict[int, float]:
+    return {n: cost[f"verify {n}"] for n in VERIFY}
+
+
+def _speed(tau: float, n: int, draft: float, verify: Mapping[int, float]) -> float:
+    """Tokens per second over plain decoding's, where rounds of n drafts bring tau tokens each."""
+    return tau * verify[1] / (verify[n + 1] + n * draft)
+
+
+def best_speed(acceptance: float, draft: float, verify: Mapping[int, float]) -> tuple[float, int]:
+    """(x, m): the most that drafting brings, plain decoding being 1, and the draft length that brings it.
+
+    `acceptance` is that per draft: the chance, at every place the same, that a draft stands given those before it
+    stood. `draft` is the seconds of a draft step, verify[b] those of verifying b tokens at once. Only DRAFT_LENGTHS
+    whose m + 1 is in `verify` are tried; ValueError where none is. The shorter draft at a tie.
+    """
+
+    def speed(m: int) -> float:
+        return _speed(sum(acceptance**i for i in range(m + 1)), m, draft, verify)
+
+    m = max((m for m in DRAFT_LENGTHS if m + 1 in verify), key=speed)
+    return speed(m), m
+
+
+def least_acceptance(draft: float, verify: Mapping[int, float]) -> float | None:
+    """The least acceptance per draft, to one of PARTS, at which drafting beats plain decoding; None where none does.
+
+    Arguments and errors as of `best_speed`, which rises with the acceptance, so halving finds it.
+    """
+    part = bisect_right(range(PARTS + 1), 1.0, key=lambda part: best_speed(part / PARTS, draft, verify)[0])
+    return part / PARTS if part <= PARTS else None
+
+
+def paying(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What median steps mean, by what is drafted from: {"from": where drafting begins to pay, "at": [ACCEPTANCES]}.
+
+    Each is {"acceptance": per draft, "speedup_over_plain": x, "draft_max": m}; "from" is None where nothing pays.
+    """
+    cost = _medians(record)
+    verify = _verify_of(cost)
+
+    def point(acceptance: float, draft: float) -> dict[str, Any]:
+        x, m = best_speed(acceptance, draft, verify)
+        return {"acceptance": acceptance, "speedup_over_plain": x, "draft_max": m}
+
+    found = {}
+    for name, base in record["base"].items():
+        if base == FULL:
+            least = least_acceptance(cost[name], verify)
+            found[name] = {
+                "from": None if least is None else point(least, cost[name]),
+                "at": [point(acceptance, cost[name]) for acceptance in ACCEPTANCES],
+            }
+    return found
+
+
+def paying_table(record: dict[str, Any]) -> str:
+    """`paying` for people: one line for the uncut drafter and for each trim."""
+    rows = []
+    for name, found in paying(record).items():
+        least = found["from"]
+        rows.append([
+            name,
+            "-" if least is None else f"{least['acceptance']:.3f} ({least['draft_max']})",
+            *(f"{point['speedup_over_plain']:.2f} ({point['draft_max']})" for point in found["at"]),
+        ])  # fmt: skip
+    return (
+        "From which acceptance per draft (the chance that it stands given those before it stood) drafting\n"
+        "pays, and x plain at three of them by these steps; in brackets the draft length that is best:\n\n"
+    ) + table(["", "pays from", *(f"x plain at {acceptance}" for acceptance in ACCEPTANCES)], rows)
+
+
 def promised(record: dict[str, Any], path: Path) -> str:
     """What measured steps make of acceptance that a file gives: {"draft_max": n, "tau": {step name: tau}}."""
     try:
@@ -192,13 +271,13 @@ def promised(record: dict[str, Any], path: Path) -> str:
         n, taus = int(data["draft_max"]), {str(name): float(tau) for name, tau in data["tau"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f'{path}: should hold {{"draft_max": n, "tau": {{step: tau}}}} ({error})') from error
-    cost = {name: statistics.median(found) for name, found in record["seconds"].items()}
+    cost = _medians(record)
     if f"verify {n + 1}" not in cost or not taus.keys() <= cost.keys():
         raise FileFormatError(f"{path}: names a step or a draft length that was not timed; timed: {', '.join(cost)}")
     rows = []
     for name, tau in taus.items():
         c = record["bytes"][name] / record["bytes"]["verify 1"]
-        speed = tau * cost["verify 1"] / (n * cost[name] + cost[f"verify {n + 1}"])
+        speed = _speed(tau, n, cost[name], _verify_of(cost))
         rows.append([name, f"{tau:.2f}", f"{mbsu(tau, c, n):.2f}", f"{speed:.2f}"])
     return f"With the acceptance of {path.name}, {n} drafts:\n\n" + table(
         ["", "tau (given)", "MBSU bytes", "x plain by these steps"], rows

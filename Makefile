@@ -10,6 +10,7 @@ K_ := $(call given,K)
 TARGET_ := $(call given,TARGET)
 DRAFTER_ := $(call given,DRAFTER)
 COUNTS_ := $(call given,COUNTS)
+REQUANT_ := $(call given,REQUANT)
 # One shell word, whatever is in it.
 quote = '$(subst ','\'',$1)'
 ifneq ($(if $(TARGET_),x),$(if $(DRAFTER_),x))
@@ -56,8 +57,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384] [COUNTS=file], or TARGET=path DRAFTER=path
-	$(RUN) gguf_trim prepare $(PAIR) $(if $(K_),--k $(call quote,$(K_))) $(if $(COUNTS_),--counts $(call quote,$(COUNTS_)))
+trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384] [COUNTS=file] [REQUANT=none|TYPE], or TARGET=path DRAFTER=path
+	$(RUN) gguf_trim prepare $(PAIR) $(if $(K_),--k $(call quote,$(K_))) $(if $(COUNTS_),--counts $(call quote,$(COUNTS_))) \
+	  $(if $(REQUANT_),--requant $(call quote,$(REQUANT_)))
 
 calibrate: $(STAMP)  ## Count what the target itself says to the bundled prompts: MODEL=name [COUNTS=file]
 	target=$$($(RUN) gguf_trim prepare $(PAIR) | head -n 1) && \

@@ -202,13 +202,20 @@ def models_command() -> None:
 @click.option("--draft", "drafter", type=FILE, help="The drafter's GGUF, instead of the catalog's.")
 @click.option("--k", "-k", type=int, default=DEFAULT_K, show_default=True, help="Rows to keep.")
 @click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
-def prepare_command(model: str | None, target: Path | None, drafter: Path | None, k: int, counts: Path | None) -> None:
-    """Fetch a pair, trim its drafter and prove the cut; print the paths of target and trimmed drafter."""
+@click.option(
+    "--requant",
+    metavar="none|TYPE",
+    help="The trimmed drafter's quantisation, none for as shipped.  [default: the quickest with this target here]",
+)
+def prepare_command(
+    model: str | None, target: Path | None, drafter: Path | None, k: int, counts: Path | None, requant: str | None
+) -> None:
+    """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter."""
     if (target is None) != (drafter is None) and model is None:
         raise click.UsageError("give both --target and --draft, or a --model")
     if target is None and model is None:
         model = DEFAULT_MODEL
-    ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts))
+    ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts), requant)
     click.echo(f"{ready.target}\n{ready.trimmed}")
 
 

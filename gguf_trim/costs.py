@@ -66,7 +66,7 @@ class Weights:
         return self.fixed_params + self.row_params * k
 
 
-def _alternate(steps: Sequence[Callable[[], None]], repeat: int, advance: Callable[[int], object]) -> list[list[float]]:
+def alternate(steps: Sequence[Callable[[], None]], repeat: int, advance: Callable[[int], object]) -> list[list[float]]:
     """Seconds of each step, `repeat` times in turn after one warm-up, forwards and backwards by turns."""
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(repeat + 1):
@@ -79,6 +79,20 @@ def _alternate(steps: Sequence[Callable[[], None]], repeat: int, advance: Callab
     return seconds
 
 
+def decodes(
+    context: Context, n: int, feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = list
+) -> Callable[[], None]:
+    """A function that reads n tokens after N_CONTEXT others, all rows giving logits, and takes them back."""
+    if not context.n_past:
+        context.decode(feed([1] * N_CONTEXT), 0)
+
+    def run() -> None:
+        context.decode(feed(list(range(100, 100 + n))), n)
+        context.truncate(N_CONTEXT)
+
+    return run
+
+
 def verify_costs(
     target: Path,
     sizes: Sequence[int] = tuple(range(1, 10)),
@@ -88,16 +102,7 @@ def verify_costs(
 ) -> dict[int, float]:
     """Median seconds of a target decode by batch size, all rows giving logits."""
     with Model(target) as model, Context(model, N_CONTEXT + 32, n_threads) as context:
-        context.decode([1] * N_CONTEXT, 0)
-
-        def step(n: int) -> Callable[[], None]:
-            def run() -> None:
-                context.decode(list(range(100, 100 + n)), n)
-                context.truncate(N_CONTEXT)
-
-            return run
-
-        seconds = _alternate([step(n) for n in sizes], repeat, advance)
+        seconds = alternate([decodes(context, n) for n in sizes], repeat, advance)
     return {n: statistics.median(found) for n, found in zip(sizes, seconds, strict=True)}
 
 
@@ -146,7 +151,7 @@ def draft_cost(
                     head = DynamicHead(Trimmed.open(path), backend, using)
                     head.follow(np.linspace(core, n_rows - 1, N_CONTEXT // 2).astype(int).tolist())
                     steps[vocab] = partial(step, head)
-        seconds = _alternate(list(steps.values()), repeat, advance)
+        seconds = alternate(list(steps.values()), repeat, advance)
     medians = {name: statistics.median(found) for name, found in zip(steps, seconds, strict=True)}
     added = {name: value - medians[core] for name, value in medians.items() if isinstance(name, str)}
     measured = {name: value for name, value in medians.items() if isinstance(name, int)}

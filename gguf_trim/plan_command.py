@@ -27,13 +27,9 @@ from .costs import VERIFY_REPEAT, requantized, verify_costs
 from .fetch import fetch
 from .keep import keep_order
 from .matches import grid, tau_of
-from .planner import (
-    AS_SHIPPED,
-    Plan,
-    make_plan,
-    sampled_acceptance,
-)
+from .planner import Plan, make_plan, sampled_acceptance
 from .prepare import DEFAULT_MODEL
+from .quickest import AS_SHIPPED
 from .speculator import fit_to
 
 TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON

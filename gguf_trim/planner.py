@@ -25,10 +25,10 @@ from .costs import DraftCost, Weights, draft_cost, requantized
 from .keep import keep_order
 from .layout import EMBEDDING
 from .matches import Matches, beaters, grid, interval, rank_of, share, tau_of
+from .quickest import AS_SHIPPED
 from .speculator import Speculator
 
 DRAFT_LENGTHS = tuple(range(1, 9))
-AS_SHIPPED = "as shipped"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""From a pair's name, or two paths, to files ready to run: fetched, trimmed, proven, with a speculator."""
+"""From a pair's name, or two paths, to files ready to run: fetched, trimmed, proven, quick here, with a speculator."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from corpus.errors import FileFormatError, TrimError
 from corpus.gguf_file import GGUFFile
@@ -18,11 +21,14 @@ from .cut import companion_path, plan, write
 from .fetch import fetch
 from .keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
 from .layout import Cut
-from .speculator import Speculator, add_speculator
+from .quickest import AS_SHIPPED, choose_type
+from .remembered import key_of, recall, remember
+from .speculator import Speculator
 from .verify import verify
 
 DEFAULT_K = 16384
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
+NONE = "none"  # no requantising
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,14 @@ def prepare(
     target: Path | None = None,
     drafter: Path | None = None,
     choose: Callable[[Vocabulary, int], Keep] | None = None,
+    requant: str | None = None,
 ) -> Prepared:
     """Fetch what is missing, trim the drafter where this very cut is not there yet, and prove a fresh cut.
 
-    Trimmed drafters go to the cache folder, where a speculator that is missing or does not fit is made. Raises
-    FetchError, VocabularyMismatch or FileFormatError.
+    The trimmed drafter is then requantised to the type that is quickest with this target here, which is measured once
+    and remembered; `requant` decides by hand: a type of llama.cpp's, or "none" for as shipped. Trimmed drafters go to
+    the cache folder, where a speculator that is missing or does not fit is made. Raises FetchError, VocabularyMismatch,
+    FileFormatError or, for an unknown type, EngineError.
     """
     if model is not None:
         pair = load_catalog().pair(model)
@@ -72,17 +81,37 @@ def prepare(
         raise TrimError("name a model pair, or give both a target and a drafter")
     require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
     cut = plan(drafter, choose or choose_rows)
-    out = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    if not is_this_cut(out, cut):
-        _cut_and_prove(cut, out)
+    shipped = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
+
+    def out(type_: str) -> Path:
+        return shipped if type_ == AS_SHIPPED else shipped.with_name(f"{shipped.stem}-{type_}.gguf")
+
+    key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed).hexdigest()])
+    type_ = recall(key).get("type") if requant is None else AS_SHIPPED if requant == NONE else requant.upper()
+    if type_ is None or not _is_ready(out(type_), cut):
+        fresh = not is_this_cut(shipped, cut)
+        if fresh:
+            _cut_and_prove(cut, shipped)
+        type_ = choose_type(target, shipped, out, type_)
+        if fresh and type_ != AS_SHIPPED:
+            shipped.unlink()
+            companion_path(shipped).unlink()
+    if requant is None:
+        remember(key, {"type": type_})  # anew at every use: what is used is not forgotten
+    return Prepared(target, drafter, out(type_))
+
+
+def _is_ready(path: Path, cut: Cut) -> bool:
+    """Whether a file is this cut, as shipped or requantised, with a speculator that fits."""
+    if not path.exists():
+        return False
     try:
-        fitted = Speculator.of(Trimmed.open(out)) is not None
-    except FileFormatError:
-        stderr.print(f"{out.name}: its speculator does not fit its head and is made again", markup=False)
-        fitted = False
-    if not fitted:
-        add_speculator(out)
-    return Prepared(target, drafter, out)
+        trimmed = Trimmed.open(path)
+        same = trimmed.file.get("gguf_trim.source_id") == cut.identity and np.array_equal(trimmed.d2t, cut.keep.ids)
+        return same and _holds_full_tables(trimmed, cut) and Speculator.of(trimmed) is not None
+    except FileFormatError as error:
+        stderr.print(f"{path.name} is made again: {error}", markup=False)
+        return False
 
 
 def _cut_and_prove(cut: Cut, out: Path) -> None:
@@ -111,6 +140,10 @@ def is_this_cut(output: Path, cut: Cut) -> bool:
         trimmed = Trimmed.open(output)
     except FileFormatError:
         return False
+    return cut.trimmed.startswith(trimmed.file.head) and _holds_full_tables(trimmed, cut)
+
+
+def _holds_full_tables(trimmed: Trimmed, cut: Cut) -> bool:
     full = {piece.tensor.name: piece.shape for piece in cut.companion_pieces}
     there = {name: tensor.shape for name, tensor in trimmed.companion.tensors.items()}
-    return cut.trimmed.startswith(trimmed.file.head) and full.items() <= there.items()
+    return full.items() <= there.items()

@@ -13,7 +13,7 @@ blocks: memory is a few n_embd x n_embd matrices (8 bytes a number), U, and a bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,11 @@ from corpus.ready import ready_answers
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
 
-from .answers import read_answers_file, read_through
+from .answers import TargetAnswer, read_answers_file, read_through
 from .companion import Trimmed
 from .cut import COMPANION, head_tensor
 from .layout import Piece, encode_head, field
+from .matches import share
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
@@ -49,6 +50,7 @@ class Speculator:
     down: np.ndarray
     up: np.ndarray
     n_positions: int
+    acceptance: float = 0.0  # of the drafter on the answers it was fitted on, from the rows it has; 0: not known
 
     @property
     def rank(self) -> int:
@@ -74,7 +76,9 @@ class Speculator:
             raise FileFormatError(f"{file.path}: its speculator does not fit its head; make it again with `speculator`")
         table = np.memmap(file.path, np.uint8, "r", up.offset, (up.n_rows, up.row_bytes))
         rows = np.memmap(file.path, np.float32, "r", down.offset, (down.n_rows, down.shape[0]))
-        return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0))
+        acceptance = file.get("gguf_trim.spec_acceptance")
+        known = isinstance(acceptance, float) and 0 <= acceptance <= 1
+        return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0), acceptance if known else 0.0)
 
     def scores(self, hidden: np.ndarray) -> np.ndarray:
         """The plain reference of what ggml computes at run time: float32 (V)."""
@@ -153,6 +157,7 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     kept = [tensor for name, tensor in file.tensors.items() if name not in (DOWN, UP)]
     fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
     fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
+    fields.append(field("gguf_trim.spec_acceptance", float(speculator.acceptance)))
     pieces = [Piece(tensor) for tensor in (*kept, *(tensor for tensor, _ in fresh))]
     head = encode_head(fields, pieces, file.alignment)
     require_room(file.path, len(head) + sum(piece.n_bytes for piece in pieces))
@@ -166,22 +171,59 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
             out.write(b"\0" * (-tensor.n_bytes % file.alignment))
 
 
-def calibration(file: GGUFFile, path: Path | None = None) -> list[list[int]]:
-    """Token ids of conversations to fit on: lines of `python -m corpus generate`, or the answers that ship for None.
+def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
+    """Answers to fit on: lines of `python -m corpus generate`, or those that ship for None; cut to TOKENS in all.
 
     `file` has the tokenizer: the drafter, or its companion.
     """
     if path is not None:
-        return [[*found.prompt, *found.answer] for found in read_answers_file(path)]
-    template = ChatTemplate(file, Vocabulary(file))
-    with Model(file.path, vocab_only=True) as model:
-        return [
-            [
-                *template.ids(model, messages[:-1]),
-                *model.tokenize(messages[-1]["content"], special=False, add_bos=False),
+        found = read_answers_file(path)
+    else:
+        template = ChatTemplate(file, Vocabulary(file))
+        with Model(file.path, vocab_only=True) as model:
+            found = [
+                TargetAnswer(
+                    str(i),
+                    "all",
+                    template.ids(model, messages[:-1]),
+                    model.tokenize(messages[-1]["content"], special=False, add_bos=False),
+                )
+                for i, messages in enumerate(ready_answers())
             ]
-            for messages in ready_answers()
-        ]
+    return [
+        replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
+        for answer in spread(found, CONVERSATIONS)
+    ]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
+    of its tokens it drafts, from the rows it has."""
+
+    states: np.ndarray
+    rights: list[np.ndarray]
+
+
+def reading_of(
+    drafter: Path,
+    answers: Sequence[TargetAnswer],
+    trimmed: Trimmed | None = None,
+    n_threads: int | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Reading:
+    """Read answers with a drafter; one that is trimmed is given as `trimmed`, too. See `read_through`."""
+    rights: list[list[bool]] = [[] for _ in answers]
+
+    def see(text: int, i: int, logits: np.ndarray) -> None:
+        answer = answers[text]
+        if 0 <= (place := i + 1 - len(answer.prompt)) < len(answer.answer):
+            row = int(np.argmax(logits))
+            rights[text].append((row if trimmed is None else int(trimmed.d2t[row])) == answer.answer[place])
+
+    texts = [[*answer.prompt, *answer.answer] for answer in answers]
+    feed = None if trimmed is None else trimmed.embeddings().rows
+    return Reading(states_of(drafter, texts, feed, n_threads, advance, see), [np.array(found, bool) for found in rights])
 
 
 def states_of(
@@ -190,13 +232,17 @@ def states_of(
     feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
     n_threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    see: Callable[[int, int, np.ndarray], object] = lambda *_: None,
 ) -> np.ndarray:
     """The drafter's final hidden states over texts: float32 (positions x n_embd); see `read_through`.
 
-    They do not depend on how many rows the head has left.
+    They do not depend on how many rows the head has left. `see` is shown (text, position, logits) of each.
     """
-    found = read_through(drafter, [(ids, 0) for ids in texts], feed, n_threads, advance)
-    return np.array([hidden.copy() for *_, hidden in found])
+    states = []
+    for text, i, logits, hidden in read_through(drafter, [(ids, 0) for ids in texts], feed, n_threads, advance):
+        see(text, i, logits)
+        states.append(hidden.copy())
+    return np.array(states)
 
 
 def fit_to(
@@ -204,7 +250,7 @@ def fit_to(
     file: GGUFFile,
     texts: Path | None = None,
     rank: int | None = None,
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
+    trimmed: Trimmed | None = None,
     n_threads: int | None = None,
     steps: int = 0,
 ) -> Speculator:
@@ -212,17 +258,22 @@ def fit_to(
 
     `steps` > 0 trains the closed form further; see `train`.
     """
-    conversations = [ids[:TOKENS] for ids in spread(calibration(file, texts), CONVERSATIONS)]
-    with progress("reading hidden states", len(conversations), "texts") as advance:
-        states = states_of(drafter, conversations, feed, n_threads, advance)
+    answers = calibration(file, texts)
+    with progress("reading hidden states", len(answers), "texts") as advance:
+        reading = reading_of(drafter, answers, trimmed, n_threads, advance)
+    return fit_reading(file, reading, rank, steps)
+
+
+def fit_reading(file: GGUFFile, reading: Reading, rank: int | None = None, steps: int = 0) -> Speculator:
+    """`fit_to` for what was read already."""
     with progress("fitting the speculator", 2 * head_tensor(file).n_rows, "rows") as advance:
-        found = fit(file, states, rank, advance)
+        found = fit(file, reading.states, rank, advance)
     if steps:
         from .train import distil
 
         with progress("training the speculator", steps, "steps") as advance:
-            found = distil(found, file, states, steps, advance)
-    return found
+            found = distil(found, file, reading.states, steps, advance)
+    return replace(found, acceptance=share(reading.rights))
 
 
 def add_speculator(
@@ -230,6 +281,6 @@ def add_speculator(
 ) -> Speculator:
     """Fit a speculator to a trimmed drafter and write it into its companion."""
     trimmed = Trimmed.open(path)
-    speculator = fit_to(path, trimmed.companion, texts, rank, trimmed.embeddings().rows, n_threads, steps)
+    speculator = fit_to(path, trimmed.companion, texts, rank, trimmed, n_threads, steps)
     attach(trimmed, speculator)
     return speculator

@@ -18,13 +18,12 @@ from corpus.sampling import Sampling
 from corpus.template import ChatTemplate
 from corpus.vocabulary import Vocabulary
 from gguf_trim.cut import companion_path
+from gguf_trim.remembered import key_of
 
-from .auto import AutoDrafter
+from .auto import LONGEST, USUAL, AutoDrafter
 from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, Reader, open_drafter
-from .measured import step_costs
+from .measured import recall_known, remember_known, step_costs
 from .speculative import Round, generate
-
-LONGEST = 16  # drafts in a round
 
 
 @dataclass
@@ -142,6 +141,9 @@ class Engine:
         self.close()
 
     def close(self) -> None:
+        if self._auto is not None:
+            remember_known(self._key, self._auto.known)
+            self._auto = None
         if self.drafter is not None:
             self.drafter.close()
         if hasattr(self, "context"):
@@ -167,7 +169,11 @@ class Engine:
 
         Drafting by cost does so at its first use.
         """
-        self._auto = AutoDrafter(self.drafter, *step_costs(self.reader, self.drafter, self._files, self._settings))
+        self._key = key_of(self._files, self._settings)
+        costs = step_costs(self.reader, self.drafter, self._key)
+        # Texts that a trim is fitted to need not be this target's own, and then say too little of it.
+        hope = max(USUAL, self.drafter.acceptance if self.drafter is not None else 0.0)
+        self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key), hope)
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""

@@ -1,75 +1,49 @@
-"""What a pair's steps cost on this machine: measured when it first drafts here, and remembered for the next time."""
+"""What a pair's steps cost on this machine: measured when it first drafts here, and remembered for the next time.
+
+With the costs is remembered what sessions have learned of the pair.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from corpus.errors import TrimError
-from corpus.files import CACHED, write_whole
-from corpus.llama import backends, physical_cores
 from corpus.noise import Noise
 from corpus.sampling import GREEDY
-from gguf_trim.catalog import cache_folder
+from gguf_trim.remembered import recall, remember
 
+from .auto import Known
 from .drafter import ModelDrafter, Reader
 from .pace import StepCost
 
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
 DRAFT_SIZES = (1, 2, 4, 16, 64)
 PATIENCE = 1.0  # seconds of measuring after which every size is measured once only
-DAYS = 30  # a cost is measured again after so many
-PAIRS = 64  # remembered at most
 
 
-def costs_file() -> Path:
-    return cache_folder() / "costs.json"
-
-
-def step_costs(
-    target: Reader, drafter: ModelDrafter | None, files: Sequence[Path], settings: Sequence[object]
-) -> tuple[StepCost, StepCost | None]:
-    """Of verifying, and of drafting where there is a drafter: as remembered, else measured.
-
-    Remembered for the same files, settings, machine and llama.cpp. A memory that cannot be read or written is done
-    without.
-    """
-    key, memory = _key(files, settings), _read()
-    verify, draft = (_valid(memory.get(key, {}).get(which)) for which in ("verify", "draft"))
+def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[StepCost, StepCost | None]:
+    """Of verifying, and of drafting where there is a drafter: as remembered under this key, else measured."""
+    memory = recall(key)
+    verify, draft = _valid(memory.get("verify")), _valid(memory.get("draft"))
     if not verify or bool(draft) != (drafter is not None):
         verify = measured_verify(target)
         draft = {} if drafter is None else measured_draft(drafter)
-        memory[key] = {"measured": time.time(), "verify": verify, "draft": draft}
-        _write(memory)
+        remember(key, {"verify": verify, "draft": draft})
     return StepCost(verify), StepCost(draft) if draft else None
 
 
-def _key(files: Sequence[Path], settings: Sequence[object]) -> str:
-    facts = [platform.node(), physical_cores(), backends(), version("llama-cpp-python"), *settings]
-    for path in files:
-        if not path.exists():  # the companion of an uncut drafter
-            continue
-        found = path.stat()
-        facts += [str(path.resolve()), found.st_size, found.st_mtime_ns]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def _read() -> dict[str, Any]:
-    """What is remembered and not too old, the oldest first."""
+def recall_known(key: str) -> Known | None:
+    """What earlier sessions have learned of a pair; None where nothing is remembered, or it is damaged."""
     try:
-        memory = json.loads(costs_file().read_bytes())
-        young = {key: found for key, found in memory.items() if time.time() - found["measured"] < DAYS * 86_400}
-        return dict(sorted(young.items(), key=lambda entry: entry[1]["measured"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
+        return Known.from_json(recall(key)["known"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def remember_known(key: str, known: Known) -> None:
+    remember(key, {"known": known.as_json()}, measured=False)
 
 
 def _valid(seconds: Any) -> dict[int, float]:
@@ -79,11 +53,6 @@ def _valid(seconds: Any) -> dict[int, float]:
     except (AttributeError, TypeError, ValueError):
         return {}
     return found if all(n > 0 and 0 < took < math.inf for n, took in found.items()) else {}
-
-
-def _write(memory: dict[str, Any]) -> None:
-    with contextlib.suppress(TrimError), write_whole(costs_file(), CACHED) as file:
-        file.write(json.dumps(dict(list(memory.items())[-PAIRS:])).encode())
 
 
 def measured_verify(target: Reader) -> dict[int, float]:

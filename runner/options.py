@@ -19,8 +19,9 @@ from corpus.llama import CACHE_TYPES, F16, Cache
 from corpus.sampling import Sampling
 from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
 
+from .auto import LONGEST
 from .drafter import AUTO, VOCABS
-from .engine import LONGEST, Engine
+from .engine import Engine
 
 FULL = "full"
 

@@ -1,9 +1,4 @@
-"""What drafting costs and brings on this machine, learned while running: step costs and chances of acceptance.
-
-The rule: with V(b) the seconds of verifying b tokens at once and r the tokens per second that the time could bring
-otherwise, m drafts are worth their expected tokens less r times the seconds they add. What they add is bounded, too,
-whatever they are worth: a wager that pays in the long run may still be lost on this answer.
-"""
+"""What drafting costs and brings on this machine, learned while running: step costs and chances of acceptance."""
 
 from __future__ import annotations
 
@@ -11,12 +6,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-OWN, OTHERS = 0.15, 0.05  # how fast a measured cost follows what is seen, of the same size and of others
-WEIGHT = 6.0  # observations that a stated chance is worth
-MEMORY = 0.97  # what an observation still weighs when the next one comes
-STAKE = 0.3  # plain steps that may be risked beyond the bound,
-PROMISE = 3.0  # on drafts that are expected to bring so many times what they add
-EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+# What was believed before is worth so many observations, and one weighs so much when the next one comes. In the worlds
+# of tests/test_auto.py 3 to 12 and 0.95 to 0.99 do about as well.
+WEIGHT, MEMORY = 6.0, 0.97
+_BINS = 6  # of a claim's odds, by powers of two, each way
 
 
 class StepCost:
@@ -39,28 +32,42 @@ class StepCost:
         return seconds[high] + slope * (n - sizes[high])
 
     def saw(self, n: int, seconds: float) -> None:
-        """A step of n tokens took this long: believe it a little, and a hiccup no more than a little."""
+        """A step of n tokens took this long: believe it a little, and a hiccup no more than a little.
+
+        Other sizes follow by half as much, since what makes one dearer (a longer text, a busy machine) makes all; but
+        not what reading a long text took, which is another thing.
+        """
         ratio = min(max(seconds / self.of(n), 0.5), 2.0)
-        self._seconds = [
-            old * ratio ** (OWN if size == n else OTHERS) for size, old in zip(self._sizes, self._seconds, strict=True)
-        ]
+        beyond = n > self._sizes[-1]
+        for i, size in enumerate(self._sizes):
+            own = size == n or (beyond and i == len(self._sizes) - 1)
+            self._seconds[i] *= ratio ** ((1 - MEMORY) * (2 if own else 0 if beyond else 1))
 
 
 class Chances:
-    """The chance that a draft is accepted, from the chance it claims, corrected by what came of its like."""
+    """The chance that a draft is accepted, from the chance it claims, corrected by what came of its like.
 
-    def __init__(self) -> None:
-        self._accepted = [0.0] * (len(EDGES) + 1)
-        self._seen = [0.0] * (len(EDGES) + 1)
+    `seen`: (accepted, seen) by bins of the claim's odds, as an earlier session left them. Raises ValueError or
+    TypeError for anything else.
+    """
+
+    def __init__(self, seen: Sequence[Sequence[float]] = ((0.0, 0.0),) * (2 * _BINS + 1)) -> None:
+        self.seen = [[float(accepted), float(n)] for accepted, n in seen]
+        if len(self.seen) != 2 * _BINS + 1 or not all(0 <= accepted <= n < math.inf for accepted, n in self.seen):
+            raise ValueError("no chances")
 
     def of(self, claimed: float) -> float:
-        i = bisect_left(EDGES, claimed)
-        return (self._accepted[i] + WEIGHT * claimed) / (self._seen[i] + WEIGHT)
+        accepted, n = self.seen[_bin(claimed)]
+        return (accepted + WEIGHT * claimed) / (n + WEIGHT)
 
     def saw(self, claimed: float, accepted: bool) -> None:
-        i = bisect_left(EDGES, claimed)
-        self._accepted[i] = MEMORY * self._accepted[i] + accepted
-        self._seen[i] = MEMORY * self._seen[i] + 1
+        found = self.seen[_bin(claimed)]
+        found[:] = MEMORY * found[0] + accepted, MEMORY * found[1] + 1
+
+
+def _bin(claimed: float) -> int:
+    odds = math.log2(max(claimed, 1e-9) / max(1 - claimed, 1e-9))
+    return _BINS + round(min(max(odds, -_BINS), _BINS))
 
 
 def best_cut(
@@ -73,16 +80,23 @@ def best_cut(
 ) -> tuple[int, float]:
     """(m, worth in tokens) of the best beginning of a draft, on top of a batch of `rows` tokens.
 
-    chances[i] is that of draft i if those before it were accepted; rate in tokens per second; step is what each draft
-    takes to make, in seconds, and `most` what all may add, give or take a STAKE. m is 0 where nothing is worth it.
+    chances[i] is that of draft i if those before it were accepted. A beginning is worth its expected tokens less what
+    the seconds it adds would bring otherwise, at `rate` tokens per second; `step` is what each draft takes to make, in
+    seconds, and `most` what all may add. m is 0 where nothing is worth it.
     """
     best, chosen, together, expected = 0.0, 0, 1.0, 0.0
-    base, stake = verify.of(rows), STAKE * verify.of(1)
+    base = verify.of(rows)
     for m, chance in enumerate(chances, 1):
         together *= chance
         expected += together
         added = m * step + verify.of(rows + m) - base
         worth = expected - rate * added
-        if worth > best and added <= most + (stake if expected >= PROMISE * rate * added else 0):
+        if worth > best and added <= most:
             best, chosen = worth, m
     return chosen, best
+
+
+def best_fixed(chance: float, n: int, verify: StepCost, step: float) -> tuple[float, float]:
+    """(tokens, seconds) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`."""
+    lengths = [(sum(chance**i for i in range(m + 1)), verify.of(m + 1) + m * step) for m in range(1, n + 1)]
+    return max(lengths, key=lambda found: found[0] / found[1])

@@ -89,7 +89,7 @@ def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Costs of toys are no business of the user's own memory of costs."""
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runner.measured.costs_file", lambda: path)
+        patch.setattr("gguf_trim.remembered.costs_file", lambda: path)
         yield path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from corpus.sampling import GREEDY
+from gguf_trim import remembered
 from gguf_trim.cut import companion_path
 from runner import measured
 from runner.engine import Engine
@@ -54,7 +55,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Pair:
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache" / "costs.json"
-    monkeypatch.setattr(measured, "costs_file", lambda: path)
+    monkeypatch.setattr(remembered, "costs_file", lambda: path)
     return path
 
 
@@ -68,7 +69,7 @@ def test_is_remembered_until_something_changes(toys, tmp_path: Path, pair: Pair,
     os.utime(companion_path(draft))  # another speculator, say
     assert pair.is_measured(toys["target"], draft)
     assert not pair.is_measured(toys["target"])
-    monkeypatch.setattr(measured, "DAYS", 0)
+    monkeypatch.setattr(remembered, "DAYS", 0)
     assert pair.is_measured(toys["target"])
     assert len(json.loads(memory.read_text())) == 1  # the old ones are forgotten
 
@@ -91,15 +92,30 @@ def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, second
 
 def test_a_memory_that_cannot_be_written_is_done_without(toys, tmp_path: Path, pair: Pair, monkeypatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(measured, "costs_file", lambda: tmp_path / "file" / "costs.json")
+    monkeypatch.setattr(remembered, "costs_file", lambda: tmp_path / "file" / "costs.json")
     assert pair.is_measured(toys["target"])
     assert pair.is_measured(toys["target"])
 
 
 def test_not_more_pairs_than_are_kept(toys, pair: Pair, memory: Path, monkeypatch) -> None:
-    monkeypatch.setattr(measured, "PAIRS", 2)
+    monkeypatch.setattr(remembered, "ENTRIES", 2)
     for n_ctx in (64, 72, 80):
         assert pair.is_measured(toys["target"], n_ctx=n_ctx)
     assert not pair.is_measured(toys["target"], n_ctx=80)
     assert not pair.is_measured(toys["target"], n_ctx=72)
     assert pair.is_measured(toys["target"], n_ctx=64)
+
+
+def test_what_a_session_learned_is_remembered(toys, memory: Path) -> None:
+    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+        list(engine.rounds([65, 66, 65, 66, 65, 66], GREEDY, max_tokens=40))
+        learned = engine.auto.known.as_json()
+    assert learned["tokens"] > 0
+    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+        assert engine.auto.known.as_json() == learned
+    (found,) = json.loads(memory.read_text()).items()
+    for damage in ("x", {}, learned | {"usual": 2}, learned | {"tokens": 0}, learned | {"matches": [[2, 1]]}):
+        memory.write_text(json.dumps({found[0]: found[1] | {"known": damage}}))
+        with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+            assert engine.auto.known.as_json() != damage
+            assert engine.auto.known.usual <= 1

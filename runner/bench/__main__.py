@@ -26,8 +26,9 @@ from corpus.files import PLOT, write_whole
 from corpus.progress import progress, stderr
 from corpus.sampling import GREEDY, Sampling
 
+from ..auto import LONGEST
 from ..drafter import NoDrafter
-from ..engine import LONGEST, Record
+from ..engine import Record
 from ..options import Models, draft_max_option, model_options
 from . import peers, runs
 from .machine import bandwidth, describe, machine

@@ -16,7 +16,7 @@ from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
 from gguf_trim.costs import Weights, requantized
 from gguf_trim.layout import EMBEDDING
-from gguf_trim.prepare import choose_rows, prepare
+from gguf_trim.prepare import NONE, choose_rows, prepare
 from gguf_trim.speculator import Speculator
 
 from ..auto import AutoDrafter
@@ -48,6 +48,7 @@ class Mode:
     file: Path | None = None
     memory: int = 0  # bytes that opening its drafter and answering with it took
     used: bool = False
+    model: ModelDrafter | None = None  # the drafter that reads, whoever decides on its drafts
     step: Callable[[], tuple[float, float]] = field(default=lambda: (0.0, 0.0))  # (params, bytes) of a draft step
 
 
@@ -78,7 +79,7 @@ def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path
         cuts[len(Trimmed.open(trimmed).d2t)] = trimmed
     elif full is not None:
         for k in ks or (None,):
-            made = prepare(target=target, drafter=full, choose=partial(choose_rows, k=k)).trimmed
+            made = prepare(target=target, drafter=full, choose=partial(choose_rows, k=k), requant=NONE).trimmed
             cuts[len(Trimmed.open(made).d2t)] = made
     elif ks:
         raise click.UsageError("--k needs the uncut drafter; give it as --full")
@@ -142,6 +143,7 @@ def open_modes(
                 stack.callback(drafter.close)
             cost = kind == AUTO or length is None
             mode = Mode(name, by_cost(drafter) if cost or drafter is None else drafter, None if cost else length, path)
+            mode.model = drafter
             if drafter is not None and path is not None:
                 mode.step = step_reader(path, drafter)
             mode.memory = resident() - before

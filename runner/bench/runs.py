@@ -25,7 +25,8 @@ from corpus.sampling import Sampling
 from gguf_trim.costs import Weights
 from gguf_trim.layout import EMBEDDING
 
-from ..engine import LONGEST, Engine
+from ..auto import LONGEST
+from ..engine import Engine
 from ..options import Models
 from ..speculative import generate
 from . import peers
@@ -56,7 +57,8 @@ def answer(
     A round is [tokens, drafted, accepted, draft seconds, verify seconds, host seconds].
     """
     mode.drafter.settle()
-    mode.drafter.prepare(prompt[:1], 0)  # forgets all but the first token, and reads nothing
+    if mode.model is not None:
+        mode.model.prepare(prompt[:1], 0)  # forgets all but the first token, and reads nothing
     before, started = resident(), time.perf_counter()
     rounds: list[list[float]] = []
     tokens: list[int] = []

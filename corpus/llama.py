@@ -288,12 +288,11 @@ class Context(Owner):
             return np.empty((0, self.model.n_vocab), np.float32)
         pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
         self.seconds += time.perf_counter() - started
-        return np.ctypeslib.as_array(pointer, shape=(outputs, self.model.n_vocab))
+        return _floats(pointer, outputs, self.model.n_vocab)
 
     def hidden_states(self, n: int) -> np.ndarray:
         """The final hidden states (float32, n x n_embd) of the last decode, a view valid until the next one."""
-        pointer = llama_cpp.llama_get_embeddings(self.handle)
-        return np.ctypeslib.as_array(pointer, shape=(n, self.model.n_embd))
+        return _floats(llama_cpp.llama_get_embeddings(self.handle), n, self.model.n_embd)
 
     def _decode(self, batch: _Batch) -> None:
         LAST_ERRORS.clear()
@@ -342,6 +341,12 @@ class Context(Owner):
             self._ctx = None
             for batch in self._batches:
                 batch.free()
+
+
+def _floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
+    """A view of llama.cpp's memory: as `np.ctypeslib.as_array` gives, in a fraction of its time."""
+    memory: Any = (ctypes.c_float * (n_rows * n_columns)).from_address(ctypes.addressof(pointer.contents))
+    return np.ndarray((n_rows, n_columns), np.float32, memory)
 
 
 class _Batch:

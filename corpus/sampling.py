@@ -95,6 +95,11 @@ class Sampling:
         return on and self.repeat_last_n != 0
 
     @property
+    def plain(self) -> bool:
+        """Whether the next token is that of the greatest logit as the model has it, but for a grammar."""
+        return self.greedy and self.sight == 1 and not self.penalises and not self.logit_bias
+
+    @property
     def sight(self) -> int | None:
         """How many of the likeliest tokens decide the distribution; None: all of them."""
         if self.greedy and self.typical_p >= 1:

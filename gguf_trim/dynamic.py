@@ -23,7 +23,7 @@ from .speculator import UP_TYPE, Speculator
 CONTEXT_ROWS = 1024  # of the text, at most
 CANDIDATES = 512  # of the speculator, a step
 _BUCKET = 64  # rows by which a product grows: one graph for every such size
-_STRIDES = 16
+_GROUPS = 4  # of scores, for each score that is looked for
 _PACKED = 16  # rows that matrix kernels take at a time, or a part of it
 
 
@@ -66,21 +66,16 @@ class Recent:
 def top(scores: np.ndarray, m: int) -> np.ndarray:
     """Places of the m greatest scores, in no order.
 
-    Of groups of _STRIDES scores only the m with the greatest maxima can hold one of them, so few are looked at.
+    m groups of scores reach the m-th greatest of the groups' maxima, so no score below it is looked at.
     """
-    n = len(scores) // _STRIDES
-    if m >= n:
-        return np.argpartition(scores, -m)[-m:] if m < len(scores) else np.arange(len(scores))
-    maxima = scores[: n * _STRIDES].reshape(_STRIDES, n).max(axis=0)
-    best = np.argpartition(maxima, -m)[-m:]
-    places = np.concatenate(
-        [(best + n * np.arange(_STRIDES)[:, None]).reshape(-1), np.arange(n * _STRIDES, len(scores))]
-    )
-    values = scores[places]
-    # m groups reach the least of these maxima, so no score below it is among the m greatest.
-    near = values >= maxima[best].min()
-    places, values = places[near], values[near]
-    chosen: np.ndarray = places[np.argpartition(values, -m)[-m:]]
+    if m >= len(scores):
+        return np.arange(len(scores))
+    size = max(1, len(scores) // (_GROUPS * m))
+    n = len(scores) // size
+    maxima = scores[: n * size].reshape(size, n).max(axis=0)
+    maxima.partition(-m)
+    places = (scores >= maxima[-m]).nonzero()[0]
+    chosen: np.ndarray = places[scores[places].argpartition(-m)[-m:]]
     return chosen
 
 
@@ -113,7 +108,8 @@ class DynamicHead:
     ) -> None:
         file = trimmed.companion
         head = head_tensor(file)
-        self._full = np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
+        # A plain array: to index a memmap takes longer than to read the row.
+        self._full = np.asarray(np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
         bias = file.tensors.get(HEAD_BIAS)
         self._bias = None if bias is None else np.memmap(file.path, np.float32, "r", bias.offset, bias.shape)
         outside = np.ones(head.n_rows, bool)
@@ -154,7 +150,7 @@ class DynamicHead:
             self._ids[slot] = token
             self._rows[slot] = self._full[token]
         self._in_context[:] = False
-        self._in_context[list(self.recent.slots)] = True
+        self._in_context[self._ids[: len(self.recent.slots)]] = True
 
     def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
         """Whether `logits` of the kept rows are what this head makes of `hidden`, but for requantisation."""
@@ -184,6 +180,7 @@ class DynamicHead:
         self.rows += n
         if not n:
             return ids, np.empty(0, np.float32)
+        self._full[ids[known:], 0]  # touches all rows first: waiting for memory one after another takes longer
         np.take(self._full, ids[known:], axis=0, out=self._rows[known:n], mode="clip")  # "raise" would copy twice
         values = self._product(-(-n // _BUCKET) * _BUCKET)(hidden)[:n]
         return ids, values if self._bias is None else values + self._bias[ids]

@@ -27,7 +27,7 @@ from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, head_tensor, plan, write
 from gguf_trim.dynamic import DynamicHead, Recent, top
 from gguf_trim.speculator import Speculator, attach, blocks, fit
-from runner.drafter import ModelDrafter, open_drafter
+from runner.drafter import ModelDrafter, Proposal, open_drafter
 
 from .conftest import TEXTS, copy_trimmed, keep_first, with_speculator
 from .toy import ARCHITECTURES, HEAD_TYPES, write_model
@@ -224,6 +224,11 @@ def test_a_full_disk_leaves_the_companion_as_it_was(spec: Path, monkeypatch: pyt
     assert not list(spec.parent.glob(".*.part"))
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(weights / weights.sum())
+
+
 def open_with(toys: dict[str, Path], path: Path, vocab: str) -> ModelDrafter:
     return open_drafter(path, Vocabulary(GGUFFile(toys["target"])), 256, vocab=vocab)
 
@@ -268,6 +273,53 @@ def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, 
         open_with(toys, spec, "spec")
     drafter = open_with(toys, spec, "auto")
     assert drafter.dynamic is None
+    drafter.close()
+
+
+@pytest.mark.parametrize("name", ["target", "tiny-trimmed", "spec"])
+def test_greedy_drafts_are_those_of_the_whole_row(toys: dict[str, Path], spec: Path, name: str, monkeypatch) -> None:
+    """Token and certainty of kept and added rows apart, as the distribution over all of them has it."""
+    drafter = open_with(toys, toys.get(name, spec), "auto")
+    honest, of_added = ModelDrafter._likeliest, []
+
+    def compared(self: ModelDrafter, *step: np.ndarray) -> Proposal:
+        row, ids = self._merged(*step)
+        (token,) = GREEDY.distribution(row, ids).ids
+        found = honest(self, *step)
+        of_added.append(token in step[1])
+        assert found.token == token
+        assert found.certainty == pytest.approx(softmax(row).max(), rel=1e-6)
+        return found
+
+    monkeypatch.setattr(ModelDrafter, "_likeliest", compared)
+    for text in TEXTS:
+        assert len(drafter.draft(text, 4, GREEDY, Noise(0))) == 4
+    drafter.close()
+    assert len(of_added) == 4 * len(TEXTS)
+    assert any(of_added) == (name != "target")
+
+
+@given(st.lists(st.integers(-2, 2), min_size=40, max_size=40), st.permutations(range(40)), st.integers(0, 39))
+def test_of_equal_logits_the_lowest_id_is_drafted(levels: list[int], order: list[int], n: int) -> None:
+    """Few levels, so that most greatest logits are several, kept or added; added ones come in any order."""
+    logits, more = np.array(levels, np.float32), np.array(order[:n], np.int32)
+    drafter = object.__new__(ModelDrafter)
+    drafter._ids = np.setdiff1d(np.arange(40, dtype=np.int32), more)
+    step = logits[drafter._ids], more, logits[more]
+    row, ids = drafter._merged(*step)
+    assert (row == logits).all() and (ids == np.arange(40)).all()
+    found = drafter._likeliest(*step)
+    assert found.token == int(logits.argmax())
+    assert found.certainty == pytest.approx(softmax(logits).max(), rel=1e-6)
+
+
+def test_greedy_drafts_heed_bias_and_penalties(toys: dict[str, Path], spec: Path) -> None:
+    drafter = open_with(toys, spec, "spec")
+    text, outside = TEXTS[0], TEXTS[0][-1]
+    assert outside not in drafter._ids  # an added row
+    assert drafter.draft(text, 3, Sampling(temp=0, logit_bias={outside: 1e6}), Noise(0)) == [outside] * 3
+    drafts = drafter.draft(text, 8, Sampling(temp=0, presence_penalty=1e6, repeat_last_n=-1), Noise(0))
+    assert len({*text, *drafts}) == len({*text}) + 8
     drafter.close()
 
 

@@ -11,7 +11,7 @@ from corpus.errors import EngineError, VocabularyMismatch
 from corpus.llama import Context
 from corpus.sampling import Sampling
 from runner import speculative
-from runner.drafter import NoDrafter
+from runner.drafter import PIECE, NoDrafter, Reader
 from runner.engine import Engine, Record
 from runner.exact import Law, check_prompt, plain_tokens, replay
 from runner.exact import main as exact
@@ -60,6 +60,18 @@ def test_a_good_drafter_is_accepted_and_a_wrong_one_is_not(engines, monkeypatch)
     assert rates["target"] == 1.0
     assert 0.2 < rates["good-trimmed"] <= 1.0
     assert rates["wrong"] < 0.1
+
+
+@pytest.mark.parametrize("n", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 7])
+def test_what_a_cache_shares_with_a_text(n: int) -> None:
+    """Wherever they part, also at the edges of the pieces that are compared."""
+    reader = Reader(None)
+    reader.held = list(range(n))
+    for m in {*range(0, n, 100), *range(max(n - 3, 0), n), *range(PIECE - 2, min(PIECE + 2, n))}:
+        assert reader.shared([*range(m), -1, *range(m + 1, n + 5)], n + 5) == m
+    for text in (range(n), range(n + 5), range(n // 2)):
+        assert reader.shared([*text], n + 5) == min(n, len(text))
+        assert reader.shared([*text], n // 3) == min(n // 3, len(text))
 
 
 def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:

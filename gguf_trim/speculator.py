@@ -223,7 +223,9 @@ def reading_of(
 
     texts = [[*answer.prompt, *answer.answer] for answer in answers]
     feed = None if trimmed is None else trimmed.embeddings().rows
-    return Reading(states_of(drafter, texts, feed, n_threads, advance, see), [np.array(found, bool) for found in rights])
+    return Reading(
+        states_of(drafter, texts, feed, n_threads, advance, see), [np.array(found, bool) for found in rights]
+    )
 
 
 def states_of(

@@ -135,7 +135,8 @@ class Reader:
 class ModelDrafter:
     """A drafter GGUF in a context of its own. `d2t` maps a row of its head to a target id; None where they agree.
 
-    `dynamic` adds rows of the full head to a trimmed one's, chosen at every step.
+    `dynamic` adds rows of the full head to a trimmed one's, chosen at every step. `acceptance` is what its fit has
+    measured, 0 where none did.
     """
 
     def __init__(
@@ -146,8 +147,10 @@ class ModelDrafter:
         d2t: np.ndarray | None = None,
         embeddings: EmbeddingTable | None = None,
         dynamic: DynamicHead | None = None,
+        acceptance: float = 0.0,
     ) -> None:
         self._model, self._context, self.dynamic = model, context, dynamic
+        self.acceptance = acceptance
         last = model.n_vocab - 1
         # Tables of one family are padded to different lengths: an id of the one's padding must not reach the other.
         self._reader = Reader(context, embeddings.rows if embeddings else lambda ids: np.minimum(ids, last))
@@ -289,7 +292,9 @@ def open_drafter(
                     f"{path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
                 )
             dynamic = None
-        return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic)
+        fitted = Speculator.of(trimmed)
+        acceptance = fitted.acceptance if fitted is not None else 0.0
+        return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic, acceptance)
     except BaseException:
         model.close()
         raise

@@ -80,7 +80,8 @@ class EmbeddingTable:
         self._scale = np.float32(scale)
         self.n_embd = tensor.shape[0]
         self.n_vocab = tensor.n_rows
-        self._table = np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes))
+        # A plain array: to index a memmap takes longer than to expand the row.
+        self._table = np.asarray(np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes)))
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         """float32 (len(ids) x n_embd). Ids beyond the table (a target padded further) read as its last row."""

@@ -61,10 +61,7 @@ class Known:
 
 
 class AutoDrafter:
-    """A model drafter (None: lookup alone) and the text's own suggestions, each used where it pays.
-
-    `hope` is the chance of a draft that a new text is met with: what `make trim` has measured, or USUAL.
-    """
+    """A model drafter (None: lookup alone) and the text's own suggestions, each used where it pays."""
 
     def __init__(
         self,
@@ -72,11 +69,12 @@ class AutoDrafter:
         verify: StepCost,
         draft: StepCost | None,
         known: Known | None = None,
-        hope: float = USUAL,
     ) -> None:
         self._drafter, self._verify, self._draft = drafter, verify, draft
-        self.known = known or Known(usual=hope)
-        self._hope = hope
+        # The chance of a draft in a new text. What a trim was fitted to need not be this target's own, and may then
+        # say too little of it.
+        self._hope = max(USUAL, drafter.acceptance if drafter is not None else 0.0)
+        self.known = known or Known(usual=self._hope)
         self._lookup = Lookup()
         self._won = 0.0  # plain steps that drafting has saved this session, or lost
         self._emitted = self._answers = self._left = 0

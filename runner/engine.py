@@ -20,7 +20,7 @@ from corpus.vocabulary import Vocabulary
 from gguf_trim.cut import companion_path
 from gguf_trim.remembered import key_of
 
-from .auto import LONGEST, USUAL, AutoDrafter
+from .auto import LONGEST, AutoDrafter
 from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, Reader, open_drafter
 from .measured import recall_known, remember_known, step_costs
 from .speculative import Round, generate
@@ -171,9 +171,7 @@ class Engine:
         """
         self._key = key_of(self._files, self._settings)
         costs = step_costs(self.reader, self.drafter, self._key)
-        # Texts that a trim is fitted to need not be this target's own, and then say too little of it.
-        hope = max(USUAL, self.drafter.acceptance if self.drafter is not None else 0.0)
-        self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key), hope)
+        self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""

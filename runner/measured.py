@@ -20,7 +20,7 @@ from .pace import StepCost
 
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
 DRAFT_SIZES = (1, 2, 4, 16, 64)
-PATIENCE = 1.0  # seconds of measuring after which every size is measured once only
+TURNS, PATIENCE = 5, 3.0  # steps of each size, fewer where they have taken so many seconds
 
 
 def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[StepCost, StepCost | None]:
@@ -88,10 +88,13 @@ def measured_draft(drafter: ModelDrafter) -> dict[int, float]:
 
 
 def _fastest(sizes: Sequence[int], step: Callable[[int], float]) -> dict[int, float]:
-    """The faster of two steps of each size; of one, where a machine is so slow that a hiccup is little beside it."""
+    """The fastest of a few steps of each size; of one, where a machine is so slow that a hiccup is little beside it."""
     step(sizes[0])  # warms up
     started = time.perf_counter()
-    seconds = {n: step(n) for n in reversed(sizes)}
-    if time.perf_counter() - started < PATIENCE:
-        seconds = {n: min(seconds[n], step(n)) for n in sizes}
+    seconds = dict.fromkeys(sizes, math.inf)
+    for turn in range(TURNS):
+        for n in sizes[:: 1 if turn % 2 else -1]:
+            seconds[n] = min(seconds[n], step(n))
+        if time.perf_counter() - started > PATIENCE:
+            break
     return seconds

@@ -23,24 +23,17 @@ import click
 
 from corpus.command import FILE, Commands
 from corpus.files import PLOT, write_whole
-from corpus.progress import progress, stderr
-from corpus.sampling import GREEDY, Sampling
+from corpus.progress import stderr
+from corpus.sampling import Sampling
 
 from ..auto import LONGEST
-from ..drafter import NoDrafter
-from ..engine import Record
 from ..options import Models, draft_max_option, model_options
-from . import peers, runs
+from . import demo, peers, runs
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
 from .report import compare, plot, report
 from .steps import STEPS, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
-DEMO_PROMPTS = (
-    "Write a Python function that returns the n-th Fibonacci number, with a docstring and a short test.",
-    "A train leaves at 9:40 and arrives at 13:05. How long does the journey take? Explain each step.",
-    "Summarise in three sentences why the sky is blue and sunsets are red.",
-)
 SHAPED_KS = (16384, 32768)
 
 
@@ -193,34 +186,22 @@ def _last_line(record: dict[str, Any]) -> None:
 
 @main.command("demo")
 @model_options
+@click.option("--full", type=FILE, help="The uncut drafter, with --target.")
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @draft_max_option()
-def demo_command(models: Callable[[], Models], max_tokens: int, draft_max: int | None) -> None:
-    """Three prompts, plain and speculative in turn: text, tokens, tau, acceptance, tok/s, and Python's own share."""
+def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: int, draft_max: int | None) -> None:
+    """What the cut brings to a draft step, three prompts with drafts and without, and whether drafting pays here."""
     found = models()
-    rows, shown = [], []
-    with found.open() as engine, progress("generating", 2 * len(DEMO_PROMPTS), "answers") as advance:
-        if draft_max is None:
-            engine.measure()  # or the first answer's prompt would seem to take as long
-        for i, text in enumerate(DEMO_PROMPTS):
-            prompt = engine.prompt([{"role": "user", "content": text}])
-            plain, drafted = Record(), Record()
-            runs = [(plain, 0), (drafted, draft_max)]
-            for record, n in runs if i % 2 else runs[::-1]:
-                drafter = NoDrafter() if n == 0 else None
-                for _ in engine.answer(prompt, GREEDY, record, max_tokens=max_tokens, draft_max=n, drafter=drafter):
-                    pass
-                advance(1)
-            ratio = drafted.tokens_per_second / plain.tokens_per_second
-            rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
-            shown.append(
-                f"> {text}\n{drafted.text}{' ...' * (drafted.finish_reason == 'length')}\n"
-                f"[{drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; "
-                f"Python {drafted.host_seconds / drafted.seconds:.1%}]\n"
-            )
-    for answer in shown:  # not before: they would run into the bar
-        click.echo(answer)
-    _last_line({"machine": machine(), "draft_max": draft_max, "prompts": rows})
+    record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
+    files = find_files(found, full, (), Path(), ("", ""))
+    if files.full is not None:
+        record["cut"] = demo.the_cut(found, files, max_tokens)
+        click.echo(demo.cut_table(record["cut"]) + "\n")
+    record["prompts"] = demo.answers(found, max_tokens, draft_max)
+    click.echo(demo.texts(record["prompts"]))
+    if files.full is not None:
+        click.echo(demo.verdict(record))
+    _last_line(record)
 
 
 @main.command("steps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -114,10 +114,10 @@ def open_modes(
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
-    verify = StepCost(measured_verify(engine.reader))  # anew, whatever is remembered
+    verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # anew, whatever is remembered
 
     def by_cost(drafter: ModelDrafter | None) -> AutoDrafter:
-        return AutoDrafter(drafter, verify, None if drafter is None else StepCost(measured_draft(drafter)))
+        return AutoDrafter(drafter, verify(), None if drafter is None else StepCost(measured_draft(drafter)))
 
     with ExitStack() as stack:
         modes = []

@@ -103,14 +103,17 @@ def prepare(
 
 def _is_ready(path: Path, cut: Cut) -> bool:
     """Whether a file is this cut, as shipped or requantised, with a speculator that fits."""
-    if not path.exists():
-        return False
     try:
         trimmed = Trimmed.open(path)
-        same = trimmed.file.get("gguf_trim.source_id") == cut.identity and np.array_equal(trimmed.d2t, cut.keep.ids)
-        return same and _holds_full_tables(trimmed, cut) and Speculator.of(trimmed) is not None
-    except FileFormatError as error:
-        stderr.print(f"{path.name} is made again: {error}", markup=False)
+    except FileFormatError:
+        return False
+    same = trimmed.file.get("gguf_trim.source_id") == cut.identity and np.array_equal(trimmed.d2t, cut.keep.ids)
+    if not same or not _holds_full_tables(trimmed, cut):
+        return False
+    try:
+        return Speculator.of(trimmed) is not None
+    except FileFormatError:
+        stderr.print(f"{path.name}: its speculator does not fit its head and is made again", markup=False)
         return False
 
 

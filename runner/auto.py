@@ -9,15 +9,13 @@ may lose to plain decoding what one budget says, whatever the estimates say.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from corpus.noise import Noise
 from corpus.sampling import Sampling
 
-from .drafter import ModelDrafter
+from .drafter import ModelDrafter, Proposal
 from .lookup import Lookup
 from .pace import MEMORY, WEIGHT, Chances, StepCost, best_cut, best_fixed
 
@@ -43,38 +41,15 @@ class Known:
     certainties: Chances = field(default_factory=Chances)
     matches: Chances = field(default_factory=Chances)
 
-    def as_json(self) -> dict[str, Any]:
-        return vars(self) | {"certainties": self.certainties.seen, "matches": self.matches.seen}
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Known:
-        """Raises KeyError, TypeError or ValueError for what `as_json` has not made."""
-        usual, tokens, steps = (float(found[name]) for name in ("usual", "tokens", "steps"))
-        if (
-            not 0 <= usual <= 1
-            or not 0 <= tokens < math.inf
-            or not 0 <= steps < math.inf
-            or (tokens > 0) != (steps > 0)
-        ):
-            raise ValueError("no figures of a drafter")
-        return cls(usual, tokens, steps, Chances(found["certainties"]), Chances(found["matches"]))
-
 
 class AutoDrafter:
     """A model drafter (None: lookup alone) and the text's own suggestions, each used where it pays."""
 
     def __init__(
-        self,
-        drafter: ModelDrafter | None,
-        verify: StepCost,
-        draft: StepCost | None,
-        known: Known | None = None,
+        self, drafter: ModelDrafter | None, verify: StepCost, draft: StepCost | None, known: Known | None = None
     ) -> None:
         self._drafter, self._verify, self._draft = drafter, verify, draft
-        # The chance of a draft in a new text. What a trim was fitted to need not be this target's own, and may then
-        # say too little of it.
-        self._hope = max(USUAL, drafter.acceptance if drafter is not None else 0.0)
-        self.known = known or Known(usual=self._hope)
+        self.known = known or Known()
         self._lookup = Lookup()
         self._won = 0.0  # plain steps that drafting has saved this session, or lost
         self._emitted = self._answers = self._left = 0
@@ -82,55 +57,51 @@ class AutoDrafter:
         self._claims: list[tuple[Chances, float]] = []  # who suggested each draft of this round, and how surely
         self._modelled = False
         self._read = 0.0  # seconds of this round that the drafter took to read what others wrote
-        if draft is not None and not self.known.steps:
-            self._hope_anew(1.0)
-
-    def _hope_anew(self, share: float) -> None:
-        """Believe the drafter worth what it is hoped to be, by this share: another text may suit it better."""
-        assert self._draft is not None
-        tokens, seconds = best_fixed(self._hope, LONGEST, self._verify, self._draft.of(1))
-        known = self.known
-        known.usual += share * (self._hope - known.usual)
-        known.tokens += share * (WEIGHT * tokens - known.tokens)
-        known.steps += share * (WEIGHT * seconds / self._verify.of(1) - known.steps)
 
     def prepare(self, text: Sequence[int], left: int) -> None:
-        """A new answer. The drafter reads the prompt where that pays; else a later round may find that it does."""
+        """A new answer. Part of what is believed of the drafter is then what is hoped, since another text may suit it
+        better. It reads the prompt where that pays; else a later round may find that it does.
+        """
         self._answers += 1
         self._length = (self._emitted + left / 2) / self._answers
         self._left = left
-        if self._drafter is None or self._draft is None:
+        drafter, cost, known = self._drafter, self._draft, self.known
+        if drafter is None or cost is None:
             return
-        self._hope_anew(1 - MEMORY**WEIGHT)
-        if self._pays(self._drafter, self._draft, text):
-            unread, before = self._drafter.unread(text), self._drafter.seconds
-            self._drafter.prepare(text, left)
-            took = self._drafter.seconds - before
-            self._draft.saw(unread, took + self._draft.of(1))
+        # The text that a trim was fitted to need not be this target's own, and may then say too little of it.
+        hope, share = max(USUAL, drafter.acceptance), 1 - MEMORY**WEIGHT if known.steps else 1.0
+        tokens, seconds = best_fixed(hope, LONGEST, self._verify, cost.of(1))
+        known.usual += share * (hope - known.usual)
+        known.tokens += share * (WEIGHT * tokens - known.tokens)
+        known.steps += share * (WEIGHT * seconds / self._verify.of(1) - known.steps)
+        if self._pays(drafter, cost, text):
+            unread, before = drafter.unread(text), drafter.seconds
+            drafter.prepare(text, left)
+            took = drafter.seconds - before
+            cost.saw(unread, took + cost.of(1))
             self._won -= took / self._verify.of(1)
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         self._claims, self._modelled, self._read = [], False, 0.0
         if n <= 0:
             return []
-        plain = self._verify.of(1)
-        rate, most = 1 / plain, self._most
-        drafts: list[int] = []
-        chances: list[float] = []
+        plain, known, drafter, cost = self._verify.of(1), self.known, self._drafter, self._draft
+        rate, most, before = 1 / plain, self._most, self.seconds
+        drafts, chances = list[int](), list[float]()
         self._lookup.follow(text)
         guess, claims = self._suggest(n)
-        if self._drafter is not None and self._draft is not None and self._pays(self._drafter, self._draft, text):
-            rate = self.known.tokens / (self.known.steps * plain)
-            _, worth = best_cut([self.known.matches.of(claim) for claim in claims], self._verify, rate, most=most)
+        if drafter is not None and cost is not None and self._pays(drafter, cost, text):
+            rate = known.tokens / (known.steps * plain)
+            _, worth = best_cut([known.matches.of(claim) for claim in claims], self._verify, rate, most=most)
             # At the drafter's own rate a round of it is worth nothing, and plain decoding so much less.
-            if worth <= rate * plain - 1:
-                before = self._drafter.seconds
-                drafts, chances = self._run(self._drafter, self._draft, text, n, sampling, noise, rate, most)
-                most -= self._drafter.seconds - before
+            self._modelled = worth <= rate * plain - 1
+            if self._modelled:
+                proposals = drafter.propose(text, sampling, noise)
+                drafts, chances = self._run(proposals, cost, drafter.unread(text), n, rate, most)
                 guess, claims = self._suggest(n - len(drafts), drafts)
-        self._claims += [(self.known.matches, claim) for claim in claims]
-        chances += [self.known.matches.of(claim) for claim in claims]
-        kept, _ = best_cut(chances, self._verify, rate, most=most)
+        self._claims += [(known.matches, claim) for claim in claims]
+        chances += [known.matches.of(claim) for claim in claims]
+        kept, _ = best_cut(chances, self._verify, rate, most=most - (self.seconds - before))
         del self._claims[kept:]
         return [*drafts, *guess][:kept]
 
@@ -158,23 +129,13 @@ class AutoDrafter:
         return saved > first - draft.of(1) and first + WEIGHT * draft.of(1) <= self._most
 
     def _run(
-        self,
-        drafter: ModelDrafter,
-        cost: StepCost,
-        text: Sequence[int],
-        n: int,
-        sampling: Sampling,
-        noise: Noise,
-        rate: float,
-        most: float,
+        self, proposals: Iterator[Proposal], cost: StepCost, unread: int, n: int, rate: float, most: float
     ) -> tuple[list[int], list[float]]:
-        """(drafts, their chances): while the next one is worth it."""
-        self._modelled = True
+        """(drafts, their chances): as long as the next one is worth it."""
         known, drafts, chances, together = self.known, [], [], 1.0
-        unread, most = drafter.unread(text), most + drafter.seconds
-        before = drafter.seconds
-        for proposal in drafter.propose(text, sampling, noise):
-            took = drafter.seconds - before
+        before, most = self.seconds, most + self.seconds
+        for proposal in proposals:
+            took = self.seconds - before
             cost.saw(unread, took)
             if unread > LEFT_UNREAD:
                 self._read = max(took - cost.of(1), 0.0)
@@ -184,13 +145,12 @@ class AutoDrafter:
             drafts.append(proposal.token)
             chances.append(chance)
             self._claims.append((known.certainties, proposal.certainty))
-            rows = len(drafts) + 1
-            more = [known.usual] * (n - len(drafts))
+            rows, more = len(drafts) + 1, [known.usual] * (n - len(drafts))
             more[:1] = [together * chance for chance in more[:1]]
-            left = most - drafter.seconds - (self._verify.of(rows) - self._verify.of(1))
+            left = most - self.seconds - (self._verify.of(rows) - self._verify.of(1))
             if not best_cut(more, self._verify, rate, cost.of(1), rows, left)[0]:
                 break
-            unread, before = 1, drafter.seconds
+            unread, before = 1, self.seconds
         return drafts, chances
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:

@@ -16,7 +16,7 @@ from gguf_trim.remembered import recall, remember
 
 from .auto import Known
 from .drafter import ModelDrafter, Reader
-from .pace import StepCost
+from .pace import Chances, StepCost
 
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
 DRAFT_SIZES = (1, 2, 4, 16, 64)
@@ -37,13 +37,19 @@ def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[
 def recall_known(key: str) -> Known | None:
     """What earlier sessions have learned of a pair; None where nothing is remembered, or it is damaged."""
     try:
-        return Known.from_json(recall(key)["known"])
+        found = recall(key)["known"]
+        usual, tokens, steps = (float(found[name]) for name in ("usual", "tokens", "steps"))
+        drafted = 0 < tokens < math.inf and 0 < steps < math.inf
+        if not 0 <= usual <= 1 or not (drafted or tokens == steps == 0):
+            return None
+        return Known(usual, tokens, steps, Chances(found["certainties"]), Chances(found["matches"]))
     except (KeyError, TypeError, ValueError):
         return None
 
 
 def remember_known(key: str, known: Known) -> None:
-    remember(key, {"known": known.as_json()}, measured=False)
+    chances = {"certainties": known.certainties.seen, "matches": known.matches.seen}
+    remember(key, {"known": vars(known) | chances}, measured=False)
 
 
 def _valid(seconds: Any) -> dict[int, float]:

@@ -71,12 +71,7 @@ def _bin(claimed: float) -> int:
 
 
 def best_cut(
-    chances: Sequence[float],
-    verify: StepCost,
-    rate: float,
-    step: float = 0.0,
-    rows: int = 1,
-    most: float = math.inf,
+    chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, rows: int = 1, most: float = math.inf
 ) -> tuple[int, float]:
     """(m, worth in tokens) of the best beginning of a draft, on top of a batch of `rows` tokens.
 

@@ -109,13 +109,30 @@ def test_not_more_pairs_than_are_kept(toys, pair: Pair, memory: Path, monkeypatc
 def test_what_a_session_learned_is_remembered(toys, memory: Path) -> None:
     with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
         list(engine.rounds([65, 66, 65, 66, 65, 66], GREEDY, max_tokens=40))
-        learned = engine.auto.known.as_json()
-    assert learned["tokens"] > 0
+        learned = engine.auto.known
+        seen = learned.certainties.seen, learned.matches.seen
+    assert learned.tokens > 0
     with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
-        assert engine.auto.known.as_json() == learned
-    (found,) = json.loads(memory.read_text()).items()
-    for damage in ("x", {}, learned | {"usual": 2}, learned | {"tokens": 0}, learned | {"matches": [[2, 1]]}):
-        memory.write_text(json.dumps({found[0]: found[1] | {"known": damage}}))
+        again = engine.auto.known
+        assert (again.usual, again.tokens, again.steps) == (learned.usual, learned.tokens, learned.steps)
+        assert (again.certainties.seen, again.matches.seen) == seen
+
+
+def known_of(memory: Path) -> dict:
+    (found,) = json.loads(memory.read_text()).values()
+    return found["known"]
+
+
+@pytest.mark.parametrize("damage", ["x", {}, {"usual": 2}, {"tokens": 0}, {"steps": "y"}, {"matches": [[2, 1]]}])
+def test_what_is_damaged_is_learned_anew(toys, memory: Path, damage) -> None:
+    def learn() -> None:
         with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
-            assert engine.auto.known.as_json() != damage
-            assert engine.auto.known.usual <= 1
+            list(engine.rounds([65, 66, 65, 66, 65, 66], GREEDY, max_tokens=40))
+
+    learn()
+    ((key, found),) = json.loads(memory.read_text()).items()
+    bad = damage if not isinstance(damage, dict) or not damage else found["known"] | damage
+    memory.write_text(json.dumps({key: found | {"known": bad}}))
+    learn()
+    assert known_of(memory).keys() == found["known"].keys()
+    assert 0 <= known_of(memory)["usual"] <= 1 and known_of(memory)["tokens"] > 0

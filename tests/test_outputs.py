@@ -60,6 +60,7 @@ WRITERS = {
     "steps": Writer(bench, f"steps {PAIR} --repeat 1 -o OUT", ".json", "steps", "runner.bench.__main__.find_files"),
     "run": Writer(bench, f"{RUN} -o OUT", ".json", "record", "runner.bench.__main__.find_files"),
     "run --plot": Writer(bench, f"{RUN} --plot OUT", ".png", "plot", "runner.bench.__main__.find_files"),
+    "compare": Writer(bench, "compare RECORD RECORD --plot OUT", ".png", "plot", "runner.bench.__main__.compare"),
 }
 
 
@@ -76,12 +77,13 @@ def inputs(toys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     """What the commands read, and a photo."""
     folder = tmp_path_factory.mktemp("inputs")
     files = {"TARGET": toys["target"], "SPEC": toys["spec-trimmed"]}
-    files |= {name: folder / name for name in ("TEXT", "IDS", "PROMPTS", "COUNTS", "photo")}
+    files |= {name: folder / name for name in ("TEXT", "IDS", "PROMPTS", "COUNTS", "RECORD", "photo")}
     files["TEXT"].write_text("the king and the sea " * 40)
     files["IDS"].write_text(json.dumps({"a": [[5, 6, 7], [8, 9, 10, 11]]}))
     files["PROMPTS"].write_text(json.dumps({"id": "p", "prompt": "the sea"}))  # and no newline
     files["photo"].write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     assert run("count", files["COUNTS"], files).exit_code == 0
+    assert run("run", files["RECORD"], files).exit_code == 0
     return files
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -64,58 +65,84 @@ def record(name: str) -> dict:
     return json.loads(found[-1].read_text("utf-8"))
 
 
-def test_figures_are_those_of_the_records() -> None:
-    bench, steps, exact, vocab, shape = (record(name) for name in ("bench", "steps", "exact", "vocab", "llama"))
-    sampled = record("exact-sampled")
-    never, again, last, fixed = (figures(record(name))[ALL] for name in ("never", "never-128", "never-last", "fixed"))
-    useless, creative = (figures(record(name))[ALL]["auto"] for name in ("useless", "creative"))
-    (judged,) = (row for row in vocab["texts"] if row["text"].startswith("Spec-Bench"))
-    wanted = [
-        "| "
-        + " | ".join(
-            f"{value:.3f}"
-            for value in (
-                steps["median_ratios"][name],
-                judged[f"{name} 16384"]["acceptance"] / judged["full"]["acceptance"],
-                judged[f"{name} 16384"]["tau"] / judged["full"]["tau"],
-            )
+REGIMES = ("bf16", "f16", "shipped")
+
+
+def batch_of_three(bench: dict) -> float:
+    """Median seconds of verifying two drafts, in plain steps."""
+    seconds = {
+        drafted: statistics.median(
+            round_[4]
+            for answer in bench["answers"]
+            if answer["mode"] == mode and "error" not in answer
+            for round_ in answer["rounds"]
+            if round_[1] == drafted
         )
-        + " |"
-        for name in ("trim", "context", "spec")
-    ] + [
-        f"{steps['bytes']['trim'] / steps['bytes']['full']:.3f}",
-        f"takes {steps['median_ratios']['verify 4']:.2f} times",
+        for mode, drafted in (("plain", 0), ("spec:2", 2))
+    }
+    return seconds[2] / seconds[0]
+
+
+def regime_row(bench: dict) -> str:
+    found = figures(bench)[ALL]
+    speeds = [found[mode]["speedup_over_plain"]["total"] for mode in ("full:2", "spec:2", "lookup", "auto")]
+    cells = [f"{batch_of_three(bench):.2f}", *(f"{speed:.2f}" for speed in speeds[:-1]), f"**{speeds[-1]:.2f}**"]
+    return " | ".join([*cells, f"{found['auto']['speedup_over_plain']['overall']:.2f} |"])
+
+
+def mode_row(f: dict) -> str:
+    speed = f["speedup_over_plain"]
+    acceptance = f"{f['acceptance_rate']:.3f}" if f["drafted"] else "-"
+    return (
+        f"| {f['tau']:.2f} | {acceptance} | {speed['total']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) | "
+        f"{speed['overall']:.2f} | {f['mbsu_bytes']:.2f} |"
+    )
+
+
+def test_figures_are_those_of_the_records() -> None:
+    exact, sampled, bench, never = (record(name) for name in ("exact", "exact-sampled", "bench", "never"))
+    steps, same_type = record("steps"), record("steps-same-type")
+    speed = {mode: f["speedup_over_plain"] for mode, f in figures(never)[ALL].items()}
+    wanted = [
         f"{exact['tokens']:,}",
         f"temperature {sampled['sampling']['temp']}, {len(sampled['prompts'])} prompts, {sampled['tokens']:,} tokens",
         f"{exact['greatest_gap']:.2f}",
         f"{exact['noise']:.2f}",
         f"{exact['parted']} of {len(exact['prompts'])}",
-        bench["machine"]["date"],
         f"{bench['peers']['rows'][0]['ratio']} of `llama-bench`",
-        "| {total:.2f} of plain in all, {least:.2f} at the least |".format(**never["auto"]["speedup_over_plain"]),
-        "| {total:.2f} in all, {least:.2f} at the least |".format(**never["again"]["speedup_over_plain"]),
-        "| {total:.2f} of plain in all, {least:.2f} at the least |".format(**again["auto"]["speedup_over_plain"]),
-        "run | {total:.2f} in all, {least:.2f} at the least |".format(**again["again"]["speedup_over_plain"]),
-        "| {total:.2f} of plain in all, {least:.2f} at the least (8 tokens".format(
-            **last["auto"]["speedup_over_plain"]
-        ),
-        "run | {total:.2f} in all, {least:.2f} at the least |".format(**last["again"]["speedup_over_plain"]),
-        f"temperature 1.2 | {creative['speedup_over_plain']['total']:.2f} |",
-        "; ".join(f"{fixed[mode]['speedup_over_plain']['total']:.2f}" for mode in ("spec:1", "spec:3", "auto")) + " |",
-        f"| auto with a drafter of scrambled weights | {useless['speedup_over_plain']['total']:.2f} |",
+        "| {overall:.2f} of plain in all, {least:.2f} at the least |".format(**speed["auto"]),
+        "| {overall:.2f} in all, {least:.2f} at the least |".format(**speed["again"]),
+        record("shipped")["machine"]["date"],
+        f"verifying four tokens takes {steps['median_ratios']['verify 4']:.2f} times",
     ]
-    for k in (16384, 32768):
-        wanted += [f"{shape['median_ratios'][f'trim@{k}']:.3f}"]
-        wanted += [f"{shape['bytes'][f'trim@{k}'] / shape['bytes']['full']:.3f}"]
-    for mode, f in figures(bench)[ALL].items():
-        speed = f["speedup_over_plain"]
-        quartiles = "" if mode == "plain" else f" ({speed['low']:.2f} to {speed['high']:.2f})"
-        wanted.append(f"| {speed['total']:.2f}{quartiles} | {f['mbsu_bytes']:.2f} |")
-        wanted.append(f"| {f['tau']:.2f} | " + (f"{f['acceptance_rate']:.3f}" if f["drafted"] else "-"))
+    for name in ("trim", "context", "spec"):
+        wanted.append(
+            f"| {steps['median_ratios'][name]:.3f} | {steps['bytes'][name] / steps['bytes']['full']:.3f} | "
+            f"{same_type['median_ratios'][name]:.3f} |"
+        )
+    for name in REGIMES:
+        wanted.append(regime_row(record(name)))
+    for name in ("f16", "shipped"):
+        wanted += [mode_row(f) for mode, f in figures(record(name))[ALL].items() if mode != "plain"]
     for figure in wanted:
         assert figure in README, figure
     for checked in (exact, sampled):
         assert checked["replay_faults"] == checked["beyond_noise"] == 0
+
+
+def test_docs_say_what_the_shapes_were_timed_at() -> None:
+    """docs/pairs.md against its records: from which acceptance drafting pays, and what it then brings."""
+    text = (ROOT / "docs" / "pairs.md").read_text("utf-8")
+    shapes = sorted((ROOT / "docs" / "results").glob("*-shape-*.json"))
+    assert len(shapes) == 6
+    for path in shapes:
+        found = json.loads(path.read_text("utf-8"))
+        for way in ("full", "trim@16384"):
+            pays = found["paying"][way]
+            least = "-" if pays["from"] is None else f"{pays['from']['acceptance']:.2f}"
+            speeds = " | ".join(f"{point['speedup_over_plain']:.2f} ({point['draft_max']})" for point in pays["at"])
+            line = f"| {found['median_ratios'][way]:.2f} | {least} | {speeds} |"
+            assert line in text, (path.name, way, line)
 
 
 def test_every_file_it_names_is_there() -> None:

@@ -31,7 +31,7 @@ from ..options import Models, draft_max_option, model_options
 from . import demo, peers, runs
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
-from .report import compare, plot, report
+from .report import compare, plot, plot_side_by_side, report
 from .steps import STEPS, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
 SHAPED_KS = (16384, 32768)
@@ -261,10 +261,17 @@ def steps_command(
 @main.command("compare")
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-def compare_command(a: Path, b: Path) -> None:
+@click.option("--labels", type=Listed(click.STRING), help="Names of the two in the plot.  [default: their files']")
+@click.option("--plot", "picture", type=FILE, help="Draw the speeds of both, as a PNG.")
+def compare_command(a: Path, b: Path, labels: list[str] | None, picture: Path | None) -> None:
     """Two records of `run`, mode by mode."""
+    PLOT.require(picture)
+    if labels is not None and len(labels) != 2:
+        raise click.UsageError("--labels: two names with a comma between them")
     records = [runs.read_record(path, f"make one with `run -o {path}`", slice(-1, None)) for path in (a, b)]
     click.echo(compare(records[0], records[1], (str(a), str(b))))
+    if picture is not None:
+        plot_side_by_side(records, labels or [a.stem, b.stem], picture)
 
 
 if __name__ == "__main__":

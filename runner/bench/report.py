@@ -117,15 +117,40 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str
     return "\n".join(lines) + "\n\n" + table(["A, B", "tau", "acceptance", "x plain", "tok/s B / A"], rows)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Speed by task, acceptance by position and the time of a round, as a PNG. Needs the extra [plot]."""
+def _figure(path: Path, size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def plot_side_by_side(records: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> None:
+    """Speed of every mode, one group of bars for each record, as a PNG. Needs the extra [plot]."""
+    figure = _figure(path, (8, 3.6))
+    axes = figure.subplots()
+    found = [figures(record)[ALL] for record in records]
+    modes = [mode for mode in found[0] if mode not in ("plain", "again") and all(mode in other for other in found)]
+    if not modes:
+        raise TrimError("the records have no mode in common but plain decoding")
+    width = 0.8 / len(modes)
+    for i, mode in enumerate(modes):
+        heights = [(other[mode]["speedup_over_plain"] or {}).get("total", 0.0) for other in found]
+        bars = axes.bar([x + i * width for x in range(len(found))], heights, width, label=mode)
+        axes.bar_label(bars, fmt="%.2f", fontsize="small")
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(found))], labels)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylabel("tokens per second, plain = 1")
+    figure.legend(loc="outside lower center", ncols=len(modes), fontsize="small")
+    with write_whole(path, PLOT) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Speed by task, acceptance by position and the time of a round, as a PNG. Needs the extra [plot]."""
+    figure = _figure(path, (11, 9))
     found = figures(record)
     modes = list(found[ALL])
-    figure = Figure(figsize=(11, 9), layout="constrained")
     speed, accepted, parts = figure.subplots(3, 1)
     width = 0.8 / len(modes)
     for i, mode in enumerate(modes):

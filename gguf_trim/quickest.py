@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus.errors import EngineError
+from corpus.errors import TrimError
 from corpus.files import require_room
 from corpus.llama import Context, Model
 from corpus.progress import progress, stderr
@@ -61,7 +61,8 @@ def choose_type(target: Path, cut: Path, out: Callable[[str], Path], decided: st
     """Make the quickest of a trimmed drafter's types for this target, with a speculator; returns the type.
 
     `cut` is the drafter as shipped, out(type) names the file of a type, and `decided` is one that was decided on; no
-    file of another type is left but `cut`. Raises EngineError where llama.cpp cannot make the type.
+    file of another type is left but `cut`. Raises EngineError where llama.cpp cannot make that one, and
+    TrimError where the disk lacks the room.
     """
     kinds = [decided] if decided else [AS_SHIPPED, *TYPES]
     with contextlib.ExitStack() as made:
@@ -69,9 +70,10 @@ def choose_type(target: Path, cut: Path, out: Callable[[str], Path], decided: st
         for kind in kinds:
             try:
                 files[kind] = cut if kind == AS_SHIPPED else made.enter_context(_requantised(cut, out(kind), kind))
-            except EngineError:
+            except TrimError as error:  # llama.cpp cannot, or the disk lacks the room
                 if decided:
                     raise
+                stderr.print(f"{kind} is left out: {error}", markup=False)
         trimmed = Trimmed.open(cut)
         answers = calibration(trimmed.companion)
         readings = {}

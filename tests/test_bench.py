@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from click.testing import CliRunner, Result
 from corpus.errors import EngineError
 from corpus.gguf_file import GGUFFile
 from corpus.prompts import Prompt
-from gguf_trim.cut import step_bytes
+from gguf_trim.cut import head_tensor, step_bytes
 from runner.bench import __main__ as bench
 from runner.bench import figures, peers, runs, steps
+from runner.bench.demo import verdict
 from runner.bench.figures import ALL
 from runner.bench.machine import bandwidth, machine
 from runner.bench.modes import KINDS, Files, names_of
@@ -387,6 +389,32 @@ def test_the_demo_shows_its_texts_and_no_json_in_a_terminal(toys: dict[str, Path
     assert '{"' not in shown
     for row in record["prompts"]:
         assert f"\n> {row['prompt']}\n{row['drafted']['text']}" in shown
+
+
+def test_the_demo_shows_what_the_cut_brings(toys: dict[str, Path]) -> None:
+    files = ["--target", toys["target"], "--draft", toys["spec-trimmed"], "--full", toys["target"]]
+    done = invoke("demo", *map(str, files), "-c", "256", "-n", "4")
+    cut = record_of(done)["cut"]
+    full, spec = cut["full"], cut["spec"]
+    assert (full["rows"], spec["rows"]) == (600, head_tensor(GGUFFile(toys["spec-trimmed"])).n_rows)
+    assert full["acceptance"] == full["per_draft"] == 1  # it is the target itself
+    assert full["tau"] == 4 and full["seconds"] > 0 < spec["seconds"]
+    assert "\nDrafting " in done.stdout and max(map(len, done.stdout.split("\n\n")[0].splitlines())) < 80
+
+
+@pytest.mark.parametrize(
+    ("least", "stands", "said"),
+    [
+        (None, 1.0, "does not pay here: verifying four tokens takes 3.9 times as long as one"),
+        (0.9, 0.8, "does not pay here: .*so drafts pay where 90% of them stand, and 80% do"),
+        (0.4, 0.8, "Drafting pays here: .*40% of them stand, and 80% do; 1.50 x plain decoding"),
+    ],
+)
+def test_the_verdict(least: float | None, stands: float, said: str) -> None:
+    point = None if least is None else {"acceptance": least}
+    cut = {"verify_4": 3.9, "paying": {"trim": {"from": point}}, "full": {}, "trim": {"per_draft": stands}}
+    row = {"plain": {"tokens": 10, "seconds": 3.0}, "drafted": {"tokens": 10, "seconds": 2.0}}
+    assert re.search(said, verdict({"cut": cut, "prompts": [row]}))
 
 
 def test_a_trim_without_a_speculator_is_measured_without_spec(toys, capfd) -> None:

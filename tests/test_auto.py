@@ -216,6 +216,21 @@ def test_what_reading_took_is_no_part_of_what_rounds_take() -> None:
     assert auto.known.tokens / auto.known.steps > tokens / seconds * FLAT[1]  # though reading took 5 plain steps
 
 
+def test_a_long_prompt_is_not_read_for_a_short_answer() -> None:
+    """Whatever was won before, and however well the drafter does."""
+    draft, auto = reading(QUICK, FLAT, 0.3), AutoDrafter(None, StepCost(dict(FLAT)), reading(QUICK, FLAT, 0.3))
+
+    def answer(seed: int, prompt: int, tokens: int) -> float:
+        seconds_of(World(0.95, seed, StepCost(FLAT), draft, prompt, tokens), auto)
+        return auto.seconds
+
+    for seed in range(20):
+        answer(seed, prompt=20, tokens=16)
+    assert auto._won > 100
+    assert answer(20, prompt=400, tokens=16) == 0
+    assert answer(21, prompt=20, tokens=16) > 0
+
+
 def test_a_drafter_that_is_known_is_not_tried_again() -> None:
     def lost(known: Known | None) -> float:
         draft = reading(DRAFT, UNEVEN, 0.3)

@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## Create .venv and install the project and its tools
 
-demo: $(STAMP)  ## Fetch the default pair, trim its drafter, verify the trim, generate with it
+demo: $(STAMP)  ## Fetch the default pair, trim and prove its drafter, see what the cut brings and whether drafting pays
 	$(RUN) gguf_trim prepare --model $(call quote,$(MODEL))
 	$(RUN) runner.bench demo --model $(call quote,$(MODEL))
 

@@ -22,7 +22,7 @@ from .pace import MEMORY, WEIGHT, Chances, StepCost, best_cut, best_fixed
 # A session may lose so many plain steps, and this share of its tokens: in the worlds of tests/test_auto.py less leaves
 # no room to read a prompt and try a drafter that would pay, and more loses 4 % of 512 tokens to one that does not.
 BUDGET, LOSS = 16.0, 0.005
-USUAL = 0.8  # the chance of a draft where nothing is known: the default pair's on Spec-Bench (2026-11-21-vocab.json)
+USUAL = 0.8  # the chance of a draft where nothing is known: about that of the default pair (2026-11-21-vocab.json)
 LEFT_UNREAD = 2  # tokens that a round whose drafts were all accepted leaves for the drafter to read
 LONGEST = 16  # drafts in a round
 

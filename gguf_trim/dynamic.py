@@ -129,6 +129,7 @@ class DynamicHead:
         self._backend = backend
         self._kept = trimmed.d2t
         self.steps = self.rows = 0  # steps taken, and rows they computed, for the bytes that a step reads
+        self.acceptance = speculator.acceptance if speculator is not None else 0.0
         self._products: dict[int, Product] = {}
         self._scores: Callable[[np.ndarray], np.ndarray] | None = None
         if speculator is not None and len(self._others):

@@ -21,7 +21,7 @@ from .cut import companion_path, plan, write
 from .fetch import fetch
 from .keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
 from .layout import Cut
-from .quickest import AS_SHIPPED, choose_type
+from .quickest import AS_SHIPPED, TYPES, choose_type
 from .remembered import key_of, recall, remember
 from .speculator import Speculator
 from .verify import verify
@@ -87,7 +87,9 @@ def prepare(
         return shipped if type_ == AS_SHIPPED else shipped.with_name(f"{shipped.stem}-{type_}.gguf")
 
     key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed).hexdigest()])
-    type_ = recall(key).get("type") if requant is None else AS_SHIPPED if requant == NONE else requant.upper()
+    type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else recall(key).get("type")
+    if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged
+        type_ = None
     if type_ is None or not _is_ready(out(type_), cut):
         fresh = not is_this_cut(shipped, cut)
         if fresh:

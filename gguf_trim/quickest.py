@@ -38,7 +38,6 @@ class Candidate:
     (`verify`, by batch size)."""
 
     type: str
-    path: Path
     reading: Reading
     step: float
     verify: dict[int, float]
@@ -96,7 +95,7 @@ def choose_type(target: Path, cut: Path, out: Callable[[str], Path], decided: st
 
 def _quickest(target: Path, trimmed: Trimmed, files: dict[str, Path], readings: dict[str, Reading]) -> str:
     steps, verify = _times(target, trimmed, files)
-    candidates = [Candidate(kind, path, readings[kind], steps[kind], verify) for kind, path in files.items()]
+    candidates = [Candidate(kind, readings[kind], steps[kind], verify) for kind in files]
     best = max(candidates, key=lambda candidate: candidate.best)
     for candidate in candidates:
         stderr.print(f"{candidate}{', kept: the quickest here' * (candidate is best)}", markup=False)

@@ -135,8 +135,7 @@ class Reader:
 class ModelDrafter:
     """A drafter GGUF in a context of its own. `d2t` maps a row of its head to a target id; None where they agree.
 
-    `dynamic` adds rows of the full head to a trimmed one's, chosen at every step. `acceptance` is what its fit has
-    measured, 0 where none did.
+    `dynamic` adds rows of the full head to a trimmed one's, chosen at every step.
     """
 
     def __init__(
@@ -147,10 +146,8 @@ class ModelDrafter:
         d2t: np.ndarray | None = None,
         embeddings: EmbeddingTable | None = None,
         dynamic: DynamicHead | None = None,
-        acceptance: float = 0.0,
     ) -> None:
         self._model, self._context, self.dynamic = model, context, dynamic
-        self.acceptance = acceptance
         last = model.n_vocab - 1
         # Tables of one family are padded to different lengths: an id of the one's padding must not reach the other.
         self._reader = Reader(context, embeddings.rows if embeddings else lambda ids: np.minimum(ids, last))
@@ -186,6 +183,11 @@ class ModelDrafter:
     def heed(self, go_on: Callable[[], bool]) -> None:
         """Ask this before every batch; where it says no, EngineError is raised."""
         self._context.go_on = go_on
+
+    @property
+    def acceptance(self) -> float:
+        """What the fit of its speculator has measured, 0 where there is none."""
+        return self.dynamic.acceptance if self.dynamic is not None else 0.0
 
     @property
     def n_ctx(self) -> int:
@@ -292,9 +294,7 @@ def open_drafter(
                     f"{path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
                 )
             dynamic = None
-        fitted = Speculator.of(trimmed)
-        acceptance = fitted.acceptance if fitted is not None else 0.0
-        return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic, acceptance)
+        return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic)
     except BaseException:
         model.close()
         raise

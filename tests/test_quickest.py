@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def test_the_type_is_measured_once(toy, tmp_path: Path) -> None:
     assert toy() == (path, 0)
     assert files(tmp_path) == {path.name, companion_path(path).name}  # what was not kept is gone
     (tmp_path / "costs.json").unlink()
+    assert toy()[1] == 1
+
+
+@pytest.mark.parametrize("damage", [5, "Q9_9", ["Q4_0"], None])
+def test_a_damaged_memory_is_measured_again(toy, tmp_path: Path, damage) -> None:
+    toy()
+    ((key, found),) = json.loads((tmp_path / "costs.json").read_text()).items()
+    (tmp_path / "costs.json").write_text(json.dumps({key: found | {"type": damage}}))
     assert toy()[1] == 1
 
 
@@ -124,6 +133,6 @@ def test_the_fastest_draft_length_by_hand() -> None:
     """Of three tokens two are drafted right: tau is 3 at two drafts a round and 1.5 at one."""
     rights = [np.array([True, True, False] * 40)]
     verify = {1: 1.0, 2: 1.2, 3: 1.3, 4: 2.5}
-    found = Candidate("Q4_0", Path("x"), Reading(np.empty(0), rights), 0.1, verify)
+    found = Candidate("Q4_0", Reading(np.empty(0), rights), 0.1, verify)
     assert found.best == (pytest.approx(3 / (1.3 + 0.2)), 2)
     assert "acceptance 0.667, 2.00 x plain at 2 drafts" in str(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 from corpus.gguf_file import GGUFFile
@@ -38,7 +39,7 @@ def the_cut(found: Models, files: Files, max_tokens: int) -> dict[str, Any]:
     }
     names = [f"{way}:{DRAFTS}" for way in ways]
     with (
-        found.open() as engine,
+        replace(found, draft=None).open() as engine,
         open_modes(names, files, engine, found, None) as modes,
         progress("drafting", len(modes) * len(PROMPTS), "answers") as advance,
     ):

@@ -142,8 +142,8 @@ def open_modes(
                 drafter = open_drafter(path, vocabulary, *limits)
                 stack.callback(drafter.close)
             cost = kind == AUTO or length is None
-            mode = Mode(name, by_cost(drafter) if cost or drafter is None else drafter, None if cost else length, path)
-            mode.model = drafter
+            chooses = by_cost(drafter) if cost or drafter is None else drafter
+            mode = Mode(name, chooses, None if cost else length, path, model=drafter)
             if drafter is not None and path is not None:
                 mode.step = step_reader(path, drafter)
             mode.memory = resident() - before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .interrupt import leave_to_the_system
+from llamabase.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -13,21 +13,22 @@ from pathlib import Path
 
 import click
 
-from .command import FILE, Commands
+from llamabase.command import FILE, Commands
+from llamabase.errors import TrimError
+from llamabase.files import PLOT
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.progress import progress, stderr
+from llamabase.sampling import Sampling
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary
+
 from .count import count
 from .counts import COUNTS, Counts, merge
-from .errors import TrimError
-from .files import PLOT
 from .generate import ANSWERS, generate
-from .gguf_file import GGUFFile
-from .llama import Model
-from .progress import progress, stderr
 from .prompts import load_prompts, split, spread
-from .sampling import Sampling
 from .show import coverage_table, plot
 from .sources import files_of
-from .template import ChatTemplate
-from .vocabulary import Vocabulary
 
 
 @click.group(cls=Commands)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from llamabase.errors import TrimError
+from llamabase.progress import progress
+
 from .count import count, name_of
 from .counts import Counts, merge
-from .errors import TrimError
-from .progress import progress
 from .sources import files_of
 
 PATIENCE = 10.0  # seconds in which a scheduler has to answer

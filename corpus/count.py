@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from llamabase.errors import TrimError
+from llamabase.gguf_file import GGUFFile
+from llamabase.template import ChatTemplate
+
 from .counts import Counts, Part
-from .errors import TrimError
-from .gguf_file import GGUFFile
 from .sources import Document, Reader, files_of
-from .template import ChatTemplate
 from .tokenizer import Counter
 
 BATCH_CHARS = 1 << 20  # tokenized at a time: enough for every core, and all the memory the corpus takes

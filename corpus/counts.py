@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FileFormatError, VocabularyMismatch
-from .files import Kind, marked, write_whole
-from .vocabulary import Vocabulary
+from llamabase.errors import FileFormatError, VocabularyMismatch
+from llamabase.files import Kind, marked, write_whole
+from llamabase.vocabulary import Vocabulary
 
 _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")
 COUNTS = Kind("is not a counts file", marked(b"PK", b"fingerprint.npy", b"made_from.npy"))

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import FileFormatError, TrimError
-from .files import CHUNK, Kind
-from .llama import Context, Model
-from .noise import Noise
-from .progress import Advance
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import CHUNK, Kind
+from llamabase.llama import Context, Model
+from llamabase.noise import Noise
+from llamabase.progress import Advance
+from llamabase.sampling import Sampling
+
 from .prompts import Prompt
-from .sampling import Sampling
 
 
 @dataclass

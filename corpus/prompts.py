@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import FileFormatError
+from llamabase.errors import FileFormatError
 
 T = TypeVar("T")
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llamabase.llama import Model
+from llamabase.vocabulary import Vocabulary
+
 from .counts import Counts
-from .llama import Model
-from .vocabulary import Vocabulary
 
 _FOLDER = importlib.resources.files("corpus") / "ready"
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llamabase.errors import TrimError
+from llamabase.files import PLOT, write_whole
+
 from .counts import Counts, Part, add_up
-from .errors import TrimError
-from .files import PLOT, write_whole
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 

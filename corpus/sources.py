@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import FileFormatError, TrimError
-from .template import ChatTemplate
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.template import ChatTemplate
 
 CHUNK_CHARS = 1 << 16  # a text file is handed on in pieces of about this size
 _CSV_FIELD_LIMIT = 1 << 27

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .gguf_file import GGUFFile
-from .llama import Model
-from .vocabulary import Vocabulary
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.vocabulary import Vocabulary
 
 # How llama.cpp splits text before merging, by `tokenizer.ggml.pre`: one expression after the other.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

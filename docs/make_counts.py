@@ -29,9 +29,9 @@ import numpy as np
 
 from corpus.count import count
 from corpus.counts import Counts, merge
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Model
-from corpus.vocabulary import Vocabulary
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.vocabulary import Vocabulary
 
 READY = Path("corpus/ready")
 SHARES = {"words": 26, "web": 26, "speeches": 9, "definitions": 9, "names": 5, "code": 5, "answers": 20}

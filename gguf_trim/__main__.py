@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corpus.interrupt import leave_to_the_system
+from llamabase.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -15,19 +15,20 @@ from typing import Any
 
 import click
 
-from corpus.command import FILE, Commands
-from corpus.errors import TrimError
-from corpus.gguf_file import GGUFFile
-from corpus.progress import progress, stderr
-from corpus.quantize import quantize
+from llamabase.command import FILE, Commands
+from llamabase.errors import TrimError
+from llamabase.files import cache_folder
+from llamabase.gguf_file import GGUFFile
+from llamabase.progress import progress, stderr
+from llamabase.quantize import quantize
 
-from .catalog import USER_CATALOG, cache_folder, load_catalog
 from .cut import companion_path, plan, require_outputs, step_bytes, write
 from .describe import describe
+from .dynamic.fitting import add_speculator
 from .layout import EMBEDDING, Cut
+from .pairs.catalog import USER_CATALOG, load_catalog
+from .pairs.prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
 from .plan_command import auto_k, plan_command
-from .prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
-from .speculator import add_speculator
 from .verify import Verification, verify
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.errors import FileFormatError
-from corpus.ggml import dequantizer
-from corpus.gguf_file import GGUFFile
-from corpus.vocabulary import Vocabulary
+from llamabase.errors import FileFormatError
+from llamabase.ggml import dequantizer
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
 
 from .cut import FORMAT_VERSION, companion_path
 from .layout import EMBEDDING

@@ -17,10 +17,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from corpus.errors import FileFormatError, TrimError
-from corpus.files import CHUNK, Kind, copy_range, marked, require_room, write_whole
-from corpus.gguf_file import GGUFFile, Tensor
-from corpus.vocabulary import Vocabulary
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import CHUNK, Kind, copy_range, marked, require_room, write_whole
+from llamabase.gguf_file import GGUFFile, Tensor
+from llamabase.vocabulary import Vocabulary
 
 from .keep import Keep
 from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Piece, encode_head, field

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from corpus.gguf_file import GGUFFile
-from corpus.vocabulary import Vocabulary
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
 
 from .companion import Trimmed
 from .cut import head_tensor, step_bytes, why_not
+from .dynamic.speculator import UP
 from .layout import EMBEDDING, HEAD, HEAD_BIAS
-from .speculator import UP
 
 
 def describe(path: Path) -> dict[str, Any]:

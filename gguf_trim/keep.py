@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from corpus.counts import Counts
-from corpus.errors import FileFormatError, TrimError
-from corpus.vocabulary import Vocabulary
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

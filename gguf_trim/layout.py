@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from corpus.gguf_file import MAGIC, GGUFFile, Tensor
+from llamabase.gguf_file import MAGIC, GGUFFile, Tensor
 
 from .keep import Keep
 

@@ -8,29 +8,28 @@ from pathlib import Path
 
 import click
 
-from corpus.command import FILE
-from corpus.errors import TrimError
-from corpus.files import PLOT, write_whole
+from corpus.answers import TargetAnswer, read_answers_file
 from corpus.generate import generate
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Model
-from corpus.progress import progress, stderr
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
-from corpus.sampling import Sampling
-from corpus.template import ChatTemplate
-from corpus.vocabulary import Vocabulary, require_same
+from llamabase.command import FILE
+from llamabase.errors import TrimError
+from llamabase.files import PLOT, write_whole
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.progress import progress, stderr
+from llamabase.sampling import Sampling
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary, require_same
 
-from .answers import TargetAnswer, read_answers_file
-from .catalog import load_catalog
-from .costs import VERIFY_REPEAT, requantized, verify_costs
-from .fetch import fetch
+from .dynamic.fitting import fit_to
 from .keep import keep_order
-from .matches import grid, tau_of
-from .planner import Plan, make_plan, sampled_acceptance
-from .prepare import DEFAULT_MODEL
-from .quickest import AS_SHIPPED
-from .speculator import fit_to
+from .pairs.catalog import load_catalog
+from .pairs.fetch import fetch
+from .pairs.prepare import DEFAULT_MODEL
+from .planning.costs import AS_SHIPPED, VERIFY_REPEAT, requantized, verify_costs
+from .planning.matches import grid, tau_of
+from .planning.planner import Plan, make_plan, sampled_acceptance
 
 TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.errors import FileFormatError, VocabularyMismatch
-from corpus.files import CHUNK
-from corpus.gguf_file import GGUFFile, Tensor
-from corpus.llama import Context, Model
-from corpus.vocabulary import Vocabulary, require_same
+from llamabase.errors import FileFormatError, VocabularyMismatch
+from llamabase.files import CHUNK
+from llamabase.gguf_file import GGUFFile, Tensor
+from llamabase.llama import Context, Model
+from llamabase.vocabulary import Vocabulary, require_same
 
 from .companion import Trimmed
 from .cut import why_not

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from corpus.llama import Cache as Cache
+    from llamabase.llama import Cache as Cache
 
     from .draft_model import TrimmedDraft as TrimmedDraft
     from .engine import Record as Record

@@ -1,17 +1,18 @@
 """The acceptance rule: the target draws every token itself, and a draft is accepted iff it is the token drawn.
 
-The target draws with noise that is a function of seed, position and token (`corpus.noise`), so what is emitted follows
-its distribution after all its samplers, and is the same whatever was drafted. A drafter that draws with the same noise
-is accepted with a chance of sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), a little below the sum of
-min(p, q), which no rule exceeds (Daliri, Musco, Suresh, arXiv 2408.07978). Greedy is the same rule with point masses.
+The target draws with noise that is a function of seed, position and token (`llamabase.noise`), so what is emitted
+follows its distribution after all its samplers, and is the same whatever was drafted. A drafter that draws with the
+same noise is accepted with a chance of sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)), a little below
+the sum of min(p, q), which no rule exceeds (Daliri, Musco, Suresh, arXiv 2408.07978). Greedy is the same rule with
+point masses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from corpus.noise import Noise
-from corpus.sampling import Distribution
+from llamabase.noise import Noise
+from llamabase.sampling import Distribution
 
 
 def accept(p_at: Callable[[int], Distribution], drafts: Sequence[int], noise: Noise, position: int) -> tuple[int, int]:

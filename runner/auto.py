@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from corpus.noise import Noise
-from corpus.sampling import Sampling
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
 
 from .drafter import ModelDrafter, Proposal
 from .lookup import Lookup

@@ -8,7 +8,7 @@ python -m runner.chat --target T.gguf --draft D.gguf    your own files
 
 from __future__ import annotations
 
-from corpus.interrupt import leave_to_the_system
+from llamabase.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -25,11 +25,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from corpus.command import FILE, OneCommand
-from corpus.errors import TrimError
-from corpus.progress import stderr
-from corpus.sampling import Sampling
-from gguf_trim.catalog import expand
+from llamabase.command import FILE, OneCommand
+from llamabase.errors import TrimError
+from llamabase.files import expand
+from llamabase.progress import stderr
+from llamabase.sampling import Sampling
 
 from .conversation import Messages, load, save
 from .drafter import NoDrafter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from corpus.errors import FileFormatError
-from corpus.files import Kind, write_whole
+from llamabase.errors import FileFormatError
+from llamabase.files import Kind, write_whole
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")

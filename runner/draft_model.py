@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-from corpus.errors import EngineError, VocabularyMismatch
-from corpus.gguf_file import GGUFFile
-from corpus.noise import Noise
-from corpus.sampling import GREEDY
-from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
+from llamabase.errors import EngineError, VocabularyMismatch
+from llamabase.gguf_file import GGUFFile
+from llamabase.noise import Noise
+from llamabase.sampling import GREEDY
+from llamabase.vocabulary import Vocabulary
 
 from .drafter import AUTO, ModelDrafter, open_drafter
 

@@ -10,17 +10,17 @@ from typing import Protocol
 
 import numpy as np
 
-from corpus.chain import Chain
-from corpus.errors import EngineError
-from corpus.ggml import Backend
-from corpus.gguf_file import GGUFFile
-from corpus.llama import F16, Cache, Context, Model, physical_cores
-from corpus.noise import Noise
-from corpus.sampling import Sampling
-from corpus.vocabulary import Vocabulary, require_same
 from gguf_trim.companion import EmbeddingTable, Trimmed
-from gguf_trim.dynamic import DynamicHead
-from gguf_trim.speculator import Speculator
+from gguf_trim.dynamic.rows import DynamicHead
+from gguf_trim.dynamic.speculator import Speculator
+from llamabase.chain import Chain
+from llamabase.errors import EngineError
+from llamabase.ggml import Backend
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import F16, Cache, Context, Model, physical_cores
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
+from llamabase.vocabulary import Vocabulary, require_same
 
 AUTO = "auto"
 VOCABS = (AUTO, "trim", "context", "spec")

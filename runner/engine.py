@@ -10,15 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from corpus.errors import EngineError
-from corpus.gguf_file import GGUFFile
-from corpus.llama import F16, Cache, Context, Model
-from corpus.noise import Noise
-from corpus.sampling import Sampling
-from corpus.template import ChatTemplate
-from corpus.vocabulary import Vocabulary
 from gguf_trim.cut import companion_path
-from gguf_trim.remembered import key_of
+from llamabase.errors import EngineError
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import F16, Cache, Context, Model
+from llamabase.noise import Noise
+from llamabase.remembered import key_of
+from llamabase.sampling import Sampling
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary
 
 from .auto import LONGEST, AutoDrafter
 from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, Reader, open_drafter
@@ -174,7 +174,7 @@ class Engine:
         self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the GGUF's own chat template; see `corpus.template`."""
+        """Token ids of a conversation through the GGUF's own chat template; see `llamabase.template`."""
         return self._template.ids(self.model, messages)
 
     def prompt_text(self, messages: Sequence[dict[str, str]]) -> str:

@@ -17,7 +17,7 @@ prompt, greedily or with the noise of a seed:
 
 from __future__ import annotations
 
-from corpus.interrupt import leave_to_the_system
+from llamabase.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -33,14 +33,14 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from corpus.chain import Chain
-from corpus.command import FILE, OneCommand
-from corpus.errors import TrimError
-from corpus.llama import Context
-from corpus.noise import Noise
-from corpus.progress import progress
 from corpus.prompts import load_prompts
-from corpus.sampling import GREEDY, Sampling
+from llamabase.chain import Chain
+from llamabase.command import FILE, OneCommand
+from llamabase.errors import TrimError
+from llamabase.llama import Context
+from llamabase.noise import Noise
+from llamabase.progress import progress
+from llamabase.sampling import GREEDY, Sampling
 
 from .bench.machine import machine
 from .engine import Engine

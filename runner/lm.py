@@ -20,11 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from corpus.errors import EngineError
-from corpus.grammar import schema_grammar
-from corpus.llama import F16, Cache
-from corpus.sampling import Sampling
-from gguf_trim.prepare import DEFAULT_MODEL, prepare
+from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
+from llamabase.errors import EngineError
+from llamabase.grammar import schema_grammar
+from llamabase.llama import F16, Cache
+from llamabase.sampling import Sampling
 
 from .drafter import AUTO
 from .engine import Engine, Record
@@ -144,7 +144,7 @@ class SpeculativeLM:
     def from_pair(cls, name: str = DEFAULT_MODEL, **settings: Any) -> SpeculativeLM:
         """A pair of the catalog (`python -m gguf_trim models`), fetched, trimmed and verified where that is not done.
 
-        `settings` are the constructor's. Raises what `gguf_trim.prepare.prepare` raises.
+        `settings` are the constructor's. Raises what `gguf_trim.pairs.prepare.prepare` raises.
         """
         prepared = prepare(name)
         return cls(prepared.target, prepared.trimmed, **settings)
@@ -168,7 +168,7 @@ class SpeculativeLM:
         its like read as tokens). stop: the text ends before the first of these strings. seed: same seed, same text.
         draft_max: tokens to draft per round, 0 for plain decoding, None or "auto" for as many as pay. record: filled as
         the answer goes; its tokens are the target's, those of the stop string included. sampling: temperature (0 is
-        greedy) and the other fields of `corpus.sampling.Sampling` under their own names; json_schema: a dict or its
+        greedy) and the other fields of `llamabase.sampling.Sampling` under their own names; json_schema: a dict or its
         text, instead of a grammar.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown

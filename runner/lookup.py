@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from corpus.noise import Noise
-from corpus.sampling import Sampling
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
 
 from .drafter import NoDrafter
 

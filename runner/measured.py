@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from corpus.noise import Noise
-from corpus.sampling import GREEDY
-from gguf_trim.remembered import recall, remember
+from llamabase.noise import Noise
+from llamabase.remembered import recall, remember
+from llamabase.sampling import GREEDY
 
 from .auto import Known
 from .drafter import ModelDrafter, Reader

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
-from corpus.command import FILE
-from corpus.errors import FileFormatError, SettingError, TrimError
-from corpus.grammar import schema_grammar
-from corpus.llama import CACHE_TYPES, F16, Cache
-from corpus.sampling import Sampling
-from gguf_trim.prepare import DEFAULT_MODEL, Prepared, prepare
+from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
+from llamabase.command import FILE
+from llamabase.errors import FileFormatError, SettingError, TrimError
+from llamabase.grammar import schema_grammar
+from llamabase.llama import CACHE_TYPES, F16, Cache
+from llamabase.sampling import Sampling
 
 from .auto import LONGEST
 from .drafter import AUTO, VOCABS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
-from gguf_trim.catalog import APP
+from llamabase.files import APP
 
 try:
     import readline

@@ -12,10 +12,10 @@ from functools import partial
 
 import numpy as np
 
-from corpus.chain import Chain
-from corpus.errors import EngineError
-from corpus.noise import Noise
-from corpus.sampling import Distribution, Sampling
+from llamabase.chain import Chain
+from llamabase.errors import EngineError
+from llamabase.noise import Noise
+from llamabase.sampling import Distribution, Sampling
 
 from .acceptance import accept
 from .drafter import Drafter, Reader

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import llama_cpp
 import numpy as np
 
-from corpus.llama import Model
-from corpus.sampling import Sampling
+from llamabase.llama import Model
+from llamabase.sampling import Sampling
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 

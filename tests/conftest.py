@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus.vocabulary import Vocabulary
-from gguf_trim.catalog import load_catalog
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, write
-from gguf_trim.fetch import fetch
+from gguf_trim.dynamic.reading import states_of
+from gguf_trim.dynamic.speculator import attach, fit
 from gguf_trim.keep import Keep, keep_listed
-from gguf_trim.speculator import attach, fit, states_of
+from gguf_trim.pairs.catalog import load_catalog
+from gguf_trim.pairs.fetch import fetch
+from llamabase.vocabulary import Vocabulary
 from runner import SpeculativeLM
 from runner.engine import Engine
 from runner.pace import StepCost
@@ -89,7 +90,7 @@ def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Costs of toys are no business of the user's own memory of costs."""
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gguf_trim.remembered.costs_file", lambda: path)
+        patch.setattr("llamabase.remembered.costs_file", lambda: path)
         yield path
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.noise import Noise
-from corpus.sampling import Sampling
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
 from runner.auto import BUDGET, LOSS, AutoDrafter, Known
 from runner.drafter import Proposal
 from runner.engine import Engine

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from corpus.errors import EngineError
-from corpus.gguf_file import GGUFFile
 from corpus.prompts import Prompt
 from gguf_trim.cut import head_tensor, step_bytes
+from llamabase.errors import EngineError
+from llamabase.gguf_file import GGUFFile
 from runner.bench import __main__ as bench
 from runner.bench import figures, peers, runs, steps
 from runner.bench.demo import verdict

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from corpus.llama import Cache
-from corpus.sampling import GREEDY
+from llamabase.llama import Cache
+from llamabase.sampling import GREEDY
 from runner.drafter import AHEAD
 from runner.engine import Engine
 

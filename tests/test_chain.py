@@ -15,13 +15,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from corpus import chain as chain_module
-from corpus.chain import Chain
-from corpus.errors import EngineError, FileFormatError
-from corpus.grammar import Grammar, schema_grammar
-from corpus.llama import Model
-from corpus.noise import Noise
-from corpus.sampling import Distribution, Sampling
+from llamabase import chain as chain_module
+from llamabase.chain import Chain
+from llamabase.errors import EngineError, FileFormatError
+from llamabase.grammar import Grammar, schema_grammar
+from llamabase.llama import Model
+from llamabase.noise import Noise
+from llamabase.sampling import Distribution, Sampling
 
 from .chains import llama_cpp_chain
 

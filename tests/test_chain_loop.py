@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus.grammar import schema_grammar
-from corpus.sampling import Sampling
+from llamabase.grammar import schema_grammar
+from llamabase.sampling import Sampling
 from runner.drafter import NoDrafter
 from runner.engine import Engine
 from runner.exact import plain_tokens

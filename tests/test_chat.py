@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFWriter
 
-from corpus.errors import TrimError
-from corpus.sampling import Sampling
+from llamabase.errors import TrimError
+from llamabase.sampling import Sampling
 from runner.chat import HELP, Chat, main
 from runner.conversation import load, save
 from runner.engine import Engine, Record
@@ -37,7 +37,7 @@ FIELDS = {
 SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import runner.chat as c, corpus.llama as l
+import runner.chat as c, llamabase.llama as l
 decode = l.Context.decode
 def slow(*a, **k):
     time.sleep(0.02)

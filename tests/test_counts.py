@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from corpus.__main__ import main
 from corpus.count import count
 from corpus.counts import Counts
-from corpus.errors import FileFormatError, TrimError, VocabularyMismatch
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Model
 from corpus.ready import ready_counts
-from corpus.vocabulary import Vocabulary
+from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.vocabulary import Vocabulary
 
 from .encode import vocabulary
 from .toy import write_model

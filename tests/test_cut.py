@@ -13,13 +13,13 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
 from corpus.counts import Counts
-from corpus.gguf_file import GGUFFile
-from corpus.vocabulary import Vocabulary
 from gguf_trim.__main__ import main
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, step_bytes, write
 from gguf_trim.keep import keep_listed
 from gguf_trim.verify import verify
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
 
 from .conftest import keep_first
 from .toy import ARCHITECTURES, HEAD_TYPES, N_EMBD, write_model

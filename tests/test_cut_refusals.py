@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType as Kind
 
-from corpus.errors import TrimError
-from corpus.files import sha256_of
 from gguf_trim.__main__ import main
 from gguf_trim.cut import companion_path, plan, write
+from llamabase.errors import TrimError
+from llamabase.files import sha256_of
 
 from .conftest import keep_first
 from .encode import Table, field, gguf

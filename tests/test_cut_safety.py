@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValueType as Kind
 
-from corpus.errors import TrimError
-from corpus.files import sha256_of
 from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.verify import verify
+from llamabase.errors import TrimError
+from llamabase.files import sha256_of
 
 from .conftest import keep_first
 from .encode import Table, field, gguf

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from corpus.errors import EngineError, FileFormatError, VocabularyMismatch
 from gguf_trim.cut import plan, write
-from gguf_trim.prepare import choose_rows
+from gguf_trim.pairs.prepare import choose_rows
+from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from runner import TrimmedDraft
 
 PROMPTS = ("the king and the sea", "of tea", "the king and the sea, the second")

@@ -14,19 +14,20 @@ from gguf import GGMLQuantizationType as Quant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.errors import EngineError, FileFormatError, TrimError
-from corpus.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
-from corpus.noise import Noise
-from corpus.sampling import Distribution, Sampling
-from corpus.vocabulary import Vocabulary
-from gguf_trim import dynamic, speculator
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, head_tensor, plan, write
-from gguf_trim.dynamic import DynamicHead, Recent, top
-from gguf_trim.speculator import Speculator, attach, blocks, fit
+from gguf_trim.dynamic import rows as dynamic
+from gguf_trim.dynamic import speculator
+from gguf_trim.dynamic.rows import DynamicHead, Recent, top
+from gguf_trim.dynamic.speculator import Speculator, attach, blocks, fit
+from llamabase.errors import EngineError, FileFormatError, TrimError
+from llamabase.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model
+from llamabase.noise import Noise
+from llamabase.sampling import Distribution, Sampling
+from llamabase.vocabulary import Vocabulary
 from runner.drafter import ModelDrafter, Proposal, open_drafter
 
 from .conftest import TEXTS, copy_trimmed, keep_first, with_speculator
@@ -148,7 +149,7 @@ def test_closed_form_is_exact_at_full_rank_and_best_below(toys: dict[str, Path])
 def test_training_lowers_the_cross_entropy(toys: dict[str, Path]) -> None:
     """On the states it is trained on, from the closed form down; PyTorch is an extra."""
     pytest.importorskip("torch")
-    from gguf_trim.train import distil
+    from gguf_trim.dynamic.train import distil
 
     file = GGUFFile(toys["target"])
     w = head_of(file)

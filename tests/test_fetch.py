@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from corpus.errors import FetchError, FileFormatError, TrimError
-from gguf_trim import catalog as catalog_module
 from gguf_trim.__main__ import main
-from gguf_trim.catalog import Catalog, Entry, load_catalog
-from gguf_trim.fetch import fetch
+from gguf_trim.pairs import catalog as catalog_module
+from gguf_trim.pairs.catalog import Catalog, Entry, load_catalog
+from gguf_trim.pairs.fetch import fetch
+from llamabase.errors import FetchError, FileFormatError, TrimError
 
 from .servers import Index, running, wheel
 

@@ -23,9 +23,9 @@ TOKEN = "hf_secretsecretsecret"
 FETCH = """
 import json, sys, time
 time.sleep = lambda seconds: None
-from corpus.errors import TrimError
-from gguf_trim.catalog import Entry
-from gguf_trim.fetch import fetch
+from llamabase.errors import TrimError
+from gguf_trim.pairs.catalog import Entry
+from gguf_trim.pairs.fetch import fetch
 try:
     print(fetch(Entry("toy", "toy.gguf", **json.loads(sys.argv[1]))))
 except TrimError as error:

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from corpus.errors import FileFormatError
+from corpus.answers import read_answers_file
 from corpus.generate import answers, generate, read_answers
-from corpus.llama import Context, Model
 from corpus.prompts import Prompt
-from corpus.sampling import Sampling
-from gguf_trim.answers import read_answers_file
+from llamabase.errors import FileFormatError
+from llamabase.llama import Context, Model
+from llamabase.sampling import Sampling
 
 GREEDY = Sampling(temp=0)
 HOT = Sampling(temp=1.5, top_k=0, top_p=1, min_p=0)

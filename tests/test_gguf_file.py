@@ -17,10 +17,10 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import FileFormatError, TrimError
-from corpus.gguf_file import GGUFFile
-from corpus.vocabulary import Vocabulary
 from gguf_trim.describe import describe
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
 
 from .encode import PACK, Table, field, gguf
 from .toy import ARCHITECTURES, write_model

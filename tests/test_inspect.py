@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFValueType as Kind
 
-from corpus.gguf_file import GGUFFile
-from corpus.vocabulary import Vocabulary
 from gguf_trim.__main__ import main
 from gguf_trim.cut import companion_path, plan, write
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
 
 from .conftest import keep_first
 from .encode import Table, field, gguf

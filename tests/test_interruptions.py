@@ -10,16 +10,16 @@ import pytest
 from click.testing import CliRunner
 
 from corpus.__main__ import main as corpus
-from corpus.errors import TrimError
-from corpus.gguf_file import GGUFFile
-from corpus.interrupt import interruptible
-from corpus.llama import Model
-from corpus.sampling import Sampling
-from gguf_trim import prepare as preparing
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, source_identity, write
-from gguf_trim.prepare import prepare
-from gguf_trim.speculator import Speculator, attach
+from gguf_trim.dynamic.speculator import Speculator, attach
+from gguf_trim.pairs import prepare as preparing
+from gguf_trim.pairs.prepare import prepare
+from llamabase.errors import TrimError
+from llamabase.gguf_file import GGUFFile
+from llamabase.interrupt import interruptible
+from llamabase.llama import Model
+from llamabase.sampling import Sampling
 from runner.chat import main as chat
 from runner.engine import Engine
 
@@ -124,7 +124,7 @@ def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> N
 def test_a_speculator_that_does_not_fit_is_made_again(toys, tmp_path, monkeypatch, capsys) -> None:
     """In prepare's own folder; `test_dynamic` shows that everybody else refuses it."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr("gguf_trim.speculator.CONVERSATIONS", 4)
+    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
     done = prepare(target=toys["target"], drafter=toys["wrong"], choose=keep_first(400))
     made = Speculator.of(trimmed := Trimmed.open(done.trimmed))
     attach(trimmed, Speculator(made.down, made.up[:-1], 1))

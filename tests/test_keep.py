@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.counts import Counts
-from corpus.errors import FileFormatError, TrimError, VocabularyMismatch
-from corpus.gguf_file import GGUFFile
-from corpus.vocabulary import Vocabulary
 from gguf_trim.keep import keep_counted, keep_listed, read_keep_list
-from gguf_trim.prepare import choose_rows
+from gguf_trim.pairs.prepare import choose_rows
+from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
 
 from .encode import vocabulary
 from .toy import write_model

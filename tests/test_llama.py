@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from corpus.errors import EngineError, TrimError
-from corpus.ggml import dequantizer
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores
-from corpus.quantize import quantize
 from gguf_trim.companion import EmbeddingTable
+from llamabase.errors import EngineError, TrimError
+from llamabase.ggml import dequantizer
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model, physical_cores
+from llamabase.quantize import quantize
 from runner.bench.machine import resident
 from runner.engine import Engine
 

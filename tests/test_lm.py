@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runner.lm
-from corpus.errors import EngineError, FileFormatError, VocabularyMismatch
-from corpus.sampling import Sampling
-from gguf_trim.prepare import Prepared
+from gguf_trim.pairs.prepare import Prepared
+from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
+from llamabase.sampling import Sampling
 from runner import Cache, Record, SpeculativeLM
 from runner.engine import Engine
 from runner.lm import until

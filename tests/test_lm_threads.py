@@ -11,8 +11,8 @@ import time
 import llama_cpp
 import pytest
 
-from corpus.errors import EngineError
-from corpus.llama import Context
+from llamabase.errors import EngineError
+from llamabase.llama import Context
 from runner import Record, SpeculativeLM
 
 GREEDY = {"temperature": 0, "max_tokens": 40}

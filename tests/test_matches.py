@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gguf_trim.matches import Matches, grid, interval, rank_of, run_lengths
-from gguf_trim.planner import mbsu
+from gguf_trim.planning.matches import Matches, grid, interval, rank_of, run_lengths
+from gguf_trim.planning.planner import mbsu
 
 V = 12
 

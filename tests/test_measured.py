@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from corpus.sampling import GREEDY
-from gguf_trim import remembered
 from gguf_trim.cut import companion_path
+from llamabase import remembered
+from llamabase.sampling import GREEDY
 from runner import measured
 from runner.engine import Engine
 from runner.measured import measured_draft, measured_verify

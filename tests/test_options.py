@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from corpus.command import OneCommand
-from corpus.sampling import Sampling
+from llamabase.command import OneCommand
+from llamabase.sampling import Sampling
 from runner.chat import main as chat
 from runner.options import sampling_options
 

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 
 from corpus import __main__ as corpus_command
 from corpus.__main__ import main as corpus
-from corpus.errors import TrimError
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.cut import companion_path
+from llamabase.errors import TrimError
 from runner.bench.__main__ import main as bench
 from runner.conversation import save
 
@@ -68,7 +68,7 @@ WRITERS = {
 def small_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runner.bench.machine.COPIED", 16 << 20)
-        patch.setattr("gguf_trim.speculator.CONVERSATIONS", 4)
+        patch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
         yield
 
 

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from corpus.answers import TargetAnswer
 from corpus.counts import Counts
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
-from corpus.sampling import Sampling
-from corpus.vocabulary import Vocabulary
 from gguf_trim.__main__ import main
-from gguf_trim.added import AddedRows
-from gguf_trim.answers import TargetAnswer
 from gguf_trim.companion import Trimmed
-from gguf_trim.costs import Weights, requantized
 from gguf_trim.cut import plan, step_bytes, write
+from gguf_trim.dynamic.reading import states_of
+from gguf_trim.dynamic.speculator import Speculator, attach, fit
 from gguf_trim.keep import keep_counted, keep_order
-from gguf_trim.matches import rank_of, tau_of
-from gguf_trim.planner import matches_of, sampled_acceptance
-from gguf_trim.speculator import Speculator, attach, fit, states_of
+from gguf_trim.planning.added import AddedRows
+from gguf_trim.planning.costs import Weights, requantized
+from gguf_trim.planning.matches import rank_of, tau_of
+from gguf_trim.planning.planner import matches_of, sampled_acceptance
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model
+from llamabase.sampling import Sampling
+from llamabase.vocabulary import Vocabulary
 from runner.engine import Engine
 from runner.exact import plain_tokens
 
@@ -83,7 +84,7 @@ def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) ->
 @pytest.mark.parametrize("vocab", ["trim", "context", "spec"])
 def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, monkeypatch, vocab) -> None:
     """Position by position, also where rows are added at every step; few candidates, or all rows would be added."""
-    monkeypatch.setattr("gguf_trim.dynamic.CANDIDATES", 20)
+    monkeypatch.setattr("gguf_trim.dynamic.rows.CANDIDATES", 20)
     vocabulary = Vocabulary(GGUFFile(pair[1]))
     order = keep_order(vocabulary, 600, counts)
     trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")

@@ -7,23 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
+from corpus.answers import TargetAnswer
 from corpus.prompts import load_prompts, split, spread
-from corpus.quantize import quantize
 from corpus.ready import ready_counts
-from corpus.sampling import Sampling
-from corpus.vocabulary import Vocabulary
-from gguf_trim.added import AddedRows
-from gguf_trim.answers import ROWS, TargetAnswer
-from gguf_trim.catalog import load_catalog
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, write
-from gguf_trim.fetch import fetch
+from gguf_trim.dynamic.reading import ROWS
 from gguf_trim.keep import keep_counted, keep_order
 from gguf_trim.layout import EMBEDDING
-from gguf_trim.matches import rank_of, tau_of
-from gguf_trim.planner import matches_of
+from gguf_trim.pairs.catalog import load_catalog
+from gguf_trim.pairs.fetch import fetch
+from gguf_trim.planning.added import AddedRows
+from gguf_trim.planning.matches import rank_of, tau_of
+from gguf_trim.planning.planner import matches_of
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model
+from llamabase.quantize import quantize
+from llamabase.sampling import Sampling
+from llamabase.vocabulary import Vocabulary
 from runner.engine import Engine, Record
 
 GREEDY = Sampling(temp=0)

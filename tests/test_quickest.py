@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from corpus.errors import EngineError
-from corpus.gguf_file import GGUFFile
-from gguf_trim import quickest, remembered
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path
-from gguf_trim.prepare import prepare
-from gguf_trim.quickest import AS_SHIPPED, TYPES, Candidate
-from gguf_trim.speculator import Reading, Speculator
+from gguf_trim.dynamic.reading import Reading
+from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.pairs import quickest
+from gguf_trim.pairs.prepare import prepare
+from gguf_trim.pairs.quickest import TYPES, Candidate
+from gguf_trim.planning.costs import AS_SHIPPED
+from llamabase import remembered
+from llamabase.errors import EngineError
+from llamabase.gguf_file import GGUFFile
 
 from .conftest import keep_first
 
@@ -26,7 +29,7 @@ from .conftest import keep_first
 def toy(toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Prepares the toy pair in a folder of its own, with few texts to read, and counts the measurements."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr("gguf_trim.speculator.CONVERSATIONS", 4)
+    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
     monkeypatch.setattr(remembered, "costs_file", lambda: tmp_path / "costs.json")
     honest, measured = quickest._quickest, []
 

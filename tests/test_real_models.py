@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.catalog import load_catalog
-from gguf_trim.fetch import fetch
-from gguf_trim.prepare import prepare
+from gguf_trim.pairs.catalog import load_catalog
+from gguf_trim.pairs.fetch import fetch
+from gguf_trim.pairs.prepare import prepare
 from runner import exact
 from runner.bench.__main__ import main as bench
 

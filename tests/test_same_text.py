@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corpus.llama import Model
-from corpus.noise import Noise
-from corpus.sampling import Sampling
+from llamabase.llama import Model
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
 from runner import speculative
 from runner.drafter import ModelDrafter, NoDrafter
 from runner.engine import Engine

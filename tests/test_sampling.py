@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.noise import Noise
-from corpus.sampling import Distribution, Sampling
+from llamabase.noise import Noise
+from llamabase.sampling import Distribution, Sampling
 from runner.acceptance import accept
 
 from .chains import llama_cpp_chain

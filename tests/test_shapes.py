@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from corpus.errors import EngineError, TrimError
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
-from corpus.noise import Noise
-from corpus.sampling import Sampling
-from corpus.vocabulary import Vocabulary
 from gguf_trim.__main__ import main
-from gguf_trim.catalog import load_catalog
-from gguf_trim.costs import requantized
 from gguf_trim.cut import plan, step_bytes
-from gguf_trim.fetch import fetch
 from gguf_trim.keep import keep_listed
+from gguf_trim.pairs.catalog import load_catalog
+from gguf_trim.pairs.fetch import fetch
+from gguf_trim.planning.costs import requantized
 from gguf_trim.verify import verify
+from llamabase.errors import EngineError, TrimError
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
+from llamabase.vocabulary import Vocabulary
 from runner.bench import shapes
 from runner.bench.shapes import SHAPES, Shape, lay_out, types_of, write_shape
 from runner.drafter import open_drafter

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from corpus.__main__ import main
 from corpus.count import HELD_OUT, count, held_out, script_of
 from corpus.counts import Counts, merge
-from corpus.errors import FileFormatError, TrimError, VocabularyMismatch
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Model
 from corpus.sources import Reader
-from corpus.template import ChatTemplate
-from corpus.vocabulary import Vocabulary
+from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary
 
 TEXTS = ["the king and the sea", "naïve 猫 12345", "it's\n\n  indented"]
 

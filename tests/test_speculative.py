@@ -7,9 +7,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from corpus.errors import EngineError, VocabularyMismatch
-from corpus.llama import Context
-from corpus.sampling import Sampling
+from llamabase.errors import EngineError, VocabularyMismatch
+from llamabase.llama import Context
+from llamabase.sampling import Sampling
 from runner import speculative
 from runner.drafter import PIECE, NoDrafter, Reader
 from runner.engine import Engine, Record

@@ -12,16 +12,16 @@ import pytest
 
 from corpus.count import BATCH_CHARS, _batches, count
 from corpus.generate import generate
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model
 from corpus.prompts import load_prompts, spread
-from corpus.sampling import Sampling
 from corpus.sources import Document
-from corpus.template import ChatTemplate
 from corpus.tokenizer import Counter
-from corpus.vocabulary import Vocabulary
-from gguf_trim.catalog import load_catalog
-from gguf_trim.fetch import fetch
+from gguf_trim.pairs.catalog import load_catalog
+from gguf_trim.pairs.fetch import fetch
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model
+from llamabase.sampling import Sampling
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
-from corpus.gguf_file import GGUFFile
 from gguf_trim.__main__ import main
 from gguf_trim.cut import companion_path, plan, write
+from llamabase.gguf_file import GGUFFile
 
 from .conftest import keep_first
 from .toy import write_model

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import FileFormatError, VocabularyMismatch
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Model
-from corpus.vocabulary import TokenType, Vocabulary, require_same
 from gguf_trim.cut import plan, write
+from llamabase.errors import FileFormatError, VocabularyMismatch
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.vocabulary import TokenType, Vocabulary, require_same
 
 from . import encode
 from .conftest import keep_first

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quant
 
-from corpus.ggml import quantize_rows
+from llamabase.ggml import quantize_rows
 
 N_EMBD, N_FF, N_HEAD, N_LAYER = 256, 256, 4, 1
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3")

@@ -6,7 +6,7 @@ are given. The last line of stdout is a JSON record, but in a terminal, where it
 
 from __future__ import annotations
 
-from corpus.interrupt import leave_to_the_system
+from llamabase.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -21,10 +21,10 @@ from typing import Any
 
 import click
 
-from corpus.command import FILE, Commands
-from corpus.files import PLOT, write_whole
-from corpus.progress import stderr
-from corpus.sampling import Sampling
+from llamabase.command import FILE, Commands
+from llamabase.files import PLOT, write_whole
+from llamabase.progress import stderr
+from llamabase.sampling import Sampling
 
 from ..auto import LONGEST
 from ..options import Models, draft_max_option, model_options

@@ -6,10 +6,10 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from corpus.gguf_file import GGUFFile
-from corpus.progress import progress
-from corpus.sampling import GREEDY
 from gguf_trim.cut import head_tensor
+from llamabase.gguf_file import GGUFFile
+from llamabase.progress import progress
+from llamabase.sampling import GREEDY
 
 from ..drafter import NoDrafter
 from ..engine import Record

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gguf_trim.planner import mbsu
+from gguf_trim.planning.planner import mbsu
 
 ALL = "all"
 FEW = 5  # batches of one size; the median of fewer says little

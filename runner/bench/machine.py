@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from corpus.files import sha256_of
-from corpus.gguf_file import GGUFFile
-from corpus.llama import backends, physical_cores
+from llamabase.files import sha256_of
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import backends, physical_cores
 
 COPIED = 256 << 20  # bytes a thread copies: far beyond any cache
 COPIES = 5

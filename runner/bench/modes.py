@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
-from corpus.gguf_file import GGUFFile
-from corpus.progress import stderr
-from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
-from gguf_trim.costs import Weights, requantized
+from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.layout import EMBEDDING
-from gguf_trim.prepare import NONE, choose_rows, prepare
-from gguf_trim.speculator import Speculator
+from gguf_trim.pairs.prepare import NONE, choose_rows, prepare
+from gguf_trim.planning.costs import Weights, requantized
+from llamabase.gguf_file import GGUFFile
+from llamabase.progress import stderr
+from llamabase.vocabulary import Vocabulary
 
 from ..auto import AutoDrafter
 from ..drafter import Drafter, ModelDrafter, NoDrafter, open_drafter
@@ -67,8 +67,7 @@ def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path
     target, trimmed = found.target, found.prepared.trimmed if found.prepared else found.draft
     if trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
         full, trimmed = full or trimmed, None
-    if quants[0]:
-        target = requantized(target, quants[0], folder)
+    target = requantized(target, quants[0], folder)
     if quants[1]:
         if full is None:
             raise click.UsageError("--draft-quant needs the uncut drafter; give it as --full")

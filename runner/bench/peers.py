@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import TrimError
-from corpus.llama import physical_cores
-from corpus.progress import progress
 from corpus.prompts import Prompt
-from corpus.sampling import GREEDY
+from llamabase.errors import TrimError
+from llamabase.llama import physical_cores
+from llamabase.progress import progress
+from llamabase.sampling import GREEDY
 
 from ..engine import Engine, Record
 from ..options import Models

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import TrimError
-from corpus.files import PLOT, write_whole
+from llamabase.errors import TrimError
+from llamabase.files import PLOT, write_whole
 
 from .figures import ALL, figures
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import click
 
-from corpus.errors import FileFormatError, TrimError
-from corpus.files import Kind, marked, write_whole
-from corpus.gguf_file import GGUFFile
-from corpus.noise import Noise
-from corpus.progress import progress, stderr
 from corpus.prompts import Prompt, load_prompts, split, spread
-from corpus.sampling import Sampling
-from gguf_trim.costs import Weights
 from gguf_trim.layout import EMBEDDING
+from gguf_trim.planning.costs import Weights
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import Kind, marked, write_whole
+from llamabase.gguf_file import GGUFFile
+from llamabase.noise import Noise
+from llamabase.progress import progress, stderr
+from llamabase.sampling import Sampling
 
 from ..auto import LONGEST
 from ..engine import Engine

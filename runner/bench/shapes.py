@@ -19,13 +19,13 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from corpus.files import CACHED, require_room, write_whole
-from corpus.ggml import quantize_rows
-from corpus.gguf_file import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
-from corpus.progress import progress
-from corpus.quantize import quantize
-from corpus.vocabulary import TokenType
 from gguf_trim.layout import EMBEDDING, HEAD, Piece, encode_head, field
+from llamabase.files import CACHED, require_room, write_whole
+from llamabase.ggml import quantize_rows
+from llamabase.gguf_file import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
+from llamabase.progress import progress
+from llamabase.quantize import quantize
+from llamabase.vocabulary import TokenType
 
 DEVIATION = 0.02  # of the weights: what Llama, Qwen and Gemma are initialised with (initializer_range)
 TILE = 1 << 20  # random numbers made for each type and row length, then repeated

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import FileFormatError
-from corpus.files import Kind, marked
-from corpus.ggml import Backend, Product, Table
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores
-from corpus.noise import Noise
-from corpus.progress import progress
-from corpus.sampling import GREEDY
-from corpus.vocabulary import Vocabulary
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import head_tensor, plan, step_bytes, write
+from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.keep import Keep, keep_listed
-from gguf_trim.planner import DRAFT_LENGTHS, mbsu
-from gguf_trim.speculator import Speculator
+from gguf_trim.planning.planner import DRAFT_LENGTHS, mbsu
+from llamabase.errors import FileFormatError
+from llamabase.files import Kind, marked
+from llamabase.ggml import Backend, Product, Table
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model, physical_cores
+from llamabase.noise import Noise
+from llamabase.progress import progress
+from llamabase.sampling import GREEDY
+from llamabase.vocabulary import Vocabulary
 
 from ..drafter import ModelDrafter, open_drafter
 from ..options import FULL, Models

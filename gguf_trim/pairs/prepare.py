@@ -9,22 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.errors import FileFormatError, TrimError
-from corpus.gguf_file import GGUFFile
-from corpus.progress import progress, stderr
 from corpus.ready import ranking_counts
-from corpus.vocabulary import Vocabulary, require_same
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import cache_folder
+from llamabase.gguf_file import GGUFFile
+from llamabase.progress import progress, stderr
+from llamabase.remembered import key_of, recall, remember
+from llamabase.vocabulary import Vocabulary, require_same
 
-from .catalog import cache_folder, load_catalog
-from .companion import Trimmed
-from .cut import companion_path, plan, write
+from ..companion import Trimmed
+from ..cut import companion_path, plan, write
+from ..dynamic.speculator import Speculator
+from ..keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
+from ..layout import Cut
+from ..planning.costs import AS_SHIPPED
+from ..verify import verify
+from .catalog import load_catalog
 from .fetch import fetch
-from .keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
-from .layout import Cut
-from .quickest import AS_SHIPPED, TYPES, choose_type
-from .remembered import key_of, recall, remember
-from .speculator import Speculator
-from .verify import verify
+from .quickest import TYPES, choose_type
 
 DEFAULT_K = 16384
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.ggml import Backend
-from corpus.gguf_file import GGUFFile
-from corpus.llama import Context, Model, physical_cores
-from corpus.quantize import quantize
+from llamabase.ggml import Backend
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model, physical_cores
+from llamabase.quantize import quantize
 
+from ..companion import Trimmed
+from ..cut import head_tensor, plan, step_bytes, write
+from ..dynamic.rows import DynamicHead
+from ..dynamic.speculator import Speculator
+from ..keep import Keep
+from ..layout import EMBEDDING
 from .added import TIMED_CORE
-from .companion import Trimmed
-from .cut import head_tensor, plan, step_bytes, write
-from .dynamic import DynamicHead
-from .keep import Keep
-from .layout import EMBEDDING
-from .speculator import Speculator
 
+AS_SHIPPED = "as shipped"  # a file in the types it has
 VERIFY_REPEAT = 5  # decodes of each batch size
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
 
@@ -160,7 +161,9 @@ def draft_cost(
 
 
 def requantized(path: Path, type_: str, folder: Path) -> Path:
-    """`path` rewritten to another quantisation in `folder`, by llama.cpp's own quantize function."""
+    """`path` rewritten to another quantisation in `folder`, by llama.cpp's own quantize function; or as it is."""
+    if type_ in ("", AS_SHIPPED):
+        return path
     out = folder / f"{path.stem}-{type_}.gguf"
     if not out.exists():
         quantize(path, out, type_)

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import platformdirs
+
 from .errors import TrimError
 
+APP = "gguf-trim"
 CHUNK = 8 << 20  # bytes moved at a time: large enough for full disk speed, small enough to stay in memory
 _HEAD = 4 * CHUNK  # bytes in which a file shows its kind: the metadata of a companion holds a vocabulary
 
@@ -158,3 +161,14 @@ def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> 
             digest.update(data)
             advance(len(data))
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where fetched models and trimmed drafters live; GGUF_TRIM_CACHE overrides the system's cache folder."""
+    override = os.environ.get("GGUF_TRIM_CACHE")
+    return expand(override) if override else platformdirs.user_cache_path(APP)
+
+
+def expand(path: str) -> Path:
+    """A path with its ~ expanded; an unknown user's stays as it is, where Path.expanduser would raise."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from corpus.ggml import Backend, Product, Table, aligned
+from llamabase.ggml import Backend, Product, Table, aligned
 
-from .companion import Trimmed
-from .cut import head_tensor
-from .layout import HEAD_BIAS
+from ..companion import Trimmed
+from ..cut import head_tensor
+from ..layout import HEAD_BIAS
 from .speculator import UP_TYPE, Speculator
 
 CONTEXT_ROWS = 1024  # of the text, at most

@@ -12,11 +12,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import FetchError, TrimError
-from corpus.files import CACHED, CHUNK, require_room, sha256_of, write_whole
-from corpus.progress import progress, stderr
+from llamabase.errors import FetchError, TrimError
+from llamabase.files import CACHED, CHUNK, cache_folder, expand, require_room, sha256_of, write_whole
+from llamabase.progress import progress, stderr
 
-from .catalog import Entry, cache_folder, expand
+from .catalog import Entry
 
 PIP = [sys.executable, "-m", "pip"]
 

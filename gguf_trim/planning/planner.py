@@ -14,19 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.answers import TargetAnswer
 from corpus.counts import Counts
-from corpus.gguf_file import GGUFFile
-from corpus.sampling import Sampling
-from corpus.vocabulary import Vocabulary
+from llamabase.gguf_file import GGUFFile
+from llamabase.sampling import Sampling
+from llamabase.vocabulary import Vocabulary
 
+from ..dynamic.reading import read_through, share
+from ..dynamic.speculator import Speculator
+from ..keep import keep_order
+from ..layout import EMBEDDING
 from .added import AddedRows
-from .answers import TargetAnswer, read_through
-from .costs import DraftCost, Weights, draft_cost, requantized
-from .keep import keep_order
-from .layout import EMBEDDING
-from .matches import Matches, beaters, grid, interval, rank_of, share, tau_of
-from .quickest import AS_SHIPPED
-from .speculator import Speculator
+from .costs import AS_SHIPPED, DraftCost, Weights, draft_cost, requantized
+from .matches import Matches, beaters, grid, interval, rank_of, tau_of
 
 DRAFT_LENGTHS = tuple(range(1, 9))
 
@@ -203,7 +203,7 @@ def make_plan(
     """
     file = GGUFFile(drafter)
     order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
-    judged = drafter if type_ == AS_SHIPPED or folder is None else requantized(drafter, type_, folder)
+    judged = drafter if folder is None else requantized(drafter, type_, folder)
     added = AddedRows(rank_of(order), speculator, n_threads)
     matches = matches_of(judged, answers, order, n_threads, advance, added)
     target_file = GGUFFile(target)

@@ -1,7 +1,4 @@
-"""Grammars: llama.cpp's own grammar sampler, which says what may come next of a text that obeys a GBNF.
-
-A module beside corpus/llama.py, because that one is full: it calls llama.cpp's grammar functions and no others.
-"""
+"""Grammars: llama.cpp's own grammar sampler, which says what may come next of a text that obeys a GBNF."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..dynamic.reading import share
+
 
 def interval(logits: np.ndarray, target: int, rank: np.ndarray) -> tuple[int, int]:
     """(low, high): the drafter, cut to its first k rows, drafts `target` iff low < k <= high.
@@ -71,12 +73,6 @@ class Matches:
     def tau(self, k: int, draft_max: int) -> float:
         """Mean accepted length at a fixed draft length; see `tau_of`."""
         return tau_of(self.right(k), draft_max)
-
-
-def share(rights: Sequence[np.ndarray]) -> float:
-    """Share of positions (bool arrays, one an answer) that are right; 0 without positions."""
-    positions = sum(map(len, rights))
-    return sum(int(right.sum()) for right in rights) / positions if positions else 0.0
 
 
 def tau_of(rights: Sequence[np.ndarray], draft_max: int) -> float:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from corpus.ggml import Backend
-from corpus.llama import physical_cores
+from llamabase.ggml import Backend
+from llamabase.llama import physical_cores
 
-from .dynamic import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
-from .speculator import Speculator
+from ..dynamic.rows import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
+from ..dynamic.speculator import Speculator
 
 CORES = (512, 1024, 2048, 4096, 8192, 16384)  # rows kept, to which others are added
 TIMED_CORE = 8192  # adding rows costs the same on any core, but for as many fewer to score

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from corpus.errors import TrimError
-from corpus.ggml import dequantizer, quantize_rows
-from corpus.gguf_file import GGUFFile
+from llamabase.errors import TrimError
+from llamabase.ggml import dequantizer, quantize_rows
+from llamabase.gguf_file import GGUFFile
 
-from .cut import head_tensor
+from ..cut import head_tensor
 from .speculator import UP_TYPE, Speculator, blocks
 
 BATCH = 32  # hidden states a step

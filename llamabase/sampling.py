@@ -58,7 +58,7 @@ class Sampling:
     temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1 and min_p <= 0 switch a filter off. The penalties look at
     the last repeat_last_n tokens (0: none, -1: all); repeat_penalty 1 and the others 0 switch them off. logit_bias is
     added to the logits of its token ids, -inf bans one. grammar is a GBNF, empty for none. What depends on the text
-    (grammar, penalties) is applied by `corpus.chain.Chain`, with the bias; `distribution` is what follows.
+    (grammar, penalties) is applied by `llamabase.chain.Chain`, with the bias; `distribution` is what follows.
 
     Raises SettingError, which is a ValueError, for what is no number or too large to reckon with.
     """

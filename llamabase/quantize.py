@@ -1,7 +1,4 @@
-"""Requantising a GGUF with llama.cpp's own quantize function.
-
-A module beside corpus/llama.py, because that one is full: it calls that function and no others.
-"""
+"""Requantising a GGUF with llama.cpp's own quantize function."""
 
 from __future__ import annotations
 

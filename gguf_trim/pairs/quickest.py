@@ -14,19 +14,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus.errors import TrimError
-from corpus.files import require_room
-from corpus.llama import Context, Model
-from corpus.progress import progress, stderr
-from corpus.quantize import quantize
+from llamabase.errors import TrimError
+from llamabase.files import require_room
+from llamabase.llama import Context, Model
+from llamabase.progress import progress, stderr
+from llamabase.quantize import quantize
 
-from .companion import Trimmed
-from .costs import N_CONTEXT, alternate, decodes
-from .cut import companion_path
-from .matches import share, tau_of
-from .speculator import Reading, attach, calibration, fit_reading, reading_of
+from ..companion import Trimmed
+from ..cut import companion_path
+from ..dynamic.fitting import fit_reading
+from ..dynamic.reading import Reading, calibration, reading_of, share
+from ..dynamic.speculator import attach
+from ..planning.costs import AS_SHIPPED, N_CONTEXT, alternate, decodes
+from ..planning.matches import tau_of
 
-AS_SHIPPED = "as shipped"
 TYPES = ("Q4_0", "Q8_0")  # llama.cpp repacks the first for matrix kernels; the second loses next to nothing
 VERIFY = (1, 2, 3, 4, 5, 6, 8)
 REPEAT = 7  # steps of each, of which the median counts

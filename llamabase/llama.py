@@ -1,4 +1,4 @@
-"""The seam over llama.cpp: the one module, with `grammar` and `quantize` beside it, that calls its low-level functions.
+"""The seam over llama.cpp: models and contexts.
 
 `llama_cpp.Llama` keeps an n_ctx x n_vocab array of scores and ignores refused rewinds, so everything here drives the
 `llama_*` functions that llama-cpp-python binds. A Model owns weights, a Context owns one KV cache.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,26 +10,15 @@ from typing import Any
 
 import platformdirs
 
-from corpus.errors import FileFormatError, TrimError
+from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import APP
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-APP = "gguf-trim"
 USER_CATALOG = platformdirs.user_config_path(APP) / "catalog.toml"
-
-
-def cache_folder() -> Path:
-    """Where fetched models and trimmed drafters live; GGUF_TRIM_CACHE overrides the system's cache folder."""
-    override = os.environ.get("GGUF_TRIM_CACHE")
-    return expand(override) if override else platformdirs.user_cache_path(APP)
-
-
-def expand(path: str) -> Path:
-    """A path with its ~ expanded; an unknown user's stays as it is, where Path.expanduser would raise."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ def _checked(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def load_catalog(user: Path | None = None) -> Catalog:
     """The shipped catalog with the user's own entries on top."""
     catalog = Catalog()
-    shipped = importlib.resources.files("gguf_trim") / "catalog.toml"
+    shipped = importlib.resources.files("gguf_trim.pairs") / "catalog.toml"
     catalog.add(shipped.read_text("utf-8"), str(shipped))
     user = user or USER_CATALOG
     if user.is_file():

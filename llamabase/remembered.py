@@ -15,11 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import TrimError
-from corpus.files import CACHED, write_whole
-from corpus.llama import backends, physical_cores
-
-from .catalog import cache_folder
+from .errors import TrimError
+from .files import CACHED, cache_folder, write_whole
+from .llama import backends, physical_cores
 
 DAYS = 30  # what is that old is measured again
 ENTRIES = 64  # remembered at most

@@ -12,34 +12,24 @@ blocks: memory is a few n_embd x n_embd matrices (8 bytes a number), U, and a bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from corpus.errors import FileFormatError
-from corpus.files import CHUNK, copy_range, require_room, write_whole
-from corpus.ggml import dequantizer, quantize_rows
-from corpus.gguf_file import GGUFFile, Tensor, bytes_of
-from corpus.llama import Model
-from corpus.progress import progress
-from corpus.prompts import spread
-from corpus.ready import ready_answers
-from corpus.template import ChatTemplate
-from corpus.vocabulary import Vocabulary
+from llamabase.errors import FileFormatError
+from llamabase.files import CHUNK, copy_range, require_room, write_whole
+from llamabase.ggml import dequantizer, quantize_rows
+from llamabase.gguf_file import GGUFFile, Tensor, bytes_of
 
-from .answers import TargetAnswer, read_answers_file, read_through
-from .companion import Trimmed
-from .cut import COMPANION, head_tensor
-from .layout import Piece, encode_head, field
-from .matches import share
+from ..companion import Trimmed
+from ..cut import COMPANION, head_tensor
+from ..layout import Piece, encode_head, field
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
 BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
-CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
 RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
 
 
@@ -169,120 +159,3 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
         for tensor, data in fresh:
             out.write(data)
             out.write(b"\0" * (-tensor.n_bytes % file.alignment))
-
-
-def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
-    """Answers to fit on: lines of `python -m corpus generate`, or those that ship for None; cut to TOKENS in all.
-
-    `file` has the tokenizer: the drafter, or its companion.
-    """
-    if path is not None:
-        found = read_answers_file(path)
-    else:
-        template = ChatTemplate(file, Vocabulary(file))
-        with Model(file.path, vocab_only=True) as model:
-            found = [
-                TargetAnswer(
-                    str(i),
-                    "all",
-                    template.ids(model, messages[:-1]),
-                    model.tokenize(messages[-1]["content"], special=False, add_bos=False),
-                )
-                for i, messages in enumerate(ready_answers())
-            ]
-    return [
-        replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
-        for answer in spread(found, CONVERSATIONS)
-    ]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
-    of its tokens it drafts, from the rows it has."""
-
-    states: np.ndarray
-    rights: list[np.ndarray]
-
-
-def reading_of(
-    drafter: Path,
-    answers: Sequence[TargetAnswer],
-    trimmed: Trimmed | None = None,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> Reading:
-    """Read answers with a drafter; one that is trimmed is given as `trimmed`, too. See `read_through`."""
-    rights: list[list[bool]] = [[] for _ in answers]
-
-    def see(text: int, i: int, logits: np.ndarray) -> None:
-        answer = answers[text]
-        if 0 <= (place := i + 1 - len(answer.prompt)) < len(answer.answer):
-            row = int(np.argmax(logits))
-            rights[text].append((row if trimmed is None else int(trimmed.d2t[row])) == answer.answer[place])
-
-    texts = [[*answer.prompt, *answer.answer] for answer in answers]
-    feed = None if trimmed is None else trimmed.embeddings().rows
-    return Reading(
-        states_of(drafter, texts, feed, n_threads, advance, see), [np.array(found, bool) for found in rights]
-    )
-
-
-def states_of(
-    drafter: Path,
-    texts: Sequence[list[int]],
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-    see: Callable[[int, int, np.ndarray], object] = lambda *_: None,
-) -> np.ndarray:
-    """The drafter's final hidden states over texts: float32 (positions x n_embd); see `read_through`.
-
-    They do not depend on how many rows the head has left. `see` is shown (text, position, logits) of each.
-    """
-    states = []
-    for text, i, logits, hidden in read_through(drafter, [(ids, 0) for ids in texts], feed, n_threads, advance):
-        see(text, i, logits)
-        states.append(hidden.copy())
-    return np.array(states)
-
-
-def fit_to(
-    drafter: Path,
-    file: GGUFFile,
-    texts: Path | None = None,
-    rank: int | None = None,
-    trimmed: Trimmed | None = None,
-    n_threads: int | None = None,
-    steps: int = 0,
-) -> Speculator:
-    """Read texts with a drafter and fit a speculator to the head in `file` (its own, or its companion's), with bars.
-
-    `steps` > 0 trains the closed form further; see `train`.
-    """
-    answers = calibration(file, texts)
-    with progress("reading hidden states", len(answers), "texts") as advance:
-        reading = reading_of(drafter, answers, trimmed, n_threads, advance)
-    return fit_reading(file, reading, rank, steps)
-
-
-def fit_reading(file: GGUFFile, reading: Reading, rank: int | None = None, steps: int = 0) -> Speculator:
-    """`fit_to` for what was read already."""
-    with progress("fitting the speculator", 2 * head_tensor(file).n_rows, "rows") as advance:
-        found = fit(file, reading.states, rank, advance)
-    if steps:
-        from .train import distil
-
-        with progress("training the speculator", steps, "steps") as advance:
-            found = distil(found, file, reading.states, steps, advance)
-    return replace(found, acceptance=share(reading.rights))
-
-
-def add_speculator(
-    path: Path, texts: Path | None = None, rank: int | None = None, n_threads: int | None = None, steps: int = 0
-) -> Speculator:
-    """Fit a speculator to a trimmed drafter and write it into its companion."""
-    trimmed = Trimmed.open(path)
-    speculator = fit_to(path, trimmed.companion, texts, rank, trimmed, n_threads, steps)
-    attach(trimmed, speculator)
-    return speculator

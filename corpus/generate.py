@@ -20,6 +20,7 @@ from llamabase.files import CHUNK, Kind
 from llamabase.llama import Context, Model
 from llamabase.noise import Noise
 from llamabase.progress import Advance
+from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 
 from .prompts import Prompt
@@ -35,6 +36,7 @@ class Answer:
     finish: str = ""
     read: int = 0  # prompt tokens already in the cache
     noise: Noise = field(default_factory=Noise, repr=False)
+    chain: Chain | None = field(default=None, repr=False)
 
 
 def answers(
@@ -57,7 +59,9 @@ def answers(
     running: dict[int, Answer] = {}
     while waiting or running:
         while free and waiting:
-            running[free.pop()] = waiting.popleft()
+            begun = waiting.popleft()
+            begun.chain = Chain(sampling, begun.prompt, model, begun.noise)
+            running[free.pop()] = begun
         tokens: list[int] = []
         sequences: list[int] = []
         positions: list[int] = []
@@ -81,7 +85,9 @@ def answers(
         logits = context.decode_each(tokens, sequences, positions, outputs)
         for row, sequence in zip(logits, speaking, strict=True):
             answer = running[sequence]
-            token = sampling.distribution(row).draw(answer.noise, answer.read)
+            assert answer.chain is not None  # since it began
+            token = answer.chain.distribution(row).draw(answer.noise, answer.read)
+            answer.chain.accept(token)
             answer.tokens.append(token)
             ended = model.is_end(token)
             if ended or len(answer.tokens) >= max_tokens:

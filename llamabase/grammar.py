@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -19,9 +18,8 @@ import numpy as np
 from llama_cpp.llama_grammar import SchemaConverter
 
 from .errors import EngineError, FileFormatError
-from .llama import LAST_ERRORS, Model, Owner, last_error
+from .llama import LAST_ERRORS, Model, Owner, Tokens, last_error
 
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _PARSING = threading.Lock()  # there is one stderr
 _PARTS = re.compile(
     r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^]\\])*\]|#.*|[()]'
@@ -37,7 +35,6 @@ class Grammar(Owner):
 
     def __init__(self, model: Model, text: str) -> None:
         self._sampler = None
-        vocab = llama_cpp.llama_model_get_vocab(model.handle)
         try:
             source = text.encode()
         except UnicodeEncodeError as error:  # bytes of an argument that were no UTF-8
@@ -51,26 +48,20 @@ class Grammar(Owner):
             )
         with _PARSING, _stderr() as said:
             LAST_ERRORS.clear()
-            self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, source, b"root")
+            self._sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, source, b"root")
         if not self._sampler:
             raise EngineError(f"the grammar cannot be used: {_reason(said) or last_error()}; correct it")
 
-    def allows(self, ids: np.ndarray) -> np.ndarray:
-        """Which of the tokens `ids` may come next (bool, n). An end token may where the grammar is complete."""
-        candidates = np.zeros(len(ids), _CANDIDATE)
-        candidates["id"] = ids
-        array = llama_cpp.llama_token_data_array(
-            data=candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data)),
-            size=len(ids),
-            selected=-1,
-            sorted=False,
-        )
-        llama_cpp.llama_sampler_apply(self._sampler, ctypes.byref(array))
-        return np.asarray(candidates["logit"] == 0)
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's sampler: it takes the probability of what may not come. An end may where the text is complete."""
+        return self._sampler
 
     def accept(self, token: int) -> None:
         """Go on by a token. Raises ValueError for one that is not allowed: llama.cpp would end the process on it."""
-        if not self.allows(np.array([token])).all():
+        tokens = Tokens(np.array([token]), np.zeros(1))
+        tokens.apply(self._sampler)
+        if tokens.left["logit"][0] != 0:
             raise ValueError(f"the grammar does not allow token {token} here")
         llama_cpp.llama_sampler_accept(self._sampler, token)
 

@@ -118,8 +118,9 @@ class Model(Owner):
             del progress  # kept alive until here
         if self._model is None:
             raise EngineError(f"{self.path}: llama.cpp cannot load it: {last_error()}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.samplers: dict[Any, Any] = {}  # of llama.cpp's that take long to make, to be cloned
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
 
@@ -131,12 +132,12 @@ class Model(Owner):
 
     def is_end(self, token: int) -> bool:
         """Whether a token ends the generation (EOS, EOT and their like)."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     @property
     def bos(self) -> int | None:
         """The token a text begins with where the vocabulary has one."""
-        token = llama_cpp.llama_vocab_bos(self._vocab)
+        token = llama_cpp.llama_vocab_bos(self.vocab)
         return token if token >= 0 else None
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool = True) -> list[int]:
@@ -144,7 +145,7 @@ class Model(Owner):
         data = text.encode("utf-8", "replace")  # bytes of an argument that were no UTF-8
         room = len(data) + 8
         ids = (llama_cpp.llama_token * room)()
-        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, add_bos, special)
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_bos, special)
         if n < 0:
             raise EngineError(f"{self.path}: llama.cpp could not tokenize a text of {len(data)} bytes")
         return list(ids[:n])
@@ -154,13 +155,15 @@ class Model(Owner):
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
 
     def close(self) -> None:
         if self._model is not None:
+            for sampler in self.samplers.values():
+                llama_cpp.llama_sampler_free(sampler)
             llama_cpp.llama_model_free(self._model)
             self._model = None
 
@@ -375,3 +378,39 @@ class _Batch:
 
     def free(self) -> None:
         llama_cpp.llama_batch_free(self.struct)
+
+
+_TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+class Tokens:
+    """Tokens as llama.cpp's samplers see them: an array in numpy's memory that shrinks and changes as they act."""
+
+    def __init__(self, ids: np.ndarray, logits: np.ndarray) -> None:
+        memory = np.empty(len(logits), _TOKEN)
+        memory["id"], memory["logit"], memory["p"] = ids, logits, 0
+        self._see(memory)
+
+    @classmethod
+    def of(cls, left: np.ndarray) -> Tokens:
+        """A part of what is `left` of others; takes its memory, which no one else may hold."""
+        tokens = cls.__new__(cls)
+        tokens._see(left)
+        return tokens
+
+    def _see(self, memory: np.ndarray) -> None:
+        self._memory = memory
+        pointer = ctypes.cast(memory.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data))
+        self._array = llama_cpp.llama_token_data_array(data=pointer, size=len(memory), selected=-1, sorted=False)
+
+    def apply(self, sampler: Any) -> None:
+        """Let one of llama.cpp's samplers act."""
+        llama_cpp.llama_sampler_apply(sampler, ctypes.byref(self._array))
+
+    @property
+    def left(self) -> np.ndarray:
+        """What is left, in any order: a view of (id, logit, p)."""
+        first = 0
+        if self._array.size < len(self._memory):  # XTC moves the beginning on
+            first = (ctypes.addressof(self._array.data.contents) - self._memory.ctypes.data) // _TOKEN.itemsize
+        return self._memory[first : first + self._array.size]

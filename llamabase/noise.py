@@ -32,6 +32,10 @@ class Noise:
         # 52 bits and a half: inside (0, 1), where 53 bits could round to 1.
         return np.asarray(-np.log(((bits >> np.uint64(12)) + 0.5) * 2.0**-52))
 
+    def uniform(self, position: int) -> float:
+        """A number inside (0, 1) for a position itself: of an id that no token has."""
+        return float(np.exp(-self.exponentials(position, np.array([-1]))[0]))
+
 
 def _mixed(bits: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser: a bijection of uint64 (an array, which wraps round in silence) that spreads every bit."""

@@ -1,4 +1,4 @@
-"""From logits to the distribution that llama.cpp's samplers make of them."""
+"""How to sample: llama.cpp's settings, and the law of a token that they make."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ from .errors import SettingError
 from .noise import Noise
 
 LARGEST = 1e30  # of a setting: float32 holds what penalties and bias make of logits, however often they are added up
+
+# llama.cpp's samplers in its order, by the names that --samplers takes, and the letter of each in --sampler-seq.
+LETTERS = {
+    "penalties": "e",
+    "dry": "d",
+    "top_n_sigma": "s",
+    "top_k": "k",
+    "typ_p": "y",
+    "top_p": "p",
+    "min_p": "m",
+    "xtc": "x",
+    "temperature": "t",
+    "infill": "i",
+}
+DEFAULT = tuple(name for name in LETTERS if name != "infill")
+_OTHER_NAMES = {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"}
+_OWN_DRAWS = "follows what it has drawn itself, and here the target draws with noise that it shares with the drafter"
 
 
 @dataclass(frozen=True)
@@ -52,15 +69,16 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Sampling:
-    """llama.cpp's sampler settings with its defaults and its order: grammar, logit bias, penalties, top-k, typical,
-    top-p, min-p, temperature.
+    """llama.cpp's sampler settings with its defaults; `llamabase.samplers.Chain` applies them to a text.
 
-    temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1 and min_p <= 0 switch a filter off. The penalties look at
-    the last repeat_last_n tokens (0: none, -1: all); repeat_penalty 1 and the others 0 switch them off. logit_bias is
-    added to the logits of its token ids, -inf bans one. grammar is a GBNF, empty for none. What depends on the text
-    (grammar, penalties) is applied by `llamabase.chain.Chain`, with the bias; `distribution` is what follows.
+    temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1, min_p <= 0, top_n_sigma <= 0, xtc_probability 0 and
+    dynatemp_range 0 switch theirs off. The penalties look at the last repeat_last_n tokens (0: none, -1: all);
+    repeat_penalty 1 and the others 0 switch them off. dry_multiplier 0 switches DRY off. logit_bias is added to the
+    logits of its token ids, -inf bans one. grammar is a GBNF, empty for none. Grammar and bias come first, then
+    `samplers` in their order.
 
-    Raises SettingError, which is a ValueError, for what is no number or too large to reckon with.
+    Raises SettingError, which is a ValueError, for what is no number or too large to reckon with, and for samplers that
+    are none of LETTERS or that draw tokens themselves.
     """
 
     temp: float = 0.8
@@ -74,6 +92,20 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str = ""
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    min_keep: int = 0  # tokens that top_p, min_p, typical and XTC leave at least
+    samplers: tuple[str, ...] = DEFAULT
+    mirostat: int = 0
+    adaptive_target: float = -1.0
 
     def __post_init__(self) -> None:
         settings = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -83,68 +115,80 @@ class Sampling:
                 raise SettingError(f"{name}={value} is not a number to sample with")
         if self.repeat_penalty < 1 / LARGEST:
             raise SettingError(f"repeat_penalty={self.repeat_penalty} must be greater than 0; 1 switches it off")
+        if self.mirostat:
+            raise SettingError(f"mirostat={self.mirostat} is not to be had: Mirostat {_OWN_DRAWS}")
+        if self.adaptive_target >= 0 or "adaptive_p" in self.samplers:
+            raise SettingError(f"adaptive_p is not to be had: it {_OWN_DRAWS}")
+        for name in self.samplers:
+            if name not in LETTERS:
+                raise SettingError(f"{name}: is no sampler; there are {', '.join(LETTERS)}")
+
+    def does(self, sampler: str) -> bool:
+        """Whether a sampler of the chain does anything as it is set."""
+        match sampler:
+            case "penalties":
+                on = self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+                return on and self.repeat_last_n != 0
+            case "dry":
+                return self.dry_multiplier != 0 and self.dry_base >= 1 and self.dry_penalty_last_n > 0
+            case "top_n_sigma":
+                return self.top_n_sigma > 0
+            case "top_k":
+                return self.top_k > 0
+            case "typ_p":
+                return self.typical_p < 1
+            case "top_p":
+                return self.top_p < 1
+            case "min_p":
+                return self.min_p > 0
+            case "xtc":
+                return self.xtc_probability > 0 and self.xtc_threshold <= 0.5
+            case "temperature":
+                return self.temp != 1 or self.dynatemp_range > 0
+        return True
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The samplers that do anything, in their order."""
+        return tuple(name for name in self.samplers if self.does(name))
 
     @property
     def greedy(self) -> bool:
-        return self.temp < 1e-6  # below that a double cannot tell it from greedy
-
-    @property
-    def penalises(self) -> bool:
-        """Whether the text before changes the logits."""
-        on = self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return on and self.repeat_last_n != 0
+        """Whether the temperature leaves one token; below 1e-6 a double cannot tell it from 0."""
+        return "temperature" in self.samplers and self.temp < 1e-6 and self.dynatemp_range <= 0
 
     @property
     def plain(self) -> bool:
         """Whether the next token is that of the greatest logit as the model has it, but for a grammar."""
-        return self.greedy and self.sight == 1 and not self.penalises and not self.logit_bias
+        return self.sight == 1 and not self.leading and not self.logit_bias
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The samplers that come first and move only logits of tokens that the text has."""
+        chain = self.chain
+        n = next((i for i, name in enumerate(chain) if name not in ("penalties", "dry")), len(chain))
+        return chain[:n]
 
     @property
     def sight(self) -> int | None:
-        """How many of the likeliest tokens decide the distribution; None: all of them."""
-        if self.greedy and self.typical_p >= 1:
+        """How many of the likeliest tokens decide the law once the `leading` samplers have run; None: all of them."""
+        rest = self.chain[len(self.leading) :]
+        if self.greedy and not {"typ_p", "xtc", "infill", "penalties", "dry"} & set(rest):  # no other drops the best
             return 1
-        return self.top_k if self.top_k > 0 else None
-
-    def distribution(self, logits: np.ndarray, ids: np.ndarray | None = None) -> Distribution:
-        """The distribution that the filters and the temperature make of one row of logits (float32, n).
-
-        `ids[i]` (ascending) is the token of logits[i]; without it i itself is.
-        """
-        if self.sight == 1:
-            best = int(np.argmax(logits))
-            return Distribution(np.array([best if ids is None else ids[best]]), np.ones(1))
-        if 0 < self.top_k < len(logits):
-            chosen = np.argpartition(logits, -self.top_k)[-self.top_k :]
-        else:
-            chosen = np.arange(len(logits))
-        # Likeliest first, ties by id, so that a filter's edge does not depend on the partition's order.
-        chosen = chosen[np.lexsort((chosen, -logits[chosen]))]
-        values = logits[chosen].astype(np.float64)
-        values -= values[0]
-        probs = np.exp(values)
-        if self.typical_p < 1:
-            typical = self._typical(values, probs)
-            chosen, values = chosen[typical], values[typical] - values[typical[0]]
-            probs = np.exp(values)
-        keep = len(probs)
-        if self.top_p < 1:
-            keep = int(np.searchsorted(np.cumsum(probs) / probs.sum(), max(self.top_p, 0.0))) + 1
-        if self.min_p > 0:
-            keep = min(keep, int(np.count_nonzero(probs >= self.min_p)))
-        keep = 1 if self.greedy else max(1, min(keep, len(probs)))
-        weights = np.exp(values[:keep] / self.temp) if keep > 1 else np.ones(1)
-        order = np.argsort(chosen[:keep])
-        kept = chosen[:keep][order]
-        return Distribution(kept if ids is None else ids[kept], weights[order] / weights.sum())
-
-    def _typical(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Places (ascending) of the tokens whose surprise is nearest to the expected one (arXiv 2202.00666)."""
-        surprise = np.log(weights.sum()) - values
-        probs = weights / weights.sum()
-        nearest = np.argsort(np.abs(surprise - (probs * surprise).sum()), kind="stable")
-        n = int(np.searchsorted(np.cumsum(probs[nearest]), max(self.typical_p, 0.0), side="right")) + 1
-        return np.sort(nearest[:n])
+        return self.top_k if rest[:1] == ("top_k",) else None
 
 
 GREEDY = Sampling(temp=0)
+
+
+def samplers_named(names: str) -> tuple[str, ...]:
+    """The value of --samplers: names with semicolons between, each in the forms that llama.cpp takes."""
+    known = {form: name for name in (*LETTERS, "adaptive_p") for form in (name, name.replace("_", "-"))}
+    known |= {name.replace("_", ""): name for name in known.values()} | _OTHER_NAMES
+    return tuple(known.get(name.strip().lower(), name) for name in names.split(";") if name.strip())
+
+
+def samplers_lettered(letters: str) -> tuple[str, ...]:
+    """The value of --sampler-seq: one letter each."""
+    known = {letter: name for name, letter in LETTERS.items()} | {"a": "adaptive_p"}
+    return tuple(known.get(letter, letter) for letter in letters)

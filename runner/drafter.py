@@ -13,12 +13,12 @@ import numpy as np
 from gguf_trim.companion import EmbeddingTable, Trimmed
 from gguf_trim.dynamic.rows import DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
-from llamabase.chain import Chain
 from llamabase.errors import EngineError
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import F16, Cache, Context, Model, physical_cores
 from llamabase.noise import Noise
+from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary, require_same
 
@@ -166,7 +166,7 @@ class ModelDrafter:
         if self.dynamic is not None:
             self.dynamic.follow(text)
         # Without the grammar, which only the target's p must obey; None where it would change nothing.
-        chain = None if sampling.plain else Chain(sampling, text)
+        chain = None if sampling.plain else Chain(sampling, text, noise=noise)
         for position in range(len(text), len(text) + self._context.n_ctx - len(seen)):
             logits, more, added = self._step(pending)
             if chain is None:

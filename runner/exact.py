@@ -34,12 +34,12 @@ import numpy as np
 from click.core import ParameterSource
 
 from corpus.prompts import load_prompts
-from llamabase.chain import Chain
 from llamabase.command import FILE, OneCommand
 from llamabase.errors import TrimError
 from llamabase.llama import Context
 from llamabase.noise import Noise
 from llamabase.progress import progress
+from llamabase.samplers import Chain
 from llamabase.sampling import GREEDY, Sampling
 
 from .bench.machine import machine
@@ -97,11 +97,9 @@ class Law:
         Greedily that is the row with bias and penalties. Otherwise the noise is added, times the temperature, so that
         differences are logits still.
         """
+        if self.sampling.sight == 1:
+            return chain.logits(logits).astype(np.float64)
         row = np.full(len(logits), -np.inf)
-        if self.sampling.greedy and self.sampling.typical_p >= 1:
-            values, ids = chain.logits(logits)
-            row[slice(None) if ids is None else ids] = values
-            return row
         law = chain.distribution(logits)
         gumbel = -np.log(Noise(self.seed).exponentials(position, law.ids))
         row[law.ids] = self.sampling.temp * (np.log(law.probs) + gumbel)
@@ -113,7 +111,7 @@ def begin(context: Context, prompt: Sequence[int], law: Law) -> Chain:
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
-    return Chain(law.sampling, prompt, context.model)
+    return Chain(law.sampling, prompt, context.model, Noise(law.seed))
 
 
 def plain_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from llamabase.command import FILE
 from llamabase.errors import FileFormatError, SettingError, TrimError
 from llamabase.grammar import schema_grammar
 from llamabase.llama import CACHE_TYPES, F16, Cache
-from llamabase.sampling import Sampling
+from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 
 from .auto import LONGEST
 from .drafter import AUTO, VOCABS
@@ -219,6 +219,48 @@ def _grammar(grammar: str | None, grammar_file: Path | None, schema: str | None,
     return grammar or (_read(grammar_file) if grammar_file is not None else "")
 
 
+# Flags, the field of Sampling that each sets, and what it does.
+SETTINGS = (
+    (("--temp", "--temperature"), "temp", "Temperature; 0 is greedy."),
+    (("--top-k",), "top_k", "0 switches it off."),
+    (("--typical", "--typical-p"), "typical_p", "Locally typical sampling; 1 switches it off."),
+    (("--top-p",), "top_p", "1 switches it off."),
+    (("--min-p",), "min_p", "0 switches it off."),
+    (("--top-n-sigma", "--top-nsigma"), "top_n_sigma", "-1 switches it off."),
+    (("--xtc-probability",), "xtc_probability", "How often XTC takes the likeliest tokens out; 0: never."),
+    (("--xtc-threshold",), "xtc_threshold", "The probability from which it takes them; above 0.5: none."),
+    (("--dynatemp-range",), "dynatemp_range", "By how much the temperature follows the entropy; 0: not."),
+    (("--dynatemp-exp",), "dynatemp_exponent", "How it follows."),
+    (("--repeat-penalty",), "repeat_penalty", "For tokens said before; 1 switches it off."),
+    (("--repeat-last-n",), "repeat_last_n", "Tokens the penalties look back at; 0: none, -1: all."),
+    (("--presence-penalty",), "presence_penalty", "Taken off once; 0 switches it off."),
+    (("--frequency-penalty",), "frequency_penalty", "Taken off each time; 0 switches it off."),
+    (("--dry-multiplier",), "dry_multiplier", "DRY, for tokens that go on with a repetition; 0 switches it off."),
+    (("--dry-base",), "dry_base", "By how much it grows with each token repeated."),
+    (("--dry-allowed-length",), "dry_allowed_length", "Tokens repeated that cost nothing."),
+    (("--dry-penalty-last-n",), "dry_penalty_last_n", "Tokens DRY looks back at; 0 switches it off."),
+    (("--mirostat",), "mirostat", "Refused: it cannot be drawn with shared noise."),
+    (("--adaptive-target",), "adaptive_target", "Refused likewise."),
+)
+
+
+def _setting(*flags: str, name: str, help: str) -> Callable[[Any], Any]:
+    default = getattr(Sampling(), name)
+    least = {"repeat_last_n": -1, "dry_penalty_last_n": 0}.get(name)
+    kind = type(default) if least is None else click.IntRange(least)
+    hidden = help.startswith("Refused")
+    return click.option(*flags, name, type=kind, default=default, show_default=True, help=help, hidden=hidden)
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
+
+
+def _breakers(given: Sequence[str]) -> tuple[str, ...]:
+    r"""Sequence breakers as llama.cpp reads them: \n, \t and \r are characters, and none forgets those before it."""
+    last = max((i for i, text in enumerate(given) if text == "none"), default=-1)
+    return tuple(re.sub(r"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), text) for text in given[last + 1 :])
+
+
 def sampling_options(command: Any) -> Any:
     """The samplers, the seed and the draft length; the command receives `sampling`, `seed` and `draft_max`."""
 
@@ -229,9 +271,20 @@ def sampling_options(command: Any) -> Any:
         json_schema: str | None,
         json_schema_file: Path | None,
         logit_bias: Sequence[str],
+        dry_sequence_breakers: Sequence[str],
+        samplers: str | None,
+        sampler_seq: str | None,
         **others: Any,
     ) -> Any:
-        values = {field.name: others.pop(field.name) for field in fields(Sampling) if field.name in others}
+        if samplers is not None and sampler_seq is not None:
+            raise click.UsageError("give --samplers or --sampler-seq, not both")
+        values = {name: others.pop(name) for _, name, _ in SETTINGS}
+        if samplers is not None:
+            values["samplers"] = samplers_named(samplers)
+        if sampler_seq is not None:
+            values["samplers"] = samplers_lettered(sampler_seq)
+        if dry_sequence_breakers:
+            values["dry_sequence_breakers"] = _breakers(dry_sequence_breakers)
         chosen = _grammar(grammar, grammar_file, json_schema, json_schema_file)
         try:
             sampling = Sampling(**values, logit_bias=_logit_bias(logit_bias), grammar=chosen)
@@ -239,28 +292,25 @@ def sampling_options(command: Any) -> Any:
             raise click.UsageError(str(error)) from error
         return command(sampling=sampling, **others)
 
-    default = Sampling()
-
-    def setting(flag: str, name: str, text: str, kind: Any = float) -> Callable[..., Any]:
-        return click.option(flag, name, type=kind, default=getattr(default, name), show_default=True, help=text)
-
     return _stack(
         with_sampling,
         [
-            setting("--temp", "temp", "Temperature; 0 is greedy."),
-            setting("--top-k", "top_k", "0 switches it off.", int),
-            setting("--typical", "typical_p", "Locally typical sampling; 1 switches it off."),
-            setting("--top-p", "top_p", "1 switches it off."),
-            setting("--min-p", "min_p", "0 switches it off."),
-            setting("--repeat-penalty", "repeat_penalty", "For tokens said before; 1 switches it off."),
-            setting(
-                "--repeat-last-n",
-                "repeat_last_n",
-                "Tokens the penalties look back at; 0: none, -1: all.",
-                click.IntRange(-1),
+            *(_setting(*flags, name=name, help=text) for flags, name, text in SETTINGS),
+            click.option(
+                "--dry-sequence-breaker",
+                "dry_sequence_breakers",
+                multiple=True,
+                metavar="STRING",
+                help="Where a repetition ends, instead of those known; can be repeated; none: nowhere.",
             ),
-            setting("--presence-penalty", "presence_penalty", "Taken off once; 0 switches it off."),
-            setting("--frequency-penalty", "frequency_penalty", "Taken off each time; 0 switches it off."),
+            click.option("--samplers", metavar="A;B;...", help="Which samplers, in this order: top_k;temp, say."),
+            click.option(
+                "--sampler-seq",
+                "--sampling-seq",
+                "sampler_seq",
+                metavar="LETTERS",
+                help=f"The same in letters.  [default: {''.join(LETTERS[name] for name in DEFAULT)}]",
+            ),
             click.option(
                 "-l",
                 "--logit-bias",

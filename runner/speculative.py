@@ -12,9 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from llamabase.chain import Chain
 from llamabase.errors import EngineError
 from llamabase.noise import Noise
+from llamabase.samplers import Chain
 from llamabase.sampling import Distribution, Sampling
 
 from .acceptance import accept
@@ -67,7 +67,7 @@ def generate(
             f"model was trained on {target.context.model.n_ctx_train}), shorten it, or /reset"
         )
     left = min(max_tokens, n_ctx - len(text) + 1)
-    chain = Chain(sampling, text, target.context.model)
+    chain = Chain(sampling, text, target.context.model, noise)
     # Where an interruption cut the settling of the last answer short.
     target.settle()
     drafter.settle()

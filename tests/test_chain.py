@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -15,13 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamabase import chain as chain_module
-from llamabase.chain import Chain
+from llamabase import samplers as samplers_module
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.grammar import Grammar, schema_grammar
-from llamabase.llama import Model
+from llamabase.llama import Model, Tokens
 from llamabase.noise import Noise
-from llamabase.sampling import Distribution, Sampling
+from llamabase.samplers import Chain, likeliest
+from llamabase.sampling import DEFAULT, LETTERS, Distribution, Sampling
 
 from .chains import llama_cpp_chain
 
@@ -56,7 +57,23 @@ samplings = st.builds(
     presence_penalty=st.sampled_from([-0.5, 0.0, 1.5]),
     frequency_penalty=st.sampled_from([-0.5, 0.0, 1.5]),
     logit_bias=st.dictionaries(st.integers(0, 9), st.sampled_from([-np.inf, -2.5, 3.0]), max_size=4),
+    top_n_sigma=st.sampled_from([-1.0, 0.5, 2.0]),
+    xtc_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    xtc_threshold=st.sampled_from([0.02, 0.1, 0.6]),
+    dynatemp_range=st.sampled_from([0.0, 0.0, 0.5]),
+    dynatemp_exponent=st.sampled_from([1.0, 2.0]),
+    dry_multiplier=st.sampled_from([0.0, 0.8, -0.5]),
+    dry_base=st.sampled_from([0.5, 1.75]),
+    dry_allowed_length=st.sampled_from([0, 2]),
+    dry_penalty_last_n=st.sampled_from([0, 5, 64]),
+    min_keep=st.sampled_from([0, 0, 3]),
+    samplers=st.one_of(
+        st.just(DEFAULT),
+        st.permutations(DEFAULT).map(tuple),
+        st.lists(st.sampled_from(DEFAULT), max_size=5).map(tuple),
+    ),
 )
+NOISE = Noise(5)
 
 
 def row(seed: int, n: int) -> np.ndarray:
@@ -67,31 +84,32 @@ def row(seed: int, n: int) -> np.ndarray:
 @given(
     samplings, st.integers(0, 10**6), st.integers(10, 50), st.lists(st.integers(0, 9), max_size=9), st.integers(0, 9)
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_chain_agrees_with_llama_cpps_own(sampling: Sampling, seed: int, n: int, tokens: list[int], split: int) -> None:
     """Whether the tokens before were there from the beginning or were accepted one by one."""
     logits = row(seed, n)
     before = logits.copy()
-    chain = Chain(sampling, tokens[:split])
+    chain = Chain(sampling, tokens[:split], noise=NOISE)
     for token in tokens[split:]:
         chain.accept(token)
-    same(chain.distribution(logits), llama_cpp_chain(sampling, logits, tokens))
+    same(chain.distribution(logits), llama_cpp_chain(sampling, logits, tokens, noise=NOISE))
     assert (logits == before).all()  # a view of llama.cpp's own memory
 
 
 @given(samplings, st.integers(0, 10**6), st.lists(st.integers(0, 9), max_size=9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_rows_of_a_trimmed_head_are_biased_and_penalised_by_their_ids(
     sampling: Sampling, seed: int, tokens: list[int]
 ) -> None:
-    """What a head lacks is as if it were banned."""
-    logits = row(seed, 30)
+    """What a head lacks is as if it were banned, but that the dynamic temperature counts how many tokens there are."""
+    logits, sampling = row(seed, 30), replace(sampling, dynatemp_range=0.0)
     ids = np.flatnonzero(np.random.default_rng(seed).random(30) < 0.7)
     if not any(sampling.logit_bias.get(i) != -np.inf for i in ids.tolist()):
         return
     masked = np.full(30, -np.inf, np.float32)
     masked[ids] = logits[ids]
-    same(Chain(sampling, tokens).distribution(logits[ids], ids), llama_cpp_chain(sampling, masked, tokens))
+    found = Chain(sampling, tokens, noise=NOISE).distribution(logits[ids], ids)
+    same(found, llama_cpp_chain(sampling, masked, tokens, noise=NOISE))
 
 
 @given(samplings, st.sampled_from(GRAMMARS), st.integers(0, 10**6), st.integers(0, 5))
@@ -104,28 +122,58 @@ def test_grammar_agrees_with_masking_everything(
     sampling = Sampling(**{**vars(sampling), "grammar": grammar})
     rng, noise = np.random.default_rng(seed), Noise(seed)
     prompt = rng.integers(0, 10, 5).tolist()
-    chain, answer = Chain(sampling, prompt, model), []
+    chain, answer = Chain(sampling, prompt, model, noise), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain_module, "STEPS", (8, 40))
+        patch.setattr(samplers_module, "STEPS", (1, 8, 40))
         for step in range(length + 1):
             logits = row(seed + step, model.n_vocab)
             logits[65:] += 4 * rng.integers(0, 2)  # now and then the likeliest are allowed
             found = chain.distribution(logits)
-            same(found, llama_cpp_chain(sampling, logits, prompt, answer, model))
+            same(found, llama_cpp_chain(sampling, logits, prompt, answer, model, noise))
             answer.append(found.draw(noise, step))
             chain.accept(answer[-1])
 
 
 def test_the_grammar_is_asked_about_few_tokens_where_few_decide(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    honest = Grammar.allows
-    monkeypatch.setattr(Grammar, "allows", lambda self, ids: asked.append(len(ids)) or honest(self, ids))
+    asked, honest = [], Tokens.apply
     logits = row(0, model.n_vocab)
     logits[64] = 99
-    for top_k, temp, expected in ((40, 0.0, [64]), (1, 1.0, [64]), (40, 1.0, [64, 600]), (0, 1.0, [600])):
+    for top_k, temp, expected in ((40, 0.0, [1]), (1, 1.0, [1]), (40, 1.0, [64, 600]), (0, 1.0, [600])):
         asked.clear()
-        Chain(Sampling(temp, top_k, grammar="root ::= [a-z]+"), [], model).distribution(logits)
-        assert asked == expected
+        chain = Chain(Sampling(temp, top_k, grammar="root ::= [a-z]+"), [], model)
+
+        def apply(self: Tokens, sampler: object, chain: Chain = chain) -> None:
+            if sampler is chain._grammar.handle:
+                asked.append(len(self.left))
+            honest(self, sampler)
+
+        monkeypatch.setattr(Tokens, "apply", apply)
+        chain.distribution(logits)
+        assert len(asked) == len(expected)
+        assert all(n <= found <= 1.5 * n for found, n in zip(asked, expected, strict=True))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 300), st.booleans())
+@settings(deadline=None)
+def test_the_likeliest_are_all_there(seed: int, n: int, m: int, ties: bool) -> None:
+    """No score that is left out is greater than one that is not, and of m that are looked for none is missing."""
+    scores = row(seed, n).round(0 if ties else 6)
+    places = likeliest(scores, m)
+    assert (np.diff(places) > 0).all()
+    assert len(places) >= min(m, n)
+    assert np.delete(scores, places).max(initial=-np.inf) <= scores[places].min()
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_every_sampler_makes_another_law(model: Model, name: str) -> None:
+    busy = Sampling(
+        0.7, 20, 0.9, 0.1, 0.8, 1.3, top_n_sigma=0.5, xtc_probability=1.0, xtc_threshold=0.02, dry_multiplier=3.0
+    )
+    text, logits = [3, 4, 5, 3, 4], row(0, model.n_vocab)
+    logits[5] = logits.max() + 1
+    one = Chain(replace(busy, samplers=(name,)), text, model, NOISE).distribution(logits)
+    none = Chain(replace(busy, samplers=()), text, model, NOISE).distribution(logits)
+    assert len(one.ids) != len(none.ids) or not np.allclose(one.probs, none.probs)
 
 
 def test_ties_are_decided_as_without_a_grammar(model: Model) -> None:

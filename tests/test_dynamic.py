@@ -26,6 +26,7 @@ from llamabase.ggml import Backend, Product, Table, aligned, dequantizer, quanti
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
 from llamabase.noise import Noise
+from llamabase.samplers import Chain
 from llamabase.sampling import Distribution, Sampling
 from llamabase.vocabulary import Vocabulary
 from runner.drafter import ModelDrafter, Proposal, open_drafter
@@ -285,7 +286,7 @@ def test_greedy_drafts_are_those_of_the_whole_row(toys: dict[str, Path], spec: P
 
     def compared(self: ModelDrafter, *step: np.ndarray) -> Proposal:
         row, ids = self._merged(*step)
-        (token,) = GREEDY.distribution(row, ids).ids
+        (token,) = Chain(GREEDY, ()).distribution(row, ids).ids
         found = honest(self, *step)
         of_added.append(token in step[1])
         assert found.token == token

@@ -43,6 +43,37 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert found == Sampling(0.8, 40, 0.95, 0.05, 0.9, 1.1, -1, 0.5, -0.25, bias, 'root ::= "a"')
 
 
+def test_the_samplers_of_llama_cpp_by_its_flags() -> None:
+    found = parsed(
+        *("--top-nsigma", "1.5", "--xtc-probability", "0.5", "--xtc-threshold", "0.2", "--dynatemp-range", "0.4"),
+        *("--dynatemp-exp", "2", "--dry-multiplier", "0.8", "--dry-base", "1.5", "--dry-allowed-length", "3"),
+        *("--dry-penalty-last-n", "32", "--temperature", "0.5", "--typical-p", "0.9", "--mirostat", "0"),
+    )
+    assert found == Sampling(
+        0.5,
+        typical_p=0.9,
+        top_n_sigma=1.5,
+        xtc_probability=0.5,
+        xtc_threshold=0.2,
+        dynatemp_range=0.4,
+        dynatemp_exponent=2.0,
+        dry_multiplier=0.8,
+        dry_base=1.5,
+        dry_allowed_length=3,
+        dry_penalty_last_n=32,
+    )
+    breakers = ["--dry-sequence-breaker", r"\n\n", "--dry-sequence-breaker", "é"]
+    assert parsed(*breakers).dry_sequence_breakers == ("\n\n", "é")
+    assert parsed(*breakers, "--dry-sequence-breaker", "none").dry_sequence_breakers == ()
+
+
+def test_the_order_of_samplers_by_names_and_letters() -> None:
+    assert parsed("--samplers", "top-k;TYP;minp;Temp").samplers == ("top_k", "typ_p", "min_p", "temperature")
+    assert parsed("--samplers", "").samplers == ()
+    assert parsed("--sampler-seq", "kmt").samplers == ("top_k", "min_p", "temperature")
+    assert parsed("--sampling-seq", "edskypmxt").samplers == Sampling().samplers
+
+
 def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
     (tmp_path / "g.gbnf").write_text('root ::= "é"', encoding="utf-8")
     (tmp_path / "s.json").write_text('{"type": "boolean"}')
@@ -68,6 +99,14 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["-l", "5+one"], 2, "is not TOKEN_ID"),
         (["-l", "5+inf"], 2, "or -inf to ban"),
         (["-l", "5+nan"], 2, "or -inf to ban"),
+        (["--mirostat", "2"], 2, "mirostat=2 is not to be had: Mirostat follows what it has drawn itself"),
+        (["--adaptive-target", "0.5"], 2, "adaptive_p is not to be had"),
+        (["--samplers", "top_k;adaptive-p"], 2, "adaptive_p is not to be had"),
+        (["--samplers", "top_k;topp;heat"], 2, "heat: is no sampler; there are penalties, dry"),
+        (["--sampler-seq", "kz"], 2, "z: is no sampler"),
+        (["--samplers", "top_k", "--sampler-seq", "k"], 2, "give --samplers or --sampler-seq, not both"),
+        (["--dry-penalty-last-n", "-1"], 2, "-1"),
+        (["--dry-multiplier", "1", "--dry-allowed-length", "9" * 20, "-n", "1"], 0, "1 token,"),
         (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
         (["-j", "{"], 2, "the JSON schema is not JSON"),
         (["-j", '{"type": "circle"}'], 2, "has no grammar"),

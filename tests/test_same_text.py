@@ -10,6 +10,7 @@ import pytest
 
 from llamabase.llama import Model
 from llamabase.noise import Noise
+from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 from runner import speculative
 from runner.drafter import ModelDrafter, NoDrafter
@@ -33,6 +34,13 @@ SAMPLINGS = {
         logit_bias={32: 2.0},
     ),
     "grammar": Sampling(temp=1.5, top_k=8, grammar="root ::= ([a-z]+ [ ,.] [0-9])+"),
+    "XTC and dynamic temperature": Sampling(
+        temp=1.0, dynatemp_range=0.8, dynatemp_exponent=1.5, xtc_probability=0.5, xtc_threshold=0.05, top_n_sigma=3.0
+    ),
+    "DRY": Sampling(temp=0.7, dry_multiplier=1.5, dry_allowed_length=1, dry_penalty_last_n=32),
+    "another order": Sampling(
+        1.2, 30, repeat_penalty=1.2, samplers=("temperature", "min_p", "top_k", "penalties", "infill")
+    ),
 }
 DRAFTERS = ("target", "good-trimmed", "wrong", "wrong-trimmed", "tiny-trimmed", "spec-trimmed")
 SEEDS = (3, 4)
@@ -178,10 +186,10 @@ def tell_the_chain_of_none(logits, chain, drafts, i):
 
 def forget_the_grammar_on_the_bonus_token(logits, chain, drafts, i):
     p = P_AT(logits, chain, drafts, i)
-    return replace(chain._sampling, grammar="").distribution(logits[i]) if i == len(drafts) else p
+    return Chain(replace(chain._sampling, grammar=""), ()).distribution(logits[i]) if i == len(drafts) else p
 
 
-P_AT, EXPONENTIALS = speculative._p_at, Noise.exponentials
+P_AT, EXPONENTIALS, UNIFORM = speculative._p_at, Noise.exponentials, Noise.uniform
 ACCEPT = (accept_all, draw_anew, draw_with_the_first_rows)
 STATE = (tell_the_chain_of_every_draft, tell_the_chain_of_none)
 
@@ -203,6 +211,8 @@ class HalfRight(NoDrafter):
         *((fault, "all ids") for fault in (*ACCEPT, mix_rows_up)),
         *((fault, kind) for fault in STATE for kind in ("penalties", "grammar")),
         (forget_the_grammar_on_the_bonus_token, "grammar"),
+        *((fault, "DRY") for fault in STATE),
+        (tell_the_chain_of_none, "XTC and dynamic temperature"),  # whose coin is the position's
     ],
 )
 def test_a_fault_of_the_loop_changes_the_text(engines, plain, fault, kind: str, monkeypatch) -> None:
@@ -225,6 +235,14 @@ LAWS = {
         repeat_last_n=3, logit_bias={32: 2.0},
     ),
     "grammar": Sampling(temp=3.0, top_k=3, top_p=1, min_p=0, grammar="root ::= [a-e] [0-9] [a-c] [f-z]*"),
+    "XTC": Sampling(temp=3.0, top_k=4, top_p=1, min_p=0, xtc_probability=0.4, xtc_threshold=0.1),
+    "DRY": Sampling(temp=3.0, top_k=3, top_p=1, min_p=0, dry_multiplier=2.0, dry_allowed_length=1),
+    "filters": Sampling(
+        temp=2.0, top_k=6, typical_p=0.9, top_p=0.9, min_p=0.05, top_n_sigma=2.5, dynatemp_range=1.5, min_keep=2
+    ),
+    "another order": Sampling(
+        temp=2.5, top_k=3, repeat_penalty=0.7, samplers=("temperature", "top_k", "penalties", "infill")
+    ),
 }  # fmt: skip
 LENGTH = 3
 
@@ -237,8 +255,11 @@ def wanted_law(engine: Engine, sampling: Sampling) -> dict[tuple[int, ...], floa
         for said, mass in law.items():
             engine.reader.keep([], 0)
             logits = engine.reader.read([*prompt, *said], 1)[0].copy()
-            for token, chance in llama_cpp_chain(sampling, logits, prompt, said, engine.model).items():
-                longer[(*said, token)] = mass * chance
+            # Whether XTC acts is a coin of its own at every position.
+            for acts, share in ((1.0, sampling.xtc_probability), (0.0, 1 - sampling.xtc_probability)):
+                one = replace(sampling, xtc_probability=acts)
+                for token, chance in llama_cpp_chain(one, logits, prompt, said, engine.model).items():
+                    longer[(*said, token)] = longer.get((*said, token), 0.0) + mass * chance * share
         law = longer
     return law
 
@@ -252,6 +273,7 @@ def law_error(engine: Engine, sampling: Sampling, n: int = 800, **settings: obje
         if found not in counts:
             return float("inf")
         counts[found] += 1
+    wanted = {key: mass for key, mass in wanted.items() if mass}
     cells = np.array([(counts[key], n * mass) for key, mass in wanted.items()])
     rare = cells[:, 1] < 5
     cells = np.append(cells[~rare], [cells[rare].sum(axis=0)] if rare.any() else np.empty((0, 2)), axis=0)
@@ -282,12 +304,17 @@ def draw_the_same_at_every_position(self, position, ids):
     return EXPONENTIALS(self, 0, ids)
 
 
+def toss_one_coin(self, position):
+    return UNIFORM(self, 0)
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "name"),
     [
         *((fault, "bias", "likely") for fault in (accept_all, draw_anew, mix_rows_up)),
         *((fault, "bias", "target") for fault in (draw_with_the_first_rows, draw_the_same_at_every_position)),
         *((fault, "penalties", "likely") for fault in STATE),
+        (toss_one_coin, "XTC", "likely"),
     ],
 )
 def test_the_law_fails_with_a_fault(engines, fault, kind: str, name: str, monkeypatch) -> None:
@@ -295,6 +322,8 @@ def test_the_law_fails_with_a_fault(engines, fault, kind: str, name: str, monkey
     drafter = Likely(engine, sampling) if name == "likely" else None
     if fault is draw_the_same_at_every_position:
         monkeypatch.setattr(Noise, "exponentials", fault)
+    elif fault is toss_one_coin:
+        monkeypatch.setattr(Noise, "uniform", fault)
     else:
         monkeypatch.setattr(speculative, "accept" if fault in ACCEPT else "_p_at", fault)
     assert law_error(engine, sampling, drafter=drafter) > 10

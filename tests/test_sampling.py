@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamabase.noise import Noise
+from llamabase.samplers import Chain
 from llamabase.sampling import Distribution, Sampling
 from runner.acceptance import accept
 
@@ -46,7 +47,7 @@ def test_greedy_draws_nothing() -> None:
     """Accepted iff the draft is the argmax, replaced by the argmax; noise is not even asked for."""
     rows = np.eye(V)[[3, 1, 4]]
     for drafts, expected in (([0, 1], (0, 3)), ([3, 0], (1, 1)), ([3, 1], (2, 4))):
-        assert accept(lambda i: Sampling(temp=0).distribution(rows[i]), drafts, None, 0) == expected  # type: ignore[arg-type]
+        assert accept(lambda i: Chain(Sampling(temp=0), ()).distribution(rows[i]), drafts, None, 0) == expected  # type: ignore[arg-type]
 
 
 logits_rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=60).map(lambda x: np.array(x, np.float32))
@@ -61,7 +62,7 @@ settings_of = st.builds(
 
 @given(logits_rows, settings_of)
 def test_distribution_is_one_and_keeps_the_best(logits: np.ndarray, chosen: Sampling) -> None:
-    found = chosen.distribution(logits)
+    found = Chain(chosen, ()).distribution(logits)
     assert abs(found.probs.sum() - 1) < 1e-9
     assert (found.probs >= 0).all()
     assert (np.diff(found.ids) > 0).all()
@@ -71,7 +72,7 @@ def test_distribution_is_one_and_keeps_the_best(logits: np.ndarray, chosen: Samp
 @given(logits_rows, settings_of)
 def test_remapped_rows_are_the_same_distribution(logits: np.ndarray, chosen: Sampling) -> None:
     ids = np.arange(len(logits)) * 7 + 3
-    plain, mapped = chosen.distribution(logits), chosen.distribution(logits, ids)
+    plain, mapped = Chain(chosen, ()).distribution(logits), Chain(chosen, ()).distribution(logits, ids)
     assert (mapped.ids == ids[plain.ids]).all()
     assert (mapped.probs == plain.probs).all()
 
@@ -82,6 +83,6 @@ def test_filters_agree_with_llama_cpps_own_chain(logits: np.ndarray, top_k: int,
     """The same logits through llama.cpp's samplers leave the same tokens with the same probabilities."""
     logits = np.unique(logits)  # equal logits at a filter's edge have no right answer
     sampling = Sampling(0.7, top_k, top_p, min_p)
-    expected, found = llama_cpp_chain(sampling, logits), sampling.distribution(logits)
+    expected, found = llama_cpp_chain(sampling, logits), Chain(sampling, ()).distribution(logits)
     assert found.ids.tolist() == sorted(expected)
     assert found.probs == pytest.approx([expected[i] for i in found.ids.tolist()], abs=1e-5)

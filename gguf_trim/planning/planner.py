@@ -17,6 +17,7 @@ import numpy as np
 from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from llamabase.gguf_file import GGUFFile
+from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary
 
@@ -101,15 +102,16 @@ def sampled_acceptance(
     p and q are what the samplers make of both models' logits, q_k over the first k rows of the order; see
     `Distribution.agreement`.
     """
+    chain = Chain(sampling, ())
     wanted = {
-        (answer.id, i): sampling.distribution(logits)
+        (answer.id, i): chain.distribution(logits)
         for answer, i, logits, _ in teacher_force(target, answers, n_threads, advance)
     }
     sums = dict.fromkeys(sizes, 0.0)
     kept = {k: np.sort(order[:k]) for k in sizes}
     for answer, i, logits, _ in teacher_force(drafter, answers, n_threads, advance):
         for k, ids in kept.items():
-            sums[k] += wanted[answer.id, i].agreement(sampling.distribution(logits[ids], ids))
+            sums[k] += wanted[answer.id, i].agreement(chain.distribution(logits[ids], ids))
     return {k: total / len(wanted) for k, total in sums.items()}
 
 

@@ -1,4 +1,7 @@
-"""python -m gguf_trim: trim, verify, speculator, inspect, models, prepare, plan. Data on stdout, the rest on stderr."""
+"""python -m gguf_trim, or gguf-trim: trim, verify, speculator, inspect, models, prepare, plan, and corpus's commands.
+
+Data on stdout, the rest on stderr.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 
 import click
 
+from corpus.__main__ import main as counting_commands
 from llamabase.command import FILE, Commands
 from llamabase.errors import TrimError
 from llamabase.files import cache_folder
@@ -221,6 +225,8 @@ def prepare_command(
 
 
 main.add_command(plan_command)
+for counting in counting_commands.commands.values():
+    main.add_command(counting)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ They are imported when they are first asked for, so that `import runner` loads n
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llamabase.interrupt import run
 
 if TYPE_CHECKING:
     from llamabase.llama import Cache as Cache
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from .lm import SpeculativeLM as SpeculativeLM
 
 _MODULES = {"SpeculativeLM": "lm", "Cache": "lm", "Record": "engine", "TrimmedDraft": "draft_model"}
+
+
+def command() -> NoReturn:
+    """The console script gguf-run."""
+    run("runner.__main__", "gguf-run")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,32 @@
+"""python -m runner, or gguf-run: chat, bench, exact."""
+
+from __future__ import annotations
+
+from llamabase.interrupt import leave_to_the_system
+
+if __name__ == "__main__":
+    leave_to_the_system()  # until the command begins; the imports take a while
+
+import sys
+
+import click
+
+from llamabase.command import Commands
+
+from .bench.__main__ import main as bench
+from .chat import main as chat
+from .exact import main as exact
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Run a target with a trimmed drafter ahead of it; the text is exactly the target's."""
+
+
+main.add_command(chat, "chat")
+main.add_command(bench, "bench")
+main.add_command(exact, "exact")
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="python -m runner"))

@@ -1,4 +1,4 @@
-"""README stays true: its commands run, its make targets exist, its figures stand in a record under docs/results/."""
+"""README and its pages stay true: commands run, make targets exist, figures stand in a record under docs/results/."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from runner.bench.figures import ALL, figures
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line.strip().partition("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+MEASURED = (ROOT / "docs" / "measured.md").read_text("utf-8")
+PAGES = dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))  # as README links to them: a reader's order
+TEXT = "\n".join([README, *((ROOT / page).read_text("utf-8") for page in PAGES)])
+LINES = [line.strip().partition("  #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
+COMMANDS = list(dict.fromkeys(LINES))
 PYTHON = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
 
@@ -43,7 +47,7 @@ def slow(line: str) -> bool:
     [pytest.param(line, marks=pytest.mark.slow) if slow(line) else line for line in PYTHON if "--model" not in line],
 )
 def test_command_runs(line: str, folder: Path) -> None:
-    """In README's order, each using what the ones before have made; a chat gets its prompt through a pipe."""
+    """In a reader's order, each using what the ones before have made; a chat gets its prompt through a pipe."""
     if "runner.chat" in line:
         line += " -n 8" if "--target" in line else " --target target.gguf -n 8"  # the default pair is 1.6 GB
     if "gguf_trim speculator" in line:
@@ -60,12 +64,17 @@ def test_make_knows_it(line: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def record_path(name: str) -> Path:
+    """The newest record of a name."""
+    return sorted((ROOT / "docs" / "results").glob(f"*-{name}.json"))[-1]
+
+
 def record(name: str) -> dict:
-    found = sorted((ROOT / "docs" / "results").glob(f"*-{name}.json"))
-    return json.loads(found[-1].read_text("utf-8"))
+    return json.loads(record_path(name).read_text("utf-8"))
 
 
 REGIMES = ("f16", "shipped")
+RECORDS = (*REGIMES, "exact", "exact-sampled", "bench", "never", "steps", "steps-same-type")  # docs/measured.md's
 
 
 def batch_of_three(bench: dict) -> float:
@@ -99,20 +108,30 @@ def mode_row(f: dict) -> str:
     )
 
 
+def test_readme_has_the_figures_of_both_regimes() -> None:
+    for name in REGIMES:
+        assert regime_row(record(name)) in README, name
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_measured_links_to_the_newest_record(name: str) -> None:
+    assert f"\n[{name}]: results/{record_path(name).name}\n" in MEASURED
+
+
 def test_figures_are_those_of_the_records() -> None:
+    """docs/measured.md against its records."""
     exact, sampled, bench, never = (record(name) for name in ("exact", "exact-sampled", "bench", "never"))
     steps, same_type = record("steps"), record("steps-same-type")
     speed = {mode: f["speedup_over_plain"] for mode, f in figures(never)[ALL].items()}
     wanted = [
-        f"{exact['tokens']:,}",
+        f"greedy exactness, {len(exact['prompts'])} prompts, {exact['tokens']:,} tokens",
         f"temperature {sampled['sampling']['temp']}, {len(sampled['prompts'])} prompts, {sampled['tokens']:,} tokens",
-        f"{exact['greatest_gap']:.2f}",
-        f"{exact['noise']:.2f}",
+        f"greatest gap {exact['greatest_gap']:.2f} logits; noise of batch shape alone {exact['noise']:.2f}",
         f"{exact['parted']} of {len(exact['prompts'])}",
         f"{bench['peers']['rows'][0]['ratio']} of `llama-bench`",
         "| {overall:.2f} of plain in all, {least:.2f} at the least |".format(**speed["auto"]),
         "| {overall:.2f} in all, {least:.2f} at the least |".format(**speed["again"]),
-        record("shipped")["machine"]["date"],
+        "{date}, llama-cpp-python {llama_cpp_python}".format(**record("shipped")["machine"]),
         f"verifying four tokens takes {steps['median_ratios']['verify 4']:.2f} times",
     ]
     for name in ("trim", "context", "spec"):
@@ -121,11 +140,9 @@ def test_figures_are_those_of_the_records() -> None:
             f"{same_type['median_ratios'][name]:.3f} |"
         )
     for name in REGIMES:
-        wanted.append(regime_row(record(name)))
-    for name in REGIMES:
         wanted += [mode_row(f) for mode, f in figures(record(name))[ALL].items() if mode != "plain"]
     for figure in wanted:
-        assert figure in README, figure
+        assert figure in MEASURED, figure
     for checked in (exact, sampled):
         assert checked["replay_faults"] == checked["beyond_noise"] == 0
 
@@ -145,9 +162,13 @@ def test_docs_say_what_the_shapes_were_timed_at() -> None:
             assert line in text, (path.name, way, line)
 
 
-def test_every_file_it_names_is_there() -> None:
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_file_it_links_to_is_there(page: str) -> None:
+    """And README links to every page."""
+    path = ROOT / page
+    for link in re.findall(r"(?:\]\(|^\[[^]]+\]: )([^)\s]+)", path.read_text("utf-8"), re.MULTILINE):
+        assert "://" in link or (path.parent / link.partition("#")[0]).exists(), link
+    assert page == "README.md" or page in PAGES, f"README does not link to {page}"
 
 
 def test_docs_say_what_the_plan_found() -> None:

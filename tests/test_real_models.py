@@ -73,7 +73,7 @@ def test_steps_on_smollm2(own_drafter: list[str], smollm2: Path) -> None:
 
 @pytest.mark.slow
 def test_draft_step_and_host_share_of_the_default_pair() -> None:
-    """README gives the measured figures; the bounds here leave room for a noisy machine.
+    """docs/measured.md gives the measured figures; the bounds here leave room for a noisy machine.
 
     Python: at most 3 % of a round with the kept rows alone; the speculator's rows are touched for the first time.
     """

@@ -207,9 +207,11 @@ class Context(Owner):
         n_outputs: int = 32,
         n_sequences: int = 1,
         cache: Cache = F16,
+        other: Context | None = None,
     ) -> None:
         self._ctx = None
         self._batches: list[Any] = []
+        self.recorders: list[Any] = []  # of what the layers are given, see `states.LayerInputs`
         self.model = model
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -222,6 +224,8 @@ class Context(Owner):
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()
         params.swa_full = True  # a sliding window that forgets cannot be rewound
         params.no_perf = True
+        if other is not None:  # the context that this one hangs on, which must outlive it
+            params.ctx_other = other.handle
         LAST_ERRORS.clear()
         with interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
@@ -284,6 +288,8 @@ class Context(Owner):
                 raise EngineError(f"{self.model.path}: was cancelled while it read {n} tokens")
             batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
             self._decode(batch)
+            for recorder in self.recorders:
+                recorder.take(self.n_past, end - start)
             self.n_past += end - start
         if not outputs:
             llama_cpp.llama_synchronize(handle)
@@ -291,11 +297,11 @@ class Context(Owner):
             return np.empty((0, self.model.n_vocab), np.float32)
         pointer = llama_cpp.llama_get_logits(handle)  # waits for the computation
         self.seconds += time.perf_counter() - started
-        return _floats(pointer, outputs, self.model.n_vocab)
+        return floats(pointer, outputs, self.model.n_vocab)
 
     def hidden_states(self, n: int) -> np.ndarray:
         """The final hidden states (float32, n x n_embd) of the last decode, a view valid until the next one."""
-        return _floats(llama_cpp.llama_get_embeddings(self.handle), n, self.model.n_embd)
+        return floats(llama_cpp.llama_get_embeddings(self.handle), n, self.model.n_embd)
 
     def _decode(self, batch: _Batch) -> None:
         LAST_ERRORS.clear()
@@ -325,8 +331,12 @@ class Context(Owner):
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def count(self) -> int:
-        """Tokens the cache really holds, asked of llama.cpp; also after a call that was interrupted."""
-        self.n_past = llama_cpp.llama_memory_seq_pos_max(self._memory, 0) + 1
+        """Tokens the cache really holds, asked of llama.cpp; also after a call that was interrupted.
+
+        Of what the recorders missed, none: where `take` was not reached, the tokens are to be read again.
+        """
+        held = llama_cpp.llama_memory_seq_pos_max(self._memory, 0) + 1
+        self.n_past = min([held, *(recorder.n for recorder in self.recorders)])
         return self.n_past
 
     def truncate(self, n: int) -> None:
@@ -346,7 +356,7 @@ class Context(Owner):
                 batch.free()
 
 
-def _floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
+def floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
     """A view of llama.cpp's memory: as `np.ctypeslib.as_array` gives, in a fraction of its time."""
     memory: Any = (ctypes.c_float * (n_rows * n_columns)).from_address(ctypes.addressof(pointer.contents))
     return np.ndarray((n_rows, n_columns), np.float32, memory)

@@ -22,10 +22,10 @@ from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary, require_same
 
+from .reading import OwnReading, Reading
+
 AUTO = "auto"
 VOCABS = (AUTO, "trim", "context", "spec")
-AHEAD, FIRST = 16, 4  # tokens of a small context kept free for drafts, and those of a text that are always read
-PIECE = 512  # tokens of two texts that are compared at a time
 HIDDEN_ROWS = 8  # tokens that are read in one batch with the one whose hidden state is wanted
 _NO_IDS, _NO_LOGITS = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -91,98 +91,44 @@ class NoDrafter:
         pass
 
 
-class Reader:
-    """A context together with the text its cache holds; reads on from the longest common beginning.
-
-    `feed` turns ids into what the context is given: the ids themselves, or embeddings for a trimmed drafter.
-    """
-
-    def __init__(self, context: Context, feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = lambda x: x):
-        self.context = context
-        self._feed = feed
-        self.held: list[int] = []
-
-    def keep(self, text: Sequence[int], at_most: int) -> None:
-        """Rewind to the longest beginning that the cache shares with `text`, at most `at_most` tokens."""
-        n = self.shared(text, at_most)
-        # In this order, an interruption in between leaves a record that claims too little, which `settle` mends.
-        del self.held[n:]
-        if n < self.context.n_past:
-            self.context.truncate(n)
-
-    def shared(self, text: Sequence[int], at_most: int) -> int:
-        """Tokens, at most `at_most`, of the longest beginning that the cache shares with `text`."""
-        n = min(len(self.held), len(text), at_most)
-        # By pieces, since what differs mostly lies at the end: a loop over tokens takes ten times as long.
-        for start in range(0, n, PIECE):
-            end = min(start + PIECE, n)
-            if self.held[start:end] != text[start:end]:
-                return next(i for i in range(start, end) if self.held[i] != text[i])
-        return n
-
-    def read(self, tokens: Sequence[int], outputs: int, hidden: bool = False) -> np.ndarray:
-        """Append tokens and return the logits of the last `outputs` of them (a view until the next read)."""
-        logits = self.context.decode(self._feed(tokens), outputs, hidden)
-        self.held.extend(tokens)
-        return logits
-
-    def settle(self) -> None:
-        """After an interruption: keep what the cache and the record of it agree on."""
-        del self.held[self.context.count() :]
-        self.context.truncate(len(self.held))
-
-
 class ModelDrafter:
-    """A drafter GGUF in a context of its own. `d2t` maps a row of its head to a target id; None where they agree.
+    """A drafter GGUF. `ids` (ascending) are the target ids of its head's rows, None where they agree.
 
     `dynamic` adds rows of the full head to a trimmed one's, chosen at every step.
     """
 
     def __init__(
-        self,
-        model: Model,
-        context: Context,
-        n_target: int,
-        d2t: np.ndarray | None = None,
-        embeddings: EmbeddingTable | None = None,
-        dynamic: DynamicHead | None = None,
+        self, model: Model, reading: Reading, ids: np.ndarray | None = None, dynamic: DynamicHead | None = None
     ) -> None:
-        self._model, self._context, self.dynamic = model, context, dynamic
-        last = model.n_vocab - 1
-        # Tables of one family are padded to different lengths: an id of the one's padding must not reach the other.
-        self._reader = Reader(context, embeddings.rows if embeddings else lambda ids: np.minimum(ids, last))
-        self._rows = min(model.n_vocab, n_target) if d2t is None else int(np.searchsorted(d2t, n_target))
-        self._ids = None if d2t is None else d2t[: self._rows]
+        self._model, self.reading, self._ids, self.dynamic = model, reading, ids, dynamic
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         return [found.token for found in islice(self.propose(text, sampling, noise), n)] if n > 0 else []
 
     def propose(self, text: Sequence[int], sampling: Sampling, noise: Noise) -> Iterator[Proposal]:
         """Drafted tokens one after another, each computed when it is asked for, until the context is full."""
-        # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
-        seen = self._seen(text)
-        self._reader.keep(seen, len(seen) - 1)
-        pending = seen[len(self._reader.held) :]
         if self.dynamic is not None:
             self.dynamic.follow(text)
         # Without the grammar, which only the target's p must obey; None where it would change nothing.
         chain = None if sampling.plain else Chain(sampling, text, noise=noise)
-        for position in range(len(text), len(text) + self._context.n_ctx - len(seen)):
-            logits, more, added = self._step(pending)
+        token = -1
+        for i in range(self.reading.room(text)):
+            logits, hidden = self.reading.follow(token) if i else self.reading.begin(text)
+            more, added = (_NO_IDS, _NO_LOGITS) if self.dynamic is None else self.dynamic.logits(hidden)
             if chain is None:
                 found = self._likeliest(logits, more, added)
             else:
                 row, ids = self._merged(logits, more, added)
                 q = chain.distribution(row, ids)
-                token = q.draw(noise, position)
+                token = q.draw(noise, len(text) + i)
                 chain.accept(token)
                 found = Proposal(token, 1 / _weight(row, row.max()) if sampling.greedy else q.of(token))
             yield found
-            pending = [found.token]
+            token = found.token
 
     def heed(self, go_on: Callable[[], bool]) -> None:
         """Ask this before every batch; where it says no, EngineError is raised."""
-        self._context.go_on = go_on
+        self.reading.context.go_on = go_on
 
     @property
     def acceptance(self) -> float:
@@ -191,34 +137,11 @@ class ModelDrafter:
 
     @property
     def n_ctx(self) -> int:
-        return self._context.n_ctx
+        return self.reading.context.n_ctx
 
     def unread(self, text: Sequence[int]) -> int:
         """How many tokens of `text` the next draft has to read first."""
-        seen = self._seen(text)
-        return len(seen) - self._reader.shared(seen, len(seen) - 1)
-
-    def _seen(self, text: Sequence[int]) -> Sequence[int]:
-        """What the drafter reads of a text: all of it, or the last part where its context is smaller.
-
-        The first few tokens stay, since attention leans on them (arXiv 2309.17453). The part moves on by halves of the
-        context, so that it is read anew now and then and not at every token.
-        """
-        n, half = self._context.n_ctx, self._context.n_ctx // 2
-        if len(text) + AHEAD <= n or n < 4 * AHEAD:
-            return text
-        start = -(-(len(text) + AHEAD - n) // half) * half
-        return [*text[:FIRST], *text[start + FIRST :]]
-
-    def _step(self, pending: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read on: the logits (float32) of the head's rows after the last token, ids of added rows and their logits."""
-        if self.dynamic is None or self._ids is None:
-            return self._reader.read(pending, 1)[0, : self._rows], _NO_IDS, _NO_LOGITS
-        if len(pending) > self._context.n_outputs:
-            self._reader.read(pending[:-1], 0)
-            pending = pending[-1:]
-        logits = self._reader.read(pending, len(pending), hidden=True)[-1, : self._rows]
-        return logits, *self.dynamic.logits(self._context.hidden_states(len(pending))[-1])
+        return self.reading.unread(text)
 
     def _likeliest(self, logits: np.ndarray, more: np.ndarray, added: np.ndarray) -> Proposal:
         """The token of the greatest logit of a step, of equals that of the lowest id: as `_merged` has it, sooner."""
@@ -238,25 +161,22 @@ class ModelDrafter:
         return np.concatenate([logits, added])[order], ids[order]
 
     def prepare(self, text: Sequence[int], left: int) -> None:
-        seen = self._seen(text)
-        self._reader.keep(seen, len(seen) - 1)
-        if (rest := seen[len(self._reader.held) : -1]) and len(seen) <= self._context.n_ctx:
-            self._reader.read(rest, 0)
+        self.reading.prepare(text)
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         pass
 
     def settle(self) -> None:
-        self._reader.settle()
+        self.reading.settle()
         if self.dynamic is not None:  # an interruption may have come between a token's slot and its row
             self.dynamic.recent.forget()
 
     @property
     def seconds(self) -> float:
-        return self._context.seconds + (self.dynamic.seconds if self.dynamic else 0.0)
+        return self.reading.context.seconds + (self.dynamic.seconds if self.dynamic else 0.0)
 
     def close(self) -> None:
-        self._context.close()
+        self.reading.context.close()
         self._model.close()
 
 
@@ -286,7 +206,10 @@ def open_drafter(
     try:
         context = Context(model, n_ctx, n_threads, n_outputs=HIDDEN_ROWS if dynamic else 1, cache=cache)
         if trimmed is None:
-            return ModelDrafter(model, context, len(target))
+            # Tables of one family are padded to different lengths: an id of one's padding must not reach the other.
+            last = model.n_vocab - 1
+            rows = min(model.n_vocab, len(target))
+            return ModelDrafter(model, OwnReading(context, rows, lambda ids: np.minimum(ids, last), False))
         embeddings = trimmed.embeddings()
         if dynamic is not None and not _multiplies(dynamic, context, embeddings):
             if vocab != AUTO:
@@ -294,7 +217,9 @@ def open_drafter(
                     f"{path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
                 )
             dynamic = None
-        return ModelDrafter(model, context, len(target), trimmed.d2t, embeddings, dynamic)
+        ids = trimmed.d2t[: int(np.searchsorted(trimmed.d2t, len(target)))]
+        reading = OwnReading(context, len(ids), embeddings.rows, dynamic is not None)
+        return ModelDrafter(model, reading, ids, dynamic)
     except BaseException:
         model.close()
         raise

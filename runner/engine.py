@@ -21,8 +21,9 @@ from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary
 
 from .auto import LONGEST, AutoDrafter
-from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, Reader, open_drafter
+from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, open_drafter
 from .measured import recall_known, remember_known, step_costs
+from .reading import Reader
 from .speculative import Round, generate
 
 

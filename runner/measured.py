@@ -15,8 +15,9 @@ from llamabase.remembered import recall, remember
 from llamabase.sampling import GREEDY
 
 from .auto import Known
-from .drafter import ModelDrafter, Reader
+from .drafter import ModelDrafter
 from .pace import Chances, StepCost
+from .reading import Reader
 
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8)
 DRAFT_SIZES = (1, 2, 4, 16, 64)

@@ -18,7 +18,8 @@ from llamabase.samplers import Chain
 from llamabase.sampling import Distribution, Sampling
 
 from .acceptance import accept
-from .drafter import Drafter, Reader
+from .drafter import Drafter
+from .reading import Reader
 
 
 @dataclass(frozen=True)

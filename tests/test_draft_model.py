@@ -93,7 +93,7 @@ def test_chat_and_completion(toys) -> None:
 
 def test_it_reads_only_what_is_new(toys) -> None:
     with TrimmedDraft(toys["good-trimmed"], n_threads=1, vocab="trim") as draft:
-        reader, read = draft._drafter._reader, []
+        reader, read = draft._drafter.reading.reader, []
         honest = reader.read
         reader.read = lambda tokens, *rest, **more: (read.append(len(tokens)), honest(tokens, *rest, **more))[1]
         text = np.arange(3, 103, dtype=np.intc)
@@ -120,7 +120,7 @@ def test_an_interruption_leaves_it_usable(toys, monkeypatch) -> None:
     text = np.arange(3, 40, dtype=np.intc)
     with TrimmedDraft(toys["spec-trimmed"]) as draft:
         wanted = draft(text).tolist()
-        context = draft._drafter._context
+        context = draft._drafter.reading.context
         honest = context._decode
         for stop in range(3):
             calls = iter(range(9))

@@ -80,7 +80,7 @@ def test_second_ctrl_c_while_the_first_is_settled(toys, monkeypatch, who: str) -
         engine.model.is_end = lambda token: False
         ids = engine.model.tokenize("the king and the sea")
         wanted = [token for r in engine.rounds(ids, GREEDY, max_tokens=30, draft_max=3) for token in r.tokens]
-        reader = engine.reader if who == "target" else engine.drafter._reader
+        reader = engine.reader if who == "target" else engine.drafter.reading.reader
 
         def interrupted() -> None:
             raise KeyboardInterrupt

@@ -110,7 +110,7 @@ def test_cancel_while_a_long_prompt_is_read(toys, monkeypatch, whose: str) -> No
     """It ends after the batch that is read, not after the prompt."""
     with SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512) as lm:
         wanted = lm.chat("the sea", **GREEDY, draft_max=3).text
-        context = {"target": lm._engine.context, "drafter": lm._engine.drafter._context}[whose]
+        context = {"target": lm._engine.context, "drafter": lm._engine.drafter.reading.context}[whose]
         context.n_batch = 64
         decode, batches = Context._decode, []
 

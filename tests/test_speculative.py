@@ -11,10 +11,11 @@ from llamabase.errors import EngineError, VocabularyMismatch
 from llamabase.llama import Context
 from llamabase.sampling import Sampling
 from runner import speculative
-from runner.drafter import PIECE, NoDrafter, Reader
+from runner.drafter import NoDrafter
 from runner.engine import Engine, Record
 from runner.exact import Law, check_prompt, plain_tokens, replay
 from runner.exact import main as exact
+from runner.reading import PIECE, shared
 from runner.speculative import Round
 
 GREEDY = Sampling(temp=0)
@@ -65,13 +66,12 @@ def test_a_good_drafter_is_accepted_and_a_wrong_one_is_not(engines, monkeypatch)
 @pytest.mark.parametrize("n", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 7])
 def test_what_a_cache_shares_with_a_text(n: int) -> None:
     """Wherever they part, also at the edges of the pieces that are compared."""
-    reader = Reader(None)
-    reader.held = list(range(n))
+    held = list(range(n))
     for m in {*range(0, n, 100), *range(max(n - 3, 0), n), *range(PIECE - 2, min(PIECE + 2, n))}:
-        assert reader.shared([*range(m), -1, *range(m + 1, n + 5)], n + 5) == m
+        assert shared(held, [*range(m), -1, *range(m + 1, n + 5)], n + 5) == m
     for text in (range(n), range(n + 5), range(n // 2)):
-        assert reader.shared([*text], n + 5) == min(n, len(text))
-        assert reader.shared([*text], n // 3) == min(n // 3, len(text))
+        assert shared(held, [*text], n + 5) == min(n, len(text))
+        assert shared(held, [*text], n // 3) == min(n // 3, len(text))
 
 
 def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
@@ -209,7 +209,7 @@ def test_stopping_in_the_middle_leaves_everything_usable(engines, monkeypatch) -
             next(rounds)
         rounds.close()
         assert tokens_of(run(engine, PROMPTS[0])) == wanted
-    for context in (engine.context, engine.drafter._context):
+    for context in (engine.context, engine.drafter.reading.context):
         decode = context.decode
         for stop in range(8):
             left = [stop]

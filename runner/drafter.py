@@ -13,6 +13,7 @@ import numpy as np
 from gguf_trim.companion import EmbeddingTable, Trimmed
 from gguf_trim.dynamic.rows import DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.hanging import EAGLE3, HangingHead
 from llamabase.errors import EngineError
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
@@ -20,9 +21,10 @@ from llamabase.llama import F16, Cache, Context, Model, physical_cores
 from llamabase.noise import Noise
 from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
+from llamabase.states import LayerInputs, PairContext
 from llamabase.vocabulary import Vocabulary, require_same
 
-from .reading import OwnReading, Reading
+from .reading import HangingReading, OwnReading, Reading
 
 AUTO = "auto"
 VOCABS = (AUTO, "trim", "context", "spec")
@@ -188,8 +190,9 @@ def open_drafter(
     n_gpu_layers: int | None = None,
     vocab: str = AUTO,
     cache: Cache = F16,
+    target_context: Context | None = None,
 ) -> ModelDrafter:
-    """Open a stock or trimmed drafter for a target's vocabulary.
+    """Open a stock or trimmed drafter for a target's vocabulary; an EAGLE-3 head hangs on the target's context.
 
     `vocab` (one of VOCABS) says what a trimmed one may draft from: the rows it kept ("trim"), those and the tokens of
     the text ("context"), those and the speculator's candidates too ("spec"), or the most that its files allow ("auto").
@@ -199,6 +202,8 @@ def open_drafter(
     file = GGUFFile(path)
     if "gguf_trim.companion" in file.fields:
         raise EngineError(f"{path}: is the companion of a trimmed drafter; give the file beside it")
+    if file.architecture == EAGLE3:
+        return _open_hanging(HangingHead.of(file), target, target_context, n_threads, n_gpu_layers, vocab)
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
@@ -220,6 +225,29 @@ def open_drafter(
         ids = trimmed.d2t[: int(np.searchsorted(trimmed.d2t, len(target)))]
         reading = OwnReading(context, len(ids), embeddings.rows, dynamic is not None)
         return ModelDrafter(model, reading, ids, dynamic)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _open_hanging(
+    head: HangingHead,
+    target: Vocabulary,
+    target_context: Context | None,
+    n_threads: int | None,
+    n_gpu_layers: int | None,
+    vocab: str,
+) -> ModelDrafter:
+    if target_context is None:
+        raise EngineError(f"{head.file.path}: hangs on its target's states, which only this runner gives it")
+    target_file = GGUFFile(target_context.model.path)
+    head.require_target(target_file, target)
+    inputs = LayerInputs.of(target_context, target_file.architecture, head.layers)
+    model = Model(head.file.path, n_gpu_layers)
+    try:
+        context = PairContext(model, target_context.n_ctx, n_threads, target_context)
+        ids = None if head.ids is None else np.sort(head.ids)
+        return ModelDrafter(model, HangingReading(context, inputs, ids, head.norm, head.epsilon), ids)
     except BaseException:
         model.close()
         raise

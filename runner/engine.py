@@ -130,7 +130,8 @@ class Engine:
             self.reader = Reader(self.context)
             if draft is not None:
                 n_ctx = min(n_ctx_draft or self.context.n_ctx, self.context.n_ctx)
-                self.drafter = open_drafter(draft, vocabulary, n_ctx, n_threads, n_gpu_layers, vocab, cache_draft)
+                limits = n_ctx, n_threads, n_gpu_layers, vocab, cache_draft
+                self.drafter = open_drafter(draft, vocabulary, *limits, target_context=self.context)
         except BaseException:
             self.close()
             raise

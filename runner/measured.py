@@ -30,7 +30,7 @@ def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[
     verify, draft = _valid(memory.get("verify")), _valid(memory.get("draft"))
     if not verify or bool(draft) != (drafter is not None):
         verify = measured_verify(target)
-        draft = {} if drafter is None else measured_draft(drafter)
+        draft = {} if drafter is None else measured_draft(drafter, target)
         remember(key, {"verify": verify, "draft": draft})
     return StepCost(verify), StepCost(draft) if draft else None
 
@@ -78,11 +78,18 @@ def measured_verify(target: Reader) -> dict[int, float]:
     return _fastest([n for n in VERIFY_SIZES if n <= min(context.n_outputs, context.n_ctx)], step)
 
 
-def measured_draft(drafter: ModelDrafter) -> dict[int, float]:
-    """Seconds of drafting one token, by the number of tokens the drafter has to read first."""
+def measured_draft(drafter: ModelDrafter, target: Reader | None = None) -> dict[int, float]:
+    """Seconds of drafting one token, by the number of tokens the drafter has to read first.
+
+    `target` is the one that a drafter may hang on, which then reads them, too.
+    """
     noise = Noise(0)
     longest = min(DRAFT_SIZES[-1], drafter.n_ctx // 2)
     text = list(range(longest))
+    if target is not None and target.context.recorders:
+        target.settle()
+        target.keep([], 0)
+        target.read(text[:-1], 0)
 
     def step(n: int) -> float:
         drafter.settle()

@@ -63,7 +63,8 @@ Step = tuple[np.ndarray, np.ndarray]  # logits (float32, a view) by row of the h
 class Reading(Protocol):
     """What a drafter makes of a text: one step after another, from its cache."""
 
-    context: Context
+    @property
+    def context(self) -> Context: ...
 
     def room(self, text: Sequence[int]) -> int:
         """How many steps can be taken after `text`."""

@@ -116,7 +116,9 @@ def open_modes(
     verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # anew, whatever is remembered
 
     def by_cost(drafter: ModelDrafter | None) -> AutoDrafter:
-        return AutoDrafter(drafter, verify(), None if drafter is None else StepCost(measured_draft(drafter)))
+        return AutoDrafter(
+            drafter, verify(), None if drafter is None else StepCost(measured_draft(drafter, engine.reader))
+        )
 
     with ExitStack() as stack:
         modes = []

@@ -1,0 +1,132 @@
+"""Drafters that hang on a target's hidden states (EAGLE-3, arXiv 2503.01840): what their files must hold.
+
+llama.cpp checks next to nothing of it and ends the process at the first decode, so it is checked here before it is
+asked to load one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from llamabase.errors import FileFormatError, VocabularyMismatch
+from llamabase.gguf_file import GGUFFile
+from llamabase.states import RECORDING
+from llamabase.vocabulary import Vocabulary, require_same
+
+from .layout import EMBEDDING, HEAD
+
+EAGLE3 = "eagle3"
+D2T = "d2t"
+FC, NORM = "fc.weight", "output_norm.weight"
+
+
+@dataclass(frozen=True)
+class HangingHead:
+    """An EAGLE-3 head.
+
+    `ids`: int64 (rows of the head), the target ids of its rows in any order; None where row i is id i, or where the
+    head is the target's own. `layers` are those of the target whose inputs it reads, each `width` numbers.
+    """
+
+    file: GGUFFile
+    ids: np.ndarray | None
+    layers: tuple[int, ...]
+    width: int
+    n_embd: int
+    n_vocab: int  # of the target
+    epsilon: float
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> HangingHead:
+        """Raises FileFormatError naming what llama.cpp would stumble over."""
+
+        def bad(reason: str) -> FileFormatError:
+            return FileFormatError(f"{file.path}: not a usable EAGLE-3 head: {reason}; convert it again")
+
+        if file.architecture != EAGLE3:
+            raise bad(f"its architecture is {file.architecture}")
+        n_embd, width = (file.integer(f"{EAGLE3}.{key}", 0) for key in ("embedding_length", "target_hidden_size"))
+        layers = file.integers(f"{EAGLE3}.target_layers")
+        if layers is None or len(layers) != 3 or min(layers.tolist()) < 0:
+            raise bad("it does not name three layers of its target (eagle3.target_layers)")
+        epsilon = file.get(f"{EAGLE3}.attention.layer_norm_rms_epsilon")
+        if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
+            raise bad("it has no epsilon of its RMS norms")
+        n_vocab = file.integer(f"{EAGLE3}.vocab_size", len(Vocabulary(file)) if _has_tokens(file) else 0)
+        shapes = {FC: (3 * width, n_embd), NORM: (n_embd,)}
+        for name, shape in shapes.items():
+            if name not in file.tensors or file.tensors[name].shape != shape:
+                raise bad(f"it has no {name} of {' x '.join(map(str, shape))}")
+        if file.tensors[NORM].type != GGMLQuantizationType.F32:
+            raise bad(f"its {NORM} is not F32")
+        for name in (HEAD, EMBEDDING):
+            if name in file.tensors and file.tensors[name].shape[0] != n_embd:
+                raise bad(f"rows of its {name} are not {n_embd} wide")
+        if n_vocab < 1 or (EMBEDDING in file.tensors and file.tensors[EMBEDDING].n_rows != n_vocab):
+            raise bad("it does not say how many tokens its target has (eagle3.vocab_size)")
+        ids = _d2t(file, n_vocab, bad)
+        if ids is None and HEAD in file.tensors and file.tensors[HEAD].n_rows != n_vocab:
+            raise bad(f"its head has {file.tensors[HEAD].n_rows} rows for {n_vocab} tokens and no {D2T}")
+        return cls(file, ids, tuple(layers.tolist()), width, n_embd, n_vocab, epsilon)
+
+    @property
+    def norm(self) -> np.ndarray:
+        """float32 (n_embd): the weights of the RMS norm before the head."""
+        return np.frombuffer(self.file.read(self.file.tensors[NORM]), "<f4").copy()
+
+    def require_target(self, target: GGUFFile, vocabulary: Vocabulary) -> None:
+        """Raise FileFormatError or VocabularyMismatch, naming both files, where it cannot hang on this target."""
+        both = f"{self.file.path} cannot hang on {target.path}"
+        architecture = target.architecture
+        if architecture not in RECORDING:
+            raise FileFormatError(
+                f"{both}: llama.cpp records no inputs of layers for {architecture}; use a drafter that reads the text "
+                "itself"
+            )
+        width, n_layer = (target.integer(f"{architecture}.{key}", 0) for key in ("embedding_length", "block_count"))
+        if width != self.width or max(self.layers) >= n_layer:
+            raise FileFormatError(
+                f"{both}: it reads states of {self.width} numbers from layers {', '.join(map(str, self.layers))}, and "
+                f"this target has {width} and {n_layer} layers; use the head of this very target"
+            )
+        if EMBEDDING not in self.file.tensors and width != self.n_embd:
+            raise FileFormatError(f"{both}: it has no token embeddings, and the target's are {width} wide")
+        if self.n_vocab != len(vocabulary):
+            raise VocabularyMismatch(
+                f"{both}: it was made for {self.n_vocab} tokens, and this target has {len(vocabulary)}"
+            )
+        if _has_tokens(self.file):
+            require_same(vocabulary, Vocabulary(self.file))
+        known = self.file.get("gguf_trim.vocab_fingerprint")
+        if known is not None and known != vocabulary.fingerprint:
+            raise VocabularyMismatch(
+                f"{both}: it was trimmed for another vocabulary ({known[:12]}) than the target's "
+                f"({vocabulary.fingerprint[:12]}); trim the head of this target"
+            )
+
+
+def _has_tokens(file: GGUFFile) -> bool:
+    return "tokenizer.ggml.tokens" in file.fields
+
+
+def _d2t(file: GGUFFile, n_vocab: int, bad: Callable[[str], FileFormatError]) -> np.ndarray | None:
+    """Absolute target ids of the head's rows; None where the file has none."""
+    tensor = file.tensors.get(D2T)
+    if tensor is None:
+        return None
+    head = file.tensors.get(HEAD)
+    if head is None:
+        raise bad(f"it has a {D2T} and no {HEAD}")
+    if tensor.type != GGMLQuantizationType.I64 or tensor.shape != (head.n_rows,):
+        raise bad(f"its {D2T} is not one I64 for each of the {head.n_rows} rows of its head")
+    ids = np.frombuffer(file.read(tensor), "<i8").astype(np.int64)
+    if ids.min() < 0 or ids.max() >= n_vocab:
+        wrong = int(ids[(ids < 0) | (ids >= n_vocab)][0])
+        raise bad(f"its {D2T} names token {wrong}, and its target has {n_vocab}")
+    if len(np.unique(ids)) < len(ids):
+        raise bad(f"its {D2T} names a token twice")
+    return ids

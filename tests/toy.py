@@ -78,8 +78,9 @@ def write_model(
     template: str | None = CHAT_TEMPLATE,
     n_ctx: int = 512,
     letters: str = "etaoinshrdlu",
+    n_layer: int = N_LAYER,
 ) -> Path:
-    """Write a loadable one-layer model. `llama-tied` and `gemma3` have no head of their own.
+    """Write a loadable model. `llama-tied` and `gemma3` have no head of their own.
 
     sharpness scales the head, so that the best token is well ahead and floating point cannot change it.
     """
@@ -93,7 +94,7 @@ def write_model(
     writer.add_name(f"toy {architecture}")
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(N_LAYER)
+    writer.add_block_count(n_layer)
     writer.add_feed_forward_length(N_FF)
     writer.add_head_count(N_HEAD)
     writer.add_head_count_kv(N_HEAD)
@@ -132,7 +133,7 @@ def write_model(
     if head_bias:
         add("output.bias", normal(n_tokens) * 10)
     add("output_norm.weight", np.ones(N_EMBD, np.float32))
-    for layer in range(N_LAYER):
+    for layer in range(n_layer):
         prefix = f"blk.{layer}."
         add(prefix + "attn_norm.weight", np.ones(N_EMBD, np.float32))
         add(prefix + "ffn_norm.weight", np.ones(N_EMBD, np.float32))
@@ -149,6 +150,86 @@ def write_model(
         add(prefix + "ffn_gate.weight", normal(N_FF, N_EMBD))
         add(prefix + "ffn_up.weight", normal(N_FF, N_EMBD))
         add(prefix + "ffn_down.weight", normal(N_EMBD, N_FF))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_head(
+    path: Path,
+    head_type: Quant = Quant.F32,
+    seed: int = 7,
+    ids: np.ndarray | None = None,
+    n_tokens: int = 600,
+    layers: tuple[int, ...] = (0, 1, 2),
+    width: int = N_EMBD,
+    own_embeddings: bool = False,
+    tokens: bool = False,
+    without: tuple[str, ...] = (),
+    head_rows: int | None = None,
+    sharpness: float = 4.0,
+    architecture: str = "eagle3",
+    zeros: tuple[str, ...] = (),
+) -> Path:
+    """Write a loadable EAGLE-3 head for a target of these sizes. `ids`: the d2t; `without`: keys and tensors left out; `zeros`: tensors
+    that are 0.
+
+    The rows of two heads of one seed that stand for the same token are the same.
+    """
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    head_dim = N_EMBD // N_HEAD
+    numbers = {
+        "context_length": 512, "embedding_length": N_EMBD, "block_count": 1, "feed_forward_length": N_FF,
+        "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD, "rope.dimension_count": head_dim,
+        "target_hidden_size": width, "vocab_size": n_tokens,
+    }  # fmt: skip
+    for key, value in numbers.items():
+        if key not in without:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32(f"{architecture}.rope.freq_base", 10000.0)
+    if "target_layers" not in without:
+        writer.add_array(f"{architecture}.target_layers", list(layers))
+    if tokens:
+        names, types, merges = vocabulary(n_tokens)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(names)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+    else:
+        writer.add_tokenizer_model("none")
+
+    def normal(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    tensors = {
+        "fc.weight": normal(N_EMBD, 3 * width),
+        "output_norm.weight": 1 + 0.1 * normal(1, N_EMBD)[0],
+        "blk.0.attn_norm.weight": np.ones(N_EMBD, np.float32),
+        "blk.0.attn_norm_2.weight": np.ones(N_EMBD, np.float32),
+        "blk.0.ffn_norm.weight": np.ones(N_EMBD, np.float32),
+        **{f"blk.0.attn_{part}.weight": normal(N_EMBD, 2 * N_EMBD) for part in "qkv"},
+        "blk.0.attn_output.weight": normal(N_EMBD, N_EMBD),
+        **{f"blk.0.ffn_{part}.weight": normal(N_FF, N_EMBD) for part in ("gate", "up", "down")},
+    }
+    whole = normal(n_tokens, N_EMBD) * sharpness
+    for name, values in tensors.items():
+        if name not in without:
+            writer.add_tensor(name, values * (name not in zeros))
+    if own_embeddings:
+        writer.add_tensor("token_embd.weight", normal(n_tokens, N_EMBD))
+    if "output.weight" not in without:
+        rows = whole if ids is None else whole[np.clip(ids, 0, n_tokens - 1)]
+        rows = quantize(rows if head_rows is None else rows[:head_rows], head_type)
+        writer.add_tensor(
+            "output.weight", rows, raw_dtype=head_type if head_type not in (Quant.F32, Quant.F16) else None
+        )
+    if ids is not None:
+        writer.add_tensor("d2t", np.asarray(ids, np.int64), raw_dtype=Quant.I64)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -29,7 +29,7 @@ from llamabase.quantize import quantize
 from .cut import companion_path, plan, require_outputs, step_bytes, write
 from .describe import describe
 from .dynamic.fitting import add_speculator
-from .layout import EMBEDDING, Cut
+from .layout import EMBEDDING, HEAD, Cut
 from .pairs.catalog import USER_CATALOG, load_catalog
 from .pairs.prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
 from .plan_command import auto_k, plan_command
@@ -64,7 +64,7 @@ def main() -> None:
 @click.option("--k", "-k", type=K, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Keep what makes up this share of the counts, instead.")
 @click.option("--min-count", type=click.IntRange(1), help="Keep what was counted so often, instead.")
-@click.option("--target", type=FILE, help="The target, for --k auto: the fastest k is found by measurement.")
+@click.option("--target", type=FILE, help="The target: for --k auto, which measures, and for an EAGLE-3 head.")
 @click.option(
     "--requant", metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function."
 )
@@ -97,7 +97,7 @@ def trim_command(
         k = auto_k(target, drafter, counts)
         stderr.print(f"k = {k} is the fastest here")
     rows = partial(choose_rows, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
-    cut = plan(drafter, partial(rows, k=k if k is None else int(k)))
+    cut = plan(drafter, partial(rows, k=k if k is None else int(k)), target)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -125,10 +125,11 @@ def trim_command(
 def _plan_text(cut: Cut, output: Path) -> str:
     keep, source = cut.keep, cut.source
     before, after = step_bytes(source), cut.step_bytes
+    rows = next(piece.tensor.n_rows for piece in cut.companion_pieces if piece.tensor.name in (HEAD, EMBEDDING))
     covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
     lines = {
         "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
-        "rows kept": f"{keep.k} of {source.tensors[EMBEDDING].n_rows}{covered}",
+        "rows kept": f"{keep.k} of {rows}{covered}",
         "forced tokens": f"{keep.n_forced}",
         "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}",
         "companion": f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
@@ -140,12 +141,13 @@ def _plan_text(cut: Cut, output: Path) -> str:
 @main.command("verify")
 @click.argument("trimmed", type=FILE)
 @click.option("--source", type=FILE, required=True, help="The drafter it was cut from.")
+@click.option("--target", type=FILE, help="The target that an EAGLE-3 head hangs on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def verify_command(trimmed: Path, source: Path, as_json: bool) -> None:
+def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bool) -> None:
     """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
     total = sum(tensor.n_bytes for tensor in GGUFFile(source).tensors.values())
     with progress("comparing", total, "B") as advance:
-        result = verify(trimmed, source, advance)
+        result = verify(trimmed, source, advance, target)
     if as_json:
         click.echo(json.dumps(result.as_json()))
     elif result.ok:

@@ -15,7 +15,8 @@ from llamabase.gguf_file import GGUFFile
 from llamabase.vocabulary import Vocabulary
 
 from .cut import FORMAT_VERSION, companion_path
-from .layout import EMBEDDING
+from .hanging import HANGING
+from .layout import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Trimmed:
         scale = file.get("gguf_trim.embedding_scale")
         if not isinstance(scale, float) or not math.isfinite(scale):
             raise FileFormatError(f"{file.path}: its embedding scale is not a number; trim again")
-        if EMBEDDING not in companion.tensors or companion.tensors[EMBEDDING].n_rows != n_vocab:
-            raise FileFormatError(f"{companion.path}: lacks the full {EMBEDDING}; trim the drafter again")
+        whole = HEAD if file.architecture in HANGING else EMBEDDING
+        if whole not in companion.tensors or (whole == EMBEDDING and companion.tensors[whole].n_rows != n_vocab):
+            raise FileFormatError(f"{companion.path}: lacks the full {whole}; trim the drafter again")
         return cls(file, companion, d2t)
 
     @property

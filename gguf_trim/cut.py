@@ -12,20 +12,24 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import CHUNK, Kind, copy_range, marked, require_room, write_whole
 from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
+from .hanging import D2T, HANGING, HangingHead
 from .keep import Keep
 from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Piece, encode_head, field
 
 FORMAT_VERSION = 1
+MULTIPLE = 16  # of rows in the head of an EAGLE-3 file: some of llama.cpp's repacked kernels work on so many at a time
 _FOREIGN = "was not made by this program"
 TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
 COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))
@@ -37,7 +41,6 @@ NEEDS_TOKEN_IDS = {
     "gemma3n": "it looks up per-layer embeddings by token id",
     "gemma4": "it looks up per-layer embeddings by token id",
     "granite-switch": "its graph needs token ids",
-    "eagle3": "an EAGLE-3 head is tied to its target's hidden states, which llama.cpp's own server feeds it",
     "t5": "it is an encoder-decoder",
     "t5encoder": "it is an encoder",
 }
@@ -56,6 +59,12 @@ def why_not(file: GGUFFile) -> str | None:
         return "it is the companion of a trimmed drafter; trim the original drafter"
     if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
+    if file.architecture in HANGING:
+        try:
+            HangingHead.of(file)
+        except FileFormatError as error:
+            return str(error).removeprefix(f"{file.path}: ")
+        return None
     if EMBEDDING not in file.tensors:
         return f"it has no {EMBEDDING}: not a language model"
     if (reason := NEEDS_TOKEN_IDS.get(file.architecture)) is not None:
@@ -77,15 +86,18 @@ def _per_token(tensor: Tensor, n_rows: int) -> bool:
     return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
 
 
-def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
+def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = None) -> Cut:
     """What a cut of `source` would write: pure, nothing is touched.
 
-    `choose(vocabulary, n_rows)` decides on the rows once the file is known. Raises FileFormatError where the file
-    cannot be cut, naming the reason.
+    `choose(vocabulary, n_rows)` decides on the rows once the file is known; for a head that hangs on a target it is
+    also told `having` and `multiple`, see `choose_rows`. Such a head may need its `target`, for tokens or rows that it
+    lacks itself. Raises FileFormatError where the file cannot be cut, naming the reason.
     """
     file = GGUFFile(source)
     if (reason := why_not(file)) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
+    if file.architecture in HANGING:
+        return _plan_hanging(HangingHead.of(file), choose, target)
     vocabulary = Vocabulary(file)
     embedding, head = file.tensors[EMBEDDING], file.tensors.get(HEAD)
     keep = choose(vocabulary, embedding.n_rows)
@@ -129,6 +141,75 @@ def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
     )
 
 
+def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path | None) -> Cut:
+    """The cut of an EAGLE-3 head: rows of the head and entries of its d2t, nothing else (llama.cpp reads both).
+
+    The trimmed file needs no companion to be run; the companion has the whole head, for rows beyond the kept ones.
+    """
+    file = head.file
+    target_file = None if target is None else GGUFFile(target)
+    source = file if HEAD in file.tensors else target_file
+    named = file if "tokenizer.ggml.tokens" in file.fields else target_file
+    if source is None or named is None:
+        lacks = "head of its own" if source is None else "tokenizer"
+        raise FileFormatError(f"{file.path}: has no {lacks}; give the model it was made for as --target")
+    vocabulary = Vocabulary(named)
+    if target_file is not None:
+        head.require_target(target_file, Vocabulary(target_file))
+    whole = head_tensor(source)
+    order = np.arange(whole.n_rows) if head.ids is None else head.ids
+    row_of = np.full(head.n_vocab, -1, np.int64)
+    row_of[order] = np.arange(len(order))
+    keep = choose(vocabulary, head.n_vocab, having=row_of >= 0, multiple=MULTIPLE)
+    identity = source_identity(file)
+    common = [
+        field("gguf_trim.version", FORMAT_VERSION),
+        field("gguf_trim.source", file.path.name),
+        field("gguf_trim.source_id", identity),
+        field("gguf_trim.vocab_size", head.n_vocab),
+        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
+        field("gguf_trim.embedding_scale", 1.0),
+    ]
+    size_key = f"{file.architecture}.vocab_size"
+    trimmed_fields = [
+        *(file.raw(key) for key in file.fields if key != size_key),
+        field(size_key, head.n_vocab),
+        *common,
+        field("gguf_trim.k", keep.k),
+        field("gguf_trim.forced", keep.n_forced),
+        field("gguf_trim.d2t", keep.ids),
+    ]
+    if keep.coverage is not None:
+        trimmed_fields.append(field("gguf_trim.coverage", float(keep.coverage)))
+    cut_head = replace(whole, name=HEAD)
+    pieces = [Piece(tensor) for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
+    rows = np.sort(row_of[keep.ids])
+    pieces += [Piece(cut_head, rows, source.path), _d2t_piece(order[rows])]
+    companion_keys = [key for key in named.fields if key.startswith("tokenizer.")]
+    companion_fields = [
+        *(file.raw(key) for key in file.fields if key.startswith("general.")),
+        *(named.raw(key) for key in companion_keys),
+        *common,
+        field("gguf_trim.companion", True),
+    ]
+    companion_pieces = [Piece(cut_head, file=source.path)] + ([] if head.ids is None else [_d2t_piece(head.ids)])
+    return Cut(
+        source=file,
+        identity=identity,
+        keep=keep,
+        tied=False,
+        trimmed=encode_head(trimmed_fields, pieces, file.alignment),
+        companion=encode_head(companion_fields, companion_pieces, file.alignment),
+        pieces=pieces,
+        companion_pieces=companion_pieces,
+    )
+
+
+def _d2t_piece(ids: np.ndarray) -> Piece:
+    data = ids.astype("<i8").tobytes()
+    return Piece(Tensor(D2T, (len(ids),), GGMLQuantizationType.I64, 0, len(data)), data=data)
+
+
 def source_identity(file: GGUFFile) -> str:
     """SHA-256 over the head of a drafter and the beginning of every tensor: tells checkpoints of one model apart.
 
@@ -162,7 +243,8 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
     require_room(out, cut.total_bytes)
     try:
         with contextlib.ExitStack() as stack:
-            source = stack.enter_context(open(cut.source.path, "rb"))
+            paths = {piece.file or cut.source.path for piece in (*cut.pieces, *cut.companion_pieces)}
+            sources = {path: stack.enter_context(open(path, "rb")) for path in paths}
             # Left in reverse order: the companion takes its name before the file that needs it does.
             trimmed_file = stack.enter_context(write_whole(out, TRIMMED))
             companion_file = stack.enter_context(write_whole(companion_path(out), COMPANION))
@@ -172,7 +254,10 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             ):
                 advance(file.write(head))
                 for piece in pieces:
-                    if piece.rows is None:
+                    source = sources[piece.file or cut.source.path]
+                    if piece.data is not None:
+                        advance(file.write(piece.data))
+                    elif piece.rows is None:
                         copy_range(source, piece.tensor.offset, piece.n_bytes, file, advance)
                     else:
                         _copy_rows(source, piece.tensor, piece.rows, file, advance)

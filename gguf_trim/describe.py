@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamabase.gguf_file import GGUFFile
+from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
 from .companion import Trimmed
 from .cut import head_tensor, step_bytes, why_not
 from .dynamic.speculator import UP
+from .hanging import HANGING, HangingHead
 from .layout import EMBEDDING, HEAD, HEAD_BIAS
+
+
+def _table(tensor: Tensor) -> dict[str, Any]:
+    return {"rows": tensor.n_rows, "n_embd": tensor.shape[0], "type": tensor.type.name}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -35,13 +40,13 @@ def describe(path: Path) -> dict[str, Any]:
             "trimmable": False,
             "why": why_not(file),
         }
-    if EMBEDDING in file.tensors:
-        head, embedding = head_tensor(file), file.tensors[EMBEDDING]
+    if {HEAD, EMBEDDING} & file.tensors.keys():
+        head, embedding = head_tensor(file), file.tensors.get(EMBEDDING)
         step = step_bytes(file)
         facts |= {
             "tied": HEAD not in file.tensors,
-            "head": {"tensor": head.name, "rows": head.n_rows, "n_embd": head.shape[0], "type": head.type.name},
-            "embedding": {"rows": embedding.n_rows, "n_embd": embedding.shape[0], "type": embedding.type.name},
+            "head": {"tensor": head.name, **_table(head)},
+            "embedding": None if embedding is None else _table(embedding),
             "head_bias": HEAD_BIAS in file.tensors,
             "bytes_per_draft_step": step,
             "head_bytes": head.n_bytes,
@@ -63,6 +68,9 @@ def describe(path: Path) -> dict[str, Any]:
             "why": why_not(file),
         }
     reason = why_not(file)
+    if reason is None and file.architecture in HANGING:
+        hanging = HangingHead.of(file)
+        facts |= {"target_layers": list(hanging.layers), "target_width": hanging.width, "vocabulary": hanging.n_vocab}
     facts |= {"kind": "model", "trimmable": reason is None, "why": reason}
     if "tokenizer.ggml.tokens" in file.fields:
         vocabulary = Vocabulary(file)

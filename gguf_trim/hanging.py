@@ -19,7 +19,8 @@ from llamabase.vocabulary import Vocabulary, require_same
 
 from .layout import EMBEDDING, HEAD
 
-EAGLE3 = "eagle3"
+EAGLE3, DFLASH = "eagle3", "dflash"
+HANGING = (EAGLE3, DFLASH)  # of which the runner drives the first
 D2T = "d2t"
 FC, NORM = "fc.weight", "output_norm.weight"
 
@@ -44,30 +45,39 @@ class HangingHead:
     def of(cls, file: GGUFFile) -> HangingHead:
         """Raises FileFormatError naming what llama.cpp would stumble over."""
 
-        def bad(reason: str) -> FileFormatError:
-            return FileFormatError(f"{file.path}: not a usable EAGLE-3 head: {reason}; convert it again")
+        name = "DFlash" if file.architecture == DFLASH else "EAGLE-3"
 
-        if file.architecture != EAGLE3:
-            raise bad(f"its architecture is {file.architecture}")
-        n_embd, width = (file.integer(f"{EAGLE3}.{key}", 0) for key in ("embedding_length", "target_hidden_size"))
-        layers = file.integers(f"{EAGLE3}.target_layers")
-        if layers is None or len(layers) != 3 or min(layers.tolist()) < 0:
-            raise bad("it does not name three layers of its target (eagle3.target_layers)")
-        epsilon = file.get(f"{EAGLE3}.attention.layer_norm_rms_epsilon")
+        def bad(reason: str) -> FileFormatError:
+            return FileFormatError(f"{file.path}: not a usable {name} head: {reason}; convert it again")
+
+        arch = file.architecture
+        if arch not in HANGING:
+            raise bad(f"its architecture is {arch}")
+        if other := [tensor for tensor in file.tensors if tensor.startswith(("markov_", "selector_", "conf_proj"))]:
+            raise FileFormatError(
+                f"{file.path}: is a DSpark or DFlash2 drafter: its {other[0]} chooses tokens, too, and no way to cut "
+                "it is known"
+            )
+        n_embd, width = (file.integer(f"{arch}.{key}", 0) for key in ("embedding_length", "target_hidden_size"))
+        width = width or n_embd * (arch == DFLASH)
+        layers = file.integers(f"{arch}.target_layers")
+        if layers is None or len(layers) < 1 or min(layers.tolist()) < 0 or (arch == EAGLE3 and len(layers) != 3):
+            raise bad(f"it does not name three layers of its target ({arch}.target_layers)")
+        epsilon = file.get(f"{arch}.attention.layer_norm_rms_epsilon")
         if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
             raise bad("it has no epsilon of its RMS norms")
-        n_vocab = file.integer(f"{EAGLE3}.vocab_size", len(Vocabulary(file)) if _has_tokens(file) else 0)
-        shapes = {FC: (3 * width, n_embd), NORM: (n_embd,)}
-        for name, shape in shapes.items():
-            if name not in file.tensors or file.tensors[name].shape != shape:
-                raise bad(f"it has no {name} of {' x '.join(map(str, shape))}")
+        n_vocab = file.integer(f"{arch}.vocab_size", len(Vocabulary(file)) if _has_tokens(file) else 0)
+        shapes = {FC: (len(layers) * width, n_embd), NORM: (n_embd,)}
+        for tensor, shape in shapes.items():
+            if tensor not in file.tensors or file.tensors[tensor].shape != shape:
+                raise bad(f"it has no {tensor} of {' x '.join(map(str, shape))}")
         if file.tensors[NORM].type != GGMLQuantizationType.F32:
             raise bad(f"its {NORM} is not F32")
-        for name in (HEAD, EMBEDDING):
-            if name in file.tensors and file.tensors[name].shape[0] != n_embd:
-                raise bad(f"rows of its {name} are not {n_embd} wide")
+        for tensor in (HEAD, EMBEDDING):
+            if tensor in file.tensors and file.tensors[tensor].shape[0] != n_embd:
+                raise bad(f"rows of its {tensor} are not {n_embd} wide")
         if n_vocab < 1 or (EMBEDDING in file.tensors and file.tensors[EMBEDDING].n_rows != n_vocab):
-            raise bad("it does not say how many tokens its target has (eagle3.vocab_size)")
+            raise bad(f"it does not say how many tokens its target has ({arch}.vocab_size)")
         ids = _d2t(file, n_vocab, bad)
         if ids is None and HEAD in file.tensors and file.tensors[HEAD].n_rows != n_vocab:
             raise bad(f"its head has {file.tensors[HEAD].n_rows} rows for {n_vocab} tokens and no {D2T}")

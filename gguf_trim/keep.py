@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,10 @@ class Keep:
         return len(self.ids)
 
 
-def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts) -> np.ndarray:
+def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts, having: np.ndarray | None = None) -> np.ndarray:
     """Every row id (int64) in the order in which it is kept: forced, then by falling count, then by id.
+
+    `having` (bool by id) says which ids the head has rows of; None: of all.
 
     Byte-pair vocabularies number frequent merges low, so the id is the best guess about what was never counted.
     Raises VocabularyMismatch for counts of another vocabulary.
@@ -37,15 +39,17 @@ def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts) -> np.ndarra
     ranked = counts.ranked()
     order = np.concatenate([forced, ranked[ranked < n_rows], np.arange(n_rows)])
     _, first = np.unique(order, return_index=True)
-    return order[np.sort(first)]
+    order = order[np.sort(first)]
+    return order if having is None else order[having[order]]
 
 
-def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
-    """Keep the first k of n_rows head rows in keep order. Raises TrimError for k outside 1..n_rows."""
-    if not 1 <= k <= n_rows:
-        raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
-    ids = np.sort(keep_order(vocabulary, n_rows, counts)[:k]).astype(np.int32)
-    n_forced = sum(i < n_rows for i in vocabulary.forced)
+def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int, having: np.ndarray | None = None) -> Keep:
+    """Keep the first k head rows in keep order; see there. Raises TrimError for more than there are, or none."""
+    order = keep_order(vocabulary, n_rows, counts, having)
+    if not 1 <= k <= len(order):
+        raise TrimError(f"{vocabulary.path}: k must be between 1 and its {len(order)} rows, and is {k}")
+    ids = np.sort(order[:k]).astype(np.int32)
+    n_forced = sum(i < n_rows and (having is None or bool(having[i])) for i in vocabulary.forced)
     return Keep(ids, min(n_forced, k), max(0, n_forced - k), counts.coverage(ids))
 
 
@@ -78,6 +82,13 @@ def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int |
         unique = list(dict.fromkeys([*forced, *unique]))[:k]
         return Keep(np.sort(np.array(unique, np.int32)), min(len(forced), k), max(0, len(forced) - k), None)
     return Keep(np.array(sorted({*unique, *forced}), np.int32), len(forced), 0, None)
+
+
+def filled(keep: Keep, order: np.ndarray, multiple: int) -> Keep:
+    """`keep` with the next tokens of a keep order, up to a multiple of rows (or all there are)."""
+    held = np.isin(order, keep.ids)
+    more = order[~held][: -len(keep.ids) % multiple]
+    return replace(keep, ids=np.sort(np.append(order[held], more)).astype(np.int32))
 
 
 def read_keep_list(path: Path, n_rows: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGUFValueType
@@ -21,10 +22,13 @@ HEAD_BIAS = "output.bias"
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the source as it goes into an output: whole, or only `rows` (ascending ids)."""
+    """A tensor as it goes into an output: of the source, or of another `file`, whole or only `rows` (ascending); or a
+    new one, its data."""
 
     tensor: Tensor
     rows: np.ndarray | None = None
+    file: Path | None = None
+    data: bytes | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

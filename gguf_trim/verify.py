@@ -6,6 +6,7 @@ token inputs differently shows up here as a difference.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,15 @@ from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import CHUNK
 from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.llama import Context, Model
+from llamabase.states import PairContext
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .companion import Trimmed
-from .cut import why_not
+from .cut import head_tensor, why_not
+from .hanging import D2T, EAGLE3, HANGING, HangingHead
 from .layout import EMBEDDING, HEAD, HEAD_BIAS
 
+PAIRS = 24  # that are read with both heads
 PROMPT = (
     "The quick brown fox jumps over the lazy dog. Der schnelle braune Fuchs springt. 敏捷的棕色狐狸跳过懒狗。\n"
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n"
@@ -47,18 +51,27 @@ class Verification:
         return {**asdict(self), "ok": self.ok}
 
 
-def verify(trimmed: Path, source: Path, advance: Callable[[float], object] = lambda _: None) -> Verification:
-    """Compare a trimmed drafter with the drafter it was cut from.
+def verify(
+    trimmed: Path, source: Path, advance: Callable[[float], object] = lambda _: None, target: Path | None = None
+) -> Verification:
+    """Compare a trimmed drafter with the drafter it was cut from; `target` is the one that an EAGLE-3 head hangs on.
 
     Raises FileFormatError where a file cannot be opened; what differs between two readable files is in the result.
     """
     cut, original = Trimmed.open(trimmed), GGUFFile(source)
     if (reason := why_not(original)) is not None:
         raise FileFormatError(f"{original.path}: is no --source to verify with: {reason}")
-    differences = _structure(cut, original, advance)
+    if original.architecture in HANGING:
+        hanging = HangingHead.of(original), HangingHead.of(cut.file)
+        differences = _hanging_structure(cut, *hanging, target, advance)
+    else:
+        differences = _structure(cut, original, advance)
     if differences:  # logits of files that differ say nothing more
         return Verification(len(cut.d2t), 0, None, None, differences)
-    positions, difference, spread, first = _behaviour(cut, original)
+    if original.architecture in HANGING:
+        positions, difference, spread, first = _compared(cut, *_hanging_logits(cut, original, hanging[0], target))
+    else:
+        positions, difference, spread, first = _compared(cut, *_logits(cut, original))
     if first is not None:
         differences.append(first)
     return Verification(len(cut.d2t), positions, difference, spread, differences)
@@ -84,13 +97,16 @@ def _structure(cut: Trimmed, original: GGUFFile, advance: Callable[[float], obje
                 else _same_bytes(original, tensor, cut.companion, full, None)
             )
         advance(tensor.n_bytes)
-    arch = original.architecture
-    for key in original.fields:
-        if key.startswith("tokenizer.") or key == f"{arch}.vocab_size":
-            continue
-        if key not in cut.file.fields or cut.file.raw(key) != original.raw(key):
-            differences.append(f"{cut.file.path}: metadata {key} differs from the source's")
-    return differences
+    return differences + _other_keys(cut, original, ("tokenizer.",))
+
+
+def _other_keys(cut: Trimmed, original: GGUFFile, changed: tuple[str, ...]) -> list[str]:
+    return [
+        f"{cut.file.path}: metadata {key} differs from the source's"
+        for key in original.fields
+        if not key.startswith((*changed, f"{original.architecture}.vocab_size"))
+        and (key not in cut.file.fields or cut.file.raw(key) != original.raw(key))
+    ]
 
 
 def _same_bytes(a: GGUFFile, x: Tensor, b: GGUFFile, y: Tensor, rows: np.ndarray | None) -> list[str]:
@@ -113,8 +129,55 @@ def _same_bytes(a: GGUFFile, x: Tensor, b: GGUFFile, y: Tensor, rows: np.ndarray
     return []
 
 
-def _behaviour(cut: Trimmed, original: GGUFFile) -> tuple[int, float, float, str | None]:
-    """One prompt through both: positions compared, greatest difference, range of the logits, first difference."""
+def _hanging_structure(
+    cut: Trimmed, whole: HangingHead, part: HangingHead, target: Path | None, advance: Callable[[float], object]
+) -> list[str]:
+    original = whole.file
+    source = original if HEAD in original.tensors else None if target is None else GGUFFile(target)
+    if source is None:
+        raise FileFormatError(f"{original.path}: has no head of its own; give the model it was made for as --target")
+    head = head_tensor(source)
+    ids = np.arange(head.n_rows) if whole.ids is None else whole.ids
+    row_of = np.full(whole.n_vocab, -1, np.int64)
+    row_of[ids] = np.arange(len(ids))
+    if part.ids is None or not np.array_equal(np.sort(part.ids), cut.d2t) or (row_of[part.ids] < 0).any():
+        return [f"{cut.file.path}: its d2t is not that of the kept rows"]
+    if missing := (original.tensors.keys() ^ cut.file.tensors.keys()) - {HEAD, D2T}:
+        return [f"tensors {', '.join(sorted(missing))} are in one of {original.path.name}, {cut.file.path.name} only"]
+    differences = _same_bytes(source, head, cut.file, cut.file.tensors[HEAD], row_of[part.ids])
+    differences += _same_bytes(source, head, cut.companion, cut.companion.tensors[HEAD], None)
+    for name, tensor in original.tensors.items():
+        if name not in (HEAD, D2T):
+            differences += _same_bytes(original, tensor, cut.file, cut.file.tensors[name], None)
+        advance(tensor.n_bytes)
+    return differences + _other_keys(cut, original, ())
+
+
+def _hanging_logits(
+    cut: Trimmed, original: GGUFFile, whole: HangingHead, target: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random pairs through both files, in stock llama.cpp: logits at the kept ids."""
+    if original.architecture != EAGLE3:
+        nothing = np.zeros((0, len(cut.d2t)), np.float32)
+        return nothing, nothing  # what else a DFlash step needs is its target's; the bytes were compared
+    if target is None and not {HEAD, EMBEDDING} <= original.tensors.keys():
+        raise FileFormatError(f"{original.path}: takes token embeddings from its target; give that as --target")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, whole.n_vocab, PAIRS).tolist()
+    states = rng.standard_normal((PAIRS, whole.n_embd)).astype(np.float32)
+    found = []
+    with contextlib.ExitStack() as stack:
+        other = None
+        if target is not None:
+            other = stack.enter_context(Context(stack.enter_context(Model(target)), 32))
+        for path in (original.path, cut.file.path):
+            with Model(path) as model, PairContext(model, PAIRS + 8, None, other, n_outputs=PAIRS) as context:
+                found.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())
+    return found[0], found[1]
+
+
+def _logits(cut: Trimmed, original: GGUFFile) -> tuple[np.ndarray, np.ndarray]:
+    """One prompt through both: logits at the kept ids."""
     with Model(original.path) as model:
         prompt = model.tokenize(PROMPT)
         with Context(model, n_ctx=len(prompt) + 8, n_outputs=len(prompt)) as context:
@@ -122,10 +185,14 @@ def _behaviour(cut: Trimmed, original: GGUFFile) -> tuple[int, float, float, str
     with Model(cut.file.path) as model:
         vectors = cut.embeddings().rows(prompt)
         with Context(model, n_ctx=len(prompt) + 8, n_outputs=len(prompt)) as context:
-            found = context.decode(vectors, outputs=len(prompt)).copy()
+            return expected, context.decode(vectors, outputs=len(prompt)).copy()
+
+
+def _compared(cut: Trimmed, expected: np.ndarray, found: np.ndarray) -> tuple[int, float, float, str | None]:
+    """Positions compared, greatest difference, range of the logits, first difference."""
     gaps = np.abs(expected - found)
-    greatest = float(gaps.max())
-    spread = float(expected.max() - expected.min())
+    greatest = float(gaps.max(initial=0.0))
+    spread = float(np.ptp(expected)) if expected.size else 0.0
     first = None
     if not greatest <= 1e-5 * spread:  # also where it is not a number
         position, row = (int(i) for i in np.argwhere(~(gaps <= 1e-5 * spread))[0])
@@ -133,4 +200,4 @@ def _behaviour(cut: Trimmed, original: GGUFFile) -> tuple[int, float, float, str
             f"{cut.file.path}: at position {position} the logit of token {int(cut.d2t[row])} is "
             f"{found[position, row]:.6f} and the source's {expected[position, row]:.6f}"
         )
-    return len(prompt), greatest, spread, first
+    return len(expected), greatest, spread, first

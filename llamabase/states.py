@@ -105,10 +105,12 @@ class PairContext(Context):
     layer inputs there or, while drafting, what `decode` gave for the pair before.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_threads: int | None, other: Context) -> None:
+    def __init__(
+        self, model: Model, n_ctx: int, n_threads: int | None, other: Context | None, n_outputs: int = 1
+    ) -> None:
         self._extended = None
         self._library = _experimental()
-        super().__init__(model, n_ctx, n_threads, other=other)
+        super().__init__(model, n_ctx, n_threads, n_outputs=n_outputs, other=other)
         self._library["llama_set_embeddings_nextn"](self.handle, True, True)
         self._extended = llama_cpp.llama_batch_ext_init(self.handle)
 
@@ -123,21 +125,22 @@ class PairContext(Context):
         return found
 
     def pairs(self, tokens: Sequence[int], states: np.ndarray, outputs: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Append pairs; (logits, state) of the last one, float32 (n_vocab) and (n_embd), the first a view, where
-        `outputs`: then of every pair the head is computed, so mostly there is but one.
+        """Append pairs. With `outputs`: (logits, states) after each of the last n_outputs of them at most, float32
+        (n x n_vocab, a view) and (n x n_embd); the head is computed for every one, so mostly there is one.
         """
-        for start in range(0, len(tokens), self.n_batch):
+        logits, made = np.empty((0, self.model.n_vocab), np.float32), np.empty((0, self.model.n_embd), np.float32)
+        size = self.n_outputs if outputs else self.n_batch
+        for start in range(0, len(tokens), size):
             if not self.go_on():
                 raise EngineError(f"{self.model.path}: was cancelled while it read {len(tokens)} tokens")
-            part = np.ascontiguousarray(states[start : start + self.n_batch], np.float32)
-            ids = tokens[start : start + len(part)]
+            part = np.ascontiguousarray(states[start : start + size], np.float32)
+            n, ids = len(part), tokens[start : start + size]
             self._process(llama_cpp.LLAMA_PROCESS_TYPE_DECODE, self.n_past, ids, part, outputs)
-            self.n_past += len(part)
-        if not outputs:
-            return np.empty(0, np.float32), np.empty(0, np.float32)
-        n = len(part)
-        logits = floats(llama_cpp.llama_get_logits(self.handle), n, self.model.n_vocab)[n - 1]
-        return logits, self._states(n)[n - 1].copy()
+            self.n_past += n
+            if outputs:
+                logits = floats(llama_cpp.llama_get_logits(self.handle), n, self.model.n_vocab)
+                made = self._states(n).copy()
+        return logits, made
 
     def _states(self, n: int) -> np.ndarray:
         return floats(self._library["llama_get_embeddings_nextn"](self.handle), n, self.model.n_embd)

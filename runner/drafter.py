@@ -13,8 +13,8 @@ import numpy as np
 from gguf_trim.companion import EmbeddingTable, Trimmed
 from gguf_trim.dynamic.rows import DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.hanging import EAGLE3, HangingHead
-from llamabase.errors import EngineError
+from gguf_trim.hanging import DFLASH, EAGLE3, HangingHead
+from llamabase.errors import EngineError, FileFormatError
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import F16, Cache, Context, Model, physical_cores
@@ -202,6 +202,8 @@ def open_drafter(
     file = GGUFFile(path)
     if "gguf_trim.companion" in file.fields:
         raise EngineError(f"{path}: is the companion of a trimmed drafter; give the file beside it")
+    if file.architecture == DFLASH:
+        raise FileFormatError(f"{path}: is a DFlash drafter, which llama-server runs and this runner does not")
     if file.architecture == EAGLE3:
         return _open_hanging(HangingHead.of(file), target, target_context, n_threads, n_gpu_layers, vocab)
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None

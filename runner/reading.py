@@ -179,13 +179,14 @@ class HangingReading:
         states = self.context.encode(self._inputs.rows[n : len(text) - 1])
         if len(states) > 1:
             self.context.pairs(text[n + 1 : -1], states[:-1], False)
-        logits, self._state = self.context.pairs(text[-1:], states[-1:], True)
-        self._text = list(text)
-        return self._found(logits)
+        logits, made = self.context.pairs(text[-1:], states[-1:], True)
+        self._text, self._state = list(text), made[0]
+        return self._found(logits[0])
 
     def follow(self, token: int) -> Step:
-        logits, self._state = self.context.pairs([token], self._state[None], True)
-        return self._found(logits)
+        logits, made = self.context.pairs([token], self._state[None], True)
+        self._state = made[0]
+        return self._found(logits[0])
 
     def prepare(self, text: Sequence[int]) -> None:
         n, end = self._keep(text), min(len(text) - 2, self._inputs.n)

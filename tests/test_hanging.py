@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType as Quant
 
+from gguf_trim.__main__ import main as gguf_trim
+from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.hanging import HangingHead
+from gguf_trim.keep import Keep, filled
+from gguf_trim.verify import verify
 from llamabase import states
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
+from llamabase.vocabulary import Vocabulary
 from runner.chat import main as chat
 from runner.drafter import NoDrafter
 from runner.engine import Engine
@@ -295,3 +302,111 @@ def test_a_head_says_what_it_is(heads) -> None:
     head = HangingHead.of(GGUFFile(heads["mapped"]))
     assert (head.layers, head.width, head.n_embd, head.n_vocab) == ((0, 1, 2), 256, 256, 600)
     assert (np.diff(head.ids) < 0).all()
+
+
+def rows(k: int, first: int = 0) -> Callable[..., Keep]:
+    """Every third id from `first` on, of those that the head has."""
+
+    def choose(vocabulary: Vocabulary, n_rows: int, having: np.ndarray, multiple: int) -> Keep:
+        order = np.flatnonzero(having)
+        order = np.append(order[first::3], np.delete(order, np.arange(first, len(order), 3)))
+        return filled(Keep(np.sort(order[:k]).astype(np.int32), 0, 0, None), order, multiple)
+
+    return choose
+
+
+@pytest.mark.parametrize("type_", [Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_K])
+@pytest.mark.parametrize("k", [16, 100, 288])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_cut_is_its_source_bit_for_bit(heads, tmp_path: Path, type_: Quant, k: int, mapped: bool) -> None:
+    """Through stock llama.cpp, at k that are rounded up to a multiple of 16."""
+    ids = np.random.default_rng(4).permutation(600)[:320] if mapped else None
+    source = write_head(tmp_path / "source.gguf", type_, ids=ids, tokens=True)
+    write(plan(source, rows(k)), tmp_path / "cut.gguf")
+    found = verify(tmp_path / "cut.gguf", source, target=heads["target"])
+    assert found.ok, found.differences
+    assert (found.max_logit_difference, found.kept, found.positions) == (0.0, -(-k // 16) * 16, 24)
+    head = HangingHead.of(GGUFFile(tmp_path / "cut.gguf"))
+    assert ids is None or set(head.ids.tolist()) <= set(ids.tolist())
+    assert "tokenizer.ggml.tokens" in head.file.fields
+
+
+@pytest.mark.parametrize("name", ["no head", "mapped", "own embeddings"])
+def test_a_cut_drafts_what_its_source_does_where_that_was_kept(heads, tmp_path: Path, name: str) -> None:
+    cut = tmp_path / "cut.gguf"
+    write(plan(heads[name], rows(160), heads["target"]), cut)
+    assert verify(cut, heads[name], target=heads["target"]).ok
+    kept = set(HangingHead.of(GGUFFile(cut)).ids.tolist())
+    sampling = Sampling(temp=0)
+    with Engine(heads["target"], heads[name], n_ctx=128) as whole, Engine(heads["target"], cut, n_ctx=128) as part:
+        for n in range(4, 20):
+            text = whole.model.tokenize(PROMPT)[:n]
+            for engine in (whole, part):
+                engine.reader.keep(text, n - 1)
+                engine.reader.read(text[len(engine.reader.held) : -1], 0)
+            one, other = (engine.drafter.draft(text, 1, sampling, Noise(0))[0] for engine in (whole, part))
+            assert other in kept
+            assert one not in kept or one == other
+        assert text_of(part, SAMPLINGS["few"], draft_max=3, seed=2) == text_of(
+            whole, SAMPLINGS["few"], draft_max=0, seed=2
+        )
+
+
+def test_a_cut_needs_no_companion_to_be_run(heads, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    write(plan(heads["whole"], rows(64), heads["target"]), cut)
+    companion_path(cut).unlink()
+    with Engine(heads["target"], cut, n_ctx=128, vocab="trim") as engine:
+        assert len(text_of(engine, SAMPLINGS["greedy"], 8, draft_max=2)) == 8
+
+
+def test_what_was_changed_is_seen(heads, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    write(plan(heads["whole"], rows(64), heads["target"]), cut)
+    tensor = GGUFFile(cut).tensors["d2t"]
+    data = bytearray(cut.read_bytes())
+    ids = np.frombuffer(data, "<i8", tensor.n_elements, tensor.offset)
+    ids[[3, 4]] = ids[[4, 3]]
+    cut.write_bytes(data)
+    assert "is not row" in verify(cut, heads["whole"], target=heads["target"]).differences[0]
+    ids[4] = 599
+    cut.write_bytes(data)
+    assert "its d2t is not that of the kept rows" in verify(cut, heads["whole"], target=heads["target"]).differences[0]
+
+
+@pytest.mark.parametrize("name", ["markov_w2.weight", "selector_hidden.weight"])
+def test_what_chooses_tokens_beside_its_head_is_not_cut(heads, tmp_path: Path, name: str) -> None:
+    path = write_head(tmp_path / "d.gguf", architecture="dflash", more={name: np.ones((600, 8), np.float32)})
+    with pytest.raises(FileFormatError, match=f"DSpark or DFlash2 drafter: its {name}"):
+        plan(path, rows(64), heads["target"])
+
+
+def test_a_dflash_head_is_cut_and_not_run(heads, tmp_path: Path) -> None:
+    path, cut = write_head(tmp_path / "d.gguf", architecture="dflash", tokens=True), tmp_path / "cut.gguf"
+    write(plan(path, rows(64)), cut)
+    assert verify(cut, path).ok
+    with pytest.raises(FileFormatError, match="is a DFlash drafter"):
+        Engine(heads["target"], cut)
+
+
+def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
+    head, cut, ids = str(heads["whole"]), str(tmp_path / "cut.gguf"), tmp_path / "ids.txt"
+    ids.write_text("\n".join(map(str, range(90, 130))))
+    target = ["--target", str(heads["target"])]
+
+    def run(*arguments: str, code: int = 0) -> Result:
+        done = CliRunner().invoke(gguf_trim, arguments)
+        assert done.exit_code == code, done.output
+        return done
+
+    assert (
+        "has no tokenizer; give the model it was made for as --target"
+        in run("trim", head, "-o", cut, "--keep", str(ids), code=1).stderr
+    )
+    run("trim", head, "-o", cut, "--keep", str(ids), *target)
+    assert "difference 0 over" in run("verify", cut, "--source", head, *target).stdout
+    said = json.loads(run("inspect", cut, "--json").stdout)
+    assert (said["kind"], said["k"] % 16, said["head"]["rows"]) == ("trimmed", 0, said["k"])
+    said = json.loads(run("inspect", head, "--json").stdout)
+    assert (said["trimmable"], said["target_layers"], said["vocabulary"]) == (True, [0, 1, 2], 600)
+    assert "already trimmed" in run("trim", cut, "-o", str(tmp_path / "twice.gguf"), *target, code=1).stderr

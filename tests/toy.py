@@ -172,10 +172,11 @@ def write_head(
     sharpness: float = 4.0,
     architecture: str = "eagle3",
     zeros: tuple[str, ...] = (),
+    more: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a loadable EAGLE-3 head for a target of these sizes. `ids`: the d2t; `without`: keys and tensors left out; `zeros`: tensors
-    that are 0.
+    """Write a loadable EAGLE-3 head for a target of these sizes.
 
+    `ids`: the d2t; `without`: keys and tensors left out; `zeros`: tensors that are 0.
     The rows of two heads of one seed that stand for the same token are the same.
     """
     rng = np.random.default_rng(seed)
@@ -220,6 +221,8 @@ def write_head(
     for name, values in tensors.items():
         if name not in without:
             writer.add_tensor(name, values * (name not in zeros))
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     if own_embeddings:
         writer.add_tensor("token_embd.weight", normal(n_tokens, N_EMBD))
     if "output.weight" not in without:

@@ -20,7 +20,7 @@ from llamabase.vocabulary import Vocabulary, require_same
 from ..companion import Trimmed
 from ..cut import companion_path, plan, write
 from ..dynamic.speculator import Speculator
-from ..keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
+from ..keep import Keep, filled, k_for, keep_counted, keep_listed, keep_order, read_keep_list
 from ..layout import Cut
 from ..planning.costs import AS_SHIPPED
 from ..verify import verify
@@ -48,17 +48,24 @@ def choose_rows(
     keep_file: Path | None = None,
     top_p: float | None = None,
     min_count: int | None = None,
+    having: np.ndarray | None = None,
+    multiple: int = 1,
 ) -> Keep:
     """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
 
-    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times.
+    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times; filled up to a
+    `multiple` in keep order. `having` (bool by id): which ids there are rows of, None for all.
     """
-    if keep_file is not None:
-        return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
     counted = ranking_counts(vocabulary, counts)
-    if top_p is not None or min_count is not None:
-        k = k_for(vocabulary, n_rows, counted, top_p, min_count)
-    return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
+    if keep_file is not None:
+        keep = keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
+    else:
+        if top_p is not None or min_count is not None:
+            k = k_for(vocabulary, n_rows, counted, top_p, min_count)
+        keep = keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k, having)
+    if multiple == 1 and having is None:
+        return keep
+    return filled(keep, keep_order(vocabulary, n_rows, counted, having), multiple)
 
 
 def prepare(

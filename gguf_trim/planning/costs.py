@@ -130,7 +130,7 @@ def draft_cost(
                 table = None
             else:
                 # Any rows will do: a row costs what a row costs.
-                write(plan(drafter, lambda _, rows, k=k: Keep(np.arange(k, dtype=np.int32), 0, 0, None)), path)  # type: ignore[misc]
+                write(plan(drafter, lambda _, rows, k=k: Keep(np.arange(k, dtype=np.int32), 0, 0, None)), path)
                 table = Trimmed.open(path).embeddings()
             model = stack.enter_context(Model(path))
             context = stack.enter_context(Context(model, N_CONTEXT + 32, n_threads, n_outputs=1))

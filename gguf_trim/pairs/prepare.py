@@ -56,15 +56,15 @@ def choose_rows(
     How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times; filled up to a
     `multiple` in keep order. `having` (bool by id): which ids there are rows of, None for all.
     """
-    counted = ranking_counts(vocabulary, counts)
     if keep_file is not None:
         keep = keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-    else:
+        if multiple == 1 and having is None:
+            return keep
+    counted = ranking_counts(vocabulary, counts)
+    if keep_file is None:
         if top_p is not None or min_count is not None:
             k = k_for(vocabulary, n_rows, counted, top_p, min_count)
         keep = keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k, having)
-    if multiple == 1 and having is None:
-        return keep
     return filled(keep, keep_order(vocabulary, n_rows, counted, having), multiple)
 
 

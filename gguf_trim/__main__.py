@@ -169,11 +169,12 @@ def _proof(result: Verification) -> str:
 @click.option("--rank", "-r", type=click.IntRange(1), help="Numbers a token is scored by.  [default: n_embd / 8]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
 @click.option("--train", "steps", type=click.IntRange(0), default=0, help="Steps of training after it ([train]).")
+@click.option("--target", type=FILE, help="The target that an EAGLE-3 head hangs on.")
 def speculator_command(
-    trimmed: Path, calibration: Path | None, rank: int | None, threads: int | None, steps: int
+    trimmed: Path, calibration: Path | None, rank: int | None, threads: int | None, steps: int, target: Path | None
 ) -> None:
     """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
-    made = add_speculator(trimmed, calibration, rank, threads, steps)
+    made = add_speculator(trimmed, calibration, rank, threads, steps, target)
     stderr.print(f"rank {made.rank}, fitted on {made.n_positions} positions")
     click.echo(str(companion_path(trimmed)))
 

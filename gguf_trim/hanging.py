@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -83,10 +84,15 @@ class HangingHead:
             raise bad(f"its head has {file.tensors[HEAD].n_rows} rows for {n_vocab} tokens and no {D2T}")
         return cls(file, ids, tuple(layers.tolist()), width, n_embd, n_vocab, epsilon)
 
-    @property
-    def norm(self) -> np.ndarray:
-        """float32 (n_embd): the weights of the RMS norm before the head."""
+    @cached_property
+    def _norm(self) -> np.ndarray:
         return np.frombuffer(self.file.read(self.file.tensors[NORM]), "<f4").copy()
+
+    def hidden(self, states: np.ndarray) -> np.ndarray:
+        """What the head is multiplied by, of states (float32, ... x n_embd): their RMS norm."""
+        scale = 1 / np.sqrt(np.mean(states * states, axis=-1, keepdims=True) + np.float32(self.epsilon))
+        found: np.ndarray = states * scale * self._norm
+        return found
 
     def require_target(self, target: GGUFFile, vocabulary: Vocabulary) -> None:
         """Raise FileFormatError or VocabularyMismatch, naming both files, where it cannot hang on this target."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from gguf_trim.companion import EmbeddingTable, Trimmed
+from gguf_trim.cut import companion_path
 from gguf_trim.dynamic.rows import DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.hanging import DFLASH, EAGLE3, HangingHead
@@ -245,11 +246,19 @@ def _open_hanging(
     target_file = GGUFFile(target_context.model.path)
     head.require_target(target_file, target)
     inputs = LayerInputs.of(target_context, target_file.architecture, head.layers)
-    model = Model(head.file.path, n_gpu_layers)
+    dynamic, path = None, head.file.path
+    # Its companion is needed for rows beyond the kept ones only.
+    if "gguf_trim.d2t" in head.file.fields and vocab != "trim" and (vocab != AUTO or companion_path(path).exists()):
+        dynamic = _dynamic(Trimmed.open(path), vocab, len(target), n_threads)
+    model = Model(path, n_gpu_layers)
     try:
         context = PairContext(model, target_context.n_ctx, n_threads, target_context)
-        ids = None if head.ids is None else np.sort(head.ids)
-        return ModelDrafter(model, HangingReading(context, inputs, ids, head.norm, head.epsilon), ids)
+        return ModelDrafter(
+            model,
+            HangingReading(context, inputs, head),
+            None if head.ids is None else np.sort(head.ids).astype(np.int32),
+            dynamic,
+        )
     except BaseException:
         model.close()
         raise

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gguf_trim.hanging import HangingHead
 from llamabase.llama import Context
 from llamabase.states import LayerInputs, PairContext
 
@@ -155,15 +156,13 @@ class OwnReading:
 class HangingReading:
     """An EAGLE-3 head, which reads pairs of a token and what its target made of the one before (arXiv 2503.01840).
 
-    `ids` (ascending) are the ids of the head's rows, None for all in order; norm and epsilon are of the RMS norm before
-    the head. A text can be drafted for as far as the target has read it: all but its last token.
+    A text can be drafted for as far as the target has read it: all but its last token.
     """
 
-    def __init__(
-        self, context: PairContext, inputs: LayerInputs, ids: np.ndarray | None, norm: np.ndarray, epsilon: float
-    ) -> None:
+    def __init__(self, context: PairContext, inputs: LayerInputs, head: HangingHead) -> None:
         self.context: PairContext = context
-        self._inputs, self._ids, self._norm, self._epsilon = inputs, ids, norm, epsilon
+        self._inputs, self._head = inputs, head
+        self._ids = None if head.ids is None else np.sort(head.ids)
         self._text: list[int] = []  # whose pairs, one fewer than tokens, the cache holds
         self._state = _NO_STATE
 
@@ -211,6 +210,4 @@ class HangingReading:
         return n
 
     def _found(self, logits: np.ndarray) -> Step:
-        state = self._state
-        hidden = state * (1 / np.sqrt(np.mean(state * state) + self._epsilon)) * self._norm
-        return logits if self._ids is None else logits[self._ids], hidden
+        return logits if self._ids is None else logits[self._ids], self._head.hidden(self._state)

@@ -13,11 +13,12 @@ from gguf import GGMLQuantizationType as Quant
 
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.cut import companion_path, plan, write
+from gguf_trim.dynamic.fitting import add_speculator
 from gguf_trim.hanging import HangingHead
 from gguf_trim.keep import Keep, filled
 from gguf_trim.verify import verify
 from llamabase import states
-from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
+from llamabase.errors import EngineError, FileFormatError, TrimError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
 from llamabase.noise import Noise
@@ -159,7 +160,7 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
                 embedding = table_of(heads["target"], "token_embd.weight")[text[-1]]
                 pair = np.append(normed(embedding, head.epsilon), np.zeros(256))
                 state = table_of(path, "blk.0.attn_output.weight") @ (table_of(path, "blk.0.attn_v.weight") @ pair)
-            wanted = table_of(path, "output.weight") @ (normed(state, head.epsilon) * head.norm)
+            wanted = table_of(path, "output.weight") @ head.hidden(state)
             assert found == pytest.approx(wanted, abs=0.05)
 
 
@@ -410,3 +411,75 @@ def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
     said = json.loads(run("inspect", head, "--json").stdout)
     assert (said["trimmable"], said["target_layers"], said["vocabulary"]) == (True, [0, 1, 2], 600)
     assert "already trimmed" in run("trim", cut, "-o", str(tmp_path / "twice.gguf"), *target, code=1).stderr
+
+
+def answers_file(folder: Path) -> Path:
+    path, rng = folder / "answers.json", np.random.default_rng(2)
+    lines = {str(n): [rng.integers(3, 500, 9).tolist(), rng.integers(3, 500, 40).tolist()] for n in range(6)}
+    path.write_text(json.dumps(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dynamic(heads: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Heads cut to next to nothing, with a speculator: of a whole head, and of one with a d2t."""
+    folder, found = tmp_path_factory.mktemp("dynamic"), {}
+    for name in ("whole", "mapped"):
+        found[name] = folder / f"{name}.gguf"
+        write(plan(heads[name], rows(16), heads["target"]), found[name])
+        add_speculator(found[name], answers_file(folder), target=heads["target"])
+    return found
+
+
+@pytest.mark.parametrize("vocab", ["auto", "spec", "context", "trim"])
+@pytest.mark.parametrize("name", ["whole", "mapped"])
+def test_rows_are_added_at_every_step(heads, dynamic, name: str, vocab: str) -> None:
+    """With all candidates the drafts are those of the whole head, with those of the text what they can be."""
+    few = SAMPLINGS["few"]
+    with (
+        Engine(heads["target"], heads[name], n_ctx=128) as whole,
+        Engine(heads["target"], dynamic[name], n_ctx=128, vocab=vocab) as part,
+    ):
+        assert (part.drafter.dynamic is None) == (vocab == "trim")
+        text = whole.model.tokenize(PROMPT)
+        wanted, found = [], []
+        for n in range(3, len(text)):
+            for engine, drafts in ((whole, wanted), (part, found)):
+                engine.reader.keep(text[:n], n - 1)
+                engine.reader.read(text[len(engine.reader.held) : n - 1], 0)
+                drafts.append(engine.drafter.draft(text[:n], 3, SAMPLINGS["greedy"], Noise(0)))
+        assert (found == wanted) == (vocab in ("auto", "spec"))  # 512 candidates are nearly all
+        having = np.arange(600) if name == "whole" else HangingHead.of(GGUFFile(heads[name])).ids
+        assert set(np.ravel(found).tolist()) <= set(having.tolist())
+        plain = text_of(whole, few, draft_max=0, seed=2)
+        assert text_of(part, few, draft_max=3, seed=2) == plain
+
+
+def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Path) -> None:
+    """And needs the target, whose states the head reads."""
+    with pytest.raises(TrimError, match="give the model it was made for as --target"):
+        add_speculator(dynamic["whole"])
+    cut = tmp_path / "cut.gguf"
+    write(plan(heads["whole"], rows(64), heads["target"]), cut)
+    ids, answers = answers_file(tmp_path), [[97, 101, 116] * 5]
+    (tmp_path / "own.json").write_text(json.dumps({"a": [answers[0][:5], answers[0][5:]]}))
+    made = add_speculator(cut, tmp_path / "own.json", target=heads["target"])
+    with Engine(heads["target"], cut, n_ctx=64) as engine:
+        right = []
+        for n in range(5, 15):
+            engine.reader.keep(answers[0], n - 1)
+            engine.reader.read(answers[0][len(engine.reader.held) : n - 1], 0)
+            row = engine.drafter.reading.begin(answers[0][:n])[0]
+            right.append(int(engine.drafter._ids[row.argmax()]) == answers[0][n])
+    assert made.acceptance == pytest.approx(np.mean(right))
+    assert ids.exists()
+
+
+def test_a_head_does_not_agree_with_rows_of_another(heads, dynamic, tmp_path: Path) -> None:
+    """What is read of the companion are the head's own rows: their products are llama.cpp's logits."""
+    with Engine(heads["target"], dynamic["mapped"], n_ctx=64) as engine:
+        text = engine.model.tokenize(PROMPT)[:9]
+        engine.reader.read(text[:-1], 0)
+        logits, hidden = engine.drafter.reading.begin(text)
+        assert engine.drafter.dynamic.agrees(logits, hidden)
+        assert not engine.drafter.dynamic.agrees(logits, hidden[::-1].copy())

@@ -112,7 +112,8 @@ class DynamicHead:
         self._full = np.asarray(np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
         bias = file.tensors.get(HEAD_BIAS)
         self._bias = None if bias is None else np.memmap(file.path, np.float32, "r", bias.offset, bias.shape)
-        outside = np.ones(head.n_rows, bool)
+        self._row_of = trimmed.row_of
+        outside = self._row_of >= 0
         outside[trimmed.d2t] = False
         if n_ids is not None:  # the target knows no other ids
             outside[n_ids:] = False
@@ -121,7 +122,7 @@ class DynamicHead:
         n_candidates = min(wanted, len(self._others)) if speculator is not None else 0
         self._n_candidates = n_candidates
         self.recent = Recent(outside, n_context)
-        self._in_context = np.zeros(head.n_rows, bool)
+        self._in_context = np.zeros(len(outside), bool)
         self._ids = np.zeros(n_context + n_candidates, np.int32)
         rows = max(1, -(-len(self._ids) // _BUCKET)) * _BUCKET
         self._rows = aligned(rows * head.row_bytes).reshape(rows, head.row_bytes)
@@ -133,7 +134,7 @@ class DynamicHead:
         self._products: dict[int, Product] = {}
         self._scores: Callable[[np.ndarray], np.ndarray] | None = None
         if speculator is not None and len(self._others):
-            self._scores = scorer(backend, speculator, self._others)
+            self._scores = scorer(backend, speculator, self._row_of[self._others])
 
     @property
     def seconds(self) -> float:
@@ -149,14 +150,14 @@ class DynamicHead:
         """Take in the text up to the position that is drafted next."""
         for slot, token in self.recent.follow(text):
             self._ids[slot] = token
-            self._rows[slot] = self._full[token]
+            self._rows[slot] = self._full[self._row_of[token]]
         self._in_context[:] = False
         self._in_context[self._ids[: len(self.recent.slots)]] = True
 
     def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
         """Whether `logits` of the kept rows are what this head makes of `hidden`, but for requantisation."""
         some = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64)
-        self._rows[:_BUCKET] = self._full[self._kept[some]]
+        self._rows[:_BUCKET] = self._full[self._row_of[self._kept[some]]]
         ours = self._product(_BUCKET)(hidden)
         if self._bias is not None:
             ours = ours + self._bias[self._kept[some]]
@@ -181,8 +182,9 @@ class DynamicHead:
         self.rows += n
         if not n:
             return ids, np.empty(0, np.float32)
-        self._full[ids[known:], 0]  # touches all rows first: waiting for memory one after another takes longer
-        np.take(self._full, ids[known:], axis=0, out=self._rows[known:n], mode="clip")  # "raise" would copy twice
+        rows = self._row_of[ids[known:]]
+        self._full[rows, 0]  # touches all rows first: waiting for memory one after another takes longer
+        np.take(self._full, rows, axis=0, out=self._rows[known:n], mode="clip")  # "raise" would copy twice
         values = self._product(-(-n // _BUCKET) * _BUCKET)(hidden)[:n]
         return ids, values if self._bias is None else values + self._bias[ids]
 

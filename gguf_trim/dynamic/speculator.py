@@ -117,8 +117,9 @@ def fit(
     mean = total / head.n_rows
     gram -= head.n_rows * np.outer(mean, mean)
     moment = (states.T @ states).astype(np.float64) / len(states)
-    moment += np.eye(n) * (RIDGE * np.trace(moment) / n)
+    ridge = RIDGE * np.trace(moment) / n
     strengths, directions = np.linalg.eigh(moment)
+    strengths = np.maximum(strengths, 0) + ridge  # rounding makes some a little less than nothing
     root = (directions * strengths**0.5) @ directions.T
     inverse_root = (directions * strengths**-0.5) @ directions.T
     values, vectors = np.linalg.eigh(root @ gram @ root)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,11 +46,19 @@ class Mode:
     name: str
     drafter: Drafter
     draft_max: int | None
-    file: Path | None = None
-    memory: int = 0  # bytes that opening its drafter and answering with it took
-    used: bool = False
-    model: ModelDrafter | None = None  # the drafter that reads, whoever decides on its drafts
-    step: Callable[[], tuple[float, float]] = field(default=lambda: (0.0, 0.0))  # (params, bytes) of a draft step
+    file: Path | None
+    model: ModelDrafter | None  # the drafter that reads, whoever decides on its drafts
+    step: Callable[[], tuple[float, float]]  # (params, bytes) of a draft step
+    memory: int  # bytes that opening its drafter and answering with it took
+
+    def as_json(self) -> dict[str, Any]:
+        params, n_bytes = self.step()
+        return {
+            "draft_max": self.draft_max,
+            "file": self.file.name if self.file else None,
+            "memory_bytes": self.memory,
+            "step": {"params": params, "bytes": n_bytes},
+        }
 
 
 @dataclass(frozen=True)
@@ -60,29 +69,35 @@ class Files:
     full: Path | None
     trimmed: dict[int, Path]
 
+    def at(self, k: int) -> str:
+        """What tells a cut from the others in the name of a mode or a step; nothing where it is the only one."""
+        return "" if len(self.trimmed) == 1 else f"@{k}"
+
+    def drafter(self, kind: str, k: str) -> Path | None:
+        """The file that a kind of mode drafts with; of several cuts the smallest where no k is named."""
+        if kind in (PLAIN, AGAIN, LOOKUP):
+            return None
+        if kind == FULL:
+            return self.full
+        return self.trimmed[int(k) if k else min(self.trimmed)] if self.trimmed else None
+
 
 def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path, quants: tuple[str, str]) -> Files:
     """Requantise what is to be, and trim to every k; `quants` are the types of target and drafter, "" as shipped."""
-    full = full or (found.prepared.drafter if found.prepared else None)
-    target, trimmed = found.target, found.prepared.trimmed if found.prepared else found.draft
+    trimmed = found.draft
+    if found.prepared:
+        full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
     if trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
         full, trimmed = full or trimmed, None
-    target = requantized(target, quants[0], folder)
-    if quants[1]:
-        if full is None:
-            raise click.UsageError("--draft-quant needs the uncut drafter; give it as --full")
+    if full is None and (ks or quants[1]):
+        raise click.UsageError(f"{'--draft-quant' if quants[1] else '--k'} needs the uncut drafter; give it as --full")
+    target = requantized(found.target, quants[0], folder)
+    cuts = [] if trimmed is None else [trimmed]
+    if full is not None and (ks or quants[1] or trimmed is None):
         full = requantized(full, quants[1], folder)
-        trimmed = None
-    cuts: dict[int, Path] = {}
-    if trimmed is not None and not ks:
-        cuts[len(Trimmed.open(trimmed).d2t)] = trimmed
-    elif full is not None:
-        for k in ks or (None,):
-            made = prepare(target=target, drafter=full, choose=partial(choose_rows, k=k), requant=NONE).trimmed
-            cuts[len(Trimmed.open(made).d2t)] = made
-    elif ks:
-        raise click.UsageError("--k needs the uncut drafter; give it as --full")
-    return Files(target, full, cuts)
+        rules = [partial(choose_rows, k=k) for k in ks or (None,)]
+        cuts = [prepare(target=target, drafter=full, choose=rule, requant=NONE).trimmed for rule in rules]
+    return Files(target, full, {len(Trimmed.open(cut).d2t): cut for cut in cuts})
 
 
 def names_of(wanted: Sequence[str], files: Files) -> list[str]:
@@ -90,10 +105,8 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
     found = []
     for name in wanted:
         kind, colon, n = name.partition(":")
-        if kind == FULL and files.full is None:
-            continue
         if kind not in CUT:
-            found.append(name)
+            found += [name] if kind != FULL or files.full is not None else []
             continue
         for k, path in files.trimmed.items():
             if kind == SPEC and Speculator.of(trimmed := Trimmed.open(path)) is None:
@@ -103,7 +116,7 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
                     markup=False,
                 )
             else:
-                found.append(name if len(files.trimmed) == 1 else f"{kind}@{k}{colon}{n}")
+                found.append(f"{kind}{files.at(k)}{colon}{n}")
     return found
 
 
@@ -115,39 +128,34 @@ def open_modes(
     vocabulary = Vocabulary(GGUFFile(files.target))
     verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # anew, whatever is remembered
 
-    def by_cost(drafter: ModelDrafter | None) -> AutoDrafter:
-        return AutoDrafter(drafter, verify(), None if drafter is None else StepCost(measured_draft(drafter)))
+    def by_cost(model: ModelDrafter | None) -> AutoDrafter:
+        return AutoDrafter(model, verify(), None if model is None else StepCost(measured_draft(model)))
 
     with ExitStack() as stack:
         modes = []
         for name in names:
-            full_name, _, own = name.partition(":")
-            kind, _, k = full_name.partition("@")
+            way, _, own = name.partition(":")
+            kind, _, k = way.partition("@")
+            path = files.drafter(kind, k)
             length = int(own) if own else draft_max
-            if kind in (PLAIN, AGAIN):
-                modes.append(Mode(name, NoDrafter(), 0))
-                continue
-            if kind == LOOKUP:
-                modes.append(Mode(name, LookupDrafter() if length is not None else by_cost(None), length))
-                continue
-            smallest = min(files.trimmed, default=None)
-            path = files.full if kind == FULL else files.trimmed[int(k)] if k else files.trimmed.get(smallest or 0)
-            before = resident()
-            drafter = None
+            before, model, step = resident(), None, _nothing
             if path is not None:
-                vocab = kind if kind in CUT else found.vocab
-                n_ctx = found.n_ctx_draft or engine.context.n_ctx
+                n_ctx, vocab = found.n_ctx_draft or engine.context.n_ctx, kind if kind in CUT else found.vocab
                 limits = n_ctx, found.n_threads, found.n_gpu_layers, vocab, found.cache_draft
-                drafter = open_drafter(path, vocabulary, *limits)
-                stack.callback(drafter.close)
-            cost = kind == AUTO or length is None
-            chooses = by_cost(drafter) if cost or drafter is None else drafter
-            mode = Mode(name, chooses, None if cost else length, path, model=drafter)
-            if drafter is not None and path is not None:
-                mode.step = step_reader(path, drafter)
-            mode.memory = resident() - before
-            modes.append(mode)
+                model = open_drafter(path, vocabulary, *limits)
+                stack.callback(model.close)
+                step = step_reader(path, model)
+            drafter: Drafter = model or LookupDrafter()
+            if kind in (PLAIN, AGAIN):
+                drafter, length = NoDrafter(), 0
+            elif kind == AUTO or length is None:
+                drafter, length = by_cost(model), None
+            modes.append(Mode(name, drafter, length, path, model, step, resident() - before if path else 0))
         yield modes
+
+
+def _nothing() -> tuple[float, float]:
+    return 0.0, 0.0
 
 
 def step_reader(path: Path, drafter: ModelDrafter) -> Callable[[], tuple[float, float]]:

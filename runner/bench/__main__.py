@@ -24,7 +24,7 @@ import click
 
 from llamabase.command import FILE, Commands
 from llamabase.errors import FileFormatError
-from llamabase.files import PLOT, write_whole
+from llamabase.files import PLOT
 from llamabase.progress import stderr
 from llamabase.sampling import Sampling
 
@@ -73,20 +73,21 @@ def main() -> None:
     """Measure what drafting brings on this machine; without a command: run."""
 
 
-FULL = click.option("--full", type=FILE, help="The uncut drafter, with --target.")
-KS = click.option("--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.")
-TARGET_QUANT, DRAFT_QUANT = (
-    click.option(
-        f"--{name}-quant", default="", metavar="TYPE", help=f"Requantise the {whose} first, to Q4_0 or Q8_0 say."
-    )
-    for name, whose in (("target", "target"), ("draft", "drafter"))
-)
+full_option = click.option("--full", type=FILE, help="The uncut drafter, with --target.")
+
+
+def files_options(command: Any) -> Any:
+    """What is compared: the command receives what `find_files` asks for."""
+    for name, whose in (("target", "target"), ("draft", "drafter")):
+        text = f"Requantise the {whose} first, to Q4_0 or Q8_0 say."
+        command = click.option(f"--{name}-quant", default="", metavar="TYPE", help=text)(command)
+    k_option = click.option("--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.")
+    return full_option(k_option(command))
 
 
 @main.command("run")
 @model_options
-@FULL
-@KS
+@files_options
 @click.option(
     "--modes",
     type=modes,
@@ -105,8 +106,6 @@ TARGET_QUANT, DRAFT_QUANT = (
 @click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
 @draft_max_option("3")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Answers of each prompt and mode.")
-@TARGET_QUANT
-@DRAFT_QUANT
 @click.option("--llama-cpp", type=FILE, help="A folder with llama.cpp's own tools, to run beside (docs/peers.md).")
 @click.option(
     "-o", "--output", type=FILE, help="Keep the record here, after every answer; goes on where one is cut off."
@@ -135,7 +134,7 @@ def run_command(
     tools = peers.find(llama_cpp) if llama_cpp else None
     found = models()
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
-        files = find_files(found, full, ks, Path(folder), (target_quant, draft_quant))
+        files = find_files(found, Path(folder), full, ks, target_quant, draft_quant)
         described = {
             "target": [describe(files.target)],
             "full": [describe(files.full)] if files.full else [],
@@ -177,14 +176,14 @@ def _last_line(record: dict[str, Any]) -> None:
 
 @main.command("demo")
 @model_options
-@FULL
+@full_option
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @draft_max_option()
 def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: int, draft_max: int | None) -> None:
     """What the cut brings to a draft step, three prompts with drafts and without, and whether drafting pays here."""
     found = models()
     record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
-    files = find_files(found, full, (), Path(), ("", ""))
+    files = find_files(found, Path(), full)
     if files.full is not None:
         record["cut"] = demo.the_cut(found, files, max_tokens)
         click.echo(demo.cut_table(record["cut"]) + "\n")
@@ -197,26 +196,20 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 
 @main.command("steps")
 @model_options
-@FULL
-@KS
+@files_options
 @click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes instead of files.")
 @click.option("--quant", default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
-@TARGET_QUANT
-@DRAFT_QUANT
 @click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
-    full: Path | None,
-    ks: list[int],
     shape: str | None,
     quant: str,
-    target_quant: str,
-    draft_quant: str,
     acceptance: Path | None,
     repeat: int,
     output: Path | None,
+    **wanted: Any,
 ) -> None:
     """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone.
 
@@ -225,11 +218,11 @@ def steps_command(
     STEPS.require(output)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         if shape is not None:
-            files = shaped(shape, quant, ks or SHAPED_KS, Path(folder))
+            files = shaped(shape, quant, wanted["ks"] or SHAPED_KS, Path(folder))
             found = models(files.target)
         else:
             found = models()
-            files = find_files(found, full, ks, Path(folder), (target_quant, draft_quant))
+            files = find_files(found, Path(folder), **wanted)
         record: dict[str, Any] = {
             "machine": machine(),
             "copy_bytes_per_second": bandwidth(found.n_threads),
@@ -244,9 +237,7 @@ def steps_command(
     if acceptance is not None:
         parts.append(promised(record, acceptance))
     click.echo("\n\n".join(parts))
-    if output is not None:
-        with write_whole(output, STEPS) as file:
-            file.write((json.dumps(record) + "\n").encode())
+    runs.write_record(record, output, STEPS)
     _last_line(record)
 
 

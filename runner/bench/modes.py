@@ -82,19 +82,28 @@ class Files:
         return self.trimmed[int(k) if k else min(self.trimmed)] if self.trimmed else None
 
 
-def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path, quants: tuple[str, str]) -> Files:
-    """Requantise what is to be, and trim to every k; `quants` are the types of target and drafter, "" as shipped."""
+def find_files(
+    found: Models,
+    folder: Path,
+    full: Path | None,
+    ks: Sequence[int] = (),
+    target_quant: str = "",
+    draft_quant: str = "",
+) -> Files:
+    """Requantise into `folder` what is to be, and trim to every k."""
     trimmed = found.draft
     if found.prepared:
         full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
     if trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
         full, trimmed = full or trimmed, None
-    if full is None and (ks or quants[1]):
-        raise click.UsageError(f"{'--draft-quant' if quants[1] else '--k'} needs the uncut drafter; give it as --full")
-    target = requantized(found.target, quants[0], folder)
+    if full is None and (ks or draft_quant):
+        raise click.UsageError(
+            f"{'--draft-quant' if draft_quant else '--k'} needs the uncut drafter; give it as --full"
+        )
+    target = requantized(found.target, target_quant, folder)
     cuts = [] if trimmed is None else [trimmed]
-    if full is not None and (ks or quants[1] or trimmed is None):
-        full = requantized(full, quants[1], folder)
+    if full is not None and (ks or draft_quant or trimmed is None):
+        full = requantized(full, draft_quant, folder)
         rules = [partial(choose_rows, k=k) for k in ks or (None,)]
         cuts = [prepare(target=target, drafter=full, choose=rule, requant=NONE).trimmed for rule in rules]
     return Files(target, full, {len(Trimmed.open(cut).d2t): cut for cut in cuts})

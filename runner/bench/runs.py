@@ -192,9 +192,9 @@ def left_in(path: Path | None) -> dict[str, Any]:
     return read_record(path, "name another file")
 
 
-def write_record(record: dict[str, Any], path: Path | None) -> None:
+def write_record(record: dict[str, Any], path: Path | None, kind: Kind = RECORD) -> None:
     if path is not None:
-        with write_whole(path, RECORD) as file:
+        with write_whole(path, kind) as file:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 

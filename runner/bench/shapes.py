@@ -25,7 +25,6 @@ from llamabase.ggml import quantize_rows
 from llamabase.gguf_file import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
 from llamabase.progress import progress
 from llamabase.quantize import quantize
-from llamabase.vocabulary import TokenType
 
 DEVIATION = 0.02  # of the weights: what Llama, Qwen and Gemma are initialised with (initializer_range)
 TILE = 1 << 20  # random numbers made for each type and row length, then repeated
@@ -179,22 +178,15 @@ def _hyperparameters(shape: Shape) -> list[bytes]:
 
 
 def _tokenizer(n_vocab: int) -> list[bytes]:
-    """A byte-level BPE without merges: the 256 bytes, one end token, and made-up pieces."""
+    """A byte-level BPE without merges: the 256 bytes, and made-up pieces."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    tokens = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable))), "<|endoftext|>"]
-    end = len(tokens) - 1
+    tokens = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     tokens += [f"piece{i}" for i in range(len(tokens), n_vocab)]
-    types = np.full(len(tokens), TokenType.NORMAL)
-    types[end] = TokenType.CONTROL
     return [
         field("tokenizer.ggml.model", "gpt2"),
         field("tokenizer.ggml.pre", "gpt-2"),
         field("tokenizer.ggml.tokens", tokens),
-        field("tokenizer.ggml.token_type", types),
         field("tokenizer.ggml.merges", []),
-        field("tokenizer.ggml.bos_token_id", end),
-        field("tokenizer.ggml.eos_token_id", end),
-        field("tokenizer.ggml.add_bos_token", False),
     ]
 
 

@@ -31,10 +31,10 @@ from llamabase.sampling import Sampling
 from ..auto import LONGEST
 from ..options import Models, draft_max_option, model_options
 from . import demo, peers, runs
-from .figures import figures
+from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
-from .report import compare, plot, plot_side_by_side, report
+from .report import compare, plot, report
 from .steps import STEPS, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
 SHAPED_KS = (16384, 32768)
@@ -81,7 +81,9 @@ def files_options(command: Any) -> Any:
     for name, whose in (("target", "target"), ("draft", "drafter")):
         text = f"Requantise the {whose} first, to Q4_0 or Q8_0 say."
         command = click.option(f"--{name}-quant", default="", metavar="TYPE", help=text)(command)
-    k_option = click.option("--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.")
+    k_option = click.option(
+        "--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.  [default: --draft's]"
+    )
     return full_option(k_option(command))
 
 
@@ -110,7 +112,7 @@ def files_options(command: Any) -> Any:
 @click.option(
     "-o", "--output", type=FILE, help="Keep the record here, after every answer; goes on where one is cut off."
 )
-@click.option("--plot", "picture", type=FILE, help="Draw the record, as a PNG.")
+@click.option("--plot", "picture", type=FILE, help="Draw the speeds by task, as a PNG.")
 def run_command(
     models: Callable[[], Models],
     full: Path | None,
@@ -162,7 +164,7 @@ def run_command(
         del record["missing"]
     runs.write_record(record, output)
     if picture is not None and record["answers"]:
-        plot(record, picture)
+        plot(list(record["figures"]), list(record["figures"].values()), picture)
     click.echo(report(record))
     _last_line(record)
     if "missing" in record:
@@ -254,7 +256,7 @@ def compare_command(a: Path, b: Path, labels: list[str] | None, picture: Path | 
     records = [runs.read_record(path, f"make one with `run -o {path}`") for path in (a, b)]
     click.echo(compare(records[0], records[1], (str(a), str(b))))
     if picture is not None:
-        plot_side_by_side(records, labels or [a.stem, b.stem], picture)
+        plot(labels or [a.stem, b.stem], [record["figures"][ALL] for record in records], picture)
 
 
 if __name__ == "__main__":

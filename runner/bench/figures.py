@@ -158,11 +158,12 @@ def _reading(answer: Answer) -> float:
     return max(0.0, float(answer["first_token_seconds"] - sum(answer["rounds"][0][3:6])))
 
 
+def place(answer: Answer) -> tuple[str, int, int, str]:
+    """What tells an answer from all others: its prompt, the turn in it, which repeat it is, and its mode."""
+    return answer["prompt"], answer["turn"], answer["repeat"], answer["mode"]
+
+
 def _parted(good: Sequence[Answer], everything: Sequence[Answer]) -> int:
     """Answers whose text is not the plain one's: at near-ties of a quantised target, where batch shapes differ."""
-
-    def place(answer: Answer) -> tuple[str, int, int]:
-        return answer["prompt"], answer["turn"], answer["repeat"]
-
-    plain = {place(answer): answer["token_ids"] for answer in everything if answer["mode"] == "plain"}
-    return sum(plain.get(place(answer), answer["token_ids"]) != answer["token_ids"] for answer in good)
+    plain = {place(answer)[:3]: answer["token_ids"] for answer in everything if answer["mode"] == "plain"}
+    return sum(plain.get(place(answer)[:3], answer["token_ids"]) != answer["token_ids"] for answer in good)

@@ -147,31 +147,29 @@ def open_modes(
             kind, _, k = way.partition("@")
             path = files.drafter(kind, k)
             length = int(own) if own else draft_max
-            before, model, step = resident(), None, _nothing
+            before, model = resident(), None
             if path is not None:
                 n_ctx, vocab = found.n_ctx_draft or engine.context.n_ctx, kind if kind in CUT else found.vocab
                 limits = n_ctx, found.n_threads, found.n_gpu_layers, vocab, found.cache_draft
                 model = open_drafter(path, vocabulary, *limits)
                 stack.callback(model.close)
-                step = step_reader(path, model)
             drafter: Drafter = model or LookupDrafter()
             if kind in (PLAIN, AGAIN):
                 drafter, length = NoDrafter(), 0
             elif kind == AUTO or length is None:
                 drafter, length = by_cost(model), None
-            modes.append(Mode(name, drafter, length, path, model, step, resident() - before if path else 0))
+            memory = resident() - before if path else 0
+            modes.append(Mode(name, drafter, length, path, model, _step_reader(path, model), memory))
         yield modes
 
 
-def _nothing() -> tuple[float, float]:
-    return 0.0, 0.0
-
-
-def step_reader(path: Path, drafter: ModelDrafter) -> Callable[[], tuple[float, float]]:
+def _step_reader(path: Path | None, drafter: ModelDrafter | None) -> Callable[[], tuple[float, float]]:
     """A function that says what a draft step of this file has read on average so far: (parameters, bytes).
 
     The files are read here, once: it is asked after every answer.
     """
+    if path is None or drafter is None:
+        return lambda: (0.0, 0.0)
     file, dynamic = GGUFFile(path), drafter.dynamic
     weights, k = Weights.of(file), file.tensors[EMBEDDING].n_rows
     speculator = Speculator.of(Trimmed.open(path)) if dynamic is not None and dynamic.speculates else None

@@ -1,16 +1,15 @@
-"""A benchmark's record for people: tables of at most 100 columns, plots, and two records side by side."""
+"""A benchmark's record for people: tables of at most 100 columns, a plot, and two records side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llamabase.errors import TrimError
 from llamabase.files import PLOT, write_whole
 
-from .figures import ALL, Figures, figures
+from .figures import ALL, Figures
 
 WIDTH = 100
 
@@ -76,7 +75,7 @@ def report(record: dict[str, Any]) -> str:
 
 def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str:
     """Two records, mode by mode: B over A."""
-    first, second = figures(a)[ALL], figures(b)[ALL]
+    first, second = a["figures"][ALL], b["figures"][ALL]
     modes = [mode for mode in first if mode in second]
     if not modes:
         raise TrimError(f"{names[0]} and {names[1]}: have no mode in common")
@@ -101,59 +100,27 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str
     return "\n".join(lines) + "\n\n" + table(["A, B", "tau", "acceptance", "x plain", "tok/s B / A"], rows)
 
 
-@contextmanager
-def _drawn(path: Path, height: float, n_axes: int) -> Iterator[Any]:
-    """Axes, one below another, that are written as a PNG when they are filled. Needs the extra [plot]."""
+def plot(labels: Sequence[str], groups: Sequence[dict[str, Figures]], path: Path) -> None:
+    """Bars of every mode's speed over plain decoding's for each group, a task or a record, as a PNG.
+
+    Only modes that all groups have. Needs the extra [plot].
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots(n_axes, squeeze=False)[:, 0]
-    yield axes
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
-    with write_whole(path, PLOT) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def _draw_speeds(axes: Any, groups: dict[str, dict[str, Figures]], modes: Sequence[str]) -> None:
-    """Bars of every mode's speed, for each group of figures."""
+    modes = [mode for mode in groups[0] if all(mode in found for found in groups)]
+    modes = [mode for mode in modes if mode not in ("plain", "again")] or modes
     width = 0.8 / len(modes)
+    figure = Figure(figsize=(max(8, 0.35 * len(groups) * len(modes)), 4), layout="constrained")
+    axes = figure.subplots()
     for i, mode in enumerate(modes):
-        heights = [_speed(found[mode]) or 0.0 for found in groups.values()]
-        axes.bar([x + i * width for x in range(len(groups))], heights, width, label=mode)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], list(groups))
+        heights = [_speed(found[mode]) or 0.0 for found in groups]
+        bars = axes.bar([x + i * width for x in range(len(groups))], heights, width, label=mode)
+        axes.bar_label(bars, fmt="%.2f", fontsize="small")
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel("tokens per second, plain = 1")
-
-
-def plot_side_by_side(records: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> None:
-    """Speed of every mode, one group of bars for each record."""
-    found = [figures(record)[ALL] for record in records]
-    modes = [mode for mode in found[0] if mode not in ("plain", "again") and all(mode in other for other in found)]
-    if not modes:
-        raise TrimError("the records have no mode in common but plain decoding")
-    with _drawn(path, 4, 1) as (axes,):
-        _draw_speeds(axes, dict(zip(labels, found, strict=True)), modes)
-        for bars in axes.containers:
-            axes.bar_label(bars, fmt="%.2f", fontsize="small")
-
-
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Speed by task, acceptance by position and the time of a round."""
-    found: dict[str, dict[str, Figures]] = record["figures"]
-    whole = found[ALL]
-    with _drawn(path, 9, 3) as (speeds, accepted, parts):
-        _draw_speeds(speeds, found, list(whole))
-        left = [0.0] * len(whole)
-        for name in ("verify", "draft", "host"):
-            values = [f[f"{name}_ms"] for f in whole.values()]
-            parts.barh(list(whole), values, left=left, label="Python" if name == "host" else name)
-            left = [a + b for a, b in zip(left, values, strict=True)]
-        for f in whole.values():
-            positions = f["acceptance_by_position"]
-            accepted.plot(range(1, len(positions) + 1), positions, "-o")
-        accepted.set(xlabel="position in the draft", ylabel="accepted of those drafted", ylim=(0, 1.02))
-        accepted.xaxis.get_major_locator().set_params(integer=True)
-        parts.set_xlabel("ms per round")
-        parts.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=len(modes), fontsize="small")
+    with write_whole(path, PLOT) as file:
+        figure.savefig(file, format="png", dpi=110)

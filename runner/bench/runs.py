@@ -29,7 +29,7 @@ from llamabase.sampling import Sampling
 from ..engine import Engine
 from ..options import Models
 from . import peers
-from .figures import Answer, figures
+from .figures import Answer, figures, place
 from .machine import bandwidth, peak, resident
 from .modes import Files, Mode, open_modes
 
@@ -131,28 +131,24 @@ def _ask(
     settings = record["settings"]
     ids = engine.prompt(messages)
     read = cache(lambda: _read(engine, ids))
-    done = {_place(found): found for found in record["answers"]}
+    done = {place(found): found for found in record["answers"]}
     for again in range(settings["repeat"]):
         for mode in modes:
-            place = (prompt.id, turn, again, mode.name)
-            if place in done:
+            here = (prompt.id, turn, again, mode.name)
+            if here in done:
                 continue
-            done[place] = dict(zip(("prompt", "turn", "repeat", "mode"), place, strict=True))
-            done[place] |= {"task": task_of(prompt), "prompt_tokens": len(ids)}
+            done[here] = dict(zip(("prompt", "turn", "repeat", "mode"), here, strict=True))
+            done[here] |= {"task": task_of(prompt), "prompt_tokens": len(ids)}
             try:
-                done[place] |= {"prompt_seconds": read()}
+                done[here] |= {"prompt_seconds": read()}
                 sampling = Sampling(**settings["sampling"])
-                done[place] |= answer(engine, mode, ids, sampling, settings["max_tokens"], settings["seed"])
+                done[here] |= answer(engine, mode, ids, sampling, settings["max_tokens"], settings["seed"])
             except TrimError as error:
-                done[place]["error"] = str(error)
-            note(mode, done[place])
+                done[here]["error"] = str(error)
+            note(mode, done[here])
         modes.reverse()  # forwards and backwards by turns
     tokens = done[prompt.id, turn, settings["repeat"] - 1, settings["modes"][0]].get("token_ids", ())
     return b"".join(map(engine.model.piece, tokens)).decode("utf-8", "replace")
-
-
-def _place(found: Answer) -> tuple[str, int, int, str]:
-    return found["prompt"], found["turn"], found["repeat"], found["mode"]
 
 
 def _read(engine: Engine, ids: list[int]) -> float:
@@ -174,7 +170,8 @@ def read_record(path: Path, way_out: str) -> dict[str, Any]:
             raise ValueError("it may never end")
         text = path.read_text("utf-8").strip()
         found: dict[str, Any] = json.loads(text if text.startswith("{") else text.rpartition("\n")[2])
-        figures(found), [_place(answer) for answer in found["answers"]]
+        found["figures"] = figures(found)  # as this program reckons them
+        [place(answer) for answer in found["answers"]]
         found["machine"].get("cpu"), [file["sha256"] for files in found["files"].values() for file in files]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise FileFormatError(f"{path}: holds no record of a benchmark; {way_out}") from error
@@ -204,10 +201,10 @@ def prompts_of(prompts: Path | None, spec_bench: str | None) -> list[Prompt]:
         raise click.UsageError("give --prompts or --spec-bench, not both")
     if prompts is not None or spec_bench not in (None, "auto"):
         return load_prompts(prompts or Path(str(spec_bench)))
-    for place in SPEC_BENCH:
-        if Path(place).is_file():
-            stderr.print(f"prompts: {place}", markup=False)
-            return load_prompts(Path(place))
+    for path in map(Path, SPEC_BENCH):
+        if path.is_file():
+            stderr.print(f"prompts: {path}", markup=False)
+            return load_prompts(path)
     if spec_bench == "auto":
         raise TrimError(
             "question.jsonl: Spec-Bench is not here; get data/spec_bench/question.jsonl of "

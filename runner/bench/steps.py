@@ -7,8 +7,7 @@ import statistics
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,13 @@ from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked
 from llamabase.ggml import Backend, Product, Table
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model, physical_cores
+from llamabase.llama import physical_cores
 from llamabase.noise import Noise
 from llamabase.progress import progress
 from llamabase.sampling import GREEDY
-from llamabase.vocabulary import Vocabulary
 
-from ..drafter import open_drafter
 from ..options import FULL, Models
-from .modes import CUT, Files, step_reader
+from .modes import CUT, Files, Mode, names_of, open_modes
 from .report import table
 from .shapes import SHAPES, write_shape
 
@@ -82,12 +79,14 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
     """Times every step of a pair, by turns; the record has seconds by step, bytes, and the step of their ratio."""
     if files.full is None or not files.trimmed:
         raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
-    with ExitStack() as stack:
-        steps = _drafting(files, found, stack) | _heads(files.full, list(files.trimmed), found.n_threads)
-        model = stack.enter_context(Model(files.target, found.n_gpu_layers))
-        context = stack.enter_context(Context(model, 512, found.n_threads))
+    trims = list(files.trimmed.values())
+    kinds = CUT if len(trims) == 1 and Speculator.of(Trimmed.open(trims[0])) is not None else CUT[:1]
+    engine = replace(found, target=files.target, draft=None, n_ctx=512).open()
+    with engine, open_modes(names_of([FULL, *kinds], files), files, engine, found, 1) as modes:
+        steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
+        steps |= _heads(files.full, list(files.trimmed), found.n_threads)
         n_bytes = step_bytes(GGUFFile(files.target))
-        steps |= {f"verify {n}": Step("verify 1", decodes(context, n), lambda: n_bytes) for n in VERIFY}
+        steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in VERIFY}
         with progress("stepping", repeat * len(steps), "steps") as advance:
             seconds = alternate(list(steps.values()), repeat, advance)
         return {
@@ -98,23 +97,12 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
         }
 
 
-def _drafting(files: Files, found: Models, stack: ExitStack) -> dict[str, Step]:
-    """A draft of one token, by the uncut drafter and every trimmed one; by a single one, from all it may draft from."""
-    assert files.full is not None
-    ways = [(FULL, files.full, "trim")]
-    for k, path in files.trimmed.items():
-        all_kinds = len(files.trimmed) == 1 and Speculator.of(Trimmed.open(path)) is not None
-        ways += [(f"{kind}{files.at(k)}", path, kind) for kind in (CUT if all_kinds else CUT[:1])]
-    vocabulary, noise = Vocabulary(GGUFFile(files.target)), Noise(0)
-    text = np.random.default_rng(1).integers(vocabulary.n_real // 8, vocabulary.n_real // 2, N_TEXT).tolist()
-
-    def step(path: Path, vocab: str) -> Step:
-        drafter = open_drafter(path, vocabulary, 512, found.n_threads, found.n_gpu_layers, vocab)
-        stack.callback(drafter.close)
-        read = step_reader(path, drafter)
-        return Step(FULL, lambda: drafter.draft(text, 1, GREEDY, noise), lambda: read()[1], lambda: drafter.seconds)
-
-    return {name: step(path, vocab) for name, path, vocab in ways}
+def _drafting(mode: Mode, n_vocab: int) -> Step:
+    """One draft after a random text."""
+    text, noise = np.random.default_rng(1).integers(n_vocab // 8, n_vocab // 2, N_TEXT).tolist(), Noise(0)
+    return Step(
+        FULL, lambda: mode.drafter.draft(text, 1, GREEDY, noise), lambda: mode.step()[1], lambda: mode.drafter.seconds
+    )
 
 
 def _heads(full: Path, ks: Sequence[int], n_threads: int | None) -> dict[str, Step]:

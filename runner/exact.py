@@ -99,56 +99,52 @@ class Law:
         return row
 
 
-def _begin(context: Context, prompt: Sequence[int], law: Law) -> Chain:
-    """Read a prompt but for its last token into an empty cache."""
+def read(
+    context: Context,
+    prompt: Sequence[int],
+    batches: Iterable[tuple[Sequence[int], Sequence[int | None]]],
+    law: Law,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each token of a text and the scores (n_vocab) before it, where the target decodes in these batches.
+
+    A batch is the tokens that follow the last one into the target, and those that it says then: None for the argmax.
+    """
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
-    return Chain(law.sampling, prompt, context.model)
+    chain = Chain(law.sampling, prompt, context.model)
+    last, position = prompt[-1], len(prompt)
+    for drafted, said in batches:
+        logits = context.decode([last, *drafted], len(drafted) + 1)
+        for row, token in zip(logits, said, strict=False):  # after an end token nothing is said
+            scores = law.scores(chain, row, position)
+            last = int(scores.argmax()) if token is None else token
+            yield last, scores
+            # What a filter leaves out here, and did not in another shape, can be drawn all the same.
+            chain.accept(last)
+            position += 1
+        context.truncate(position - 1)
 
 
 def plain_tokens(
     context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool], law: Law = Law()
 ) -> tuple[list[int], list[tuple[int, float]]]:
     """Decoding one token a call: the tokens, and of each position the second best and by how much the best leads."""
-    chain = _begin(context, prompt, law)
     tokens: list[int] = []
     seconds: list[tuple[int, float]] = []
-    token = prompt[-1]
-    while len(tokens) < n and not (tokens and is_end(token)):
-        scores = law.scores(chain, context.decode([token])[0], len(prompt) + len(tokens))
-        token = int(np.argmax(scores))
+    for token, scores in read(context, prompt, [((), (None,))] * n, law):
         second = next(int(i) for i in np.argpartition(scores, -2)[-2:] if i != token)
         seconds.append((second, float(scores[token] - scores[second])))
         tokens.append(token)
-        chain.accept(token)
+        if is_end(token):
+            break
     return tokens, seconds
-
-
-def read_again(
-    context: Context, prompt: Sequence[int], batches: Iterable[tuple[Sequence[int], Sequence[int]]], law: Law
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Each emitted token and the scores (n_vocab) before it, where the target decodes in these batches.
-
-    A batch is the tokens that are read after the last emitted one, and the tokens emitted.
-    """
-    chain = _begin(context, prompt, law)
-    last, position = prompt[-1], len(prompt)
-    for read, emitted in batches:
-        logits = context.decode([last, *read], len(read) + 1)
-        for row, token in zip(logits, emitted, strict=False):  # what follows an end token was read and not emitted
-            yield token, law.scores(chain, row, position)
-            # What a filter leaves out here, and did not in another shape, can be drawn all the same.
-            chain.accept(token)
-            position += 1
-        last = emitted[-1]
-        context.truncate(position - 1)
 
 
 def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], law: Law = Law()) -> int:
     """Decode the rounds again in the shapes the loop used; how many emitted tokens are not the argmax."""
     batches = [(round_.drafted, round_.tokens) for round_ in rounds]
-    return sum(token != int(scores.argmax()) for token, scores in read_again(context, prompt, batches, law))
+    return sum(token != int(scores.argmax()) for token, scores in read(context, prompt, batches, law))
 
 
 def check_prompt(
@@ -167,12 +163,12 @@ def check_prompt(
     tokens = [token for round_ in rounds for token in round_.tokens]
     faults = replay(context, prompt, rounds, law)
     noise = []
-    one_pass = read_again(context, prompt, [(plain[:-1], plain)], law)
+    one_pass = read(context, prompt, [(plain[:-1], plain)], law)
     for (token, scores), (second, lead) in zip(one_pass, seconds, strict=True):
         moved = abs(lead - (float(scores[token]) - float(scores[second])))
         noise += [moved] if np.isfinite(moved) else []  # where the samplers leave one token, there is no second
     gaps, parts_at, parting = [], None, None
-    for i, (token, scores) in enumerate(read_again(context, prompt, [(tokens[:-1], tokens)], law)):
+    for i, (token, scores) in enumerate(read(context, prompt, [(tokens[:-1], tokens)], law)):
         gaps.append(scores.max() - scores[token])
         if parts_at is None and i < len(plain) and plain[i] != token:
             gap = float(scores[plain[i]] - scores[token])

@@ -365,6 +365,23 @@ def test_peers(arguments: list[str]) -> None:
     assert speculative["tau"] > 1
 
 
+def test_what_peers_say_is_read(arguments: list[str], tmp_path: Path) -> None:
+    """Stand-ins that say what llama.cpp's tools say; 12 tokens with 6 drafts accepted are 6 rounds."""
+    said = {
+        peers.BENCH: '[{"avg_ts": 30.0}]',
+        peers.SPECULATIVE: "decoded   12 tokens in    2.0 seconds\nn_drafted = 9\nn_accept  = 6",
+    }
+    for name, text in said.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        (tmp_path / name).chmod(0o755)
+    done = invoke(*arguments, "--modes", "plain", "--llama-cpp", str(tmp_path))
+    plain, speculative = record_of(done)["peers"]["rows"]
+    assert plain["tokens_per_second"] == 30 and plain["ratio"] == f"{float(plain['ratio']):.3f}"
+    assert speculative["tau"] == 2 and speculative["tokens_per_second"] == 6
+    assert len(speculative["answers"]) == 3
+    assert "| llama-bench, plain, 64 tokens" in done.stdout
+
+
 def test_a_tool_that_fails_is_named(tmp_path: Path) -> None:
     for name in (peers.BENCH, peers.SPECULATIVE):
         (tmp_path / name).write_text("#!/bin/sh\necho 'no such model' >&2\nexit 3\n")

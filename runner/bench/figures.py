@@ -146,7 +146,7 @@ def _rate(answers: Sequence[Answer], prompt: bool = False) -> float:
     """Tokens per second; with the reading of the prompt by target and drafter, or without."""
     rounds = _rounds(answers)
     reading = sum(answer["prompt_seconds"] + _reading(answer) for answer in answers) if prompt else 0.0
-    return float(rounds[:, 0].sum() / (rounds[:, 3:].sum() + reading))
+    return float(rounds[:, 0].sum()) / float(rounds[:, 3:].sum() + reading)
 
 
 def _median_rate(repeats: Iterable[Answer]) -> float:

@@ -439,8 +439,8 @@ def test_the_verdict(least: float | None, stands: float, said: str) -> None:
 
 
 def test_a_trim_without_a_speculator_is_measured_without_spec(toys, capfd) -> None:
-    files = Files(toys["target"], None, {400: toys["good-trimmed"]})
+    files = Files(toys["target"], None, {"": toys["good-trimmed"]})
     assert names_of([*KINDS, "spec:3"], files) == ["plain", "trim", "context", "lookup", "auto"]
     assert "spec is left out: " in capfd.readouterr().err
-    both = Files(toys["target"], toys["target"], {1: toys["spec-trimmed"], 400: toys["good-trimmed"]})
+    both = Files(toys["target"], toys["target"], {"@1": toys["spec-trimmed"], "@400": toys["good-trimmed"]})
     assert names_of(["full", "trim", "spec:3"], both) == ["full", "trim@1", "trim@400", "spec@1:3"]

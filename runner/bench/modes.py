@@ -63,23 +63,17 @@ class Mode:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a comparison; trimmed by k."""
+    """The files of a comparison; trimmed by what tells them apart in the names of modes, the smallest first."""
 
     target: Path
     full: Path | None
-    trimmed: dict[int, Path]
+    trimmed: dict[str, Path]
 
-    def at(self, k: int) -> str:
-        """What tells a cut from the others in the name of a mode or a step; nothing where it is the only one."""
-        return "" if len(self.trimmed) == 1 else f"@{k}"
 
-    def drafter(self, kind: str, k: str) -> Path | None:
-        """The file that a kind of mode drafts with; of several cuts the smallest where no k is named."""
-        if kind in (PLAIN, AGAIN, LOOKUP):
-            return None
-        if kind == FULL:
-            return self.full
-        return self.trimmed[int(k) if k else min(self.trimmed)] if self.trimmed else None
+def named(cuts: Sequence[Path]) -> dict[str, Path]:
+    """Cuts of one drafter by what follows in the name of a mode: @k where there are several, else nothing."""
+    by_k = {len(Trimmed.open(cut).d2t): cut for cut in cuts}
+    return {f"@{k}" * (len(by_k) > 1): cut for k, cut in sorted(by_k.items())}
 
 
 def find_files(
@@ -106,7 +100,7 @@ def find_files(
         full = requantized(full, draft_quant, folder)
         rules = [partial(choose_rows, k=k) for k in ks or (None,)]
         cuts = [prepare(target=target, drafter=full, choose=rule, requant=NONE).trimmed for rule in rules]
-    return Files(target, full, {len(Trimmed.open(cut).d2t): cut for cut in cuts})
+    return Files(target, full, named(cuts))
 
 
 def names_of(wanted: Sequence[str], files: Files) -> list[str]:
@@ -117,7 +111,7 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
         if kind not in CUT:
             found += [name] if kind != FULL or files.full is not None else []
             continue
-        for k, path in files.trimmed.items():
+        for at, path in files.trimmed.items():
             if kind == SPEC and Speculator.of(trimmed := Trimmed.open(path)) is None:
                 stderr.print(
                     f"{name} is left out: {trimmed.companion.path} holds no speculator (`python -m gguf_trim "
@@ -125,7 +119,7 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
                     markup=False,
                 )
             else:
-                found.append(f"{kind}{files.at(k)}{colon}{n}")
+                found.append(f"{kind}{at}{colon}{n}")
     return found
 
 
@@ -144,8 +138,10 @@ def open_modes(
         modes = []
         for name in names:
             way, _, own = name.partition(":")
-            kind, _, k = way.partition("@")
-            path = files.drafter(kind, k)
+            kind, at, k = way.partition("@")
+            path = files.full if kind == FULL else files.trimmed.get(at + k) or next(iter(files.trimmed.values()), None)
+            if kind in (PLAIN, AGAIN, LOOKUP):
+                path = None
             length = int(own) if own else draft_max
             before, model = resident(), None
             if path is not None:

@@ -29,7 +29,7 @@ from llamabase.progress import progress
 from llamabase.sampling import GREEDY
 
 from ..options import FULL, Models
-from .modes import CUT, Files, Mode, names_of, open_modes
+from .modes import CUT, Files, Mode, named, names_of, open_modes
 from .report import table
 from .shapes import SHAPES, write_shape
 
@@ -65,7 +65,7 @@ def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
     for name, path in zip(names, (target, drafter), strict=True):
         if not path.exists():
             write_shape(SHAPES[name], path, quant)
-    return Files(target, drafter, {k: _cut(drafter, k) for k in ks})
+    return Files(target, drafter, named([_cut(drafter, k) for k in ks]))
 
 
 def _cut(drafter: Path, k: int) -> Path:
@@ -84,7 +84,7 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
     engine = replace(found, target=files.target, draft=None, n_ctx=512).open()
     with engine, open_modes(names_of([FULL, *kinds], files), files, engine, found, 1) as modes:
         steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
-        steps |= _heads(files.full, list(files.trimmed), found.n_threads)
+        steps |= _heads(files.full, trims, found.n_threads)
         n_bytes = step_bytes(GGUFFile(files.target))
         steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in VERIFY}
         with progress("stepping", repeat * len(steps), "steps") as advance:
@@ -105,7 +105,7 @@ def _drafting(mode: Mode, n_vocab: int) -> Step:
     )
 
 
-def _heads(full: Path, ks: Sequence[int], n_threads: int | None) -> dict[str, Step]:
+def _heads(full: Path, trims: Sequence[Path], n_threads: int | None) -> dict[str, Step]:
     """The head's product alone, whole and cut."""
     head = head_tensor(GGUFFile(full))
     rows = np.memmap(full, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
@@ -115,7 +115,8 @@ def _heads(full: Path, ks: Sequence[int], n_threads: int | None) -> dict[str, St
         product = Product(backend, Table(rows, head.type, head.shape[0]), n_rows=k)
         return Step("head full", lambda: product(hidden), lambda: k * head.row_bytes)
 
-    return {"head full": step(head.n_rows)} | {f"head {k}": step(k) for k in ks if k < head.n_rows}
+    ks = [head_tensor(GGUFFile(path)).n_rows for path in trims]
+    return {"head full": step(head.n_rows)} | {f"head {k}": step(k) for k in ks}
 
 
 def ratios(record: dict[str, Any]) -> dict[str, list[float]]:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,6 @@ class Exactness:
 
 
 @dataclass(frozen=True)
-class Top:
-    """The two best tokens of a position, and by how much the first leads."""
-
-    first: int
-    second: int
-    gap: float
-
-
-@dataclass(frozen=True)
 class Law:
     """How the target draws: its samplers, and the seed of the noise where they are not greedy."""
 
@@ -106,58 +97,52 @@ class Law:
         return row
 
 
-def begin(context: Context, prompt: Sequence[int], law: Law) -> Chain:
-    """Read a prompt but for its last token into an empty cache."""
+def read(
+    context: Context,
+    prompt: Sequence[int],
+    batches: Iterable[tuple[Sequence[int], Sequence[int | None]]],
+    law: Law,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each token of a text and the scores (n_vocab) before it, where the target decodes in these batches.
+
+    A batch is the tokens that follow the last one into the target, and those that it says then: None for the argmax.
+    """
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
-    return Chain(law.sampling, prompt, context.model, Noise(law.seed))
+    chain = Chain(law.sampling, prompt, context.model, Noise(law.seed))
+    last, position = prompt[-1], len(prompt)
+    for drafted, said in batches:
+        logits = context.decode([last, *drafted], len(drafted) + 1)
+        for row, token in zip(logits, said, strict=False):  # after an end token nothing is said
+            scores = law.scores(chain, row, position)
+            last = int(scores.argmax()) if token is None else token
+            yield last, scores
+            # What a filter leaves out here, and did not in another shape, can be drawn all the same.
+            chain.accept(last)
+            position += 1
+        context.truncate(position - 1)
 
 
 def plain_tokens(
     context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool], law: Law = Law()
-) -> tuple[list[int], list[Top]]:
-    """Decoding one token a call: the tokens, and the two best of each position."""
-    chain = begin(context, prompt, law)
+) -> tuple[list[int], list[tuple[int, float]]]:
+    """Decoding one token a call: the tokens, and of each position the second best and by how much the best leads."""
     tokens: list[int] = []
-    best: list[Top] = []
-    token = prompt[-1]
-    while len(tokens) < n:
-        scores = law.scores(chain, context.decode([token])[0], len(prompt) + len(tokens))
-        token = int(np.argmax(scores))
+    seconds: list[tuple[int, float]] = []
+    for token, scores in read(context, prompt, [((), (None,))] * n, law):
         second = next(int(i) for i in np.argpartition(scores, -2)[-2:] if i != token)
-        best.append(Top(token, second, float(scores[token] - scores[second])))
+        seconds.append((second, float(scores[token] - scores[second])))
         tokens.append(token)
-        chain.accept(token)
         if is_end(token):
             break
-    return tokens, best
-
-
-def one_pass(context: Context, prompt: Sequence[int], tokens: Sequence[int], law: Law = Law()) -> np.ndarray:
-    """Scores (len(tokens) x n_vocab) before each of `tokens`, all in one batch."""
-    chain = begin(context, prompt, law)
-    rows = context.decode([prompt[-1], *tokens[:-1]], len(tokens))
-    for i, token in enumerate(tokens):
-        rows[i] = law.scores(chain, rows[i], len(prompt) + i)
-        # What a filter leaves out here, and did not in another shape, can be drawn all the same.
-        chain.accept(token)
-    return rows
+    return tokens, seconds
 
 
 def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], law: Law = Law()) -> int:
     """Decode the rounds again in the shapes the loop used; how many emitted tokens are not the argmax."""
-    chain = begin(context, prompt, law)
-    last, position, faults = prompt[-1], len(prompt) - 1, 0
-    for round_ in rounds:
-        logits = context.decode([last, *round_.drafted], len(round_.drafted) + 1)
-        for i, (row, token) in enumerate(zip(logits, round_.tokens, strict=False)):
-            faults += int(np.argmax(law.scores(chain, row, position + 1 + i))) != token
-            chain.accept(token)
-        position += len(round_.tokens)
-        last = round_.tokens[-1]
-        context.truncate(position)
-    return faults
+    batches = [(round_.drafted, round_.tokens) for round_ in rounds]
+    return sum(token != int(scores.argmax()) for token, scores in read(context, prompt, batches, law))
 
 
 def check_prompt(
@@ -170,23 +155,23 @@ def check_prompt(
     law: Law = Law(),
 ) -> Exactness:
     """All five steps for one prompt; `context` is a second one over the target with room for n rows of logits."""
-    plain, best = plain_tokens(context, prompt, n, engine.model.is_end, law)
+    plain, seconds = plain_tokens(context, prompt, n, engine.model.is_end, law)
     engine.reader.keep([], 0)  # so that the loop reads the prompt as the replay will
     rounds = list(engine.rounds(prompt, law.sampling, max_tokens=n, draft_max=draft_max, seed=law.seed))
     tokens = [token for round_ in rounds for token in round_.tokens]
     faults = replay(context, prompt, rounds, law)
-    scores = one_pass(context, prompt, plain, law)
-    leads = [(top.gap, row[top.first] - row[top.second]) for row, top in zip(scores, best, strict=True)]
-    # Where the samplers leave one token, there is no second to lead over.
-    noise = np.array([abs(a - b) for a, b in leads if np.isfinite([a, b]).all()] or [0.0])
-    scores = one_pass(context, prompt, tokens, law)
-    gaps = scores.max(axis=1) - scores[np.arange(len(tokens)), tokens]
-    parts_at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), None)
-    parting = None
-    if parts_at is not None:
-        gap = float(scores[parts_at][plain[parts_at]] - scores[parts_at][tokens[parts_at]])
-        parting = gap if np.isfinite(gap) else None
-    return Exactness(name, len(tokens), faults, gaps, noise, parts_at, parting)
+    noise = []
+    one_pass = read(context, prompt, [(plain[:-1], plain)], law)
+    for (token, scores), (second, lead) in zip(one_pass, seconds, strict=True):
+        moved = abs(lead - (float(scores[token]) - float(scores[second])))
+        noise += [moved] if np.isfinite(moved) else []  # where the samplers leave one token, there is no second
+    gaps, parts_at, parting = [], None, None
+    for i, (token, scores) in enumerate(read(context, prompt, [(tokens[:-1], tokens)], law)):
+        gaps.append(scores.max() - scores[token])
+        if parts_at is None and i < len(plain) and plain[i] != token:
+            gap = float(scores[plain[i]] - scores[token])
+            parts_at, parting = i, gap if np.isfinite(gap) else None
+    return Exactness(name, len(tokens), faults, np.array(gaps), np.array(noise or [0.0]), parts_at, parting)
 
 
 @click.command(cls=OneCommand)
@@ -235,6 +220,7 @@ def main(
             gap = "at a filter's edge" if row["parting_gap"] is None else f"gap {row['parting_gap']:+.3f}"
             parting = f"parts at {row['parts_at']}, {gap}"
         click.echo(f"{row['prompt']:14s} {row['tokens']:4d} tokens  greatest gap {row['greatest_gap']:.3f}  {parting}")
+    summed = ("tokens", "replay_faults", "beyond_noise", "at_filters_edge")
     total = {
         "machine": machine(),
         "target": found.target.name,
@@ -242,13 +228,10 @@ def main(
         "draft_max": draft_max,
         "sampling": asdict(sampling) | {"logit_bias": {str(i): str(bias) for i, bias in sampling.logit_bias.items()}},
         "seed": law.seed,
-        "tokens": sum(row["tokens"] for row in rows),
-        "replay_faults": sum(row["replay_faults"] for row in rows),
+        **{name: sum(row[name] for row in rows) for name in summed},
         "noise": epsilon,
         "noise_median": float(np.median(np.concatenate([result.noise for result in results]))),
         "greatest_gap": max(row["greatest_gap"] for row in rows),
-        "beyond_noise": sum(row["beyond_noise"] for row in rows),
-        "at_filters_edge": sum(row["at_filters_edge"] for row in rows),
         "parted": sum(row["parts_at"] is not None for row in rows),
         "prompts": rows,
     }

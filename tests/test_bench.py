@@ -19,6 +19,7 @@ from corpus.prompts import Prompt
 from gguf_trim.cut import head_tensor, step_bytes
 from llamabase.errors import EngineError
 from llamabase.gguf_file import GGUFFile
+from runner import engine
 from runner.bench import __main__ as bench
 from runner.bench import figures, peers, runs, steps
 from runner.bench.demo import verdict
@@ -79,8 +80,11 @@ def test_every_mode_answers_every_turn(arguments: list[str], tmp_path: Path) -> 
     assert json.loads((tmp_path / "r.json").read_text()) == record
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert {a["task"] for a in record["answers"]} == {"mt_bench", "qa"}
-    header = done.stdout.splitlines()[0]
-    assert [cell.strip() for cell in header.split("|")[2:-1]] == MODES
+    tables = done.stdout.splitlines()[:-1]
+    assert max(map(len, tables)) <= 100
+    first = [line.split("|")[1].strip() for line in tables if line.startswith("| ")]
+    assert [name for name in first if set(name) != {"-"}] == ["mode", *MODES, "x plain", *MODES]
+    assert record["figures"] == json.loads(json.dumps(figures.figures(record)))
     # The toy is F32: every mode says the same.
     texts = {(a["prompt"], a["turn"]): a["token_ids"] for a in record["answers"]}
     assert all(texts[a["prompt"], a["turn"]] == a["token_ids"] for a in record["answers"])
@@ -149,14 +153,14 @@ def test_parts_add_up_to_the_wall(arguments: list[str], monkeypatch: pytest.Monk
         return all(abs(f["unaccounted"]) < 0.1 for f in found.values())  # of 5 ms; 2 % on real answers
 
     assert any(adds_up() for _ in range(5))  # a busy machine may well come in between
-    generate = runs.generate
+    generate = engine.generate
 
     def dawdling(*args, **settings):
         for round_ in generate(*args, **settings):
             yield round_
             time.sleep(0.01)
 
-    monkeypatch.setattr(runs, "generate", dawdling)
+    monkeypatch.setattr(engine, "generate", dawdling)
     found = figures.figures(record_of(invoke(*arguments, "--modes", "plain")))[ALL]
     assert found["plain"]["unaccounted"] > 0.3
 
@@ -237,7 +241,7 @@ def test_a_prompt_too_long_is_a_failure_not_a_silence(arguments: list[str], prom
         (["--spec-bench", "auto"], 2, "--prompts or --spec-bench"),
         (["--modes", "plane"], 2, "plane"),
         (["--llama-cpp", "/nowhere"], 1, "/nowhere: holds no llama-bench"),
-        (["-o", "/dev/zero"], 1, "/dev/zero: holds no record of a benchmark"),
+        (["-o", "/dev/zero"], 1, "/dev/zero: is a folder or a device"),
         (["-o", "PROMPTS"], 1, "holds no record of a benchmark"),
     ],
 )
@@ -314,7 +318,7 @@ def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:
 def test_steps_of_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Tables of different length, as Gemma 3 has; gigabytes go where TMPDIR says, and do not stay there."""
     for name, layers, n_vocab in (("big", 4, 4128), ("little", 1, 4096)):
-        shape = Shape(name, "llama", n_vocab, 512, layers, 8, 2, 64, 768, True, 5e5, 1e-5, 512)
+        shape = Shape(name, "llama", n_vocab, 512, layers, 8, 2, 64, 768, True)
         monkeypatch.setitem(SHAPES, name, shape)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -359,6 +363,23 @@ def test_peers(arguments: list[str]) -> None:
     plain, speculative = record["peers"]["rows"]
     assert plain["tokens_per_second"] > 0
     assert speculative["tau"] > 1
+
+
+def test_what_peers_say_is_read(arguments: list[str], tmp_path: Path) -> None:
+    """Stand-ins that say what llama.cpp's tools say; 12 tokens with 6 drafts accepted are 6 rounds."""
+    said = {
+        peers.BENCH: '[{"avg_ts": 30.0}]',
+        peers.SPECULATIVE: "decoded   12 tokens in    2.0 seconds\nn_drafted = 9\nn_accept  = 6",
+    }
+    for name, text in said.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        (tmp_path / name).chmod(0o755)
+    done = invoke(*arguments, "--modes", "plain", "--llama-cpp", str(tmp_path))
+    plain, speculative = record_of(done)["peers"]["rows"]
+    assert plain["tokens_per_second"] == 30 and plain["ratio"] == f"{float(plain['ratio']):.3f}"
+    assert speculative["tau"] == 2 and speculative["tokens_per_second"] == 6
+    assert len(speculative["answers"]) == 3
+    assert "| llama-bench, plain, 64 tokens" in done.stdout
 
 
 def test_a_tool_that_fails_is_named(tmp_path: Path) -> None:
@@ -418,8 +439,8 @@ def test_the_verdict(least: float | None, stands: float, said: str) -> None:
 
 
 def test_a_trim_without_a_speculator_is_measured_without_spec(toys, capfd) -> None:
-    files = Files(toys["target"], None, {400: toys["good-trimmed"]})
+    files = Files(toys["target"], None, {"": toys["good-trimmed"]})
     assert names_of([*KINDS, "spec:3"], files) == ["plain", "trim", "context", "lookup", "auto"]
     assert "spec is left out: " in capfd.readouterr().err
-    both = Files(toys["target"], toys["target"], {1: toys["spec-trimmed"], 400: toys["good-trimmed"]})
+    both = Files(toys["target"], toys["target"], {"@1": toys["spec-trimmed"], "@400": toys["good-trimmed"]})
     assert names_of(["full", "trim", "spec:3"], both) == ["full", "trim@1", "trim@400", "spec@1:3"]

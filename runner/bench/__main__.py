@@ -11,6 +11,7 @@ from llamabase.interrupt import leave_to_the_system
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -22,46 +23,40 @@ from typing import Any
 import click
 
 from llamabase.command import FILE, Commands
-from llamabase.files import PLOT, write_whole
+from llamabase.errors import FileFormatError
+from llamabase.files import PLOT
 from llamabase.progress import stderr
 from llamabase.sampling import Sampling
 
 from ..auto import LONGEST
 from ..options import Models, draft_max_option, model_options
 from . import demo, peers, runs
+from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
-from .report import compare, plot, plot_side_by_side, report
+from .report import compare, plot, report
 from .steps import STEPS, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
 SHAPED_KS = (16384, 32768)
 
 
-class Listed(click.ParamType):  # type: ignore[type-arg]
+def names(text: str) -> list[str]:
     """Values with commas between them."""
-
-    name = "A,B,..."
-
-    def __init__(self, kind: click.ParamType) -> None:  # type: ignore[type-arg]
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        return [self._kind.convert(item.strip(), param, ctx) for item in value.split(",") if item.strip()]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-class ModeName(click.ParamType):  # type: ignore[type-arg]
-    """A kind of mode, and after a colon a draft length of its own: spec:2."""
+def sizes(text: str) -> list[int]:
+    return [click.IntRange(1)(k) for k in names(text)]
 
-    name = "MODE[:N]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        kind, colon, n = value.partition(":")
-        click.Choice((*KINDS, AGAIN)).convert(kind, param, ctx)
+def modes(text: str) -> list[str]:
+    """Kinds of modes, each with a draft length of its own after a colon: spec:2."""
+    for name in names(text):
+        kind, colon, n = name.partition(":")
+        click.Choice((*KINDS, AGAIN))(kind)
         if colon:
-            click.IntRange(1, LONGEST).convert(n, param, ctx)
-        return str(value)
+            click.IntRange(1, LONGEST)(n)
+    return list(dict.fromkeys(names(text)))
 
 
 class Default(Commands):
@@ -78,104 +73,101 @@ def main() -> None:
     """Measure what drafting brings on this machine; without a command: run."""
 
 
+full_option = click.option("--full", type=FILE, help="The uncut drafter, with --target.")
+
+
+def files_options(command: Any) -> Any:
+    """What is compared: the command receives what `find_files` asks for."""
+    for name, whose in (("target", "target"), ("draft", "drafter")):
+        text = f"Requantise the {whose} first, to Q4_0 or Q8_0 say."
+        command = click.option(f"--{name}-quant", default="", metavar="TYPE", help=text)(command)
+    k_option = click.option(
+        "--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.  [default: --draft's]"
+    )
+    return full_option(k_option(command))
+
+
 @main.command("run")
 @model_options
-@click.option("--full", type=FILE, help="The uncut drafter, with --target.")
-@click.option(
-    "--k", "ks", type=Listed(click.IntRange(1)), default=[], help="Cut to each of these.  [default: --draft's]"
-)
+@files_options
 @click.option(
     "--modes",
-    type=Listed(ModeName()),
-    default=list(KINDS),
+    type=modes,
+    default=",".join(KINDS),
+    metavar="MODE[:N],...",
     help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2; again: plain once more.  [default: all]",
 )
 @click.option(
     "--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench where it is found, else the bundled ones]"
 )
 @click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
-@click.option("--tasks", type=Listed(click.STRING), default=[], help="Only these tasks.")
+@click.option("--tasks", type=names, default="", metavar="A,B,...", help="Only these tasks.")
 @click.option("--limit", type=click.IntRange(1), help="How many prompts, spread over the tasks.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
 @click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
 @draft_max_option("3")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Answers of each prompt and mode.")
-@click.option("--target-quant", default="", metavar="TYPE", help="Requantise the target first, to Q4_0 or Q8_0 say.")
-@click.option("--draft-quant", default="", metavar="TYPE", help="Requantise the drafter first.")
 @click.option("--llama-cpp", type=FILE, help="A folder with llama.cpp's own tools, to run beside (docs/peers.md).")
 @click.option(
     "-o", "--output", type=FILE, help="Keep the record here, after every answer; goes on where one is cut off."
 )
-@click.option("--plot", "picture", type=FILE, help="Draw the record, as a PNG.")
+@click.option("--plot", "picture", type=FILE, help="Draw the speeds by task, as a PNG.")
 def run_command(
     models: Callable[[], Models],
     full: Path | None,
     ks: list[int],
-    modes: list[str],
+    target_quant: str,
+    draft_quant: str,
     prompts: Path | None,
     spec_bench: str | None,
     tasks: list[str],
     limit: int | None,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-    draft_max: int | None,
-    repeat: int,
-    target_quant: str,
-    draft_quant: str,
     llama_cpp: Path | None,
     output: Path | None,
     picture: Path | None,
+    temp: float,
+    **settings: Any,
 ) -> None:
     """Answer prompts in every mode by turns: tau, acceptance, tokens per second, and where the time goes."""
     left = runs.left_in(output)
     PLOT.require(picture)
-    chosen = list(runs.chosen(runs.prompts_of(prompts, spec_bench), tasks, limit))
+    chosen = runs.chosen(runs.prompts_of(prompts, spec_bench), tasks, limit)
     tools = peers.find(llama_cpp) if llama_cpp else None
     found = models()
-    sampling = Sampling(temp=temp)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
-        files = find_files(found, full, ks, Path(folder), (target_quant, draft_quant))
-        names = names_of(list(dict.fromkeys(modes)), files)
-        known = {
-            "target": [files.target],
-            "full": [files.full] if files.full else [],
-            "trimmed": files.trimmed.values(),
+        files = find_files(found, Path(folder), full, ks, target_quant, draft_quant)
+        described = {
+            "target": [describe(files.target)],
+            "full": [describe(files.full)] if files.full else [],
+            "trimmed": [describe(path) for path in files.trimmed.values()],
         }
-        record: dict[str, Any] = {
-            "machine": machine(),
-            "files": {kind: [describe(path) for path in paths] for kind, paths in known.items()},
-        }
-        settings = {
-            "modes": names,
+        settings |= {
+            "modes": names_of(settings["modes"], files),
             "prompts": [prompt.id for prompt in chosen],
-            "sampling": asdict(sampling),
-            "max_tokens": max_tokens,
-            "draft_max": draft_max,
-            "repeat": repeat,
-            "seed": seed,
+            "sampling": json.loads(json.dumps(asdict(Sampling(temp=temp)))),
             "n_ctx": found.n_ctx,
             "n_threads": found.n_threads,
             "n_gpu_layers": found.n_gpu_layers,
-            "sha256": [entry["sha256"] for paths in record["files"].values() for entry in paths],
+            "sha256": [entry["sha256"] for entries in described.values() for entry in entries],
         }
-        record |= {"settings": settings, **runs.resumed(left, settings, output)}
+        if left.get("settings", settings) != settings:
+            raise FileFormatError(f"{output}: holds the record of another run; name another file, or remove it")
+        record: dict[str, Any] = {"machine": machine(), "files": described, "settings": settings}
+        record |= {"answers": left.get("answers", []), "modes": left.get("modes", {})}
         if n := len(record["answers"]):
             stderr.print(f"{output}: {n} answers are there; going on (remove it to begin anew)", markup=False)
-        save = runs.saver(output, record)
-        try:
-            runs.measure(record, files, found, chosen, sampling, save, tools)
-        except KeyboardInterrupt:
-            record["missing"] = runs.missing(record, chosen, names, repeat)
-    if not record.get("missing"):
-        record.pop("missing", None)
-    save()
+        with contextlib.suppress(KeyboardInterrupt):  # what is missing is said at the end
+            runs.measure(record, files, found, chosen, tools, lambda: runs.write_record(record, output))
+    record |= {"missing": runs.missing(record, chosen), "figures": figures(record)}
+    if not record["missing"]:
+        del record["missing"]
+    runs.write_record(record, output)
     if picture is not None and record["answers"]:
-        plot(record, picture)
+        plot(list(record["figures"]), list(record["figures"].values()), picture)
     click.echo(report(record))
     _last_line(record)
-    if record.get("missing"):
+    if "missing" in record:
         sys.exit(130)
 
 
@@ -186,14 +178,14 @@ def _last_line(record: dict[str, Any]) -> None:
 
 @main.command("demo")
 @model_options
-@click.option("--full", type=FILE, help="The uncut drafter, with --target.")
+@full_option
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @draft_max_option()
 def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: int, draft_max: int | None) -> None:
     """What the cut brings to a draft step, three prompts with drafts and without, and whether drafting pays here."""
     found = models()
     record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
-    files = find_files(found, full, (), Path(), ("", ""))
+    files = find_files(found, Path(), full)
     if files.full is not None:
         record["cut"] = demo.the_cut(found, files, max_tokens)
         click.echo(demo.cut_table(record["cut"]) + "\n")
@@ -206,26 +198,20 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 
 @main.command("steps")
 @model_options
-@click.option("--full", type=FILE, help="The uncut drafter, with --target.")
-@click.option("--k", "ks", type=Listed(click.IntRange(1)), default=[], help="Cut to each of these.")
+@files_options
 @click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes instead of files.")
 @click.option("--quant", default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
-@click.option("--target-quant", default="", metavar="TYPE", help="Requantise the target first, to Q4_0 or Q8_0 say.")
-@click.option("--draft-quant", default="", metavar="TYPE", help="Requantise the drafter first.")
 @click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
-    full: Path | None,
-    ks: list[int],
     shape: str | None,
     quant: str,
-    target_quant: str,
-    draft_quant: str,
     acceptance: Path | None,
     repeat: int,
     output: Path | None,
+    **wanted: Any,
 ) -> None:
     """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone.
 
@@ -234,44 +220,43 @@ def steps_command(
     STEPS.require(output)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         if shape is not None:
-            files = shaped(shape, quant, ks or SHAPED_KS, Path(folder))
+            files = shaped(shape, quant, wanted["ks"] or SHAPED_KS, Path(folder))
             found = models(files.target)
         else:
             found = models()
-            files = find_files(found, full, ks, Path(folder), (target_quant, draft_quant))
+            files = find_files(found, Path(folder), **wanted)
         record: dict[str, Any] = {
             "machine": machine(),
             "copy_bytes_per_second": bandwidth(found.n_threads),
             "shape": shape,
+            "target": files.target.name,
+            "full": files.full.name if files.full else None,
+            **time_steps(files, found, repeat),
         }
-        record |= {"target": files.target.name, "full": files.full.name if files.full else None}
-        record |= time_steps(files, found, repeat)
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
     record["paying"] = paying(record)
-    click.echo(steps_table(record, record["copy_bytes_per_second"]))
-    click.echo("\n" + paying_table(record))
+    parts = [steps_table(record), paying_table(record)]
     if acceptance is not None:
-        click.echo("\n" + promised(record, acceptance))
-    if output is not None:
-        with write_whole(output, STEPS) as file:
-            file.write((json.dumps(record) + "\n").encode())
+        parts.append(promised(record, acceptance))
+    click.echo("\n\n".join(parts))
+    runs.write_record(record, output, STEPS)
     _last_line(record)
 
 
 @main.command("compare")
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@click.option("--labels", type=Listed(click.STRING), help="Names of the two in the plot.  [default: their files']")
+@click.option("--labels", type=names, metavar="A,B", help="Names of the two in the plot.  [default: their files']")
 @click.option("--plot", "picture", type=FILE, help="Draw the speeds of both, as a PNG.")
 def compare_command(a: Path, b: Path, labels: list[str] | None, picture: Path | None) -> None:
     """Two records of `run`, mode by mode."""
     PLOT.require(picture)
     if labels is not None and len(labels) != 2:
         raise click.UsageError("--labels: two names with a comma between them")
-    records = [runs.read_record(path, f"make one with `run -o {path}`", slice(-1, None)) for path in (a, b)]
+    records = [runs.read_record(path, f"make one with `run -o {path}`") for path in (a, b)]
     click.echo(compare(records[0], records[1], (str(a), str(b))))
     if picture is not None:
-        plot_side_by_side(records, labels or [a.stem, b.stem], picture)
+        plot(labels or [a.stem, b.stem], [record["figures"][ALL] for record in records], picture)
 
 
 if __name__ == "__main__":

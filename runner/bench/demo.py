@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,7 @@ from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress
 from llamabase.sampling import GREEDY
 
-from ..drafter import NoDrafter
-from ..engine import Record
+from ..engine import Engine, Record
 from ..options import FULL, Models
 from .modes import SPEC, Files, open_modes
 from .report import table
@@ -31,31 +31,31 @@ REPEAT = 5  # steps of each kind that are timed
 def the_cut(found: Models, files: Files, max_tokens: int) -> dict[str, Any]:
     """The uncut drafter beside the trimmed one: rows and bytes of a step, its time, and what becomes of its drafts."""
     steps = time_steps(files, found, REPEAT)
-    ways = (FULL, SPEC if SPEC in steps["bytes"] else "trim")
+    pays = paying(steps)
+    ways = (FULL, _way(pays))
     out: dict[str, Any] = {
         "draft_max": DRAFTS,
         "verify_4": ratios(steps)["verify 4"][1],
-        "paying": {way: paying(steps)[way] for way in ways},
+        "paying": {way: pays[way] for way in ways},
     }
-    names = [f"{way}:{DRAFTS}" for way in ways]
     with (
         replace(found, draft=None).open() as engine,
-        open_modes(names, files, engine, found, None) as modes,
+        open_modes(ways, files, engine, found, DRAFTS) as modes,
         progress("drafting", len(modes) * len(PROMPTS), "answers") as advance,
     ):
-        for way, mode in zip(ways, modes, strict=True):
+        for mode in modes:
             rounds: list[list[float]] = []
             for text in PROMPTS:
-                ids = engine.prompt([{"role": "user", "content": text}])
-                rounds += answer(engine, mode, ids, GREEDY, max_tokens, 0)["rounds"]
+                rounds += answer(engine, mode, _asked(engine, text), GREEDY, max_tokens, 0)["rounds"]
                 advance(1)
-            tokens, drafted, accepted = (int(sum(round_[i] for round_ in rounds)) for i in range(3))
+            tokens, drafted, accepted = (int(sum(column)) for column in list(zip(*rounds, strict=True))[:3])
             judged = sum(min(round_[1], round_[2] + 1) for round_ in rounds)
-            out[way] = {
-                "file": mode.file.name if mode.file else None,
-                "rows": head_tensor(GGUFFile(mode.file)).n_rows if mode.file else None,
+            assert mode.file is not None
+            out[mode.name] = {
+                "file": mode.file.name,
+                "rows": head_tensor(GGUFFile(mode.file)).n_rows,
                 "bytes": mode.step()[1],
-                "seconds": statistics.median(steps["seconds"][way]),
+                "seconds": statistics.median(steps["seconds"][mode.name]),
                 "tau": tokens / len(rounds),
                 "acceptance": accepted / max(drafted, 1),
                 "per_draft": accepted / max(judged, 1),
@@ -63,27 +63,32 @@ def the_cut(found: Models, files: Files, max_tokens: int) -> dict[str, Any]:
     return out
 
 
-def _cut_of(cut: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
-    way = SPEC if SPEC in cut else "trim"
-    return cut[FULL], cut[way], way
+def _way(named: Container[str]) -> str:
+    """What the trimmed drafter drafts from: the most that its files allow."""
+    return SPEC if SPEC in named else "trim"
+
+
+def _asked(engine: Engine, text: str) -> list[int]:
+    return engine.prompt([{"role": "user", "content": text}])
 
 
 def cut_table(cut: dict[str, Any]) -> str:
     """`the_cut` for people, under 80 columns."""
-    full, trimmed, way = _cut_of(cut)
-    some = " and those chosen as it goes" * (way == SPEC)
+    full, trimmed = cut[FULL], cut[_way(cut)]
+    some = " and those chosen as it goes" * (SPEC in cut)
+
+    def both(name: str, unit: str, scale: float) -> tuple[str, str]:
+        a, b = full[name], trimmed[name]
+        return f"{scale * a:.1f} {unit}", f"{scale * b:.1f} {unit} ({b / a:.2f} x)"
+
     rows = [
         ["rows of its head", f"{full['rows']:,}", f"{trimmed['rows']:,}{some}"],
-        ["read per draft step", *_both(full["bytes"] / 1e6, trimmed["bytes"] / 1e6, "MB")],
-        ["a draft step here", *_both(1000 * full["seconds"], 1000 * trimmed["seconds"], "ms")],
+        ["read per draft step", *both("bytes", "MB", 1e-6)],
+        ["a draft step here", *both("seconds", "ms", 1e3)],
         [f"acceptance, {cut['draft_max']} drafts a round", f"{full['acceptance']:.2f}", f"{trimmed['acceptance']:.2f}"],
         ["tokens per target call", f"{full['tau']:.2f}", f"{trimmed['tau']:.2f}"],
     ]
     return table(["drafter", "uncut", "trimmed"], rows)
-
-
-def _both(full: float, trimmed: float, unit: str) -> tuple[str, str]:
-    return f"{full:.1f} {unit}", f"{trimmed:.1f} {unit} ({trimmed / full:.2f} x)"
 
 
 def answers(found: Models, max_tokens: int, draft_max: int | None) -> list[dict[str, Any]]:
@@ -93,19 +98,16 @@ def answers(found: Models, max_tokens: int, draft_max: int | None) -> list[dict[
         if draft_max is None:
             engine.measure()  # or the first answer's prompt would seem to take as long
         for i, text in enumerate(PROMPTS):
-            prompt = engine.prompt([{"role": "user", "content": text}])
             plain, drafted = Record(), Record()
-            runs = [(plain, 0), (drafted, draft_max)]
-            for record, n in runs if i % 2 else runs[::-1]:
-                drafter = NoDrafter() if n == 0 else None
-                for _ in engine.answer(prompt, GREEDY, record, max_tokens=max_tokens, draft_max=n, drafter=drafter):
+            for record, n in ((plain, 0), (drafted, draft_max))[:: 1 if i % 2 else -1]:
+                for _ in engine.answer(_asked(engine, text), GREEDY, record, max_tokens=max_tokens, draft_max=n):
                     pass
                 advance(1)
             ratio = drafted.tokens_per_second / plain.tokens_per_second
             shown = f"[{drafted.line()}; plain {plain.tokens_per_second:.1f} tok/s; ratio {ratio:.2f}; Python "
             shown += f"{drafted.host_seconds / drafted.seconds:.1%}]"
-            rows.append({"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio})
-            rows[-1]["line"] = shown
+            row = {"prompt": text, "plain": plain.as_json(), "drafted": drafted.as_json(), "ratio": ratio}
+            rows.append(row | {"line": shown})
     return rows
 
 
@@ -121,8 +123,8 @@ def texts(rows: list[dict[str, Any]]) -> str:
 def verdict(record: dict[str, Any]) -> str:
     """Whether drafting pays on this machine, in one sentence with its reason."""
     cut = record["cut"]
-    _, trimmed, way = _cut_of(cut)
-    least, stands = cut["paying"][way]["from"], trimmed["per_draft"]
+    way = _way(cut)
+    least, stands = cut["paying"][way]["from"], cut[way]["per_draft"]
     costs = (
         f"verifying four tokens takes {cut['verify_4']:.1f} times as long as one (1 where only memory counts, 4 where "
         "only arithmetic does)"
@@ -132,9 +134,8 @@ def verdict(record: dict[str, Any]) -> str:
     asks = f"drafts pay where {least['acceptance']:.0%} of them stand, and {stands:.0%} do"
     if stands < least["acceptance"]:
         return f"Drafting does not pay here: {costs}, so {asks}. The default drafts only what the text repeats."
-    tokens, seconds = (
-        {name: sum(row[name][part] for row in record["prompts"]) for name in ("plain", "drafted")}
-        for part in ("tokens", "seconds")
+    drafted, plain = (
+        sum(row[name]["tokens"] for row in record["prompts"]) / sum(row[name]["seconds"] for row in record["prompts"])
+        for name in ("drafted", "plain")
     )
-    ratio = tokens["drafted"] / seconds["drafted"] / (tokens["plain"] / seconds["plain"])
-    return f"Drafting pays here: {costs}, so {asks}; {ratio:.2f} x plain decoding on these three prompts."
+    return f"Drafting pays here: {costs}, so {asks}; {drafted / plain:.2f} x plain decoding on these three prompts."

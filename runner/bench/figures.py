@@ -3,86 +3,70 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from gguf_trim.planning.planner import mbsu
 
 ALL = "all"
 FEW = 5  # batches of one size; the median of fewer says little
 Answer = dict[str, Any]
+Figures = dict[str, Any]
 
 
-def figures(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+def figures(record: dict[str, Any]) -> dict[str, dict[str, Figures]]:
     """{task: {mode: figures}}, with every task and "all" of them; modes and tasks in the record's order."""
-    answers: list[Answer] = record["answers"]
-    tasks = [*dict.fromkeys(found["task"] for found in answers), ALL]
-    return {
-        task: {
-            mode: mode_figures(
-                [found for found in answers if found["mode"] == mode and task in (found["task"], ALL)],
-                record["answers"],
-                record["modes"].get(mode, {}),
-                record.get("target_step", {}),
-            )
-            for mode in record["settings"]["modes"]
-        }
-        for task in tasks
-    }
+    tasks = [*dict.fromkeys(answer["task"] for answer in record["answers"]), ALL]
+    return {task: {mode: _of_mode(record, mode, task) for mode in record["settings"]["modes"]} for task in tasks}
 
 
-def mode_figures(
-    found: Sequence[Answer], everything: Sequence[Answer], mode: dict[str, Any], target: dict[str, float]
-) -> dict[str, Any]:
+def _of_mode(record: dict[str, Any], mode: str, task: str) -> Figures:
     """What a mode's answers come to. tau, acceptance and tok/s are over all tokens; speed-ups by prompt as well."""
-    good = [answer for answer in found if "error" not in answer and answer["rounds"]]
-    rounds = [round_ for answer in good for round_ in answer["rounds"]]
-    tokens, drafted, accepted = (sum(round_[i] for round_ in rounds) for i in range(3))
-    parts = [sum(round_[i] for round_ in rounds) for i in (3, 4, 5)]
+    everything = [answer for answer in record["answers"] if "error" not in answer]
+    mine = [answer for answer in record["answers"] if answer["mode"] == mode and task in (answer["task"], ALL)]
+    good = [answer for answer in mine if "error" not in answer]
+    rounds = _rounds(good)
+    tokens, drafted, accepted = map(int, rounds[:, :3].sum(axis=0))
+    parts = rounds[:, 3:].sum(axis=0).tolist()
     n = max(1, len(rounds))
-    tau = tokens / n
-    out: dict[str, Any] = {
+    about, target = record["modes"].get(mode, {}), record.get("target_step", {})
+    wall, reading = sum(answer["seconds"] for answer in good), sum(map(_reading, good))
+    first = [answer["prompt_seconds"] + answer["first_token_seconds"] for answer in good]
+    out: Figures = {
         "answers": len(good),
-        "failed": len(found) - len(good),
+        "failed": len(mine) - len(good),
         "tokens": tokens,
         "rounds": len(rounds),
-        "tau": tau,
+        "tau": tokens / n,
         "drafted": drafted,
         "acceptance_rate": accepted / drafted if drafted else None,
         "acceptance_by_position": by_position(rounds),
-        "draft_ms": 1000 * parts[0] / n,
-        "verify_ms": 1000 * parts[1] / n,
-        "host_ms": 1000 * parts[2] / n,
+        **{f"{name}_ms": 1000 * part / n for name, part in zip(("draft", "verify", "host"), parts, strict=True)},
         "tokens_per_second": tokens / sum(parts) if tokens else None,
-        "first_token_seconds": _median(answer["prompt_seconds"] + answer["first_token_seconds"] for answer in good),
+        "first_token_seconds": statistics.median(first) if first else None,
         "parted": _parted(good, everything),
-        "memory_bytes": mode.get("memory_bytes"),
-        "unaccounted": _unaccounted(good),
+        "memory_bytes": about.get("memory_bytes"),
+        # The share of wall time, taken by a clock of its own around an answer, that no part of a round explains.
+        "unaccounted": 1 - (sum(parts) + reading) / wall if wall else None,
+        "speedup_over_plain": speedup(good, everything, "plain"),
+        "speedup_over_full": speedup(good, everything, "full"),
+        "speedup_priced": priced(good, everything),
     }
-    for name in ("plain", "full"):
-        out[f"speedup_over_{name}"] = speedup(good, everything, name)
-    out["speedup_priced"] = priced(good, everything)
-    if step := mode.get("step"):
-        length = drafted / n
-        out["mbsu_params"] = mbsu(tau, step["params"] / target["params"], length)
-        out["mbsu_bytes"] = mbsu(tau, step["bytes"] / target["bytes"], length)
-        if (found_speed := out["speedup_over_plain"]) is not None:
-            out["share_of_ceiling"] = found_speed["total"] / out["mbsu_bytes"]
+    if step := about.get("step"):
+        for kind in ("params", "bytes"):
+            out[f"mbsu_{kind}"] = mbsu(out["tau"], step[kind] / target[kind], out["drafted"] / n)
+        if out["speedup_over_plain"] is not None:
+            out["share_of_ceiling"] = out["speedup_over_plain"]["total"] / out["mbsu_bytes"]
     return out
 
 
-def by_position(rounds: Iterable[Sequence[float]]) -> list[float]:
+def by_position(rounds: np.ndarray) -> list[float]:
     """The share of drafts at each place of a round that were accepted, of those that were drafted there."""
-    drafted: list[int] = []
-    accepted: list[int] = []
-    for round_ in rounds:
-        for i in range(int(round_[1])):
-            if i == len(drafted):
-                drafted.append(0)
-                accepted.append(0)
-            drafted[i] += 1
-            accepted[i] += i < round_[2]
-    return [a / d for a, d in zip(accepted, drafted, strict=True)]
+    drafted, accepted = rounds[:, 1], rounds[:, 2]
+    return [float((accepted[drafted > i] > i).mean()) for i in range(int(drafted.max(initial=0)))]
 
 
 def speedup(good: Sequence[Answer], everything: Sequence[Answer], base: str) -> dict[str, float] | None:
@@ -90,21 +74,16 @@ def speedup(good: Sequence[Answer], everything: Sequence[Answer], base: str) -> 
 
     "overall" counts reading the prompt, too. None where the base has none of them.
     """
-    mine, theirs = _by_prompt(good), _by_prompt(a for a in everything if a["mode"] == base and "error" not in a)
-    both = [key for key in mine if key in theirs]
+    mine, theirs = _by_prompt(good), _by_prompt(answer for answer in everything if answer["mode"] == base)
+    both = mine.keys() & theirs.keys()
     if not both:
         return None
-    ratios = [_rate(mine[key]) / _rate(theirs[key]) for key in both]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(both) > 1 else ratios * 3
-
-    def total(found: dict[Any, list[Answer]], prompt: bool = False) -> float:
-        chosen = [answer for key in both for answer in found[key]]
-        seconds = sum(_seconds(answer) + (answer["prompt_seconds"] + _reading(answer)) * prompt for answer in chosen)
-        return float(_tokens(chosen) / seconds)
-
+    ratios = [_median_rate(mine[key]) / _median_rate(theirs[key]) for key in both]
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    ours, others = ([answer for key in found if key in both for answer in found[key]] for found in (mine, theirs))
     return {
-        "total": total(mine) / total(theirs),
-        "overall": total(mine, prompt=True) / total(theirs, prompt=True),
+        "total": _rate(ours) / _rate(others),
+        "overall": _rate(ours, prompt=True) / _rate(others, prompt=True),
         "least": min(ratios),
         "low": low,
         "median": middle,
@@ -118,44 +97,60 @@ def priced(good: Sequence[Answer], everything: Sequence[Answer]) -> dict[str, fl
     A batch costs the median of those of its size that this prompt saw, in any mode; where these are too few, as many
     times the prompt's batch of one as the medians of the whole record say. Drafting and Python cost what they took.
     """
-    sizes: dict[int, list[float]] = {}
-    seen: dict[tuple[str, int], dict[int, list[float]]] = {}
-    for answer in everything:
-        for round_ in answer.get("rounds", ()):
-            for of in (sizes, seen.setdefault((answer["prompt"], answer["turn"]), {})):
-                of.setdefault(int(round_[1]) + 1, []).append(round_[4])
-    hosts = [round_[5] for a in everything if a["mode"] == "plain" for round_ in a.get("rounds", ())]
-    if not hosts:
+    plain = [answer for answer in everything if answer["mode"] == "plain"]
+    if not plain:
         return None
-    host = statistics.median(hosts)
-    factor = {size: statistics.median(found) / statistics.median(sizes[1]) for size, found in sizes.items()}
-    tokens = seconds = plain = 0.0
-    least = []
+    host = float(np.median(_rounds(plain)[:, 5]))
+    usual = {size: statistics.median(found) for size, found in _batches(everything).items()}
+    prompts = _by_prompt(everything)
+    costs = []  # (seconds at these prices, seconds of plain decoding) of every prompt
     for key, answers in _by_prompt(good).items():
-        if 1 not in seen[key]:
+        seen = _batches(prompts[key])
+        if 1 not in seen:
             continue
-        one = statistics.median(seen[key][1])
+        one = statistics.median(seen[1])
         price = {
-            size: statistics.median(found) if size == 1 or len(found) >= FEW else one * factor[size]
-            for size, found in seen[key].items()
+            size: statistics.median(found) if size == 1 or len(found) >= FEW else one * usual[size] / usual[1]
+            for size, found in seen.items()
         }
-        took = sum(price[int(r[1]) + 1] + r[3] + r[5] for answer in answers for r in answer["rounds"])
-        n = _tokens(answers)
-        tokens, seconds, plain = tokens + n, seconds + took, plain + n * (one + host)
-        least.append(n * (one + host) / took)
-    return {"total": plain / seconds, "least": min(least)} if least else None
+        rounds = _rounds(answers)
+        took = sum(price[int(drafted) + 1] for drafted in rounds[:, 1]) + rounds[:, 3].sum() + rounds[:, 5].sum()
+        costs.append((float(took), float(rounds[:, 0].sum() * (one + host))))
+    if not costs:
+        return None
+    took, whole = map(sum, zip(*costs, strict=True))
+    return {"total": whole / took, "least": min(b / a for a, b in costs)}
 
 
-def _by_prompt(answers: Iterable[Answer]) -> dict[tuple[str, int], list[Answer]]:
-    found: dict[tuple[str, int], list[Answer]] = {}
-    for answer in answers:
-        if answer["rounds"]:
-            found.setdefault((answer["prompt"], answer["turn"]), []).append(answer)
+def _rounds(answers: Iterable[Answer]) -> np.ndarray:
+    """All rounds (n x 6): tokens, drafted, accepted, and the seconds of drafting, verifying and Python."""
+    return np.array([round_ for answer in answers for round_ in answer["rounds"]], float).reshape(-1, 6)
+
+
+def _batches(answers: Iterable[Answer]) -> dict[int, list[float]]:
+    """Seconds of the target's batches by their size."""
+    found = defaultdict(list)
+    for round_ in _rounds(answers):
+        found[int(round_[1]) + 1].append(float(round_[4]))
     return found
 
 
-def _seconds(answer: Answer) -> float:
-    return float(sum(sum(round_[3:6]) for round_ in answer["rounds"]))
+def _by_prompt(answers: Iterable[Answer]) -> dict[tuple[str, int], list[Answer]]:
+    found = defaultdict(list)
+    for answer in answers:
+        found[answer["prompt"], answer["turn"]].append(answer)
+    return found
+
+
+def _rate(answers: Sequence[Answer], prompt: bool = False) -> float:
+    """Tokens per second; with the reading of the prompt by target and drafter, or without."""
+    rounds = _rounds(answers)
+    reading = sum(answer["prompt_seconds"] + _reading(answer) for answer in answers) if prompt else 0.0
+    return float(rounds[:, 0].sum()) / float(rounds[:, 3:].sum() + reading)
+
+
+def _median_rate(repeats: Iterable[Answer]) -> float:
+    return statistics.median(_rate([answer]) for answer in repeats)
 
 
 def _reading(answer: Answer) -> float:
@@ -163,34 +158,12 @@ def _reading(answer: Answer) -> float:
     return max(0.0, float(answer["first_token_seconds"] - sum(answer["rounds"][0][3:6])))
 
 
-def _tokens(answers: Iterable[Answer]) -> int:
-    return sum(int(round_[0]) for answer in answers for round_ in answer["rounds"])
-
-
-def _rate(answers: Sequence[Answer]) -> float:
-    """Tokens per second of a prompt: the median of its repeats."""
-    return float(statistics.median(_tokens([answer]) / _seconds(answer) for answer in answers))
-
-
-def _unaccounted(good: Sequence[Answer]) -> float | None:
-    """The share of wall time, taken by a clock of its own around an answer, that no part of a round explains."""
-    wall = sum(answer["seconds"] for answer in good)
-    return 1 - sum(_seconds(answer) + _reading(answer) for answer in good) / wall if wall else None
+def place(answer: Answer) -> tuple[str, int, int, str]:
+    """What tells an answer from all others: its prompt, the turn in it, which repeat it is, and its mode."""
+    return answer["prompt"], answer["turn"], answer["repeat"], answer["mode"]
 
 
 def _parted(good: Sequence[Answer], everything: Sequence[Answer]) -> int:
     """Answers whose text is not the plain one's: at near-ties of a quantised target, where batch shapes differ."""
-    plain = {
-        (answer["prompt"], answer["turn"], answer["repeat"]): answer["token_ids"]
-        for answer in everything
-        if answer["mode"] == "plain" and "error" not in answer
-    }
-    return sum(
-        plain.get((answer["prompt"], answer["turn"], answer["repeat"]), answer["token_ids"]) != answer["token_ids"]
-        for answer in good
-    )
-
-
-def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return statistics.median(found) if found else None
+    plain = {place(answer)[:3]: answer["token_ids"] for answer in everything if answer["mode"] == "plain"}
+    return sum(plain.get(place(answer)[:3], answer["token_ids"]) != answer["token_ids"] for answer in good)

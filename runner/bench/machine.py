@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -25,11 +26,15 @@ COPIES = 5
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, llama.cpp's backends and library versions."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        memory = 0
     return {
         "cpu": _cpu(),
         "cores": physical_cores(),
         "logical_cores": os.cpu_count(),
-        "memory_gb": round(_memory() / 1e9, 1),
+        "memory_gb": round(memory / 1e9, 1),
         "backends": backends(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -44,21 +49,12 @@ def _cpu() -> str:
         return subprocess.run(
             ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
         ).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    # ARM boards name the board, not the core.
-    for key in ("model name", "Model", "Hardware"):
-        for line in lines:
-            if line.partition(":")[0].strip() == key:
-                return line.partition(":")[2].strip()
+    path = Path("/proc/cpuinfo")
+    info = path.read_text() if path.exists() else ""
+    for key in ("model name", "Model", "Hardware"):  # ARM boards name the board, not the core
+        if found := re.search(rf"^{key}\s*: (.+)", info, re.MULTILINE):
+            return found[1]
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0
 
 
 def bandwidth(n_threads: int | None = None) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from gguf_trim.companion import Trimmed
+from gguf_trim.cut import head_tensor
 from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.layout import EMBEDDING
 from gguf_trim.pairs.prepare import NONE, choose_rows, prepare
 from gguf_trim.planning.costs import Weights, requantized
 from llamabase.gguf_file import GGUFFile
@@ -45,44 +46,61 @@ class Mode:
     name: str
     drafter: Drafter
     draft_max: int | None
-    file: Path | None = None
-    memory: int = 0  # bytes that opening its drafter and answering with it took
-    used: bool = False
-    model: ModelDrafter | None = None  # the drafter that reads, whoever decides on its drafts
-    step: Callable[[], tuple[float, float]] = field(default=lambda: (0.0, 0.0))  # (params, bytes) of a draft step
+    file: Path | None
+    model: ModelDrafter | None  # the drafter that reads, whoever decides on its drafts
+    step: Callable[[], tuple[float, float]]  # (params, bytes) of a draft step
+    memory: int  # bytes that opening its drafter and answering with it took
+
+    def as_json(self) -> dict[str, Any]:
+        params, n_bytes = self.step()
+        return {
+            "draft_max": self.draft_max,
+            "file": self.file.name if self.file else None,
+            "memory_bytes": self.memory,
+            "step": {"params": params, "bytes": n_bytes},
+        }
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a comparison; trimmed by k."""
+    """The files of a comparison; trimmed by what tells them apart in the names of modes, the smallest first."""
 
     target: Path
     full: Path | None
-    trimmed: dict[int, Path]
+    trimmed: dict[str, Path]
 
 
-def find_files(found: Models, full: Path | None, ks: Sequence[int], folder: Path, quants: tuple[str, str]) -> Files:
-    """Requantise what is to be, and trim to every k; `quants` are the types of target and drafter, "" as shipped."""
-    full = full or (found.prepared.drafter if found.prepared else None)
-    target, trimmed = found.target, found.prepared.trimmed if found.prepared else found.draft
+def named(cuts: Sequence[Path]) -> dict[str, Path]:
+    """Cuts of one drafter by what follows in the name of a mode: @k where there are several, else nothing."""
+    by_k = {len(Trimmed.open(cut).d2t): cut for cut in cuts}
+    return {f"@{k}" * (len(by_k) > 1): cut for k, cut in sorted(by_k.items())}
+
+
+def find_files(
+    found: Models,
+    folder: Path,
+    full: Path | None,
+    ks: Sequence[int] = (),
+    target_quant: str = "",
+    draft_quant: str = "",
+) -> Files:
+    """Requantise into `folder` what is to be, and trim to every k."""
+    trimmed = found.draft
+    if found.prepared:
+        full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
     if trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
         full, trimmed = full or trimmed, None
-    target = requantized(target, quants[0], folder)
-    if quants[1]:
-        if full is None:
-            raise click.UsageError("--draft-quant needs the uncut drafter; give it as --full")
-        full = requantized(full, quants[1], folder)
-        trimmed = None
-    cuts: dict[int, Path] = {}
-    if trimmed is not None and not ks:
-        cuts[len(Trimmed.open(trimmed).d2t)] = trimmed
-    elif full is not None:
-        for k in ks or (None,):
-            made = prepare(target=target, drafter=full, choose=partial(choose_rows, k=k), requant=NONE).trimmed
-            cuts[len(Trimmed.open(made).d2t)] = made
-    elif ks:
-        raise click.UsageError("--k needs the uncut drafter; give it as --full")
-    return Files(target, full, cuts)
+    if full is None and (ks or draft_quant):
+        raise click.UsageError(
+            f"{'--draft-quant' if draft_quant else '--k'} needs the uncut drafter; give it as --full"
+        )
+    target = requantized(found.target, target_quant, folder)
+    cuts = [] if trimmed is None else [trimmed]
+    if full is not None and (ks or draft_quant or trimmed is None):
+        full = requantized(full, draft_quant, folder)
+        rules = [partial(choose_rows, k=k) for k in ks or (None,)]
+        cuts = [prepare(target=target, drafter=full, choose=rule, requant=NONE).trimmed for rule in rules]
+    return Files(target, full, named(cuts))
 
 
 def names_of(wanted: Sequence[str], files: Files) -> list[str]:
@@ -90,12 +108,10 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
     found = []
     for name in wanted:
         kind, colon, n = name.partition(":")
-        if kind == FULL and files.full is None:
-            continue
         if kind not in CUT:
-            found.append(name)
+            found += [name] if kind != FULL or files.full is not None else []
             continue
-        for k, path in files.trimmed.items():
+        for at, path in files.trimmed.items():
             if kind == SPEC and Speculator.of(trimmed := Trimmed.open(path)) is None:
                 stderr.print(
                     f"{name} is left out: {trimmed.companion.path} holds no speculator (`python -m gguf_trim "
@@ -103,7 +119,7 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
                     markup=False,
                 )
             else:
-                found.append(name if len(files.trimmed) == 1 else f"{kind}@{k}{colon}{n}")
+                found.append(f"{kind}{at}{colon}{n}")
     return found
 
 
@@ -115,50 +131,44 @@ def open_modes(
     vocabulary = Vocabulary(GGUFFile(files.target))
     verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # anew, whatever is remembered
 
-    def by_cost(drafter: ModelDrafter | None) -> AutoDrafter:
-        return AutoDrafter(
-            drafter, verify(), None if drafter is None else StepCost(measured_draft(drafter, engine.reader))
-        )
+    def by_cost(model: ModelDrafter | None) -> AutoDrafter:
+        draft = None if model is None else StepCost(measured_draft(model, engine.reader))
+        return AutoDrafter(model, verify(), draft)
 
     with ExitStack() as stack:
         modes = []
         for name in names:
-            full_name, _, own = name.partition(":")
-            kind, _, k = full_name.partition("@")
+            way, _, own = name.partition(":")
+            kind, at, k = way.partition("@")
+            path = files.full if kind == FULL else files.trimmed.get(at + k) or next(iter(files.trimmed.values()), None)
+            if kind in (PLAIN, AGAIN, LOOKUP):
+                path = None
             length = int(own) if own else draft_max
-            if kind in (PLAIN, AGAIN):
-                modes.append(Mode(name, NoDrafter(), 0))
-                continue
-            if kind == LOOKUP:
-                modes.append(Mode(name, LookupDrafter() if length is not None else by_cost(None), length))
-                continue
-            smallest = min(files.trimmed, default=None)
-            path = files.full if kind == FULL else files.trimmed[int(k)] if k else files.trimmed.get(smallest or 0)
-            before = resident()
-            drafter = None
+            before, model = resident(), None
             if path is not None:
-                vocab = kind if kind in CUT else found.vocab
-                n_ctx = found.n_ctx_draft or engine.context.n_ctx
+                n_ctx, vocab = found.n_ctx_draft or engine.context.n_ctx, kind if kind in CUT else found.vocab
                 limits = n_ctx, found.n_threads, found.n_gpu_layers, vocab, found.cache_draft
-                drafter = open_drafter(path, vocabulary, *limits)
-                stack.callback(drafter.close)
-            cost = kind == AUTO or length is None
-            chooses = by_cost(drafter) if cost or drafter is None else drafter
-            mode = Mode(name, chooses, None if cost else length, path, model=drafter)
-            if drafter is not None and path is not None:
-                mode.step = step_reader(path, drafter)
-            mode.memory = resident() - before
-            modes.append(mode)
+                model = open_drafter(path, vocabulary, *limits, target_context=engine.context)
+                stack.callback(model.close)
+            drafter: Drafter = model or LookupDrafter()
+            if kind in (PLAIN, AGAIN):
+                drafter, length = NoDrafter(), 0
+            elif kind == AUTO or length is None:
+                drafter, length = by_cost(model), None
+            memory = resident() - before if path else 0
+            modes.append(Mode(name, drafter, length, path, model, _step_reader(path, model), memory))
         yield modes
 
 
-def step_reader(path: Path, drafter: ModelDrafter) -> Callable[[], tuple[float, float]]:
+def _step_reader(path: Path | None, drafter: ModelDrafter | None) -> Callable[[], tuple[float, float]]:
     """A function that says what a draft step of this file has read on average so far: (parameters, bytes).
 
     The files are read here, once: it is asked after every answer.
     """
+    if path is None or drafter is None:
+        return lambda: (0.0, 0.0)
     file, dynamic = GGUFFile(path), drafter.dynamic
-    weights, k = Weights.of(file), file.tensors[EMBEDDING].n_rows
+    weights, k = Weights.of(file), head_tensor(file).n_rows
     speculator = Speculator.of(Trimmed.open(path)) if dynamic is not None and dynamic.speculates else None
     scored = (0.0, 0.0) if speculator is None else speculator.step(k)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from corpus.prompts import Prompt
 from llamabase.errors import TrimError
@@ -20,12 +21,19 @@ from llamabase.llama import physical_cores
 from llamabase.progress import progress
 from llamabase.sampling import GREEDY
 
-from ..engine import Engine, Record
+from ..engine import Engine
 from ..options import Models
 from .modes import Files
 
 BENCH, SPECULATIVE = "llama-bench", "llama-speculative-simple"
 GENERATED = 64  # tokens of the single-stream comparison, from an empty context
+TURNS = 7
+SAID = {
+    "tokens": r"decoded\s+(\d+) tokens",
+    "seconds": r"decoded\s+\d+ tokens in\s+([\d.]+) seconds",
+    "drafted": r"n_drafted\s*=\s*(\d+)",
+    "accepted": r"n_accept\s*=\s*(\d+)",
+}
 
 
 def find(folder: Path) -> tuple[Path, Path]:
@@ -38,61 +46,22 @@ def find(folder: Path) -> tuple[Path, Path]:
 
 def single_stream(tool: Path, target: Path, n_threads: int | None) -> float:
     """Tokens per second of llama.cpp's own benchmark of plain decoding."""
-    threads = str(n_threads or physical_cores())
-    arguments = ["-m", str(target), "-t", threads, "-p", "0", "-n", str(GENERATED), "-r", "1", "-o", "json"]
-    return float(json.loads(_run(tool, arguments))[0]["avg_ts"])
+    threads = n_threads or physical_cores()
+    said = _run(tool, {"-m": target, "-t": threads, "-p": 0, "-n": GENERATED, "-r": 1, "-o": "json"}).stdout
+    return float(json.loads(said)[0]["avg_ts"])
 
 
-def speculative(
-    tool: Path,
-    target: Path,
-    drafter: Path,
-    text: str,
-    max_tokens: int,
-    draft_max: int,
-    n_ctx: int,
-    n_threads: int | None,
-) -> dict[str, float]:
-    """One prompt through llama.cpp's speculative example, greedily: tokens, seconds, drafted, accepted."""
-    threads = str(n_threads or physical_cores())
+def speculative(tool: Path, text: str, options: dict[str, Any]) -> dict[str, float]:
+    """One prompt through llama.cpp's speculative example: tokens, seconds, drafted, accepted."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as prompt:
         prompt.write(text)
         prompt.flush()
-        arguments = {"-m": target, "-md": drafter, "-f": prompt.name, "-n": max_tokens, "--temp": 0, "-c": n_ctx}
-        arguments |= {"--spec-type": "draft-simple", "--spec-draft-n-max": draft_max, "-t": threads, "-td": threads}
-        said = _run(tool, [*(str(word) for pair in arguments.items() for word in pair), "-fit", "off"])
-    wanted = {
-        "tokens": r"decoded\s+(\d+) tokens",
-        "seconds": r"decoded\s+\d+ tokens in\s+([\d.]+) seconds",
-        "drafted": r"n_drafted\s*=\s*(\d+)",
-        "accepted": r"n_accept\s*=\s*(\d+)",
-    }
-    found = {name: re.search(pattern, said) for name, pattern in wanted.items()}
+        done = _run(tool, {**options, "-f": prompt.name, "-fit": "off"})
+    said = done.stdout + done.stderr
+    found = {name: re.search(pattern, said) for name, pattern in SAID.items()}
     if not all(found.values()):
         raise TrimError(f"{tool}: does not say what it measured; its last words: {said.strip()[-200:]}")
     return {name: float(match[1]) for name, match in found.items() if match}
-
-
-def summary(answers: Sequence[dict[str, float]], draft_max: int) -> dict[str, Any]:
-    """Its row of the table; a round of n accepted drafts emits n + 1 tokens, so rounds are tokens less accepted."""
-    tokens, seconds, accepted = (sum(found[name] for found in answers) for name in ("tokens", "seconds", "accepted"))
-    rounds = tokens - accepted
-    return {
-        "name": f"{SPECULATIVE}, {draft_max} drafts",
-        "tau": tokens / rounds if rounds else None,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "answers": list(answers),
-    }
-
-
-def alternate(ours: Callable[[], float], theirs: Callable[[], float], repeat: int = 7) -> tuple[float, float, float]:
-    """Median tokens per second of both, and the median of their ratios, by turns."""
-    a: list[float] = []
-    b: list[float] = []
-    for turn in range(repeat):
-        for found, measure in ((a, ours), (b, theirs))[:: 1 if turn % 2 else -1]:
-            found.append(measure())
-    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def beside(
@@ -105,31 +74,42 @@ def beside(
 ) -> dict[str, Any]:
     """llama.cpp's own plain decoding, by turns with ours, and its speculative decoding of the first turns."""
     bench, tool = tools
-    settings = record["settings"]
 
     def ours() -> float:
-        answered = Record()
         engine.reader.keep([], 0)
-        for round_ in engine.rounds([engine.model.bos or 0], GREEDY, max_tokens=GENERATED, draft_max=0):
-            answered.add(round_)
-        return answered.tokens / answered.verify_seconds
+        rounds = list(engine.rounds([engine.model.bos or 0], GREEDY, max_tokens=GENERATED, draft_max=0))
+        return sum(len(found.tokens) for found in rounds) / sum(found.verify_seconds for found in rounds)
 
-    a, b, ratio = alternate(ours, lambda: single_stream(bench, files.target, found.n_threads))
+    speeds = np.array([(ours(), single_stream(bench, files.target, found.n_threads)) for _ in range(TURNS)])
+    a, b = np.median(speeds, axis=0).tolist()
+    ratio = np.median(speeds[:, 0] / speeds[:, 1])
     name = f"{bench.name}, plain, {GENERATED} tokens"
     rows = [{"name": name, "tokens_per_second": b, "ours": a, "ratio": f"{ratio:.3f}"}]
     if files.full is not None:
+        n, threads = record["settings"]["draft_max"] or 3, found.n_threads or physical_cores()
+        options: dict[str, Any] = {"-m": files.target, "-md": files.full, "-c": found.n_ctx, "--temp": 0}
+        options |= {"-n": record["settings"]["max_tokens"], "-t": threads, "-td": threads}
+        options |= {"--spec-type": "draft-simple", "--spec-draft-n-max": n}
         answers = []
-        n, limits = settings["draft_max"] or 3, (found.n_ctx, found.n_threads)
         with progress("llama.cpp's speculative example", len(prompts), "prompts") as advance:
             for prompt in prompts:
-                text = engine.prompt_text(prompt.messages)
-                answers.append(speculative(tool, files.target, files.full, text, settings["max_tokens"], n, *limits))
+                answers.append(speculative(tool, engine.prompt_text(prompt.messages), options))
                 advance(1)
-        rows.append(summary(answers, n))
+        tokens, seconds, accepted = (
+            sum(found[name] for found in answers) for name in ("tokens", "seconds", "accepted")
+        )
+        rows.append({
+            "name": f"{tool.name}, {n} drafts",
+            # A round of n accepted drafts emits n + 1 tokens.
+            "tau": tokens / (tokens - accepted) if tokens > accepted else None,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "answers": answers,
+        })  # fmt: skip
     return {"rows": rows}
 
 
-def _run(tool: Path, arguments: list[str]) -> str:
+def _run(tool: Path, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    arguments = [str(word) for pair in options.items() for word in pair]
     try:
         done = subprocess.run([str(tool), *arguments], capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
@@ -137,4 +117,4 @@ def _run(tool: Path, arguments: list[str]) -> str:
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it gave no reason"]
         raise TrimError(f"{tool}: ended with {done.returncode}: {reason[-1]}")
-    return done.stdout if arguments[-1] == "json" else done.stdout + done.stderr
+    return done

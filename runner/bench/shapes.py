@@ -25,7 +25,6 @@ from llamabase.ggml import quantize_rows
 from llamabase.gguf_file import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
 from llamabase.progress import progress
 from llamabase.quantize import quantize
-from llamabase.vocabulary import TokenType
 
 DEVIATION = 0.02  # of the weights: what Llama, Qwen and Gemma are initialised with (initializer_range)
 TILE = 1 << 20  # random numbers made for each type and row length, then repeated
@@ -34,7 +33,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Shape:
-    """What the published config.json of a dense decoder says. `window` is Gemma's sliding window, 0 for none."""
+    """What the published config.json of a dense decoder says of the sizes of its tensors."""
 
     name: str
     architecture: str  # llama (3.x), qwen2, qwen3 or gemma3, as llama.cpp names them
@@ -46,10 +45,6 @@ class Shape:
     head_dim: int
     n_ff: int
     tied: bool
-    rope_base: float
-    rms_eps: float
-    n_ctx: int
-    window: int = 0
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -86,38 +81,22 @@ class Shape:
         return sum(math.prod(shape) for name, shape in self.tensors.items() if name != ROPE_FACTORS)
 
 
-_Sizes = tuple[int, int, int, int, int, int]  # n_embd, n_layer, n_head, n_head_kv, head_dim, n_ff
-
-
-def _llama(name: str, sizes: _Sizes, tied: bool = True) -> Shape:
-    return Shape(name, "llama", 128256, *sizes, tied=tied, rope_base=5e5, rms_eps=1e-5, n_ctx=131072)
-
-
-def _qwen(name: str, n_vocab: int, sizes: _Sizes, tied: bool = True, n_ctx: int = 32768) -> Shape:
-    architecture = name.partition("-")[0].partition(".")[0]
-    return Shape(name, architecture, n_vocab, *sizes, tied=tied, rope_base=1e6, rms_eps=1e-6, n_ctx=n_ctx)
-
-
-def _gemma(name: str, n_vocab: int, sizes: _Sizes, window: int, n_ctx: int) -> Shape:
-    return Shape(name, "gemma3", n_vocab, *sizes, tied=True, rope_base=1e6, rms_eps=1e-6, n_ctx=n_ctx, window=window)
-
-
-SHAPES: dict[str, Shape] = {
+SHAPES = {
     shape.name: shape
     for shape in (
-        _llama("llama-3.2-1b", (2048, 16, 32, 8, 64, 8192)),
-        _llama("llama-3.2-3b", (3072, 28, 24, 8, 128, 8192)),
-        _llama("llama-3.1-8b", (4096, 32, 32, 8, 128, 14336), tied=False),
-        _qwen("qwen2.5-0.5b", 151936, (896, 24, 14, 2, 64, 4864)),
-        _qwen("qwen2.5-1.5b", 151936, (1536, 28, 12, 2, 128, 8960)),
-        _qwen("qwen2.5-7b", 152064, (3584, 28, 28, 4, 128, 18944), tied=False),
-        _qwen("qwen3-0.6b", 151936, (1024, 28, 16, 8, 128, 3072), n_ctx=40960),
-        _qwen("qwen3-4b", 151936, (2560, 36, 32, 8, 128, 9728), n_ctx=40960),
-        _qwen("qwen3-8b", 151936, (4096, 36, 32, 8, 128, 12288), tied=False, n_ctx=40960),
-        _gemma("gemma-3-270m", 262144, (640, 18, 4, 1, 256, 2048), window=512, n_ctx=32768),
-        _gemma("gemma-3-1b", 262144, (1152, 26, 4, 1, 256, 6912), window=512, n_ctx=32768),
-        _gemma("gemma-3-4b", 262208, (2560, 34, 8, 4, 256, 10240), window=1024, n_ctx=131072),
-        _gemma("gemma-3-12b", 262208, (3840, 48, 16, 8, 256, 15360), window=1024, n_ctx=131072),
+        Shape("llama-3.2-1b", "llama", 128256, 2048, 16, 32, 8, 64, 8192, True),
+        Shape("llama-3.2-3b", "llama", 128256, 3072, 28, 24, 8, 128, 8192, True),
+        Shape("llama-3.1-8b", "llama", 128256, 4096, 32, 32, 8, 128, 14336, False),
+        Shape("qwen2.5-0.5b", "qwen2", 151936, 896, 24, 14, 2, 64, 4864, True),
+        Shape("qwen2.5-1.5b", "qwen2", 151936, 1536, 28, 12, 2, 128, 8960, True),
+        Shape("qwen2.5-7b", "qwen2", 152064, 3584, 28, 28, 4, 128, 18944, False),
+        Shape("qwen3-0.6b", "qwen3", 151936, 1024, 28, 16, 8, 128, 3072, True),
+        Shape("qwen3-4b", "qwen3", 151936, 2560, 36, 32, 8, 128, 9728, True),
+        Shape("qwen3-8b", "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, False),
+        Shape("gemma-3-270m", "gemma3", 262144, 640, 18, 4, 1, 256, 2048, True),
+        Shape("gemma-3-1b", "gemma3", 262144, 1152, 26, 4, 1, 256, 6912, True),
+        Shape("gemma-3-4b", "gemma3", 262208, 2560, 34, 8, 4, 256, 10240, True),
+        Shape("gemma-3-12b", "gemma3", 262208, 3840, 48, 16, 8, 256, 15360, True),
     )
 }
 
@@ -176,9 +155,10 @@ def _padded(n_bytes: int) -> int:
 
 
 def _hyperparameters(shape: Shape) -> list[bytes]:
+    """What decides on sizes is the model's own; the rest, such as the window of Gemma 3, costs a short text nothing."""
     values: dict[str, int | float] = {
         "vocab_size": shape.n_vocab,
-        "context_length": shape.n_ctx,
+        "context_length": 32768,
         "embedding_length": shape.n_embd,
         "block_count": shape.n_layer,
         "feed_forward_length": shape.n_ff,
@@ -186,11 +166,10 @@ def _hyperparameters(shape: Shape) -> list[bytes]:
         "attention.head_count_kv": shape.n_head_kv,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "attention.layer_norm_rms_epsilon": shape.rms_eps,
-        "rope.freq_base": shape.rope_base,
+        "attention.layer_norm_rms_epsilon": 1e-6,
     }
-    if shape.window:
-        values["attention.sliding_window"] = shape.window
+    if shape.architecture == "gemma3":
+        values["attention.sliding_window"] = 512
     return [
         field("general.architecture", shape.architecture),
         field("general.name", f"{shape.name} with random weights"),
@@ -199,22 +178,15 @@ def _hyperparameters(shape: Shape) -> list[bytes]:
 
 
 def _tokenizer(n_vocab: int) -> list[bytes]:
-    """A byte-level BPE without merges: the 256 bytes, one end token, and made-up pieces."""
+    """A byte-level BPE without merges: the 256 bytes, and made-up pieces."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    tokens = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable))), "<|endoftext|>"]
-    end = len(tokens) - 1
+    tokens = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     tokens += [f"piece{i}" for i in range(len(tokens), n_vocab)]
-    types = np.full(len(tokens), TokenType.NORMAL)
-    types[end] = TokenType.CONTROL
     return [
         field("tokenizer.ggml.model", "gpt2"),
         field("tokenizer.ggml.pre", "gpt-2"),
         field("tokenizer.ggml.tokens", tokens),
-        field("tokenizer.ggml.token_type", types),
         field("tokenizer.ggml.merges", []),
-        field("tokenizer.ggml.bos_token_id", end),
-        field("tokenizer.ggml.eos_token_id", end),
-        field("tokenizer.ggml.add_bos_token", False),
     ]
 
 

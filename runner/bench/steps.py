@@ -7,8 +7,7 @@ import statistics
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,25 @@ import numpy as np
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import head_tensor, plan, step_bytes, write
 from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.keep import Keep, keep_listed
+from gguf_trim.keep import keep_listed
+from gguf_trim.planning.costs import alternate, decodes
 from gguf_trim.planning.planner import DRAFT_LENGTHS, mbsu
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked
 from llamabase.ggml import Backend, Product, Table
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model, physical_cores
+from llamabase.llama import physical_cores
 from llamabase.noise import Noise
 from llamabase.progress import progress
 from llamabase.sampling import GREEDY
-from llamabase.vocabulary import Vocabulary
 
-from ..drafter import ModelDrafter, open_drafter
 from ..options import FULL, Models
-from .modes import Files, step_reader
+from .modes import CUT, Files, Mode, named, names_of, open_modes
 from .report import table
 from .shapes import SHAPES, write_shape
 
 VERIFY = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-N_TEXT = 64  # tokens already read when a step is timed
-WARM_UP = 3
+N_TEXT = 64  # tokens that are drafted after
 ACCEPTANCES = (0.6, 0.7, 0.8)  # per draft: what speed is told for
 PARTS = 1_000_000  # of 1: how finely the least acceptance that pays is sought
 STEPS = Kind("holds no record of steps", marked(b"{", b'"machine":', b'"shape":', b'"seconds":'))
@@ -47,116 +44,79 @@ STEPS = Kind("holds no record of steps", marked(b"{", b'"machine":', b'"shape":'
 class Step:
     """Something timed: `run` once, which reads about `bytes` of weights; `base` names the step its ratio is to."""
 
-    name: str
-    run: Callable[[], object]
     base: str
+    run: Callable[[], object]
     bytes: Callable[[], float]
-    engine: Callable[[], float] | None = None  # a clock that runs inside llama.cpp and ggml only
-    seconds: list[float] = field(default_factory=list)
-    engine_seconds: list[float] = field(default_factory=list)
+    clock: Callable[[], float] = time.perf_counter  # of a drafter one that runs inside llama.cpp and ggml only
+    inside: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        before = self.clock()
+        self.run()
+        self.inside.append(self.clock() - before)
 
 
-def measure(steps: Sequence[Step], repeat: int) -> None:
-    """Run every step `repeat` times, forwards and backwards by turns, after a few that warm up."""
-    with progress("stepping", repeat, "rounds") as advance:
-        for turn in range(repeat + WARM_UP):
-            for step in steps[:: 1 if turn % 2 else -1]:
-                before = step.engine() if step.engine else 0.0
-                started = time.perf_counter()
-                step.run()
-                if turn >= WARM_UP:
-                    step.seconds.append(time.perf_counter() - started)
-                    step.engine_seconds.append(step.engine() - before if step.engine else step.seconds[-1])
-            if turn >= WARM_UP:
-                advance(1)
-
-
-def shaped(names: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
+def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
     """Files of the shapes of a pair ("target+drafter"), with random weights, and cuts of the drafter to every k."""
-    target, plus, drafter = names.partition("+")
-    for name in (target, drafter):
-        if name not in SHAPES or not plus:
-            raise FileFormatError(f"{names}: is no target+drafter of known shapes; there are {', '.join(SHAPES)}")
-    paths = []
-    for name in (target, drafter):
-        paths.append(folder / f"{name}-{quant}.gguf")
-        if not paths[-1].exists():
-            write_shape(SHAPES[name], paths[-1], quant)
-    cuts = {}
-    for k in ks:
-        cuts[k] = folder / f"{drafter}-{quant}-trim{k}.gguf"
+    names = pair.split("+")
+    if len(names) != 2 or not SHAPES.keys() >= set(names):
+        raise FileFormatError(f"{pair}: is no target+drafter of known shapes; there are {', '.join(SHAPES)}")
+    target, drafter = (folder / f"{name}-{quant}.gguf" for name in names)
+    for name, path in zip(names, (target, drafter), strict=True):
+        if not path.exists():
+            write_shape(SHAPES[name], path, quant)
+    return Files(target, drafter, named([_cut(drafter, k) for k in ks]))
 
-        def first(vocabulary: Vocabulary, n_rows: int, k: int = k) -> Keep:
-            return keep_listed(vocabulary, n_rows, list(range(k)), k)
 
-        write(plan(paths[1], first), cuts[k])
-    return Files(paths[0], paths[1], cuts)
+def _cut(drafter: Path, k: int) -> Path:
+    """Cut to its first k rows: of random rows one is as good as another."""
+    out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
+    write(plan(drafter, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(k)), k)), out)
+    return out
 
 
 def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
-    """Times every step of a pair; the record has seconds by step, bytes, and median ratios."""
+    """Times every step of a pair, by turns; the record has seconds by step, bytes, and the step of their ratio."""
     if files.full is None or not files.trimmed:
         raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
-    vocabulary = Vocabulary(GGUFFile(files.target))
-    text = np.random.default_rng(1).integers(vocabulary.n_real // 8, vocabulary.n_real // 2, N_TEXT).tolist()
-    noise = Noise(0)
-    with ExitStack() as stack:
-        steps = []
-
-        def add(name: str, path: Path, vocab: str) -> None:
-            drafter = open_drafter(path, vocabulary, 512, found.n_threads, found.n_gpu_layers, vocab)
-            stack.callback(drafter.close)
-
-            def run(drafter: ModelDrafter = drafter) -> None:
-                drafter.draft(text, 1, GREEDY, noise)
-
-            def clock(drafter: ModelDrafter = drafter) -> float:
-                return drafter.seconds
-
-            read = step_reader(path, drafter)
-            steps.append(Step(name, run, FULL, lambda: read()[1], clock))
-
-        add(FULL, files.full, "trim")
-        for k, path in files.trimmed.items():
-            kinds = ["trim"]
-            if len(files.trimmed) == 1 and Speculator.of(Trimmed.open(path)) is not None:
-                kinds += ["context", "spec"]
-            for kind in kinds:
-                add(kind if len(files.trimmed) == 1 else f"{kind}@{k}", path, kind)
-        steps += _heads(files.full, list(files.trimmed), found.n_threads)
-        model = stack.enter_context(Model(files.target, found.n_gpu_layers))
-        context = stack.enter_context(Context(model, 512, found.n_threads))
-        context.decode(text, 0)
+    trims = list(files.trimmed.values())
+    kinds = CUT if len(trims) == 1 and Speculator.of(Trimmed.open(trims[0])) is not None else CUT[:1]
+    engine = replace(found, target=files.target, draft=None, n_ctx=512).open()
+    with engine, open_modes(names_of([FULL, *kinds], files), files, engine, found, 1) as modes:
+        steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
+        steps |= _heads(files.full, trims, found.n_threads)
         n_bytes = step_bytes(GGUFFile(files.target))
-
-        def verify(n: int) -> Step:
-            def run() -> None:
-                context.decode(text[:n], n)
-                context.truncate(N_TEXT)
-
-            return Step(f"verify {n}", run, "verify 1", lambda: n_bytes)
-
-        steps += [verify(n) for n in VERIFY]
-        measure(steps, repeat)
+        steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in VERIFY}
+        with progress("stepping", repeat * len(steps), "steps") as advance:
+            seconds = alternate(list(steps.values()), repeat, advance)
         return {
-            "seconds": {step.name: step.seconds for step in steps},
-            "engine_seconds": {step.name: step.engine_seconds for step in steps},
-            "bytes": {step.name: step.bytes() for step in steps},
-            "base": {step.name: step.base for step in steps},
+            "seconds": dict(zip(steps, seconds, strict=True)),
+            "engine_seconds": {name: step.inside[-repeat:] for name, step in steps.items()},
+            "bytes": {name: step.bytes() for name, step in steps.items()},
+            "base": {name: step.base for name, step in steps.items()},
         }
 
 
-def _heads(full: Path, ks: Sequence[int], n_threads: int | None) -> list[Step]:
+def _drafting(mode: Mode, n_vocab: int) -> Step:
+    """One draft after a random text."""
+    text, noise = np.random.default_rng(1).integers(n_vocab // 8, n_vocab // 2, N_TEXT).tolist(), Noise(0)
+    return Step(
+        FULL, lambda: mode.drafter.draft(text, 1, GREEDY, noise), lambda: mode.step()[1], lambda: mode.drafter.seconds
+    )
+
+
+def _heads(full: Path, trims: Sequence[Path], n_threads: int | None) -> dict[str, Step]:
     """The head's product alone, whole and cut."""
     head = head_tensor(GGUFFile(full))
     rows = np.memmap(full, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
     backend, hidden = Backend(n_threads or physical_cores()), np.ones(head.shape[0], np.float32)
-    steps = []
-    for k in (head.n_rows, *ks):
+
+    def step(k: int) -> Step:
         product = Product(backend, Table(rows, head.type, head.shape[0]), n_rows=k)
-        name = "head full" if k == head.n_rows else f"head {k}"
-        steps.append(Step(name, lambda product=product: product(hidden), "head full", lambda k=k: k * head.row_bytes))  # type: ignore[misc]
-    return steps
+        return Step("head full", lambda: product(hidden), lambda: k * head.row_bytes)
+
+    ks = [head_tensor(GGUFFile(path)).n_rows for path in trims]
+    return {"head full": step(head.n_rows)} | {f"head {k}": step(k) for k in ks}
 
 
 def ratios(record: dict[str, Any]) -> dict[str, list[float]]:
@@ -168,32 +128,29 @@ def ratios(record: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def steps_table(record: dict[str, Any], copied: float) -> str:
+def steps_table(record: dict[str, Any]) -> str:
     """One line a step. Bytes over time beside what a plain copy moves: how far the step is bound by memory."""
-    rows, cost = [], _medians(record)
+    cost, _ = _medians(record)
+    rows = []
     for name, (low, median, high) in ratios(record).items():
-        seconds = cost[name]
         n_bytes, base = record["bytes"][name], record["bytes"][record["base"][name]]
-        inside = zip(record["seconds"][name], record["engine_seconds"][name], strict=True)
-        python = statistics.median(1 - b / a for a, b in inside)
+        python = 1 - np.divide(record["engine_seconds"][name], record["seconds"][name])
         rows.append([
             name,
-            f"{1000 * seconds:.2f}",
+            f"{1000 * cost[name]:.2f}",
             f"{median:.3f} ({low:.3f} to {high:.3f})",
             f"{n_bytes / base:.3f}",
             f"{n_bytes / 1e6:.1f}",
-            f"{n_bytes / seconds / copied:.0%}",
-            f"{python:.1%}",
+            f"{n_bytes / cost[name] / record['copy_bytes_per_second']:.0%}",
+            f"{np.median(python):.1%}",
         ])  # fmt: skip
-    return table(["step", "ms", "ratio (quartiles)", "by bytes", "MB", "of a copy's rate", "Python"], rows)
+    return table(["step", "ms", "ratio (quartiles)", "by bytes", "MB", "of copying", "Python"], rows)
 
 
-def _medians(record: dict[str, Any]) -> dict[str, float]:
-    return {name: statistics.median(found) for name, found in record["seconds"].items()}
-
-
-def _verify_of(cost: Mapping[str, float]) -> dict[int, float]:
-    return {n: cost[f"verify {n}"] for n in VERIFY}
+def _medians(record: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
+    """Seconds of every step, and those of verifying by batch size."""
+    cost = {name: statistics.median(found) for name, found in record["seconds"].items()}
+    return cost, {n: cost[f"verify {n}"] for n in VERIFY}
 
 
 def _speed(tau: float, n: int, draft: float, verify: Mapping[int, float]) -> float:
@@ -230,21 +187,19 @@ def paying(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     Each is {"acceptance": per draft, "speedup_over_plain": x, "draft_max": m}; "from" is None where nothing pays.
     """
-    cost = _medians(record)
-    verify = _verify_of(cost)
+    cost, verify = _medians(record)
 
     def point(acceptance: float, draft: float) -> dict[str, Any]:
         x, m = best_speed(acceptance, draft, verify)
         return {"acceptance": acceptance, "speedup_over_plain": x, "draft_max": m}
 
     found = {}
-    for name, base in record["base"].items():
-        if base == FULL:
-            least = least_acceptance(cost[name], verify)
-            found[name] = {
-                "from": None if least is None else point(least, cost[name]),
-                "at": [point(acceptance, cost[name]) for acceptance in ACCEPTANCES],
-            }
+    for name in (name for name, base in record["base"].items() if base == FULL):
+        least = least_acceptance(cost[name], verify)
+        found[name] = {
+            "from": None if least is None else point(least, cost[name]),
+            "at": [point(acceptance, cost[name]) for acceptance in ACCEPTANCES],
+        }
     return found
 
 
@@ -271,13 +226,13 @@ def promised(record: dict[str, Any], path: Path) -> str:
         n, taus = int(data["draft_max"]), {str(name): float(tau) for name, tau in data["tau"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f'{path}: should hold {{"draft_max": n, "tau": {{step: tau}}}} ({error})') from error
-    cost = _medians(record)
-    if f"verify {n + 1}" not in cost or not taus.keys() <= cost.keys():
+    cost, verify = _medians(record)
+    if n + 1 not in verify or not taus.keys() <= cost.keys():
         raise FileFormatError(f"{path}: names a step or a draft length that was not timed; timed: {', '.join(cost)}")
     rows = []
     for name, tau in taus.items():
         c = record["bytes"][name] / record["bytes"]["verify 1"]
-        speed = _speed(tau, n, cost[name], _verify_of(cost))
+        speed = _speed(tau, n, cost[name], verify)
         rows.append([name, f"{tau:.2f}", f"{mbsu(tau, c, n):.2f}", f"{speed:.2f}"])
     return f"With the acceptance of {path.name}, {n} drafts:\n\n" + table(
         ["", "tau (given)", "MBSU bytes", "x plain by these steps"], rows

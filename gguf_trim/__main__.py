@@ -25,9 +25,10 @@ from llamabase.quantize import quantize
 from .cut import companion_path, plan, require_outputs, step_bytes, write
 from .describe import describe
 from .dynamic.fitting import add_speculator
+from .keep import DEFAULT_K, choose_rows
 from .layout import EMBEDDING, Cut
 from .pairs.catalog import USER_CATALOG, load_catalog
-from .pairs.prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
+from .pairs.prepare import DEFAULT_MODEL, is_this_cut, prepare
 from .plan_command import auto_k, plan_command
 from .verify import Verification, verify
 

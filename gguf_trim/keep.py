@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from corpus.counts import Counts
+from corpus.ready import ranking_counts
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.vocabulary import Vocabulary
+
+DEFAULT_K = 16384
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,27 @@ def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts) -> np.ndarra
     return order[np.sort(first)]
 
 
-def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
-    """Keep the first k of n_rows head rows in keep order. Raises TrimError for k outside 1..n_rows."""
+def _first(vocabulary: Vocabulary, n_rows: int, order: np.ndarray, k: int, counts: Counts | None = None) -> Keep:
+    """Keep the first k rows of an order that begins with the forced ones. Raises TrimError for k outside 1..n_rows."""
     if not 1 <= k <= n_rows:
         raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
-    ids = np.sort(keep_order(vocabulary, n_rows, counts)[:k]).astype(np.int32)
+    ids = np.sort(order[:k]).astype(np.int32)
     n_forced = sum(i < n_rows for i in vocabulary.forced)
-    return Keep(ids, min(n_forced, k), max(0, n_forced - k), counts.coverage(ids))
+    return Keep(ids, min(n_forced, k), max(0, n_forced - k), None if counts is None else counts.coverage(ids))
 
 
-def k_for(
-    vocabulary: Vocabulary, n_rows: int, counts: Counts, top_p: float | None = None, min_count: int | None = None
-) -> int:
+def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
+    """Keep the first k of n_rows head rows in keep order. Raises TrimError for k outside 1..n_rows."""
+    return _first(vocabulary, n_rows, keep_order(vocabulary, n_rows, counts), k, counts)
+
+
+def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None) -> Keep:
+    """Keep every forced token and the listed ids; of these in this order the first k."""
+    order = np.array(list(dict.fromkeys([*(i for i in vocabulary.forced if i < n_rows), *listed])))
+    return _first(vocabulary, n_rows, order, len(order) if k is None else k)
+
+
+def k_for(vocabulary: Vocabulary, n_rows: int, counts: Counts, top_p: float | None, min_count: int | None) -> int:
     """The smallest k that covers a share top_p of everything counted, or holds every token counted min_count times.
 
     Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
@@ -66,18 +78,6 @@ def k_for(
         often = np.flatnonzero(seen[order] >= (min_count or 1))
         k = int(often[-1]) + 1 if len(often) else len(vocabulary.forced)
     return min(n_rows, -(-k // 32) * 32)
-
-
-def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None) -> Keep:
-    """Keep the listed ids (the first k of them) and every forced token."""
-    unique = list(dict.fromkeys(listed))
-    forced = [i for i in vocabulary.forced if i < n_rows]
-    if k is not None:
-        if not 1 <= k <= n_rows:
-            raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
-        unique = list(dict.fromkeys([*forced, *unique]))[:k]
-        return Keep(np.sort(np.array(unique, np.int32)), min(len(forced), k), max(0, len(forced) - k), None)
-    return Keep(np.array(sorted({*unique, *forced}), np.int32), len(forced), 0, None)
 
 
 def read_keep_list(path: Path, n_rows: int) -> list[int]:
@@ -97,3 +97,24 @@ def read_keep_list(path: Path, n_rows: int) -> list[int]:
     if not listed:
         raise FileFormatError(f"{path}: holds no token ids; write one a line")
     return listed
+
+
+def choose_rows(
+    vocabulary: Vocabulary,
+    n_rows: int,
+    k: int | None = None,
+    counts: Path | None = None,
+    keep_file: Path | None = None,
+    top_p: float | None = None,
+    min_count: int | None = None,
+) -> Keep:
+    """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
+
+    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times.
+    """
+    if keep_file is not None:
+        return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
+    counted = ranking_counts(vocabulary, counts)
+    if top_p is not None or min_count is not None:
+        k = k_for(vocabulary, n_rows, counted, top_p, min_count)
+    return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)

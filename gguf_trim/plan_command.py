@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from corpus.answers import TargetAnswer, read_answers_file
+from corpus.answers import TargetAnswer, read_answers
 from corpus.generate import generate
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
@@ -19,7 +19,6 @@ from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
 from llamabase.progress import progress, stderr
 from llamabase.sampling import Sampling
-from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .dynamic.fitting import fit_to
@@ -77,7 +76,7 @@ def plan_command(
     ranking = ranking_counts(vocabulary, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         judged = (
-            read_answers_file(answers)
+            read_answers(answers)
             if answers is not None
             else target_answers(target, prompts, limit, tokens, Path(folder), threads)
         )
@@ -148,20 +147,10 @@ def target_answers(
     """The target's greedy answers to prompts that rank nothing."""
     chosen = load_prompts(prompts)
     chosen = spread(split(chosen, "judge") if prompts is None else chosen, limit)
-    file = GGUFFile(target)
-    template = ChatTemplate(file, Vocabulary(file))
     out = folder / "answers.jsonl"
-    with Model(target) as model, progress("the target answers", len(chosen), "prompts") as advance:
-        generate(
-            [(prompt, template.ids(model, prompt.messages)) for prompt in chosen],
-            model,
-            out,
-            max_tokens=tokens,
-            sampling=Sampling(temp=0),
-            n_threads=threads,
-            advance=advance,
-        )
-    return read_answers_file(out)
+    with Model(target) as model:
+        generate(chosen, model, out, max_tokens=tokens, sampling=Sampling(temp=0), n_threads=threads)
+    return read_answers(out)
 
 
 def _table(plan: Plan, draft_max: int) -> str:

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.answers import TargetAnswer, read_answers_file
+from corpus.answers import TargetAnswer, read_answers, ready_answers
 from corpus.prompts import spread
-from corpus.ready import ready_answers
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
 
 from ..companion import Trimmed
 
@@ -56,23 +53,10 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
 
     `file` has the tokenizer: the drafter, or its companion.
     """
-    if path is not None:
-        found = read_answers_file(path)
-    else:
-        template = ChatTemplate(file, Vocabulary(file))
-        with Model(file.path, vocab_only=True) as model:
-            found = [
-                TargetAnswer(
-                    str(i),
-                    "all",
-                    template.ids(model, messages[:-1]),
-                    model.tokenize(messages[-1]["content"], special=False, add_bos=False),
-                )
-                for i, messages in enumerate(ready_answers())
-            ]
+    found = ready_answers(file, CONVERSATIONS) if path is None else spread(read_answers(path), CONVERSATIONS)
     return [
         replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
-        for answer in spread(found, CONVERSATIONS)
+        for answer in found
     ]
 
 

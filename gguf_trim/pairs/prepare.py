@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.ready import ranking_counts
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import cache_folder
 from llamabase.gguf_file import GGUFFile
@@ -20,7 +19,7 @@ from llamabase.vocabulary import Vocabulary, require_same
 from ..companion import Trimmed
 from ..cut import companion_path, plan, write
 from ..dynamic.speculator import Speculator
-from ..keep import Keep, k_for, keep_counted, keep_listed, read_keep_list
+from ..keep import Keep, choose_rows
 from ..layout import Cut
 from ..planning.costs import AS_SHIPPED
 from ..verify import verify
@@ -28,7 +27,6 @@ from .catalog import load_catalog
 from .fetch import fetch
 from .quickest import TYPES, choose_type
 
-DEFAULT_K = 16384
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 NONE = "none"  # no requantising
 
@@ -38,27 +36,6 @@ class Prepared:
     target: Path
     drafter: Path  # as published
     trimmed: Path
-
-
-def choose_rows(
-    vocabulary: Vocabulary,
-    n_rows: int,
-    k: int | None = None,
-    counts: Path | None = None,
-    keep_file: Path | None = None,
-    top_p: float | None = None,
-    min_count: int | None = None,
-) -> Keep:
-    """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
-
-    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times.
-    """
-    if keep_file is not None:
-        return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-    counted = ranking_counts(vocabulary, counts)
-    if top_p is not None or min_count is not None:
-        k = k_for(vocabulary, n_rows, counted, top_p, min_count)
-    return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
 
 
 def prepare(

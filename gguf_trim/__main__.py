@@ -9,28 +9,30 @@ if __name__ == "__main__":
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from llamabase.command import FILE, Commands
+from llamabase.command import FILE, THREADS, Commands
 from llamabase.errors import TrimError
 from llamabase.files import cache_folder
-from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress, stderr
 from llamabase.quantize import quantize
 
-from .cut import companion_path, plan, require_outputs, step_bytes, write
+from .companion import Trimmed
+from .cut import companion_path, plan, remove, require_outputs, step_bytes, write
 from .describe import describe
-from .dynamic.fitting import add_speculator
+from .dynamic.reading import Reading, calibration
+from .dynamic.speculator import attach
 from .keep import DEFAULT_K, choose_rows
 from .layout import EMBEDDING, Cut
 from .pairs.catalog import USER_CATALOG, load_catalog
-from .pairs.prepare import DEFAULT_MODEL, is_this_cut, prepare
-from .plan_command import auto_k, plan_command
-from .verify import Verification, verify
+from .pairs.prepare import is_this_cut, prepare
+from .plan_command import COUNTS, auto_k, pair_options, plan_command
+from .verify import verify
 
 
 class KType(click.ParamType):  # type: ignore[type-arg]
@@ -65,7 +67,7 @@ def main() -> None:
 @click.option(
     "--requant", metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function."
 )
-@click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+@COUNTS
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--if-needed", is_flag=True, help="Do nothing where OUTPUT is already this cut of this drafter.")
@@ -113,8 +115,7 @@ def trim_command(
         try:
             quantize(output, output, requant.upper())
         except BaseException:
-            output.unlink()
-            companion_path(output).unlink()
+            remove(output)
             raise
     click.echo(str(output))
 
@@ -140,35 +141,32 @@ def _plan_text(cut: Cut, output: Path) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def verify_command(trimmed: Path, source: Path, as_json: bool) -> None:
     """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
-    total = sum(tensor.n_bytes for tensor in GGUFFile(source).tensors.values())
-    with progress("comparing", total, "B") as advance:
-        result = verify(trimmed, source, advance)
+    result = verify(trimmed, source)
     if as_json:
-        click.echo(json.dumps(result.as_json()))
+        click.echo(json.dumps({**asdict(result), "ok": result.ok}))
     elif result.ok:
-        click.echo(_proof(result))
+        click.echo(
+            f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
+            f"{result.max_logit_difference:g} over {result.positions} positions"
+        )
     if not result.ok:
         raise TrimError(result.differences[0])
 
 
-def _proof(result: Verification) -> str:
-    return (
-        f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
-        f"{result.max_logit_difference:g} over {result.positions} positions"
-    )
-
-
 @main.command("speculator")
 @click.argument("trimmed", type=FILE)
-@click.option("--calibration", type=FILE, help="Answers from `python -m corpus generate`.  [default: those that ship]")
+@click.option(
+    "--calibration", "texts", type=FILE, help="Answers from `python -m corpus generate`.  [default: those that ship]"
+)
 @click.option("--rank", "-r", type=click.IntRange(1), help="Numbers a token is scored by.  [default: n_embd / 8]")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+@THREADS
 @click.option("--train", "steps", type=click.IntRange(0), default=0, help="Steps of training after it ([train]).")
-def speculator_command(
-    trimmed: Path, calibration: Path | None, rank: int | None, threads: int | None, steps: int
-) -> None:
+def speculator_command(trimmed: Path, texts: Path | None, rank: int | None, threads: int | None, steps: int) -> None:
     """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
-    made = add_speculator(trimmed, calibration, rank, threads, steps)
+    opened = Trimmed.open(trimmed)
+    reading = Reading.of(trimmed, calibration(opened.companion, texts), opened, threads)
+    made = reading.fitted(opened.companion, rank, steps)
+    attach(opened, made)
     stderr.print(f"rank {made.rank}, fitted on {made.n_positions} positions")
     click.echo(str(companion_path(trimmed)))
 
@@ -199,11 +197,9 @@ def models_command() -> None:
 
 
 @main.command("prepare")
-@click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
-@click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
-@click.option("--draft", "drafter", type=FILE, help="The drafter's GGUF, instead of the catalog's.")
+@pair_options
 @click.option("--k", "-k", type=int, default=DEFAULT_K, show_default=True, help="Rows to keep.")
-@click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+@COUNTS
 @click.option(
     "--requant",
     metavar="none|TYPE",
@@ -213,10 +209,6 @@ def prepare_command(
     model: str | None, target: Path | None, drafter: Path | None, k: int, counts: Path | None, requant: str | None
 ) -> None:
     """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter."""
-    if (target is None) != (drafter is None) and model is None:
-        raise click.UsageError("give both --target and --draft, or a --model")
-    if target is None and model is None:
-        model = DEFAULT_MODEL
     ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts), requant)
     click.echo(f"{ready.target}\n{ready.trimmed}")
 

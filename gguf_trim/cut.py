@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -152,6 +152,18 @@ def require_outputs(source: Path, out: Path) -> None:
         raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
 
 
+def move(trimmed: Path, to: Path) -> None:
+    """Rename a trimmed drafter and its companion: first the companion, before the file that needs it."""
+    companion_path(trimmed).replace(companion_path(to))
+    trimmed.replace(to)
+
+
+def remove(trimmed: Path) -> None:
+    """Delete a trimmed drafter and its companion."""
+    trimmed.unlink()
+    companion_path(trimmed).unlink()
+
+
 def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None) -> None:
     """Write `out` and its companion; both appear whole or not at all, the companion first.
 
@@ -166,20 +178,31 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             # Left in reverse order: the companion takes its name before the file that needs it does.
             trimmed_file = stack.enter_context(write_whole(out, TRIMMED))
             companion_file = stack.enter_context(write_whole(companion_path(out), COMPANION))
-            for file, head, pieces in (
-                (trimmed_file, cut.trimmed, cut.pieces),
-                (companion_file, cut.companion, cut.companion_pieces),
-            ):
-                advance(file.write(head))
-                for piece in pieces:
-                    if piece.rows is None:
-                        copy_range(source, piece.tensor.offset, piece.n_bytes, file, advance)
-                    else:
-                        _copy_rows(source, piece.tensor, piece.rows, file, advance)
-                    advance(file.write(b"\0" * (-piece.n_bytes % cut.source.alignment)))
+            append(trimmed_file, cut.trimmed, cut.pieces, source, cut.source.alignment, advance)
+            append(companion_file, cut.companion, cut.companion_pieces, source, cut.source.alignment, advance)
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
+
+
+def append(
+    out: BinaryIO,
+    head: bytes,
+    pieces: Sequence[Piece],
+    source: BinaryIO,
+    alignment: int,
+    advance: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write a head and the pieces that follow it, each padded, to an open file."""
+    advance(out.write(head))
+    for piece in pieces:
+        if piece.data is not None:
+            advance(out.write(piece.data))
+        elif piece.rows is not None:
+            _copy_rows(source, piece.tensor, piece.rows, out, advance)
+        else:
+            copy_range(source, piece.tensor.offset, piece.n_bytes, out, advance)
+        advance(out.write(b"\0" * (-piece.n_bytes % alignment)))
 
 
 def _copy_rows(

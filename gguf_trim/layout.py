@@ -21,10 +21,11 @@ HEAD_BIAS = "output.bias"
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the source as it goes into an output: whole, or only `rows` (ascending ids)."""
+    """A tensor as it goes into an output: the source's, whole or only `rows` (ascending ids), or one of new `data`."""
 
     tensor: Tensor
     rows: np.ndarray | None = None
+    data: bytes | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ token inputs differently shows up here as a difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import CHUNK
 from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.llama import Context, Model
+from llamabase.progress import progress
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .companion import Trimmed
@@ -43,19 +44,17 @@ class Verification:
     def ok(self) -> bool:
         return not self.differences
 
-    def as_json(self) -> dict[str, object]:
-        return {**asdict(self), "ok": self.ok}
 
-
-def verify(trimmed: Path, source: Path, advance: Callable[[float], object] = lambda _: None) -> Verification:
-    """Compare a trimmed drafter with the drafter it was cut from.
+def verify(trimmed: Path, source: Path) -> Verification:
+    """Compare a trimmed drafter with the drafter it was cut from, with a bar.
 
     Raises FileFormatError where a file cannot be opened; what differs between two readable files is in the result.
     """
     cut, original = Trimmed.open(trimmed), GGUFFile(source)
     if (reason := why_not(original)) is not None:
         raise FileFormatError(f"{original.path}: is no --source to verify with: {reason}")
-    differences = _structure(cut, original, advance)
+    with progress("verifying", sum(tensor.n_bytes for tensor in original.tensors.values()), "B") as advance:
+        differences = _structure(cut, original, advance)
     if differences:  # logits of files that differ say nothing more
         return Verification(len(cut.d2t), 0, None, None, differences)
     positions, difference, spread, first = _behaviour(cut, original)

@@ -77,7 +77,7 @@ def _sweep(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.part")
     for sibling in path.parent.iterdir():
         if (match := pattern.fullmatch(sibling.name)) and not _alive(int(match[1])):
-            sibling.unlink(missing_ok=True)
+            shutil.rmtree(sibling, ignore_errors=True) if sibling.is_dir() else sibling.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -106,6 +106,25 @@ def write_whole(path: Path, kind: Kind) -> Iterator[BinaryIO]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TrimError(f"{path}: the disk is full; free some room or write elsewhere") from error
         raise TrimError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def work_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for files that are not yet what they should be; in the end it is gone with what is left.
+
+    What a killed process has left of its own goes first. Raises TrimError where the folder cannot be made.
+    """
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        part.mkdir()
+    except OSError as error:
+        raise TrimError(f"{part}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -110,12 +110,12 @@ def test_a_type_decided_by_hand_is_not_measured(toy, toys, tmp_path: Path) -> No
 
 
 def test_an_interruption_leaves_nothing_that_is_not_whole(toy, tmp_path: Path, monkeypatch) -> None:
-    honest = quickest.reading_of
-    monkeypatch.setattr(quickest, "reading_of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    honest = Reading.of
+    monkeypatch.setattr(Reading, "of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         toy()
     assert len(files(tmp_path)) == 2  # the proven cut and its companion
-    monkeypatch.setattr(quickest, "reading_of", honest)
+    monkeypatch.setattr(Reading, "of", honest)
     assert toy()[1] == 1
 
 
@@ -123,7 +123,7 @@ def test_a_type_that_llama_cpp_cannot_make_is_left_out(toy, monkeypatch) -> None
     def refuses(source: Path, out: Path, type_: str) -> None:
         raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}")
 
-    monkeypatch.setattr(quickest, "quantize", refuses)
+    monkeypatch.setattr("gguf_trim.planning.costs.quantize", refuses)
     path, measured = toy()
     assert measured == 1
     assert "-Q" not in path.name

@@ -12,8 +12,10 @@ from corpus.answers import TargetAnswer, read_answers, ready_answers
 from corpus.prompts import spread
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
+from llamabase.progress import progress
 
 from ..companion import Trimmed
+from .speculator import Speculator, fit
 
 CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
 ROWS = 256  # positions whose logits and hidden states are held at a time
@@ -21,30 +23,35 @@ ROWS = 256  # positions whose logits and hidden states are held at a time
 
 def read_through(
     model_path: Path,
-    texts: Sequence[tuple[Sequence[int], int]],
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
+    answers: Sequence[TargetAnswer],
+    advance: Callable[[int], object],
+    trimmed: Trimmed | None = None,
     n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
+    whole: bool = False,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Read texts, each (ids, begin), with a model: (text, i, logits, hidden) after each of its tokens i >= begin.
+    """Read answers with a model: (n, i, logits, hidden), what it makes of answer n before its token i.
 
     logits: float32 (rows of the head), hidden: float32 (n_embd), the final hidden state; both are views until the next.
-    `feed` makes a trimmed drafter's inputs of ids; for None they are the ids, those of a target's padding as the last.
-    advance(1) is called after every text.
+    With `whole` after every token, those of the prompt (i < 0) and the last one too. `trimmed` makes a trimmed
+    drafter's inputs of ids; for None they are the ids, those of a target's padding as the last. advance(1) is called
+    after every answer.
     """
-    longest = max(len(ids) for ids, _ in texts)
+    longest = max(len(found.prompt) + len(found.answer) for found in answers)
+    feed = None if trimmed is None else trimmed.embeddings().rows
     with Model(model_path) as model, Context(model, -(-longest // 32) * 32, n_threads, n_outputs=ROWS) as context:
         inputs = feed or (lambda ids: np.minimum(ids, model.n_vocab - 1))
-        for text, (ids, begin) in enumerate(texts):
+        for n, found in enumerate(answers):
+            text, asked = [*found.prompt, *found.answer], len(found.prompt)
+            begin, end = (0, len(text)) if whole else (asked - 1, len(text) - 1)
             context.truncate(0)
             if begin:
-                context.decode(inputs(ids[:begin]), 0)
-            for start in range(begin, len(ids), ROWS):
-                n = min(ROWS, len(ids) - start)
-                logits = context.decode(inputs(ids[start : start + n]), n, hidden=True)
-                hidden = context.hidden_states(n)
-                for row in range(n):
-                    yield text, start + row, logits[row], hidden[row]
+                context.decode(inputs(text[:begin]), 0)
+            for start in range(begin, end, ROWS):
+                ids = text[start : min(start + ROWS, end)]
+                logits = context.decode(inputs(ids), len(ids), hidden=True)
+                hidden = context.hidden_states(len(ids))
+                for row in range(len(ids)):
+                    yield n, start + row + 1 - asked, logits[row], hidden[row]
             advance(1)
 
 
@@ -60,58 +67,47 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
     ]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
-    of its tokens it drafts, from the rows it has."""
-
-    states: np.ndarray
-    rights: list[np.ndarray]
-
-
 def share(rights: Sequence[np.ndarray]) -> float:
     """Share of positions (bool arrays, one an answer) that are right; 0 without positions."""
     positions = sum(map(len, rights))
     return sum(int(right.sum()) for right in rights) / positions if positions else 0.0
 
 
-def reading_of(
-    drafter: Path,
-    answers: Sequence[TargetAnswer],
-    trimmed: Trimmed | None = None,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> Reading:
-    """Read answers with a drafter; one that is trimmed is given as `trimmed`, too. See `read_through`."""
-    rights: list[list[bool]] = [[] for _ in answers]
+@dataclass(frozen=True)
+class Reading:
+    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
+    of its tokens it drafts, from the rows it has. The states do not depend on how many rows those are."""
 
-    def see(text: int, i: int, logits: np.ndarray) -> None:
-        answer = answers[text]
-        if 0 <= (place := i + 1 - len(answer.prompt)) < len(answer.answer):
-            row = int(np.argmax(logits))
-            rights[text].append((row if trimmed is None else int(trimmed.d2t[row])) == answer.answer[place])
+    states: np.ndarray
+    rights: list[np.ndarray]
 
-    texts = [[*answer.prompt, *answer.answer] for answer in answers]
-    feed = None if trimmed is None else trimmed.embeddings().rows
-    return Reading(
-        states_of(drafter, texts, feed, n_threads, advance, see), [np.array(found, bool) for found in rights]
-    )
+    @classmethod
+    def of(
+        cls,
+        drafter: Path,
+        answers: Sequence[TargetAnswer],
+        trimmed: Trimmed | None = None,
+        n_threads: int | None = None,
+        title: str = "reading hidden states",
+    ) -> Reading:
+        """Read answers with a drafter, with a bar; one that is trimmed is given as `trimmed`, too."""
+        states, rights = [], [[False] * len(found.answer) for found in answers]
+        with progress(title, len(answers), "answers") as advance:
+            for n, i, logits, hidden in read_through(drafter, answers, advance, trimmed, n_threads, whole=True):
+                states.append(hidden.copy())
+                if 0 <= i < len(answers[n].answer):
+                    row = int(np.argmax(logits))
+                    rights[n][i] = (row if trimmed is None else int(trimmed.d2t[row])) == answers[n].answer[i]
+        return cls(np.array(states), [np.array(found, bool) for found in rights])
 
+    def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
+        """A speculator fitted to the head in `file`, the drafter or its companion; see `fit`.
 
-def states_of(
-    drafter: Path,
-    texts: Sequence[list[int]],
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-    see: Callable[[int, int, np.ndarray], object] = lambda *_: None,
-) -> np.ndarray:
-    """The drafter's final hidden states over texts: float32 (positions x n_embd); see `read_through`.
+        `steps` > 0 trains the closed form further; see `train`.
+        """
+        found = fit(file, self.states, rank)
+        if steps:
+            from .train import distil
 
-    They do not depend on how many rows the head has left. `see` is shown (text, position, logits) of each.
-    """
-    states = []
-    for text, i, logits, hidden in read_through(drafter, [(ids, 0) for ids in texts], feed, n_threads, advance):
-        see(text, i, logits)
-        states.append(hidden.copy())
-    return np.array(states)
+            found = distil(found, file, self.states, steps)
+        return replace(found, acceptance=share(self.rights))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dynamic.reading import share
-
 
 def interval(logits: np.ndarray, target: int, rank: np.ndarray) -> tuple[int, int]:
     """(low, high): the drafter, cut to its first k rows, drafts `target` iff low < k <= high.
@@ -48,11 +46,6 @@ class Matches:
     def positions(self) -> int:
         return sum(len(found) for found in self.intervals)
 
-    def only(self, label: str) -> Matches:
-        """The answers of one label."""
-        chosen = [found for found, name in zip(self.intervals, self.labels, strict=True) if name == label]
-        return Matches(chosen, [label] * len(chosen), self.n_vocab)
-
     def right(self, k: int) -> list[np.ndarray]:
         """For each answer, which positions the drafter cut to k rows gets right."""
         return [(found[:, 0] < k) & (k <= found[:, 1]) for found in self.intervals]
@@ -65,14 +58,6 @@ class Matches:
                 steps[low + 1] += 1
                 steps[high + 1] -= 1
         return np.cumsum(steps)[:-1]
-
-    def acceptance(self, k: int) -> float:
-        """Share of positions at which the drafter cut to k rows drafts the target's token; 0 without positions."""
-        return share(self.right(k))
-
-    def tau(self, k: int, draft_max: int) -> float:
-        """Mean accepted length at a fixed draft length; see `tau_of`."""
-        return tau_of(self.right(k), draft_max)
 
 
 def tau_of(rights: Sequence[np.ndarray], draft_max: int) -> float:
@@ -106,11 +91,11 @@ def rank_of(order: np.ndarray) -> np.ndarray:
     return rank
 
 
-def grid(n_vocab: int, forced: int) -> list[int]:
+def grid(n_vocab: int) -> list[int]:
     """The k worth showing: powers of two and halves between them from 2048, the whole head last."""
     sizes: list[int] = []
     k = 2048
     while k < n_vocab:
-        sizes += [size for size in (k, k + k // 2) if forced <= size < n_vocab]
+        sizes += [size for size in (k, k + k // 2) if size < n_vocab]
         k *= 2
     return [*sizes, n_vocab]

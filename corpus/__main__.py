@@ -74,21 +74,8 @@ def count_command(
         counts = count_on(dask, list(sources), tokenizer, field, skip_bad)
     else:
         with progress("counting", total or None, "B") as advance:
-            tokens = 0
-
-            def see(characters: int, more: int) -> None:
-                nonlocal tokens
-                tokens += more
-                advance(characters, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
-
-            counts = count(
-                list(sources),
-                tokenizer,
-                field,
-                max_tokens=max_tokens,
-                skip_bad=bad.append if skip_bad else None,
-                advance=see,
-            )
+            rows = bad if skip_bad else None
+            counts = count(list(sources), tokenizer, field, max_tokens=max_tokens, bad=rows, advance=advance)
     if not counts.total:
         counts = counts.with_held_out()
     counts.save(output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,19 @@ class Document:
 
 @dataclass
 class Reader:
-    """How to read sources: the field that holds the text, what renders chats, and what to do with a bad line.
+    """How to read sources: the field that holds the text, what renders chats, and where to say what is bad.
 
-    `bad` is called with the sentence about it; the default raises FileFormatError.
+    None raises FileFormatError at the first bad line.
     """
 
     field: str = "text"
     template: ChatTemplate | None = None
-    bad: Callable[[str], None] | None = None
+    bad: list[str] | None = None
 
     def _skip(self, reason: str) -> None:
         if self.bad is None:
             raise FileFormatError(f"{reason}; mend it, choose --field, or count without it (--skip-bad)")
-        self.bad(reason)
+        self.bad.append(reason)
 
     def documents(self, source: str, named: bool = True) -> Iterator[Document]:
         """The documents of one file or `hf:` dataset. `named`: the user named this very file, so it must be text."""

@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -35,21 +34,12 @@ from .plan_command import COUNTS, auto_k, pair_options, plan_command
 from .verify import verify
 
 
-class KType(click.ParamType):  # type: ignore[type-arg]
-    """A number of rows, or the word auto."""
-
-    name = "rows"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if str(value) == "auto":
-            return "auto"
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor auto", param, context)
-
-
-K = KType()
+def rows(value: str) -> int | str:
+    """For --k: a number of rows, or the word auto."""
+    try:
+        return value if value == "auto" else int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 @click.group(cls=Commands)
@@ -60,7 +50,7 @@ def main() -> None:
 @main.command("trim")
 @click.argument("drafter", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; its companion goes beside it.")
-@click.option("--k", "-k", type=K, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
+@click.option("--k", "-k", type=rows, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Keep what makes up this share of the counts, instead.")
 @click.option("--min-count", type=click.IntRange(1), help="Keep what was counted so often, instead.")
 @click.option("--target", type=FILE, help="The target, for --k auto: the fastest k is found by measurement.")
@@ -95,8 +85,9 @@ def trim_command(
             raise click.UsageError("--k auto needs --target")
         k = auto_k(target, drafter, counts)
         stderr.print(f"k = {k} is the fastest here")
-    rows = partial(choose_rows, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
-    cut = plan(drafter, partial(rows, k=k if k is None else int(k)))
+    n = None if k is None else int(k)
+    choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
+    cut = plan(drafter, choose)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -109,7 +100,7 @@ def trim_command(
     if if_needed and is_this_cut(output, cut):
         stderr.print(f"{output} is already this cut", markup=False)
         return
-    with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
+    with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
         write(cut, output, advance)
     if requant is not None:
         try:
@@ -128,8 +119,8 @@ def _plan_text(cut: Cut, output: Path) -> str:
         "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
         "rows kept": f"{keep.k} of {source.tensors[EMBEDDING].n_rows}{covered}",
         "forced tokens": f"{keep.n_forced}",
-        "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}",
-        "companion": f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
+        "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
+        "companion": f"{cut.companion.n_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
         "read per draft step": f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)",
     }
     return "\n".join(f"{name:20s} {text}" for name, text in lines.items())

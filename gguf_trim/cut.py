@@ -8,10 +8,9 @@ the source's, bit for bit (VocabTrim, arXiv 2506.22694, section 3; `verify` prov
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +22,7 @@ from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
 from .keep import Keep
-from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Piece, encode_head, field
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field
 
 FORMAT_VERSION = 1
 _FOREIGN = "was not made by this program"
@@ -87,7 +86,7 @@ def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
     if (reason := why_not(file)) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
     vocabulary = Vocabulary(file)
-    embedding, head = file.tensors[EMBEDDING], file.tensors.get(HEAD)
+    embedding = file.tensors[EMBEDDING]
     keep = choose(vocabulary, embedding.n_rows)
     identity = source_identity(file)
     arch = file.architecture
@@ -121,11 +120,8 @@ def plan(source: Path | str, choose: Callable[[Vocabulary, int], Keep]) -> Cut:
         source=file,
         identity=identity,
         keep=keep,
-        tied=head is None,
-        trimmed=encode_head(trimmed_fields, pieces, file.alignment),
-        companion=encode_head(companion_fields, companion_pieces, file.alignment),
-        pieces=pieces,
-        companion_pieces=companion_pieces,
+        trimmed=Output.of(trimmed_fields, pieces, file.alignment),
+        companion=Output.of(companion_fields, companion_pieces, file.alignment),
     )
 
 
@@ -171,38 +167,34 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
     """
     out = Path(out)
     require_outputs(cut.source.path, out)
-    require_room(out, cut.total_bytes)
+    require_room(out, cut.n_bytes)
     try:
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(open(cut.source.path, "rb"))
-            # Left in reverse order: the companion takes its name before the file that needs it does.
-            trimmed_file = stack.enter_context(write_whole(out, TRIMMED))
-            companion_file = stack.enter_context(write_whole(companion_path(out), COMPANION))
-            append(trimmed_file, cut.trimmed, cut.pieces, source, cut.source.alignment, advance)
-            append(companion_file, cut.companion, cut.companion_pieces, source, cut.source.alignment, advance)
+        # Left in reverse order: the companion takes its name before the file that needs it does.
+        with (
+            open(cut.source.path, "rb") as source,
+            write_whole(out, TRIMMED) as trimmed_file,
+            write_whole(companion_path(out), COMPANION) as companion_file,
+        ):
+            write_output(cut.trimmed, source, trimmed_file, advance)
+            write_output(cut.companion, source, companion_file, advance)
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
 
 
-def append(
-    out: BinaryIO,
-    head: bytes,
-    pieces: Sequence[Piece],
-    source: BinaryIO,
-    alignment: int,
-    advance: Callable[[int], object] = lambda _: None,
+def write_output(
+    output: Output, source: BinaryIO, out: BinaryIO, advance: Callable[[int], object] = lambda _: None
 ) -> None:
-    """Write a head and the pieces that follow it, each padded, to an open file."""
-    advance(out.write(head))
-    for piece in pieces:
+    """Write head and pieces, taken from the open file they come from, to another."""
+    advance(out.write(output.head))
+    for piece in output.pieces:
         if piece.data is not None:
             advance(out.write(piece.data))
         elif piece.rows is not None:
             _copy_rows(source, piece.tensor, piece.rows, out, advance)
         else:
             copy_range(source, piece.tensor.offset, piece.n_bytes, out, advance)
-        advance(out.write(b"\0" * (-piece.n_bytes % alignment)))
+        advance(out.write(b"\0" * (-piece.n_bytes % output.alignment)))
 
 
 def _copy_rows(

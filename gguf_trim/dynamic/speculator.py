@@ -25,8 +25,8 @@ from llamabase.gguf_file import GGUFFile, Tensor, bytes_of
 from llamabase.progress import progress
 
 from ..companion import Trimmed
-from ..cut import COMPANION, append, head_tensor
-from ..layout import Piece, encode_head, field
+from ..cut import COMPANION, head_tensor, write_output
+from ..layout import Output, Piece, field
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
@@ -133,7 +133,7 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
     fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
     fields.append(field("gguf_trim.spec_acceptance", float(speculator.acceptance)))
-    head = encode_head(fields, pieces, file.alignment)
-    require_room(file.path, len(head) + sum(piece.n_bytes for piece in pieces))
+    output = Output.of(fields, pieces, file.alignment)
+    require_room(file.path, output.n_bytes)
     with open(file.path, "rb") as source, write_whole(file.path, COMPANION) as out:
-        append(out, head, pieces, source, file.alignment)
+        write_output(output, source, out)

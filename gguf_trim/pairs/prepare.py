@@ -69,7 +69,7 @@ def prepare(
     require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
     cut = plan(drafter, choose)
     shipped = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed).hexdigest()])
+    key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
     memory = recall(key)
     type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else memory.get("type")
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged
@@ -94,7 +94,7 @@ def _cut_of(cut: Cut, path: Path) -> Trimmed | None:
     except FileFormatError:
         return None
     same = trimmed.file.get("gguf_trim.source_id") == cut.identity and np.array_equal(trimmed.d2t, cut.keep.ids)
-    full = {piece.tensor.name: piece.shape for piece in cut.companion_pieces}
+    full = {piece.tensor.name: piece.shape for piece in cut.companion.pieces}
     there = {name: tensor.shape for name, tensor in trimmed.companion.tensors.items()}
     return trimmed if same and full.items() <= there.items() else None
 
@@ -102,7 +102,7 @@ def _cut_of(cut: Cut, path: Path) -> Trimmed | None:
 def is_this_cut(path: Path, cut: Cut) -> bool:
     """Whether a file and its companion hold what this cut would write; a speculator may be there too."""
     trimmed = _cut_of(cut, path)
-    return trimmed is not None and cut.trimmed.startswith(trimmed.file.head)
+    return trimmed is not None and cut.trimmed.head.startswith(trimmed.file.head)
 
 
 def _is_ready(path: Path, cut: Cut) -> bool:
@@ -118,7 +118,7 @@ def _is_ready(path: Path, cut: Cut) -> bool:
 def _cut_and_prove(cut: Cut, out: Path, folder: Path) -> None:
     """In `folder` until it is proven, so that a cut found under its own name always is."""
     unproven = folder / out.name
-    with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
+    with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
         write(cut, unproven, advance)
     result = verify(unproven, cut.source.path)
     if not result.ok:

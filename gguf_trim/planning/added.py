@@ -24,8 +24,6 @@ class Added:
     `right` says for each answer (by id) which positions are drafted right; `rows` is the mean number of rows added.
     """
 
-    vocab: str
-    k: int
     right: dict[str, list[bool]] = field(default_factory=dict)
     n_added: int = 0
 
@@ -48,7 +46,7 @@ class AddedRows:
         self._recents = {k: Recent(rank >= k, CONTEXT_ROWS) for k in CORES if k < len(rank)}
         self._others = {k: np.flatnonzero(rank >= k) for k in self._recents}
         vocabs = ("context",) if speculator is None else ("context", "spec")
-        self.found = {(vocab, k): Added(vocab, k) for k in self._recents for vocab in vocabs}
+        self.found = {(vocab, k): Added() for k in self._recents for vocab in vocabs}
 
     def step(self, vocab: str, k: int) -> tuple[float, float]:
         """(parameters, bytes) that a step reads to choose rows beyond a core of k, the rows themselves aside."""

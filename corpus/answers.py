@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamabase.errors import FileFormatError
-from llamabase.files import CHUNK, Kind
+from llamabase.files import CHUNK, Kind, read_text
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
 from llamabase.template import ChatTemplate
@@ -68,8 +68,8 @@ def answered(path: Path) -> set[str]:
 
 def read_answers(path: Path) -> list[TargetAnswer]:
     """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`."""
+    text = read_text(path, "answers")
     try:
-        text = path.read_text("utf-8")
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in text.split("\n") if line.strip()]
             pairs = {line["id"]: (line["prompt_ids"], line["answer_ids"], line.get("label", "all")) for line in lines}
@@ -79,8 +79,6 @@ def read_answers(path: Path) -> list[TargetAnswer]:
             TargetAnswer(str(name), str(label), [int(i) for i in prompt], [int(i) for i in answer])
             for name, (prompt, answer, label) in pairs.items()
         ]
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path}: should hold {{id: [prompt_ids, answer_ids]}} ({error})") from error
     found = [answer for answer in found if answer.prompt and answer.answer]

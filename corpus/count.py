@@ -77,7 +77,9 @@ def count(
         reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), bad)
         for source in map(str, sources):
             begun = total
-            documents = _documents(source, reader, named=name in (None, name_of(source)))
+            named = name in (None, name_of(source))
+            files = files_of([source])
+            documents = (found for file, itself in files for found in reader.documents(file, itself and named))
             for (label, held, _), characters, counted in _counted(counter, _batches(documents)):
                 key = (name_of(source) if name is None else name, label, held)
                 dense[key] = dense[key] + counted if key in dense else counted
@@ -109,11 +111,6 @@ def _counted(
             before = kind, sum(map(len, texts)), pool.submit(counter.bincount, found)
         if before is not None:
             yield *before[:2], before[2].result()
-
-
-def _documents(source: str, reader: Reader, named: bool) -> Iterator[Document]:
-    for file, itself in files_of([source]):
-        yield from reader.documents(file, itself and named)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[tuple[tuple[str, bool, bool], list[str]]]:

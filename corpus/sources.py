@@ -93,11 +93,9 @@ class Reader:
                     raise FileFormatError(
                         f"{path}: has no field {self.field!r}; it has {', '.join(names)}: choose --field"
                     )
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield from self._row(row, f"{path}, row {number}")
+                rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+                for number, row in enumerate(rows, 1):
+                    yield from self._row(row, f"{path}, row {number}")
         except pyarrow.ArrowInvalid as error:
             raise FileFormatError(f"{path}: is not a Parquet file ({error})") from error
 

@@ -10,6 +10,7 @@ import numpy as np
 from corpus.counts import Counts
 from corpus.ready import ranking_counts
 from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import read_text
 from llamabase.vocabulary import Vocabulary
 
 DEFAULT_K = 16384
@@ -63,12 +64,12 @@ def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int |
     return _first(vocabulary, n_rows, order, len(order) if k is None else k)
 
 
-def k_for(vocabulary: Vocabulary, n_rows: int, counts: Counts, top_p: float | None, min_count: int | None) -> int:
-    """The smallest k that covers a share top_p of everything counted, or holds every token counted min_count times.
+def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None, min_count: int | None) -> int:
+    """The smallest k of a keep order to cover a share top_p of the counts, or all that was counted min_count times.
 
     Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
     """
-    order = keep_order(vocabulary, n_rows, counts)
+    n_rows = len(order)
     seen = np.zeros(max(n_rows, counts.n_tokens), np.int64)
     seen[counts.ids] = counts.counts
     if top_p is not None:
@@ -76,18 +77,14 @@ def k_for(vocabulary: Vocabulary, n_rows: int, counts: Counts, top_p: float | No
         k = int(np.searchsorted(covered, min(top_p, covered[-1]))) + 1
     else:
         often = np.flatnonzero(seen[order] >= (min_count or 1))
-        k = int(often[-1]) + 1 if len(often) else len(vocabulary.forced)
+        k = int(often[-1]) + 1 if len(often) else n_forced
     return min(n_rows, -(-k // 32) * 32)
 
 
 def read_keep_list(path: Path, n_rows: int) -> list[int]:
     """Token ids from a text file, one a line; `#` begins a comment. Raises FileFormatError naming file and line."""
     listed = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path}: cannot be read as a list of token ids: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "a list of token ids").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -115,6 +112,7 @@ def choose_rows(
     if keep_file is not None:
         return keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
     counted = ranking_counts(vocabulary, counts)
+    order = keep_order(vocabulary, n_rows, counted)
     if top_p is not None or min_count is not None:
-        k = k_for(vocabulary, n_rows, counted, top_p, min_count)
-    return keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k)
+        k = _k_for(order, len(vocabulary.forced), counted, top_p, min_count)
+    return _first(vocabulary, n_rows, order, DEFAULT_K if k is None else k, counted)

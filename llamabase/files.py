@@ -11,11 +11,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from .errors import TrimError
+from .errors import FileFormatError, TrimError
+
+if TYPE_CHECKING:  # Python 3.10 has it elsewhere
+    from importlib.resources.abc import Traversable
 
 APP = "gguf-trim"
 CHUNK = 8 << 20  # bytes moved at a time: large enough for full disk speed, small enough to stay in memory
@@ -135,6 +138,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_text(path: Path | Traversable, kind: str = "") -> str:
+    """All of a text file; raises FileFormatError, saying as what `kind` it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path}: cannot be read{kind and ' as '}{kind}: {error}") from error
 
 
 def require_room(path: Path, n_bytes: int) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_trim.dynamic.reading import share
-from gguf_trim.planning.matches import Matches, grid, interval, rank_of, run_lengths, tau_of
+from gguf_trim.planning.matches import Matches, beaters, grid, interval, run_lengths, tau_of
 from gguf_trim.planning.planner import mbsu
 
 V = 12
@@ -46,8 +46,8 @@ def live(right: list[bool], draft_max: int) -> tuple[int, int]:
 
 def found_in(case) -> Matches:
     logits, targets, order = case
-    rank = rank_of(order)
-    intervals = [interval(row, target, rank) for row, target in zip(logits, targets, strict=True)]
+    rank = np.argsort(order)
+    intervals = [interval(target, beaters(row, target), rank) for row, target in zip(logits, targets, strict=True)]
     return Matches([np.array(intervals)], ["all"], V)
 
 

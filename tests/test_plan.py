@@ -19,7 +19,7 @@ from gguf_trim.dynamic.speculator import Speculator, attach, fit
 from gguf_trim.keep import keep_counted, keep_order
 from gguf_trim.planning.added import AddedRows
 from gguf_trim.planning.costs import Weights, requantized
-from gguf_trim.planning.matches import rank_of, tau_of
+from gguf_trim.planning.matches import tau_of
 from gguf_trim.planning.planner import matches_of, sampled_acceptance
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
@@ -92,7 +92,7 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")
     opened = Trimmed.open(trimmed)
     attach(opened, fit(opened.companion, Reading.of(trimmed, answers, opened).states))
-    added = AddedRows(rank_of(order), Speculator.of(Trimmed.open(trimmed)))
+    added = AddedRows(np.argsort(order), Speculator.of(Trimmed.open(trimmed)))
     found = matches_of(pair[1], answers, order, added=added)
     rights = found.right(296) if vocab == "trim" else added.found[vocab, 296].rights
     with Engine(pair[0], trimmed, n_ctx=256, vocab=vocab) as engine:

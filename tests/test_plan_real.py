@@ -18,7 +18,7 @@ from gguf_trim.layout import EMBEDDING
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
 from gguf_trim.planning.added import AddedRows
-from gguf_trim.planning.matches import rank_of, tau_of
+from gguf_trim.planning.matches import tau_of
 from gguf_trim.planning.planner import matches_of
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
@@ -88,7 +88,7 @@ def test_every_k_is_a_replay_and_tau_is_the_loops(pair: str, n_prompts: int, n_t
     prompts = [prompt.messages for prompt in spread(split(load_prompts(), "judge"), n_prompts)]
     for vocab in ("trim", "context"):
         answers, tau = live(target, cuts[8192], prompts, n_tokens, vocab)
-        added = AddedRows(rank_of(order), None)
+        added = AddedRows(np.argsort(order), None)
         found = matches_of(drafter, answers, order, added=added)
         rights = found.right(8192) if vocab == "trim" else added.found["context", 8192].rights
         print(f"{pair} {vocab} 8192: tau live {tau:.3f}, planned {tau_of(rights, 3):.3f}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,31 @@ def test_the_type_is_measured_once(toy, tmp_path: Path) -> None:
     assert files(tmp_path) == {path.name, companion_path(path).name}  # what was not kept is gone
     (tmp_path / "costs.json").unlink()
     assert toy()[1] == 1
+
+
+def test_what_is_used_is_not_forgotten(toy, tmp_path: Path) -> None:
+    """Its age begins anew where it is a day old; until then nothing is written."""
+    toy()
+    path = tmp_path / "costs.json"
+    os.utime(path, (0, 0))
+    toy()
+    assert path.stat().st_mtime == 0
+    ((key, found),) = json.loads(path.read_text()).items()
+    old = found["measured"] - 2 * 86_400
+    path.write_text(json.dumps({key: found | {"measured": old}}))
+    assert toy()[1] == 0
+    assert json.loads(path.read_text())[key]["measured"] > old + 86_400
+
+
+def test_what_a_killed_run_has_left_is_swept(toy, tmp_path: Path) -> None:
+    path, _ = toy("none")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    left = path.with_name(f".{path.name}.{gone.pid}.part")
+    left.mkdir()
+    (left / path.name).write_text("half a cut")
+    made, _ = toy("q8_0")
+    assert files(tmp_path) == {name for kept in (path, made) for name in (kept.name, companion_path(kept).name)}
 
 
 @pytest.mark.parametrize("damage", [5, "Q9_9", ["Q4_0"], None])

@@ -27,7 +27,7 @@ from ..keep import keep_order
 from ..layout import EMBEDDING
 from .added import AddedRows
 from .costs import AS_SHIPPED, DraftCost, Weights, draft_cost, requantized
-from .matches import Matches, beaters, grid, interval, rank_of, tau_of
+from .matches import Matches, beaters, grid, interval, tau_of
 
 DRAFT_LENGTHS = tuple(range(1, 9))
 
@@ -60,14 +60,14 @@ def matches_of(
     title: str = "judging the drafter",
 ) -> Matches:
     """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way."""
-    rank = rank_of(order)
+    rank = np.argsort(order)  # the inverse of a permutation: the place at which an id is kept
     intervals = [np.zeros((len(answer.answer), 2), np.int64) for answer in answers]
     with progress(title, len(answers), "answers") as advance:
         for n, i, logits, hidden in read_through(drafter, answers, advance, n_threads=n_threads):
             answer, target = answers[n], answers[n].answer[i]
-            intervals[n][i] = interval(logits, target, rank)
+            better = beaters(logits, target)
+            intervals[n][i] = interval(target, better, rank)
             if added is not None:
-                better = np.flatnonzero(beaters(logits, target)) if target < len(rank) else np.empty(0, np.int64)
                 added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, target, better)
     return Matches(intervals, [answer.label for answer in answers], len(order))
 
@@ -175,7 +175,7 @@ def make_plan(
     file = GGUFFile(drafter)
     order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
     judged = requantized(drafter, type_, folder)
-    added = AddedRows(rank_of(order), speculator, n_threads)
+    added = AddedRows(np.argsort(order), speculator, n_threads)
     matches = matches_of(judged, answers, order, added, n_threads, f"judging the drafter {type_}")
     draft = draft_cost(judged, n_threads, speculator) if verify else None
     found = choices(matches, added, GGUFFile(target), GGUFFile(judged), draft, verify)

@@ -28,17 +28,14 @@ def covered(part: Part, kept: np.ndarray) -> np.ndarray:
 
 def rows(counts: Counts) -> list[Part]:
     """What a table has a line for: everything, what was held out, each source, each language."""
-
-    def join(name: str, label: str, held: bool, parts: list[Part]) -> list[Part]:
-        return [Part(name, label, held, *add_up((p.ids, p.counts) for p in parts))] if parts else []
-
-    found = [Part("everything", "", False, counts.ids, counts.counts)]
-    found += join("held out", "", True, [part for part in counts.parts if part.held_out])
+    held = [part for part in counts.parts if part.held_out]
     counted = [part for part in counts.parts if not part.held_out]
+    found = [Part("everything", "", False, counts.ids, counts.counts)]
+    found += [Part("held out", "", True, *add_up(held))] if held else []
     for source in sorted({part.source for part in counted}):
-        found += join(source, "", False, [part for part in counted if part.source == source])
+        found.append(Part(source, "", False, *add_up([part for part in counted if part.source == source])))
     for label in sorted({part.label for part in counted}):
-        found += join("", label, False, [part for part in counted if part.label == label])
+        found.append(Part("", label, False, *add_up([part for part in counted if part.label == label])))
     return found
 
 

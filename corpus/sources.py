@@ -133,31 +133,32 @@ class Reader:
     def _row(self, row: Any, where: str) -> Iterator[Document]:
         if not isinstance(row, dict):
             self._skip(f"{where}: is not a JSON object")
-        elif self.field in row:
+            return
+        label = str(row.get("language") or "")
+        if self.field in row:
             if isinstance(row[self.field], str):
                 # JSON can hold half of a surrogate pair, UTF-8 cannot.
                 text = row[self.field].encode("utf-8", "replace").decode("utf-8")
-                yield Document(text, label=str(row.get("language") or ""))
+                yield Document(text, label=label)
         elif "messages" in row:
             try:
-                yield from self._chat(row)
+                yield from self._chat(row["messages"], row.get("tools"), label)
             except (FileFormatError, KeyError, TypeError, AttributeError) as error:
                 self._skip(f"{where}: its messages cannot be rendered ({error})")
         else:
             self._skip(f"{where}: has no field {self.field!r} and no messages")
 
-    def _chat(self, row: dict[str, Any]) -> Iterator[Document]:
+    def _chat(self, messages: list[dict[str, Any]], tools: Any, label: str) -> Iterator[Document]:
         """What the assistant says in a conversation, cut out of the rendered text."""
-        messages, tools = row["messages"], row.get("tools")
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if self.template is None:
-                yield Document(str(message["content"]), label=str(row.get("language") or ""))
+                yield Document(str(message["content"]), label=label)
                 continue
             before = self.template.text(messages[:i], tools)
             said = self.template.text(messages[: i + 1], tools, answered=True).removeprefix(before)
-            yield Document(said.rstrip("\n"), special=True, label=str(row.get("language") or ""))
+            yield Document(said.rstrip("\n"), special=True, label=label)
 
 
 def _pieces(path: Path) -> Iterator[Document]:

@@ -177,7 +177,8 @@ def merge(tables: Sequence[Counts], weights: Sequence[float] | None = None) -> C
     scaled = [_times(table, weight) for table, weight in zip(tables, weights or [1.0] * len(tables), strict=True)]
     ids, counts = add_up(scaled)
     every = sorted((part for table in scaled for part in table.parts), key=lambda part: part.key)
-    parts = [Part(*key, *add_up(list(found))) for key, found in itertools.groupby(every, key=lambda part: part.key)]
+    grouped = itertools.groupby(every, key=lambda part: part.key)
+    parts = [Part(source, label, held, *add_up(list(found))) for (source, label, held), found in grouped]
     sources = sorted({source for table in scaled for source in table.made_from.split(", ")})
     return Counts(ids, counts, first.n_tokens, first.fingerprint, ", ".join(sources), parts=tuple(parts))
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import click
 
-from llamabase.command import FILE, Commands
+from llamabase.command import FILE, THREADS, Commands
 from llamabase.errors import TrimError
 from llamabase.files import PLOT
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
 from llamabase.progress import progress, stderr
 from llamabase.sampling import Sampling
-from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary
 
+from .answers import ANSWERS
 from .count import count
 from .counts import COUNTS, Counts, merge
-from .generate import ANSWERS, generate
+from .generate import generate
 from .prompts import load_prompts, split, spread
 from .show import coverage_table, plot
 from .sources import files_of
@@ -74,21 +74,8 @@ def count_command(
         counts = count_on(dask, list(sources), tokenizer, field, skip_bad)
     else:
         with progress("counting", total or None, "B") as advance:
-            tokens = 0
-
-            def see(characters: int, more: int) -> None:
-                nonlocal tokens
-                tokens += more
-                advance(characters, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
-
-            counts = count(
-                list(sources),
-                tokenizer,
-                field,
-                max_tokens=max_tokens,
-                skip_bad=bad.append if skip_bad else None,
-                advance=see,
-            )
+            rows = bad if skip_bad else None
+            counts = count(list(sources), tokenizer, field, max_tokens=max_tokens, bad=rows, advance=advance)
     if not counts.total:
         counts = counts.with_held_out()
     counts.save(output)
@@ -116,7 +103,7 @@ def count_command(
 @click.option("--limit", type=click.IntRange(1), help="Only so many of the prompts, evenly spread.")
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+@THREADS
 def generate_command(
     prompts: Path | None,
     target: Path,
@@ -133,12 +120,10 @@ def generate_command(
     ANSWERS.require(output)
     chosen = split(load_prompts(prompts), part)
     chosen = chosen if limit is None else spread(chosen, limit)
-    file = GGUFFile(target)
-    template = ChatTemplate(file, Vocabulary(file))
-    with Model(target) as model, progress("answering", len(chosen), "prompts") as advance:
+    with Model(target) as model:
         started = time.perf_counter()
         total = generate(
-            [(prompt, template.ids(model, prompt.messages)) for prompt in chosen],
+            chosen,
             model,
             output,
             n_parallel=parallel,
@@ -146,7 +131,6 @@ def generate_command(
             sampling=Sampling(temp=temp),
             seed=seed,
             n_threads=threads,
-            advance=advance,
         )
         seconds = time.perf_counter() - started
     stderr.print(f"{total} tokens, {total / seconds:.1f} tok/s")

@@ -1,12 +1,21 @@
-"""What a target said, as token ids: the text that a drafter is judged and fitted on."""
+"""What a target said, as token ids: the text that a drafter is judged and fitted on. `generate` writes it."""
 
 from __future__ import annotations
 
+import gzip
+import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from llamabase.errors import FileFormatError
+from llamabase.files import CHUNK, Kind, read_text
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary
+
+from .prompts import spread
 
 
 @dataclass(frozen=True)
@@ -19,12 +28,50 @@ class TargetAnswer:
     answer: list[int]
 
 
-def read_answers_file(path: Path) -> list[TargetAnswer]:
-    """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`."""
+def _holds_answers(path: Path) -> bool:
+    """Whether the first line is an answer, or what a kill has left of one."""
+    with open(path, "rb") as file:
+        line = file.readline(CHUNK)
     try:
-        text = path.read_text("utf-8")
+        return "answer_ids" in json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        begin = b'{"id": '
+        return begin.startswith(line[: len(begin)]) and not line.endswith(b"\n")
+
+
+ANSWERS = Kind("does not hold answers", _holds_answers)
+
+
+def answered(path: Path) -> set[str]:
+    """Ids of the answers a file already holds; a last line cut off by a kill is removed from the file.
+
+    Raises FileFormatError naming file and line for any other line that is not an answer.
+    """
+    done: set[str] = set()
+    if not path.exists():
+        return done
+    with open(path, "r+b") as file:
+        end = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                file.truncate(end)
+                break
+            try:
+                done.add(json.loads(line)["id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise FileFormatError(
+                    f"{path}, line {number}: is not an answer ({error}); choose another -o"
+                ) from error
+            end += len(line)
+    return done
+
+
+def read_answers(path: Path) -> list[TargetAnswer]:
+    """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`."""
+    text = read_text(path, "answers")
+    try:
         if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
             pairs = {line["id"]: (line["prompt_ids"], line["answer_ids"], line.get("label", "all")) for line in lines}
         else:
             pairs = {name: (prompt, answer, "all") for name, (prompt, answer) in json.loads(text).items()}
@@ -32,11 +79,25 @@ def read_answers_file(path: Path) -> list[TargetAnswer]:
             TargetAnswer(str(name), str(label), [int(i) for i in prompt], [int(i) for i in answer])
             for name, (prompt, answer, label) in pairs.items()
         ]
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path}: should hold {{id: [prompt_ids, answer_ids]}} ({error})") from error
     found = [answer for answer in found if answer.prompt and answer.answer]
     if not found:
         raise FileFormatError(f"{path}: holds no answers")
+    return found
+
+
+def ready_answers(file: GGUFFile, n: int) -> list[TargetAnswer]:
+    """n of the answers that ship (a target's, to the bundled calibration prompts; docs/counts.md), evenly spread.
+
+    As `file`, the drafter or its companion, tokenizes them.
+    """
+    packed = (importlib.resources.files("corpus") / "ready" / "answers.jsonl.gz").read_bytes()
+    template = ChatTemplate(file, Vocabulary(file))
+    found: list[TargetAnswer] = []
+    with Model(file.path, vocab_only=True) as model:
+        for line in spread(gzip.decompress(packed).splitlines(), n):
+            *asked, said = json.loads(line)
+            answer = model.tokenize(said["content"], special=False, add_bos=False)
+            found.append(TargetAnswer(str(len(found)), "all", template.ids(model, asked), answer))
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from llamabase.errors import TrimError
 from llamabase.progress import progress
 
-from .count import count, name_of
+from .count import NothingToCount, count, name_of
 from .counts import Counts, merge
 from .sources import files_of
 
@@ -19,15 +19,9 @@ def _count_shard(shard: tuple[str, str], tokenizer: str, field: str, skip_bad: b
     """One file of a source, on a worker that sees the same paths; None for a file that holds no text."""
     name, file = shard
     try:
-        return count([file], Path(tokenizer), field, name=name, skip_bad=_ignore if skip_bad else None)
-    except TrimError as error:
-        if "no text to count" in str(error):
-            return None
-        raise
-
-
-def _ignore(reason: str) -> None:
-    """Bad rows are left out; the workers' own logs are not ours to fill."""
+        return count([file], Path(tokenizer), field, name=name, bad=[] if skip_bad else None)
+    except NothingToCount:
+        return None
 
 
 def count_on(address: str, sources: list[str], tokenizer: Path, field: str, skip_bad: bool) -> Counts:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import unicodedata
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llamabase.errors import TrimError
 from llamabase.gguf_file import GGUFFile
+from llamabase.progress import Advance
 from llamabase.template import ChatTemplate
 
 from .counts import Counts, Part
@@ -50,33 +50,8 @@ def held_out(text: str) -> bool:
     return int.from_bytes(digest, "little") % HELD_OUT == 0
 
 
-@dataclass
-class _Bins:
-    """Dense counts of each group, filled in the background while the next batch is tokenized."""
-
-    counter: Counter
-    dense: dict[tuple[str, str, bool], np.ndarray] = field(default_factory=dict)
-    tokens: int = 0
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _pending: Future[int] | None = None
-
-    def add(self, key: tuple[str, str, bool], texts: list[str], special: bool) -> None:
-        found = self.counter.encode(texts, special)
-        self.settle()
-        self._pending = self._pool.submit(self._count, key, found)
-
-    def _count(self, key: tuple[str, str, bool], found: Any) -> int:
-        counted = self.counter.bincount(found)
-        self.dense[key] = self.dense[key] + counted if key in self.dense else counted
-        return int(counted.sum())
-
-    def settle(self) -> None:
-        if self._pending is not None:
-            self.tokens += self._pending.result()
-            self._pending = None
-
-    def close(self) -> None:
-        self._pool.shutdown()
+class NothingToCount(TrimError):
+    """Sources without any text."""
 
 
 def count(
@@ -86,28 +61,36 @@ def count(
     *,
     name: str | None = None,
     max_tokens: int | None = None,
-    skip_bad: Callable[[str], None] | None = None,
-    advance: Callable[[int, int], object] = lambda characters, tokens: None,
+    bad: list[str] | None = None,
+    advance: Advance = lambda amount, note="": None,
 ) -> Counts:
     """Count the documents of the sources in the vocabulary of `tokenizer` (a GGUF).
 
     Special tokens that stand in a plain text are read as text. Tables group by source, or by `name`: that of the
-    folder a file was found in. About max_tokens of each source are read. advance(characters, tokens) is told of every
-    batch. A corpus so small that all of it is held out gives counts with a total of 0; see `Counts.with_held_out`.
-    Raises TrimError where there was no text.
+    folder a file was found in. About max_tokens of each source are read. What is said of bad rows is added to `bad`;
+    None refuses them. `advance` is told the characters of every batch. A corpus so small that all of it is held out
+    gives counts with a total of 0; see `Counts.with_held_out`. Raises NothingToCount where there was no text.
     """
+    dense: dict[tuple[str, str, bool], np.ndarray] = {}
+    total, started = 0, time.perf_counter()
     with closing(Counter(tokenizer)) as counter:
-        template = ChatTemplate(GGUFFile(tokenizer), counter.vocabulary)
-        reader = Reader(field, template, skip_bad)
-        with closing(_Bins(counter)) as bins:
-            for source in map(str, sources):
-                _count_source(source, name, reader, bins, max_tokens, advance)
-        parts = [Part.of(*key, dense) for key, dense in sorted(bins.dense.items()) if dense.any()]
-        made_from = ", ".join(sorted(map(str, sources)))
-        counts = Counts.of_parts(parts, counter.vocabulary, made_from)
-    if not counts.parts:
-        raise TrimError(f"{', '.join(map(str, sources))}: no text to count")
-    return counts
+        reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), bad)
+        for source in map(str, sources):
+            begun = total
+            named = name in (None, name_of(source))
+            files = files_of([source])
+            documents = (found for file, itself in files for found in reader.documents(file, itself and named))
+            for (label, held, _), characters, counted in _counted(counter, _batches(documents)):
+                key = (name_of(source) if name is None else name, label, held)
+                dense[key] = dense[key] + counted if key in dense else counted
+                total += int(counted.sum())
+                advance(characters, f"{total / (time.perf_counter() - started):,.0f} tok/s")
+                if max_tokens is not None and total - begun >= max_tokens:
+                    break
+        parts = [Part.of(*key, counts) for key, counts in sorted(dense.items()) if counts.any()]
+        if not parts:
+            raise NothingToCount(f"{', '.join(map(str, sources))}: no text to count")
+        return Counts.of_parts(parts, counter.vocabulary, ", ".join(sorted(map(str, sources))))
 
 
 def name_of(source: str) -> str:
@@ -115,27 +98,19 @@ def name_of(source: str) -> str:
     return source if source.startswith("hf:") else Path(source).name or source
 
 
-def _count_source(
-    source: str,
-    name: str | None,
-    reader: Reader,
-    bins: _Bins,
-    max_tokens: int | None,
-    advance: Callable[[int, int], object],
-) -> None:
-    begun = bins.tokens
-    for (label, held, special), texts in _batches(_documents(source, reader, named=name in (None, name_of(source)))):
-        before = bins.tokens
-        bins.add((name_of(source) if name is None else name, label, held), texts, special)
-        advance(sum(map(len, texts)), bins.tokens - before)
-        if max_tokens is not None and bins.tokens - begun >= max_tokens:
-            break
-    bins.settle()
-
-
-def _documents(source: str, reader: Reader, named: bool) -> Iterator[Document]:
-    for file, itself in files_of([source]):
-        yield from reader.documents(file, itself and named)
+def _counted(
+    counter: Counter, batches: Iterable[tuple[tuple[str, bool, bool], list[str]]]
+) -> Iterator[tuple[tuple[str, bool, bool], int, np.ndarray]]:
+    """Kind, characters and counts (int64, n_vocab) of each batch; counted while the next one is tokenized."""
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for kind, texts in batches:
+            found = counter.encode(texts, special=kind[2])
+            if before is not None:
+                yield *before[:2], before[2].result()
+            before = kind, sum(map(len, texts)), pool.submit(counter.bincount, found)
+        if before is not None:
+            yield *before[:2], before[2].result()
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[tuple[tuple[str, bool, bool], list[str]]]:

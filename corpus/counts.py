@@ -6,8 +6,9 @@ line on how it was made. The same counts give the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,13 @@ class Part:
         return self.source, self.label, self.held_out
 
 
-def add_up(tables: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Add sparse (ids, counts) up; the same sum in any order and grouping."""
-    tables = list(tables)
+def add_up(tables: Sequence[Part | Counts]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, counts) of all; the same sum in any order and grouping."""
     if not tables:
         return np.empty(0, np.int32), np.empty(0, np.int64)
-    ids, where = np.unique(np.concatenate([ids for ids, _ in tables]), return_inverse=True)
+    ids, where = np.unique(np.concatenate([table.ids for table in tables]), return_inverse=True)
     counts = np.zeros(len(ids), np.int64)
-    np.add.at(counts, where, np.concatenate([counts for _, counts in tables]))
+    np.add.at(counts, where, np.concatenate([table.counts for table in tables]))
     return ids.astype(np.int32), counts
 
 
@@ -68,7 +68,7 @@ class Counts:
     @classmethod
     def of_parts(cls, parts: Sequence[Part], vocabulary: Vocabulary, made_from: str) -> Counts:
         """The sum of all parts that are not held out, and the parts with it."""
-        ids, counts = add_up((part.ids, part.counts) for part in parts if not part.held_out)
+        ids, counts = add_up([part for part in parts if not part.held_out])
         return cls(ids, counts, vocabulary.n_real, vocabulary.fingerprint, made_from, parts=tuple(parts))
 
     @classmethod
@@ -80,7 +80,7 @@ class Counts:
     def with_held_out(self) -> Counts:
         """The same with what was held out counted too: for a corpus of a document or two."""
         parts = tuple(replace(part, held_out=False) for part in self.parts)
-        ids, counts = add_up((part.ids, part.counts) for part in parts)
+        ids, counts = add_up(parts)
         return replace(self, ids=ids, counts=counts, parts=parts)
 
     @property
@@ -175,12 +175,10 @@ def merge(tables: Sequence[Counts], weights: Sequence[float] | None = None) -> C
         if (other.fingerprint, other.n_tokens) != (first.fingerprint, first.n_tokens):
             raise VocabularyMismatch(f"{first.name} and {other.name} count different vocabularies and cannot be merged")
     scaled = [_times(table, weight) for table, weight in zip(tables, weights or [1.0] * len(tables), strict=True)]
-    ids, counts = add_up((table.ids, table.counts) for table in scaled)
-    groups: dict[tuple[str, str, bool], list[Part]] = {}
-    for table in scaled:
-        for part in table.parts:
-            groups.setdefault(part.key, []).append(part)
-    parts = [Part(*key, *add_up((part.ids, part.counts) for part in found)) for key, found in sorted(groups.items())]
+    ids, counts = add_up(scaled)
+    every = sorted((part for table in scaled for part in table.parts), key=lambda part: part.key)
+    grouped = itertools.groupby(every, key=lambda part: part.key)
+    parts = [Part(source, label, held, *add_up(list(found))) for (source, label, held), found in grouped]
     sources = sorted({source for table in scaled for source in table.made_from.split(", ")})
     return Counts(ids, counts, first.n_tokens, first.fingerprint, ", ".join(sources), parts=tuple(parts))
 

@@ -13,16 +13,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from llamabase.errors import FileFormatError, TrimError
-from llamabase.files import CHUNK, Kind
+from llamabase.errors import TrimError
+from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
 from llamabase.noise import Noise
-from llamabase.progress import Advance
+from llamabase.progress import progress
 from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
+from llamabase.template import ChatTemplate
+from llamabase.vocabulary import Vocabulary
 
+from .answers import answered
 from .prompts import Prompt
 
 
@@ -97,47 +99,8 @@ def answers(
                 yield running.pop(sequence)
 
 
-def _holds_answers(path: Path) -> bool:
-    """Whether the first line is an answer, or what a kill has left of one."""
-    with open(path, "rb") as file:
-        line = file.readline(CHUNK)
-    try:
-        return "answer_ids" in json.loads(line)
-    except (ValueError, TypeError, RecursionError):
-        begin = b'{"id": '
-        return begin.startswith(line[: len(begin)]) and not line.endswith(b"\n")
-
-
-ANSWERS = Kind("does not hold answers", _holds_answers)
-
-
-def read_answers(path: Path) -> dict[str, Any]:
-    """The answers a file already holds, by id; a last line cut off by a kill is removed from the file.
-
-    Raises FileFormatError naming file and line for any other line that is not an answer.
-    """
-    done: dict[str, Any] = {}
-    if not path.exists():
-        return done
-    with open(path, "r+b") as file:
-        end = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(end)
-                break
-            try:
-                data = json.loads(line)
-                done[data["id"]] = data
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-                raise FileFormatError(
-                    f"{path}, line {number}: is not an answer ({error}); choose another -o"
-                ) from error
-            end += len(line)
-    return done
-
-
 def generate(
-    prompts: Sequence[tuple[Prompt, list[int]]],
+    prompts: Sequence[Prompt],
     model: Model,
     out: Path,
     *,
@@ -146,31 +109,34 @@ def generate(
     sampling: Sampling,
     seed: int = 0,
     n_threads: int | None = None,
-    advance: Advance = lambda amount, note="": None,
 ) -> int:
-    """Append the target's answer to every prompt (with its token ids) that `out` lacks; tokens generated.
+    """Append the target's answer to every prompt that `out` lacks, with a bar; tokens generated.
 
     Each line is whole on disk before the next answer is waited for, so a kill loses at most what was unfinished, and
     running again goes on from there.
     """
-    done = read_answers(out)
-    todo = {prompt.id: (prompt, ids) for prompt, ids in prompts if prompt.id not in done}
-    advance(len(prompts) - len(todo))
+    done = answered(out)
+    todo = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
     if not todo:
         return 0
-    longest = max(len(ids) for _, ids in todo.values())
+    file = GGUFFile(model.path)
+    template = ChatTemplate(file, Vocabulary(file))
+    asked = {name: template.ids(model, prompt.messages) for name, prompt in todo.items()}
+    longest = max(map(len, asked.values()))
     n_parallel = min(n_parallel, len(todo))
     n_ctx = n_parallel * -(-(longest + max_tokens) // 32) * 32
     total, started = 0, time.perf_counter()
     try:
         with (
             Context(model, n_ctx, n_threads, n_outputs=n_parallel, n_sequences=n_parallel) as context,
-            open(out, "a", encoding="utf-8") as file,
+            open(out, "a", encoding="utf-8") as lines,
+            progress("answering", len(prompts), "prompts") as advance,
         ):
+            advance(len(prompts) - len(todo))
             for answer in answers(
                 model,
                 context,
-                [(name, ids) for name, (_, ids) in todo.items()],
+                asked.items(),
                 n_parallel=n_parallel,
                 max_tokens=max_tokens,
                 sampling=sampling,
@@ -178,7 +144,7 @@ def generate(
             ):
                 spoken = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
                 text = b"".join(model.piece(token) for token in spoken).decode("utf-8", "replace")
-                prompt, _ = todo[answer.id]
+                prompt = todo[answer.id]
                 line = {
                     "id": prompt.id,
                     "label": prompt.label,
@@ -187,9 +153,9 @@ def generate(
                     "answer_ids": answer.tokens,
                     "finish": answer.finish,
                 }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
                 total += len(answer.tokens)
                 advance(1, f"{total / (time.perf_counter() - started):.1f} tok/s")
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llamabase.errors import FileFormatError
+from llamabase.files import read_text
 
 T = TypeVar("T")
 
@@ -35,12 +36,8 @@ def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Pro
     None loads those that ship. Raises FileFormatError naming file and line.
     """
     source = path or importlib.resources.files("corpus") / "ready" / "prompts.jsonl"
-    try:
-        lines = source.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{source}: cannot be read as prompts: {error}") from error
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(source, "prompts").split("\n"), 1):
         if not line.strip():
             continue
         try:

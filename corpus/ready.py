@@ -40,9 +40,3 @@ def ready_counts(vocabulary: Vocabulary) -> Counts:
 def ranking_counts(vocabulary: Vocabulary, path: Path | None) -> Counts:
     """The counts that rank: those of a file, or the shipped ones for None."""
     return Counts.load(path) if path is not None else ready_counts(vocabulary)
-
-
-def ready_answers() -> list[list[dict[str, str]]]:
-    """The bundled calibration prompts with what a target said to each, as messages; see docs/counts.md."""
-    lines = gzip.decompress((_FOLDER / "answers.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
-    return [json.loads(line) for line in lines]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamabase.errors import TrimError
-from llamabase.files import PLOT, write_whole
+from llamabase.plot import drawing
 
 from .counts import Counts, Part, add_up
 
@@ -19,23 +18,24 @@ def order(counts: Counts, forced: list[int]) -> np.ndarray:
     return np.array(list(dict.fromkeys([*forced, *counts.ranked().tolist()])), np.int64)
 
 
-def _covered(part: Part, kept: np.ndarray) -> float:
-    return float(part.counts[np.isin(part.ids, kept)].sum() / part.counts.sum())
+def covered(part: Part, kept: np.ndarray) -> np.ndarray:
+    """The share of a part that the first k kept ids make up, for every k from 0."""
+    place = np.full(max(kept.max(initial=0), part.ids.max(initial=0)) + 1, len(kept))
+    place[kept] = np.arange(len(kept))
+    at = np.bincount(place[part.ids], part.counts, minlength=len(kept) + 1)
+    return np.asarray(np.concatenate([[0], np.cumsum(at[:-1])]) / part.counts.sum())
 
 
 def rows(counts: Counts) -> list[Part]:
     """What a table has a line for: everything, what was held out, each source, each language."""
-
-    def join(name: str, label: str, held: bool, parts: list[Part]) -> list[Part]:
-        return [Part(name, label, held, *add_up((p.ids, p.counts) for p in parts))] if parts else []
-
-    found = [Part("everything", "", False, counts.ids, counts.counts)]
-    found += join("held out", "", True, [part for part in counts.parts if part.held_out])
+    held = [part for part in counts.parts if part.held_out]
     counted = [part for part in counts.parts if not part.held_out]
+    found = [Part("everything", "", False, counts.ids, counts.counts)]
+    found += [Part("held out", "", True, *add_up(held))] if held else []
     for source in sorted({part.source for part in counted}):
-        found += join(source, "", False, [part for part in counted if part.source == source])
+        found.append(Part(source, "", False, *add_up([part for part in counted if part.source == source])))
     for label in sorted({part.label for part in counted}):
-        found += join("", label, False, [part for part in counted if part.label == label])
+        found.append(Part("", label, False, *add_up([part for part in counted if part.label == label])))
     return found
 
 
@@ -50,29 +50,20 @@ def coverage_table(counts: Counts, forced: list[int]) -> str:
     ]
     lines.append(f"{'':24s} {'tokens':>10s} " + " ".join(f"{k:>7d}" for k in sizes))
     for part in rows(counts):
-        shares = " ".join(f"{_covered(part, kept[:k]):7.3f}" for k in sizes) if part.counts.sum() else ""
+        shares = " ".join(f"{share:7.3f}" for share in covered(part, kept)[sizes]) if part.counts.sum() else ""
         lines.append(f"{(part.source or part.label)[:24]:24s} {int(part.counts.sum()):10d} {shares}")
     return "\n".join(lines)
 
 
 def plot(counts: Counts, forced: list[int], path: Path) -> None:
     """Coverage against k, one line for each source and language, as a PNG. Needs the extra [plot]."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
     kept = order(counts, forced)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
     where = np.unique(np.geomspace(1, len(kept), 120).astype(int))
-    place = np.full(max(int(kept.max()) + 1, counts.n_tokens), len(kept))
-    place[kept] = np.arange(len(kept))
-    for part in rows(counts):
-        if part.counts.sum():
-            at = np.bincount(place[part.ids], part.counts, minlength=len(kept) + 1)
-            axes.plot(where, np.cumsum(at)[where - 1] / part.counts.sum(), label=part.source or part.label)
-    axes.set(xscale="log", xlabel="k (tokens kept)", ylabel="share covered", title=f"Coverage of {counts.name}")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    with write_whole(path, PLOT) as file:
-        figure.savefig(file, format="png", dpi=120)
+    with drawing(path) as figure:
+        axes = figure.subplots()
+        for part in rows(counts):
+            if part.counts.sum():
+                axes.plot(where, covered(part, kept)[where], label=part.source or part.label)
+        axes.set(xscale="log", xlabel="k (tokens kept)", ylabel="share covered", title=f"Coverage of {counts.name}")
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)

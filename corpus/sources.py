@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,19 @@ class Document:
 
 @dataclass
 class Reader:
-    """How to read sources: the field that holds the text, what renders chats, and what to do with a bad line.
+    """How to read sources: the field that holds the text, what renders chats, and where to say what is bad.
 
-    `bad` is called with the sentence about it; the default raises FileFormatError.
+    None raises FileFormatError at the first bad line.
     """
 
     field: str = "text"
     template: ChatTemplate | None = None
-    bad: Callable[[str], None] | None = None
+    bad: list[str] | None = None
 
     def _skip(self, reason: str) -> None:
         if self.bad is None:
             raise FileFormatError(f"{reason}; mend it, choose --field, or count without it (--skip-bad)")
-        self.bad(reason)
+        self.bad.append(reason)
 
     def documents(self, source: str, named: bool = True) -> Iterator[Document]:
         """The documents of one file or `hf:` dataset. `named`: the user named this very file, so it must be text."""
@@ -93,11 +93,9 @@ class Reader:
                     raise FileFormatError(
                         f"{path}: has no field {self.field!r}; it has {', '.join(names)}: choose --field"
                     )
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield from self._row(row, f"{path}, row {number}")
+                rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+                for number, row in enumerate(rows, 1):
+                    yield from self._row(row, f"{path}, row {number}")
         except pyarrow.ArrowInvalid as error:
             raise FileFormatError(f"{path}: is not a Parquet file ({error})") from error
 
@@ -135,31 +133,32 @@ class Reader:
     def _row(self, row: Any, where: str) -> Iterator[Document]:
         if not isinstance(row, dict):
             self._skip(f"{where}: is not a JSON object")
-        elif self.field in row:
+            return
+        label = str(row.get("language") or "")
+        if self.field in row:
             if isinstance(row[self.field], str):
                 # JSON can hold half of a surrogate pair, UTF-8 cannot.
                 text = row[self.field].encode("utf-8", "replace").decode("utf-8")
-                yield Document(text, label=str(row.get("language") or ""))
+                yield Document(text, label=label)
         elif "messages" in row:
             try:
-                yield from self._chat(row)
+                yield from self._chat(row["messages"], row.get("tools"), label)
             except (FileFormatError, KeyError, TypeError, AttributeError) as error:
                 self._skip(f"{where}: its messages cannot be rendered ({error})")
         else:
             self._skip(f"{where}: has no field {self.field!r} and no messages")
 
-    def _chat(self, row: dict[str, Any]) -> Iterator[Document]:
+    def _chat(self, messages: list[dict[str, Any]], tools: Any, label: str) -> Iterator[Document]:
         """What the assistant says in a conversation, cut out of the rendered text."""
-        messages, tools = row["messages"], row.get("tools")
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if self.template is None:
-                yield Document(str(message["content"]), label=str(row.get("language") or ""))
+                yield Document(str(message["content"]), label=label)
                 continue
             before = self.template.text(messages[:i], tools)
             said = self.template.text(messages[: i + 1], tools, answered=True).removeprefix(before)
-            yield Document(said.rstrip("\n"), special=True, label=str(row.get("language") or ""))
+            yield Document(said.rstrip("\n"), special=True, label=label)
 
 
 def _pieces(path: Path) -> Iterator[Document]:

@@ -1,7 +1,4 @@
-"""python -m gguf_trim, or gguf-trim: trim, verify, speculator, inspect, models, prepare, plan, and corpus's commands.
-
-Data on stdout, the rest on stderr.
-"""
+"""python -m gguf_trim: trim, verify, speculator, inspect, models, prepare, plan. Data on stdout, the rest on stderr."""
 
 from __future__ import annotations
 
@@ -12,45 +9,40 @@ if __name__ == "__main__":
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
 from corpus.__main__ import main as counting_commands
-from llamabase.command import FILE, Commands
+from llamabase.command import FILE, THREADS, Commands
 from llamabase.errors import TrimError
 from llamabase.files import cache_folder
 from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress, stderr
 from llamabase.quantize import quantize
 
-from .cut import companion_path, plan, require_outputs, step_bytes, write
+from .companion import Trimmed
+from .cut import companion_path, plan, remove, require_outputs, step_bytes, write
 from .describe import describe
-from .dynamic.fitting import add_speculator
+from .dynamic.reading import Reading, calibration
+from .dynamic.speculator import attach
+from .hanging import HANGING
+from .keep import DEFAULT_K, choose_rows
 from .layout import EMBEDDING, HEAD, Cut
 from .pairs.catalog import USER_CATALOG, load_catalog
-from .pairs.prepare import DEFAULT_K, DEFAULT_MODEL, choose_rows, is_this_cut, prepare
-from .plan_command import auto_k, plan_command
-from .verify import Verification, verify
+from .pairs.prepare import is_this_cut, prepare
+from .plan_command import COUNTS, auto_k, pair_options, plan_command
+from .verify import verify
 
 
-class KType(click.ParamType):  # type: ignore[type-arg]
-    """A number of rows, or the word auto."""
-
-    name = "rows"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if str(value) == "auto":
-            return "auto"
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor auto", param, context)
-
-
-K = KType()
+def rows(value: str) -> int | str:
+    """For --k: a number of rows, or the word auto."""
+    try:
+        return value if value == "auto" else int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 @click.group(cls=Commands)
@@ -61,14 +53,14 @@ def main() -> None:
 @main.command("trim")
 @click.argument("drafter", type=FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; its companion goes beside it.")
-@click.option("--k", "-k", type=K, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
+@click.option("--k", "-k", type=rows, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Keep what makes up this share of the counts, instead.")
 @click.option("--min-count", type=click.IntRange(1), help="Keep what was counted so often, instead.")
 @click.option("--target", type=FILE, help="The target: for --k auto, which measures, and for an EAGLE-3 head.")
 @click.option(
     "--requant", metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function."
 )
-@click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+@COUNTS
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--if-needed", is_flag=True, help="Do nothing where OUTPUT is already this cut of this drafter.")
@@ -96,8 +88,9 @@ def trim_command(
             raise click.UsageError("--k auto needs --target")
         k = auto_k(target, drafter, counts)
         stderr.print(f"k = {k} is the fastest here")
-    rows = partial(choose_rows, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
-    cut = plan(drafter, partial(rows, k=k if k is None else int(k)), target)
+    n = None if k is None else int(k)
+    choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
+    cut = plan(drafter, choose, target)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -110,14 +103,13 @@ def trim_command(
     if if_needed and is_this_cut(output, cut):
         stderr.print(f"{output} is already this cut", markup=False)
         return
-    with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
+    with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
         write(cut, output, advance)
     if requant is not None:
         try:
             quantize(output, output, requant.upper())
         except BaseException:
-            output.unlink()
-            companion_path(output).unlink()
+            remove(output)
             raise
     click.echo(str(output))
 
@@ -125,14 +117,14 @@ def trim_command(
 def _plan_text(cut: Cut, output: Path) -> str:
     keep, source = cut.keep, cut.source
     before, after = step_bytes(source), cut.step_bytes
-    rows = next(piece.tensor.n_rows for piece in cut.companion_pieces if piece.tensor.name in (HEAD, EMBEDDING))
+    rows = next(piece.tensor.n_rows for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
     covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
     lines = {
         "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
         "rows kept": f"{keep.k} of {rows}{covered}",
         "forced tokens": f"{keep.n_forced}",
-        "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB  {output}",
-        "companion": f"{cut.companion_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
+        "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
+        "companion": f"{cut.companion.n_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
         "read per draft step": f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)",
     }
     return "\n".join(f"{name:20s} {text}" for name, text in lines.items())
@@ -145,36 +137,38 @@ def _plan_text(cut: Cut, output: Path) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bool) -> None:
     """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
-    total = sum(tensor.n_bytes for tensor in GGUFFile(source).tensors.values())
-    with progress("comparing", total, "B") as advance:
-        result = verify(trimmed, source, advance, target)
+    result = verify(trimmed, source, target)
     if as_json:
-        click.echo(json.dumps(result.as_json()))
+        click.echo(json.dumps({**asdict(result), "ok": result.ok}))
     elif result.ok:
-        click.echo(_proof(result))
+        click.echo(
+            f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
+            f"{result.max_logit_difference:g} over {result.positions} positions"
+        )
     if not result.ok:
         raise TrimError(result.differences[0])
 
 
-def _proof(result: Verification) -> str:
-    return (
-        f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
-        f"{result.max_logit_difference:g} over {result.positions} positions"
-    )
-
-
 @main.command("speculator")
 @click.argument("trimmed", type=FILE)
-@click.option("--calibration", type=FILE, help="Answers from `python -m corpus generate`.  [default: those that ship]")
+@click.option(
+    "--calibration", "texts", type=FILE, help="Answers from `python -m corpus generate`.  [default: those that ship]"
+)
 @click.option("--rank", "-r", type=click.IntRange(1), help="Numbers a token is scored by.  [default: n_embd / 8]")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+@THREADS
 @click.option("--train", "steps", type=click.IntRange(0), default=0, help="Steps of training after it ([train]).")
 @click.option("--target", type=FILE, help="The target that an EAGLE-3 head hangs on.")
 def speculator_command(
-    trimmed: Path, calibration: Path | None, rank: int | None, threads: int | None, steps: int, target: Path | None
+    trimmed: Path, texts: Path | None, rank: int | None, threads: int | None, steps: int, target: Path | None
 ) -> None:
     """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
-    made = add_speculator(trimmed, calibration, rank, threads, steps, target)
+    opened = Trimmed.open(trimmed)
+    if target is None and opened.file.architecture in HANGING:
+        raise TrimError(f"{trimmed}: reads its target's states; give the model it was made for as --target")
+    named = opened.companion if target is None else GGUFFile(target)
+    reading = Reading.of(trimmed, calibration(named, texts), opened, threads, target=target)
+    made = reading.fitted(opened.companion, rank, steps)
+    attach(opened, made)
     stderr.print(f"rank {made.rank}, fitted on {made.n_positions} positions")
     click.echo(str(companion_path(trimmed)))
 
@@ -205,11 +199,9 @@ def models_command() -> None:
 
 
 @main.command("prepare")
-@click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
-@click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
-@click.option("--draft", "drafter", type=FILE, help="The drafter's GGUF, instead of the catalog's.")
+@pair_options
 @click.option("--k", "-k", type=int, default=DEFAULT_K, show_default=True, help="Rows to keep.")
-@click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+@COUNTS
 @click.option(
     "--requant",
     metavar="none|TYPE",
@@ -219,10 +211,6 @@ def prepare_command(
     model: str | None, target: Path | None, drafter: Path | None, k: int, counts: Path | None, requant: str | None
 ) -> None:
     """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter."""
-    if (target is None) != (drafter is None) and model is None:
-        raise click.UsageError("give both --target and --draft, or a --model")
-    if target is None and model is None:
-        model = DEFAULT_MODEL
     ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts), requant)
     click.echo(f"{ready.target}\n{ready.trimmed}")
 

@@ -26,7 +26,7 @@ from llamabase.vocabulary import Vocabulary
 
 from .hanging import D2T, HANGING, HangingHead
 from .keep import Keep
-from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Piece, encode_head, field
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field
 
 FORMAT_VERSION = 1
 MULTIPLE = 16  # of rows in the head of an EAGLE-3 file: some of llama.cpp's repacked kernels work on so many at a time
@@ -99,7 +99,7 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
     if file.architecture in HANGING:
         return _plan_hanging(HangingHead.of(file), choose, target)
     vocabulary = Vocabulary(file)
-    embedding, head = file.tensors[EMBEDDING], file.tensors.get(HEAD)
+    embedding = file.tensors[EMBEDDING]
     keep = choose(vocabulary, embedding.n_rows)
     identity = source_identity(file)
     arch = file.architecture
@@ -133,11 +133,8 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
         source=file,
         identity=identity,
         keep=keep,
-        tied=head is None,
-        trimmed=encode_head(trimmed_fields, pieces, file.alignment),
-        companion=encode_head(companion_fields, companion_pieces, file.alignment),
-        pieces=pieces,
-        companion_pieces=companion_pieces,
+        trimmed=Output.of(trimmed_fields, pieces, file.alignment),
+        companion=Output.of(companion_fields, companion_pieces, file.alignment),
     )
 
 
@@ -197,11 +194,8 @@ def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path |
         source=file,
         identity=identity,
         keep=keep,
-        tied=False,
-        trimmed=encode_head(trimmed_fields, pieces, file.alignment),
-        companion=encode_head(companion_fields, companion_pieces, file.alignment),
-        pieces=pieces,
-        companion_pieces=companion_pieces,
+        trimmed=Output.of(trimmed_fields, pieces, file.alignment),
+        companion=Output.of(companion_fields, companion_pieces, file.alignment),
     )
 
 
@@ -233,6 +227,18 @@ def require_outputs(source: Path, out: Path) -> None:
         raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
 
 
+def move(trimmed: Path, to: Path) -> None:
+    """Rename a trimmed drafter and its companion: first the companion, before the file that needs it."""
+    companion_path(trimmed).replace(companion_path(to))
+    trimmed.replace(to)
+
+
+def remove(trimmed: Path) -> None:
+    """Delete a trimmed drafter and its companion."""
+    trimmed.unlink()
+    companion_path(trimmed).unlink()
+
+
 def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None) -> None:
     """Write `out` and its companion; both appear whole or not at all, the companion first.
 
@@ -240,31 +246,35 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
     """
     out = Path(out)
     require_outputs(cut.source.path, out)
-    require_room(out, cut.total_bytes)
+    require_room(out, cut.n_bytes)
     try:
-        with contextlib.ExitStack() as stack:
-            paths = {piece.file or cut.source.path for piece in (*cut.pieces, *cut.companion_pieces)}
-            sources = {path: stack.enter_context(open(path, "rb")) for path in paths}
-            # Left in reverse order: the companion takes its name before the file that needs it does.
-            trimmed_file = stack.enter_context(write_whole(out, TRIMMED))
-            companion_file = stack.enter_context(write_whole(companion_path(out), COMPANION))
-            for file, head, pieces in (
-                (trimmed_file, cut.trimmed, cut.pieces),
-                (companion_file, cut.companion, cut.companion_pieces),
-            ):
-                advance(file.write(head))
-                for piece in pieces:
-                    source = sources[piece.file or cut.source.path]
-                    if piece.data is not None:
-                        advance(file.write(piece.data))
-                    elif piece.rows is None:
-                        copy_range(source, piece.tensor.offset, piece.n_bytes, file, advance)
-                    else:
-                        _copy_rows(source, piece.tensor, piece.rows, file, advance)
-                    advance(file.write(b"\0" * (-piece.n_bytes % cut.source.alignment)))
+        # Left in reverse order: the companion takes its name before the file that needs it does.
+        with (
+            open(cut.source.path, "rb") as source,
+            write_whole(out, TRIMMED) as trimmed_file,
+            write_whole(companion_path(out), COMPANION) as companion_file,
+        ):
+            write_output(cut.trimmed, source, trimmed_file, advance)
+            write_output(cut.companion, source, companion_file, advance)
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
+
+
+def write_output(
+    output: Output, source: BinaryIO, out: BinaryIO, advance: Callable[[int], object] = lambda _: None
+) -> None:
+    """Write head and pieces, taken from the open file they come from, to another."""
+    advance(out.write(output.head))
+    for piece in output.pieces:
+        with contextlib.nullcontext(source) if piece.file is None else open(piece.file, "rb") as whence:
+            if piece.data is not None:
+                advance(out.write(piece.data))
+            elif piece.rows is not None:
+                _copy_rows(whence, piece.tensor, piece.rows, out, advance)
+            else:
+                copy_range(whence, piece.tensor.offset, piece.n_bytes, out, advance)
+        advance(out.write(b"\0" * (-piece.n_bytes % output.alignment)))
 
 
 def _copy_rows(

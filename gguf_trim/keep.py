@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from corpus.counts import Counts
+from corpus.ready import ranking_counts
 from llamabase.errors import FileFormatError, TrimError
+from llamabase.files import read_text
 from llamabase.vocabulary import Vocabulary
+
+DEFAULT_K = 16384
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,33 @@ def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts, having: np.n
     return order if having is None else order[having[order]]
 
 
-def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int, having: np.ndarray | None = None) -> Keep:
-    """Keep the first k head rows in keep order; see there. Raises TrimError for more than there are, or none."""
-    order = keep_order(vocabulary, n_rows, counts, having)
-    if not 1 <= k <= len(order):
-        raise TrimError(f"{vocabulary.path}: k must be between 1 and its {len(order)} rows, and is {k}")
+def _first(vocabulary: Vocabulary, n_rows: int, order: np.ndarray, k: int, counts: Counts | None = None) -> Keep:
+    """Keep the first k rows of an order that begins with the forced ones. Raises TrimError for k outside 1..n_rows."""
+    n_rows = min(n_rows, len(order)) if counts is not None else n_rows
+    if not 1 <= k <= n_rows:
+        raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
     ids = np.sort(order[:k]).astype(np.int32)
-    n_forced = sum(i < n_rows and (having is None or bool(having[i])) for i in vocabulary.forced)
-    return Keep(ids, min(n_forced, k), max(0, n_forced - k), counts.coverage(ids))
+    n_forced = int(np.isin(vocabulary.forced, order).sum())
+    return Keep(ids, min(n_forced, k), max(0, n_forced - k), None if counts is None else counts.coverage(ids))
 
 
-def k_for(
-    vocabulary: Vocabulary, n_rows: int, counts: Counts, top_p: float | None = None, min_count: int | None = None
-) -> int:
-    """The smallest k that covers a share top_p of everything counted, or holds every token counted min_count times.
+def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
+    """Keep the first k of n_rows head rows in keep order. Raises TrimError for k outside 1..n_rows."""
+    return _first(vocabulary, n_rows, keep_order(vocabulary, n_rows, counts), k, counts)
+
+
+def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None) -> Keep:
+    """Keep every forced token and the listed ids; of these in this order the first k."""
+    order = np.array(list(dict.fromkeys([*(i for i in vocabulary.forced if i < n_rows), *listed])))
+    return _first(vocabulary, n_rows, order, len(order) if k is None else k)
+
+
+def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None, min_count: int | None) -> int:
+    """The smallest k of a keep order to cover a share top_p of the counts, or all that was counted min_count times.
 
     Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
     """
-    order = keep_order(vocabulary, n_rows, counts)
+    n_rows = len(order)
     seen = np.zeros(max(n_rows, counts.n_tokens), np.int64)
     seen[counts.ids] = counts.counts
     if top_p is not None:
@@ -68,23 +81,11 @@ def k_for(
         k = int(np.searchsorted(covered, min(top_p, covered[-1]))) + 1
     else:
         often = np.flatnonzero(seen[order] >= (min_count or 1))
-        k = int(often[-1]) + 1 if len(often) else len(vocabulary.forced)
+        k = int(often[-1]) + 1 if len(often) else n_forced
     return min(n_rows, -(-k // 32) * 32)
 
 
-def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None) -> Keep:
-    """Keep the listed ids (the first k of them) and every forced token."""
-    unique = list(dict.fromkeys(listed))
-    forced = [i for i in vocabulary.forced if i < n_rows]
-    if k is not None:
-        if not 1 <= k <= n_rows:
-            raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
-        unique = list(dict.fromkeys([*forced, *unique]))[:k]
-        return Keep(np.sort(np.array(unique, np.int32)), min(len(forced), k), max(0, len(forced) - k), None)
-    return Keep(np.array(sorted({*unique, *forced}), np.int32), len(forced), 0, None)
-
-
-def filled(keep: Keep, order: np.ndarray, multiple: int) -> Keep:
+def _filled(keep: Keep, order: np.ndarray, multiple: int) -> Keep:
     """`keep` with the next tokens of a keep order, up to a multiple of rows (or all there are)."""
     held = np.isin(order, keep.ids)
     more = order[~held][: -len(keep.ids) % multiple]
@@ -94,11 +95,7 @@ def filled(keep: Keep, order: np.ndarray, multiple: int) -> Keep:
 def read_keep_list(path: Path, n_rows: int) -> list[int]:
     """Token ids from a text file, one a line; `#` begins a comment. Raises FileFormatError naming file and line."""
     listed = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path}: cannot be read as a list of token ids: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "a list of token ids").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -108,3 +105,32 @@ def read_keep_list(path: Path, n_rows: int) -> list[int]:
     if not listed:
         raise FileFormatError(f"{path}: holds no token ids; write one a line")
     return listed
+
+
+def choose_rows(
+    vocabulary: Vocabulary,
+    n_rows: int,
+    k: int | None = None,
+    counts: Path | None = None,
+    keep_file: Path | None = None,
+    top_p: float | None = None,
+    min_count: int | None = None,
+    having: np.ndarray | None = None,
+    multiple: int = 1,
+) -> Keep:
+    """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
+
+    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times; filled up to a
+    `multiple` in keep order. `having` (bool by id): which ids there are rows of, None for all.
+    """
+    listed = None
+    if keep_file is not None:
+        listed = keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
+        if multiple == 1 and having is None:
+            return listed
+    counted = ranking_counts(vocabulary, counts)
+    order = keep_order(vocabulary, n_rows, counted, having)
+    if top_p is not None or min_count is not None:
+        k = _k_for(order, len(vocabulary.forced), counted, top_p, min_count)
+    keep = listed or _first(vocabulary, n_rows, order, DEFAULT_K if k is None else k, counted)
+    return _filled(keep, order, multiple)

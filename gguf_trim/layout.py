@@ -22,8 +22,8 @@ HEAD_BIAS = "output.bias"
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor as it goes into an output: of the source, or of another `file`, whole or only `rows` (ascending); or a
-    new one, its data."""
+    """A tensor as it goes into an output: the source's or that of another `file`, whole or only `rows` (ascending ids),
+    or one of new `data`."""
 
     tensor: Tensor
     rows: np.ndarray | None = None
@@ -45,39 +45,45 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Output:
+    """A GGUF to be: its encoded head, and the pieces that follow, each padded to `alignment`."""
+
+    head: bytes
+    pieces: list[Piece]
+    alignment: int
+
+    @classmethod
+    def of(cls, fields: list[bytes], pieces: list[Piece], alignment: int) -> Output:
+        return cls(encode_head(fields, pieces, alignment), pieces, alignment)
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.head) + sum(-(-piece.n_bytes // self.alignment) * self.alignment for piece in self.pieces)
+
+
+@dataclass(frozen=True)
 class Cut:
-    """A planned cut: the two heads, encoded, and the pieces that follow each."""
+    """A planned cut of `source` to the rows of `keep`: both outputs carry the source's `identity`."""
 
     source: GGUFFile
-    identity: str  # of the source; both outputs carry it
+    identity: str
     keep: Keep
-    tied: bool
-    trimmed: bytes
-    companion: bytes
-    pieces: list[Piece]
-    companion_pieces: list[Piece]
-
-    def _size(self, head: bytes, pieces: list[Piece]) -> int:
-        alignment = self.source.alignment
-        return len(head) + sum(-(-piece.n_bytes // alignment) * alignment for piece in pieces)
+    trimmed: Output
+    companion: Output
 
     @property
-    def trimmed_bytes(self) -> int:
-        return self._size(self.trimmed, self.pieces)
+    def n_bytes(self) -> int:
+        return self.trimmed.n_bytes + self.companion.n_bytes
 
     @property
-    def companion_bytes(self) -> int:
-        return self._size(self.companion, self.companion_pieces)
-
-    @property
-    def total_bytes(self) -> int:
-        return self.trimmed_bytes + self.companion_bytes
+    def tied(self) -> bool:
+        return HEAD not in self.source.tensors
 
     @property
     def step_bytes(self) -> int:
         """Weight bytes one draft step of the trimmed file reads (its embedding table is never read)."""
         skipped = set() if self.tied else {EMBEDDING}
-        return sum(piece.n_bytes for piece in self.pieces if piece.tensor.name not in skipped)
+        return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)
 
 
 def _text(text: str) -> bytes:

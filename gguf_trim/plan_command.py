@@ -4,41 +4,58 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
-from corpus.answers import TargetAnswer, read_answers_file
+from corpus.answers import TargetAnswer, read_answers
+from corpus.counts import Counts
 from corpus.generate import generate
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
-from llamabase.command import FILE
-from llamabase.errors import TrimError
-from llamabase.files import PLOT, write_whole
+from llamabase.command import FILE, THREADS
+from llamabase.files import PLOT
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
-from llamabase.progress import progress, stderr
-from llamabase.sampling import Sampling
-from llamabase.template import ChatTemplate
+from llamabase.plot import drawing
+from llamabase.progress import stderr
+from llamabase.sampling import GREEDY, Sampling
 from llamabase.vocabulary import Vocabulary, require_same
 
-from .dynamic.fitting import fit_to
-from .keep import keep_order
-from .pairs.catalog import load_catalog
-from .pairs.fetch import fetch
-from .pairs.prepare import DEFAULT_MODEL
-from .planning.costs import AS_SHIPPED, VERIFY_REPEAT, requantized, verify_costs
+from .dynamic.reading import Reading, calibration
+from .pairs.prepare import DEFAULT_MODEL, files_of
+from .planning.costs import AS_SHIPPED, requantized, verify_costs
 from .planning.matches import grid, tau_of
 from .planning.planner import Plan, make_plan, sampled_acceptance
 
 TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
 
 
+COUNTS = click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+
+
+def pair_options(command: Any) -> Any:
+    """--model | --target --draft: what `files_of` takes."""
+
+    @click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
+    @click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
+    @click.option("--draft", "--drafter", "drafter", type=FILE, help="The uncut drafter's, instead of the catalog's.")
+    @wraps(command)
+    def with_pair(model: str | None, target: Path | None, drafter: Path | None, **others: Any) -> Any:
+        if model is None and (target is None) != (drafter is None):
+            raise click.UsageError("give both --target and --draft, or a --model")
+        model = DEFAULT_MODEL if target is None and model is None else model
+        return command(model=model, target=target, drafter=drafter, **others)
+
+    return with_pair
+
+
 @click.command("plan")
-@click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
-@click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
-@click.option("--draft", "--drafter", "drafter", type=FILE, help="The uncut drafter's GGUF, instead of the catalog's.")
-@click.option("--counts", type=FILE, help="Counts that rank.  [default: those that ship]")
+@pair_options
+@COUNTS
 @click.option("--prompts", type=FILE, help="Prompts that judge.  [default: bundled ones that were never counted]")
 @click.option("--limit", type=click.IntRange(1), default=24, show_default=True, help="How many of the prompts.")
 @click.option("-n", "--tokens", type=click.IntRange(1), default=96, show_default=True, help="Most per answer.")
@@ -48,7 +65,7 @@ TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and N
 @click.option("--no-measure", is_flag=True, help="Acceptance and MBSU only: no step is timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the choices as one JSON list.")
 @click.option("--plot", "picture", type=FILE, help="Draw acceptance and MBSU against k, as a PNG.")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+@THREADS
 def plan_command(
     model: str | None,
     target: Path | None,
@@ -66,63 +83,37 @@ def plan_command(
     threads: int | None,
 ) -> None:
     """Find the k and the draft length that are fastest for this pair here, by measurement."""
-    if (target is None) != (drafter is None):
-        raise click.UsageError("give both --target and --draft, or a --model")
     PLOT.require(picture)
-    if target is None or drafter is None:
-        pair = load_catalog().pair(model or DEFAULT_MODEL)
-        target, drafter = fetch(pair.target), fetch(pair.drafter)
-    vocabulary = Vocabulary(GGUFFile(drafter))
-    require_same(Vocabulary(GGUFFile(target)), vocabulary)
-    ranking = ranking_counts(vocabulary, counts)
-    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
-        judged = (
-            read_answers_file(answers)
-            if answers is not None
-            else target_answers(target, prompts, limit, tokens, Path(folder), threads)
-        )
-        verify = None
-        if not no_measure:
-            with progress("timing the target", 9 * VERIFY_REPEAT, "decodes") as advance:
-                verify = verify_costs(target, n_threads=threads, advance=advance)
-        speculator = fit_to(drafter, GGUFFile(drafter), n_threads=threads)
-        plans = []
-        for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]:
-            with progress(f"judging the drafter {type_}", len(judged), "answers") as advance:
-                plans.append(
-                    make_plan(
-                        target,
-                        drafter,
-                        ranking,
-                        judged,
-                        type_=type_,
-                        verify=verify,
-                        measure=not no_measure,
-                        n_threads=threads,
-                        folder=Path(folder),
-                        advance=advance,
-                        speculator=speculator,
-                    )
-                )
+    target, drafter = files_of(model, target, drafter)
+    ranking = _ranking(target, drafter, counts)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as name:
+        folder, file = Path(name), GGUFFile(drafter)
+        if answers is not None:
+            judged = read_answers(answers)
+        else:
+            judged = target_answers(target, prompts, limit, tokens, folder, threads)
+        verify = None if no_measure else verify_costs(target, threads)
+        speculator = Reading.of(drafter, calibration(file), n_threads=threads).fitted(file)
+        plans = [
+            make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)
+            for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]
+        ]
         faster = None
         if types and verify is not None:
-            quicker = requantized(target, TARGET_TYPE, Path(folder))
-            with progress(f"timing the target as {TARGET_TYPE}", 9 * VERIFY_REPEAT, "decodes") as advance:
-                faster = verify_costs(quicker, n_threads=threads, advance=advance)
+            quicker = requantized(target, TARGET_TYPE, folder)
+            faster = verify_costs(quicker, threads, f"timing the target as {TARGET_TYPE}")
     chosen = max(plans, key=lambda plan: plan.best.tokens_per_second or plan.best.mbsu_bytes)
     if as_json:
-        click.echo(json.dumps([{**choice.as_json(), "type": plan.type} for plan in plans for choice in plan.choices]))
+        click.echo(json.dumps([{**asdict(choice), "type": plan.type} for plan in plans for choice in plan.choices]))
     else:
         for plan in plans:
             click.echo(_table(plan, chosen.best.draft_max))
         click.echo(_groups(chosen))
         click.echo(verdict(chosen, verify, faster))
     if temp > 0:
-        sizes = grid(chosen.matches.n_vocab, 0)[::2]
-        order = keep_order(vocabulary, chosen.matches.n_vocab, ranking)
-        with progress(f"sampling at {temp}", 2 * len(judged), "answers") as advance:
-            found = sampled_acceptance(target, drafter, judged, order, sizes, Sampling(temp=temp), threads, advance)
-        for k, rate in found.items():
+        sizes = grid(len(chosen.order))[::2]
+        law = Sampling(temp=temp)
+        for k, rate in sampled_acceptance(target, drafter, judged, chosen.order, sizes, law, threads).items():
             click.echo(f"temperature {temp:g}, k {k:6d}: expected acceptance {rate:.3f}", err=as_json)
     if picture is not None:
         plot(plans, picture)
@@ -131,15 +122,17 @@ def plan_command(
 
 def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
     """The k of the fastest choice for this pair on this machine, from a short plan."""
-    vocabulary = Vocabulary(GGUFFile(drafter))
-    require_same(Vocabulary(GGUFFile(target)), vocabulary)
-    ranking = ranking_counts(vocabulary, counts)
+    ranking = _ranking(target, drafter, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         judged = target_answers(target, None, 16, 64, Path(folder))
-        with progress("timing the target", 9 * VERIFY_REPEAT, "decodes") as advance:
-            verify = verify_costs(target, advance=advance)
-        with progress("judging the drafter", len(judged), "answers") as advance:
-            return make_plan(target, drafter, ranking, judged, verify=verify, advance=advance).best.k
+        return make_plan(target, drafter, ranking, judged, Path(folder), verify_costs(target)).best.k
+
+
+def _ranking(target: Path, drafter: Path, counts: Path | None) -> Counts:
+    """The counts that rank a drafter's rows; raises VocabularyMismatch where the target has other tokens."""
+    vocabulary = Vocabulary(GGUFFile(drafter))
+    require_same(Vocabulary(GGUFFile(target)), vocabulary)
+    return ranking_counts(vocabulary, counts)
 
 
 def target_answers(
@@ -148,20 +141,10 @@ def target_answers(
     """The target's greedy answers to prompts that rank nothing."""
     chosen = load_prompts(prompts)
     chosen = spread(split(chosen, "judge") if prompts is None else chosen, limit)
-    file = GGUFFile(target)
-    template = ChatTemplate(file, Vocabulary(file))
     out = folder / "answers.jsonl"
-    with Model(target) as model, progress("the target answers", len(chosen), "prompts") as advance:
-        generate(
-            [(prompt, template.ids(model, prompt.messages)) for prompt in chosen],
-            model,
-            out,
-            max_tokens=tokens,
-            sampling=Sampling(temp=0),
-            n_threads=threads,
-            advance=advance,
-        )
-    return read_answers_file(out)
+    with Model(target) as model:
+        generate(chosen, model, out, max_tokens=tokens, sampling=GREEDY, n_threads=threads)
+    return read_answers(out)
 
 
 def _table(plan: Plan, draft_max: int) -> str:
@@ -211,22 +194,16 @@ def verdict(plan: Plan, verify: dict[int, float] | None, faster: dict[int, float
 
 def plot(plans: list[Plan], path: Path) -> None:
     """Acceptance and MBSU by bytes against k, as a PNG. Needs the extra [plot]."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    left = figure.subplots()
-    right = left.twinx()
-    for plan in plans:
-        n = plan.best.draft_max
-        line = [choice for choice in plan.choices if choice.draft_max == n and choice.vocab in ("trim", "full")]
-        every_k = plan.matches.curve()[1:] / plan.matches.positions
-        left.plot(range(1, len(every_k) + 1), every_k, label=f"acceptance, {plan.type}")
-        mbsu_bytes = [choice.mbsu_bytes for choice in line]
-        right.plot([choice.k for choice in line], mbsu_bytes, "--o", label=f"MBSU by bytes, {plan.type}")
-    left.set(xscale="log", xlabel="k (rows kept)", ylabel="acceptance")
-    right.set_ylabel("MBSU")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    with write_whole(path, PLOT) as file:
-        figure.savefig(file, format="png", dpi=120)
+    with drawing(path) as figure:
+        left = figure.subplots()
+        right = left.twinx()
+        for plan in plans:
+            n = plan.best.draft_max
+            line = [choice for choice in plan.choices if choice.draft_max == n and choice.vocab in ("trim", "full")]
+            every_k = plan.matches.curve()[1:] / plan.matches.positions
+            left.plot(range(1, len(every_k) + 1), every_k, label=f"acceptance, {plan.type}")
+            mbsu_bytes = [choice.mbsu_bytes for choice in line]
+            right.plot([choice.k for choice in line], mbsu_bytes, "--o", label=f"MBSU by bytes, {plan.type}")
+        left.set(xscale="log", xlabel="k (rows kept)", ylabel="acceptance")
+        right.set_ylabel("MBSU")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import CHUNK
 from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.llama import Context, Model
+from llamabase.progress import progress
 from llamabase.states import PairContext
 from llamabase.vocabulary import Vocabulary, require_same
 
@@ -47,34 +48,25 @@ class Verification:
     def ok(self) -> bool:
         return not self.differences
 
-    def as_json(self) -> dict[str, object]:
-        return {**asdict(self), "ok": self.ok}
 
-
-def verify(
-    trimmed: Path, source: Path, advance: Callable[[float], object] = lambda _: None, target: Path | None = None
-) -> Verification:
-    """Compare a trimmed drafter with the drafter it was cut from; `target` is the one that an EAGLE-3 head hangs on.
+def verify(trimmed: Path, source: Path, target: Path | None = None) -> Verification:
+    """Compare a trimmed drafter with the drafter it was cut from, with a bar; `target`: of a head that hangs on one.
 
     Raises FileFormatError where a file cannot be opened; what differs between two readable files is in the result.
     """
     cut, original = Trimmed.open(trimmed), GGUFFile(source)
     if (reason := why_not(original)) is not None:
         raise FileFormatError(f"{original.path}: is no --source to verify with: {reason}")
-    if original.architecture in HANGING:
-        hanging = HangingHead.of(original), HangingHead.of(cut.file)
-        differences = _hanging_structure(cut, *hanging, target, advance)
-    else:
-        differences = _structure(cut, original, advance)
+    with progress("verifying", sum(tensor.n_bytes for tensor in original.tensors.values()), "B") as advance:
+        if original.architecture in HANGING:
+            differences = _hanging_structure(cut, HangingHead.of(original), HangingHead.of(cut.file), target, advance)
+        else:
+            differences = _structure(cut, original, advance)
     if differences:  # logits of files that differ say nothing more
         return Verification(len(cut.d2t), 0, None, None, differences)
     if original.architecture in HANGING:
-        positions, difference, spread, first = _compared(cut, *_hanging_logits(cut, original, hanging[0], target))
-    else:
-        positions, difference, spread, first = _compared(cut, *_logits(cut, original))
-    if first is not None:
-        differences.append(first)
-    return Verification(len(cut.d2t), positions, difference, spread, differences)
+        return _compared(cut, *_hanging_logits(cut, HangingHead.of(original), target))
+    return _compared(cut, *_logits(cut, original))
 
 
 def _structure(cut: Trimmed, original: GGUFFile, advance: Callable[[float], object]) -> list[str]:
@@ -153,10 +145,9 @@ def _hanging_structure(
     return differences + _other_keys(cut, original, ())
 
 
-def _hanging_logits(
-    cut: Trimmed, original: GGUFFile, whole: HangingHead, target: Path | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _hanging_logits(cut: Trimmed, whole: HangingHead, target: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Random pairs through both files, in stock llama.cpp: logits at the kept ids."""
+    original = whole.file
     if original.architecture != EAGLE3:
         nothing = np.zeros((0, len(cut.d2t)), np.float32)
         return nothing, nothing  # what else a DFlash step needs is its target's; the bytes were compared
@@ -188,16 +179,16 @@ def _logits(cut: Trimmed, original: GGUFFile) -> tuple[np.ndarray, np.ndarray]:
             return expected, context.decode(vectors, outputs=len(prompt)).copy()
 
 
-def _compared(cut: Trimmed, expected: np.ndarray, found: np.ndarray) -> tuple[int, float, float, str | None]:
-    """Positions compared, greatest difference, range of the logits, first difference."""
+def _compared(cut: Trimmed, expected: np.ndarray, found: np.ndarray) -> Verification:
+    """Logits (positions x k) may differ by rounding, if at all."""
     gaps = np.abs(expected - found)
     greatest = float(gaps.max(initial=0.0))
     spread = float(np.ptp(expected)) if expected.size else 0.0
-    first = None
+    differences = []
     if not greatest <= 1e-5 * spread:  # also where it is not a number
         position, row = (int(i) for i in np.argwhere(~(gaps <= 1e-5 * spread))[0])
-        first = (
+        differences.append(
             f"{cut.file.path}: at position {position} the logit of token {int(cut.d2t[row])} is "
             f"{found[position, row]:.6f} and the source's {expected[position, row]:.6f}"
         )
-    return len(expected), greatest, spread, first
+    return Verification(len(cut.d2t), len(expected), greatest, spread, differences)

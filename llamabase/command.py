@@ -17,6 +17,7 @@ from .progress import stderr
 
 # Whether a file can be read is found out by reading it, in one sentence and with exit code 1.
 FILE = click.Path(path_type=Path, readable=False)
+THREADS = click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
 
 
 class Commands(click.Group):

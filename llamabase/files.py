@@ -11,11 +11,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from .errors import TrimError
+from .errors import FileFormatError, TrimError
+
+if TYPE_CHECKING:  # Python 3.10 has it elsewhere
+    from importlib.resources.abc import Traversable
 
 APP = "gguf-trim"
 CHUNK = 8 << 20  # bytes moved at a time: large enough for full disk speed, small enough to stay in memory
@@ -77,7 +80,10 @@ def _sweep(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.part")
     for sibling in path.parent.iterdir():
         if (match := pattern.fullmatch(sibling.name)) and not _alive(int(match[1])):
-            sibling.unlink(missing_ok=True)
+            if sibling.is_dir():
+                shutil.rmtree(sibling, ignore_errors=True)
+            else:
+                sibling.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -108,6 +114,25 @@ def write_whole(path: Path, kind: Kind) -> Iterator[BinaryIO]:
         raise TrimError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def work_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for files that are not yet what they should be; in the end it is gone with what is left.
+
+    What a killed process has left of its own goes first. Raises TrimError where the folder cannot be made.
+    """
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        part.mkdir()
+    except OSError as error:
+        raise TrimError(f"{part}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where the system lets folders be synced."""
     with contextlib.suppress(OSError):
@@ -116,6 +141,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_text(path: Path | Traversable, kind: str = "") -> str:
+    """All of a text file; raises FileFormatError, saying as what `kind` it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path}: cannot be read{kind and ' as '}{kind}: {error}") from error
 
 
 def require_room(path: Path, n_bytes: int) -> None:

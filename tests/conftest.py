@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from corpus.answers import TargetAnswer
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, write
-from gguf_trim.dynamic.reading import states_of
+from gguf_trim.dynamic.reading import Reading
 from gguf_trim.dynamic.speculator import attach, fit
 from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.pairs.catalog import load_catalog
@@ -115,7 +116,8 @@ TEXTS = [[int(i) for i in np.random.default_rng(n).integers(3, 500, 60)] for n i
 def with_speculator(path: Path, rank: int | None = None) -> Path:
     """Fit a speculator to a trimmed toy, on random text."""
     trimmed = Trimmed.open(path)
-    attach(trimmed, fit(trimmed.companion, states_of(path, TEXTS, trimmed.embeddings().rows), rank))
+    answers = [TargetAnswer(str(n), "all", text[:5], text[5:]) for n, text in enumerate(TEXTS)]
+    attach(trimmed, fit(trimmed.companion, Reading.of(path, answers, trimmed).states, rank))
     return path
 
 

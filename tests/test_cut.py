@@ -85,7 +85,7 @@ def test_a_cut_is_exact(tmp_path: Path, architecture: str, head_type: Quant) -> 
     ids = cut.keep.ids.tolist()
     assert len(ids) == 352
     check_structure(source, out, ids, names)
-    assert out.stat().st_size == cut.trimmed_bytes and companion_path(out).stat().st_size == cut.companion_bytes
+    assert out.stat().st_size == cut.trimmed.n_bytes and companion_path(out).stat().st_size == cut.companion.n_bytes
     result = verify(out, source)
     assert result.ok and result.max_logit_difference == 0, result.differences
     assert result.positions > 100 and result.logit_range is not None and result.logit_range > 1
@@ -176,7 +176,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "rows kept 320 of 600, " in said and "% of what was counted" in said
     assert "forced tokens 261" in said
     assert f"read per draft step {step_bytes(GGUFFile(source)) / 1e6:.1f} MB -> {cut.step_bytes / 1e6:.1f} MB" in said
-    assert f"{source.stat().st_size / 1e6:.1f} MB -> {cut.trimmed_bytes / 1e6:.1f} MB" in said
+    assert f"{source.stat().st_size / 1e6:.1f} MB -> {cut.trimmed.n_bytes / 1e6:.1f} MB" in said
     for path in (source, out, companion_path(out)):
         assert str(path) in result.stdout, "a path is data: it may not be wrapped or shortened"
 

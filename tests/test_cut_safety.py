@@ -46,7 +46,7 @@ def test_a_write_that_fails_anywhere_leaves_nothing(tmp_path: Path) -> None:
     """At every size the greater output could be stopped at: in the head, in rows, in copied tensors, at the end."""
     source, folder = write_model(tmp_path / "m.gguf"), tmp_path / "out"
     before, cut = sha256_of(source), plan(source, keep_first(400))
-    full = max(cut.trimmed_bytes, cut.companion_bytes)
+    full = max(cut.trimmed.n_bytes, cut.companion.n_bytes)
     for limit in (0, 100, 30_000, full // 2, full - 5000, full - 8, full - 1):
         with file_size_limit(limit), pytest.raises(TrimError, match="cannot be written: File too large") as caught:
             write(cut, folder / "t.gguf")
@@ -67,8 +67,8 @@ def test_neither_output_takes_its_name_before_both_are_whole(tmp_path: Path, tai
     source = tmp_path / "m.gguf"
     source.write_bytes(gguf(fields, [Table("norm", (9000,)), Table("token_embd.weight", (32, 4))]))
     cut = plan(source, keep_first(2))
-    assert cut.companion_bytes < cut.trimmed_bytes - tail
-    with file_size_limit(cut.trimmed_bytes - 1 - tail), pytest.raises(TrimError, match="File too large"):
+    assert cut.companion.n_bytes < cut.trimmed.n_bytes - tail
+    with file_size_limit(cut.trimmed.n_bytes - 1 - tail), pytest.raises(TrimError, match="File too large"):
         write(cut, tmp_path / "t.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 

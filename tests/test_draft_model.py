@@ -10,7 +10,7 @@ import pytest
 from llama_cpp import Llama
 
 from gguf_trim.cut import plan, write
-from gguf_trim.pairs.prepare import choose_rows
+from gguf_trim.keep import choose_rows
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from runner import TrimmedDraft
 

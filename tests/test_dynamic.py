@@ -41,6 +41,13 @@ def head_of(file: GGUFFile) -> np.ndarray:
     return np.concatenate([block for _, block in blocks(file, head_tensor(file))])
 
 
+def scores_of(made: Speculator, hidden: np.ndarray) -> np.ndarray:
+    """The plain reference of what ggml computes at run time: float32 (V)."""
+    up = np.empty((len(made.up), made.rank), np.float32)
+    dequantizer(speculator.UP_TYPE)(np.ascontiguousarray(made.up), up)
+    return up @ (made.down @ hidden)
+
+
 @pytest.fixture
 def spec(toys: dict[str, Path], tmp_path: Path) -> Path:
     """The good drafter cut to few rows, with a speculator."""
@@ -100,7 +107,9 @@ def test_recent_tokens_depend_on_the_text_alone(texts: list[list[int]], size: in
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_added_rows_have_the_full_heads_logits(architecture: str, head_type: Quant, tmp_path: Path) -> None:
+def test_added_rows_have_the_full_heads_logits(
+    architecture: str, head_type: Quant, tmp_path: Path, monkeypatch
+) -> None:
     source = write_model(tmp_path / "source.gguf", architecture, head_type, n_tokens=600)
     cut = tmp_path / "cut.gguf"
     write(plan(source, keep_first(40)), cut)
@@ -111,7 +120,8 @@ def test_added_rows_have_the_full_heads_logits(architecture: str, head_type: Qua
     with Model(cut) as model, Context(model, 128, n_outputs=64) as context:
         kept = context.decode(trimmed.embeddings().rows(text), len(text), hidden=True)[-1].copy()
         hidden = context.hidden_states(len(text))[-1].copy()
-    head = DynamicHead(trimmed, Backend(1), Speculator.of(trimmed), n_candidates=64)
+    monkeypatch.setattr(dynamic, "CANDIDATES", 64)
+    head = DynamicHead(trimmed, Backend(1), Speculator.of(trimmed))
     assert head.agrees(kept, hidden)
     assert not head.agrees(kept[::-1], hidden)
     head.follow(text)
@@ -131,8 +141,8 @@ def test_closed_form_is_exact_at_full_rank_and_best_below(toys: dict[str, Path])
     moment = states.T @ states / len(states)
     made = fit(file, states.astype(np.float32), 256)
     assert made.rank == 256
-    logits, scores = w @ states[0], made.scores(states[0].astype(np.float32))
-    off = logits - scores
+    logits = w @ states[0]
+    off = logits - scores_of(made, states[0].astype(np.float32))
     assert np.ptp(off) < 0.25 * np.ptp(logits)  # what Q4_0 leaves
 
     def error(low: np.ndarray) -> float:
@@ -159,7 +169,7 @@ def test_training_lowers_the_cross_entropy(toys: dict[str, Path]) -> None:
     found = distil(start, file, states, 60)
 
     def cross_entropy(made: Speculator) -> float:
-        scores = np.stack([made.scores(state) for state in states])
+        scores = np.stack([scores_of(made, state) for state in states])
         logits = states @ w.T
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         log_q = scores - scores.max(axis=1, keepdims=True)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from corpus.answers import read_answers_file
-from corpus.generate import answers, generate, read_answers
+from corpus.answers import read_answers
+from corpus.generate import answers, generate
 from corpus.prompts import Prompt
 from llamabase.errors import FileFormatError
 from llamabase.llama import Context, Model
@@ -24,11 +24,7 @@ def model(toys):
         yield model
 
 
-def prompts_of(model) -> list[tuple[Prompt, list[int]]]:
-    return [
-        (Prompt(f"p{i}", f"task{i % 2}", [{"role": "user", "content": text}]), model.tokenize(text))
-        for i, text in enumerate(TEXTS)
-    ]
+PROMPTS = [Prompt(f"p{i}", f"task{i % 2}", [{"role": "user", "content": text}]) for i, text in enumerate(TEXTS)]
 
 
 def alone(model, ids: list[int], n: int) -> list[int]:
@@ -48,7 +44,7 @@ def alone(model, ids: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize("n_batch", [16, 256])
 def test_same_answers_in_any_company(model, n_parallel: int, n_batch: int) -> None:
     """However many run together and however prompts are cut to fit a batch."""
-    prompts = [(prompt.id, ids) for prompt, ids in prompts_of(model)]
+    prompts = [(f"p{i}", model.tokenize(text)) for i, text in enumerate(TEXTS)]
     with Context(model, 1024, n_batch=n_batch, n_outputs=16, n_sequences=16) as context:
         found = list(answers(model, context, prompts, n_parallel=n_parallel, max_tokens=24, sampling=GREEDY))
     assert sorted(answer.id for answer in found) == sorted(name for name, _ in prompts)
@@ -61,8 +57,8 @@ def test_sampled_answers_depend_on_the_seed_alone(model, tmp_path) -> None:
     texts = []
     for n_parallel, seed in ((1, 3), (4, 3), (4, 4)):
         out = tmp_path / f"{n_parallel}-{seed}.jsonl"
-        generate(prompts_of(model), model, out, n_parallel=n_parallel, max_tokens=12, sampling=HOT, seed=seed)
-        texts.append({name: line["answer_ids"] for name, line in read_answers(out).items()})
+        generate(PROMPTS, model, out, n_parallel=n_parallel, max_tokens=12, sampling=HOT, seed=seed)
+        texts.append({found.id: found.answer for found in read_answers(out)})
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -70,15 +66,15 @@ def test_sampled_answers_depend_on_the_seed_alone(model, tmp_path) -> None:
 def test_a_kill_at_any_byte_neither_loses_nor_repeats_an_answer(model, tmp_path, sampling) -> None:
     """What a resumed run adds is what an uninterrupted one says, sampled text too; a plan can group it by task."""
     whole = tmp_path / "whole.jsonl"
-    generate(prompts_of(model), model, whole, n_parallel=3, max_tokens=8, sampling=sampling)
-    assert {found.id: found.label for found in read_answers_file(whole)} == {f"p{i}": f"task{i % 2}" for i in range(6)}
+    generate(PROMPTS, model, whole, n_parallel=3, max_tokens=8, sampling=sampling)
+    assert {found.id: found.label for found in read_answers(whole)} == {f"p{i}": f"task{i % 2}" for i in range(6)}
     data = whole.read_bytes()
     wanted = {line["id"]: line for line in map(json.loads, data.splitlines())}
     for cut in {0, 1, len(data) // 3, data.index(b"\n"), data.index(b"\n") + 1, len(data) - 1, len(data)}:
         out = tmp_path / f"cut{cut}.jsonl"
         out.write_bytes(data[:cut])
         kept = data[: data[:cut].rfind(b"\n") + 1]
-        generate(prompts_of(model), model, out, n_parallel=3, max_tokens=8, sampling=sampling)
+        generate(PROMPTS, model, out, n_parallel=3, max_tokens=8, sampling=sampling)
         assert out.read_bytes().startswith(kept)
         lines = [json.loads(line) for line in out.read_bytes().splitlines()]
         assert len(lines) == len(wanted)
@@ -89,5 +85,5 @@ def test_a_file_of_something_else_is_refused(model, tmp_path) -> None:
     out = tmp_path / "notes.jsonl"
     out.write_text('{"id": "p0"}\nmy notes\n')
     with pytest.raises(FileFormatError, match=r"notes\.jsonl, line 2"):
-        generate(prompts_of(model), model, out, max_tokens=4, sampling=GREEDY)
+        generate(PROMPTS, model, out, max_tokens=4, sampling=GREEDY)
     assert out.read_text() == '{"id": "p0"}\nmy notes\n'

@@ -12,13 +12,15 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
 from gguf_trim.__main__ import main as gguf_trim
+from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, write
-from gguf_trim.dynamic.fitting import add_speculator
+from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.hanging import HangingHead
-from gguf_trim.keep import Keep, filled
+from gguf_trim.keep import Keep
+from gguf_trim.keep import _filled as filled
 from gguf_trim.verify import verify
 from llamabase import states
-from llamabase.errors import EngineError, FileFormatError, TrimError, VocabularyMismatch
+from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
 from llamabase.noise import Noise
@@ -420,6 +422,17 @@ def answers_file(folder: Path) -> Path:
     return path
 
 
+def fitted(cut: Path, answers: Path, target: Path) -> Speculator:
+    arguments = ["speculator", str(cut), "--calibration", str(answers), "--target", str(target)]
+    done = CliRunner().invoke(gguf_trim, arguments)
+        gguf_trim, ["speculator", str(cut), "--calibration", str(answers), "--target", str(target)]
+    )
+    assert done.exit_code == 0, done.output
+    found = Speculator.of(Trimmed.open(cut))
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def dynamic(heads: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Heads cut to next to nothing, with a speculator: of a whole head, and of one with a d2t."""
@@ -427,7 +440,7 @@ def dynamic(heads: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for name in ("whole", "mapped"):
         found[name] = folder / f"{name}.gguf"
         write(plan(heads[name], rows(16), heads["target"]), found[name])
-        add_speculator(found[name], answers_file(folder), target=heads["target"])
+        fitted(found[name], answers_file(folder), heads["target"])
     return found
 
 
@@ -457,13 +470,13 @@ def test_rows_are_added_at_every_step(heads, dynamic, name: str, vocab: str) -> 
 
 def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Path) -> None:
     """And needs the target, whose states the head reads."""
-    with pytest.raises(TrimError, match="give the model it was made for as --target"):
-        add_speculator(dynamic["whole"])
+    done = CliRunner().invoke(gguf_trim, ["speculator", str(dynamic["whole"])])
+    assert (done.exit_code, "give the model it was made for as --target" in done.stderr) == (1, True)
     cut = tmp_path / "cut.gguf"
     write(plan(heads["whole"], rows(64), heads["target"]), cut)
     ids, answers = answers_file(tmp_path), [[97, 101, 116] * 5]
     (tmp_path / "own.json").write_text(json.dumps({"a": [answers[0][:5], answers[0][5:]]}))
-    made = add_speculator(cut, tmp_path / "own.json", target=heads["target"])
+    made = fitted(cut, tmp_path / "own.json", heads["target"])
     with Engine(heads["target"], cut, n_ctx=64) as engine:
         right = []
         for n in range(5, 15):

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.counts import Counts
-from gguf_trim.keep import keep_counted, keep_listed, read_keep_list
-from gguf_trim.pairs.prepare import choose_rows
+from gguf_trim.keep import choose_rows, keep_counted, keep_listed, read_keep_list
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
 from llamabase.vocabulary import Vocabulary

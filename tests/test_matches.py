@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gguf_trim.planning.matches import Matches, grid, interval, rank_of, run_lengths
+from gguf_trim.dynamic.reading import share
+from gguf_trim.planning.matches import Matches, beaters, grid, interval, run_lengths, tau_of
 from gguf_trim.planning.planner import mbsu
 
 V = 12
@@ -45,8 +46,8 @@ def live(right: list[bool], draft_max: int) -> tuple[int, int]:
 
 def found_in(case) -> Matches:
     logits, targets, order = case
-    rank = rank_of(order)
-    intervals = [interval(row, target, rank) for row, target in zip(logits, targets, strict=True)]
+    rank = np.argsort(order)
+    intervals = [interval(target, beaters(row, target), rank) for row, target in zip(logits, targets, strict=True)]
     return Matches([np.array(intervals)], ["all"], V)
 
 
@@ -60,7 +61,7 @@ def test_every_k_is_as_brute_force_says(case) -> None:
         wanted = replayed(logits, targets, order, k)
         assert found.right(k)[0].tolist() == wanted
         assert curve[k] == sum(wanted)
-        assert found.acceptance(k) == pytest.approx(sum(wanted) / len(wanted))
+        assert share(found.right(k)) == pytest.approx(sum(wanted) / len(wanted))
 
 
 @given(cases(), st.integers(1, 6))
@@ -69,7 +70,7 @@ def test_tau_is_the_loops(case, draft_max: int) -> None:
     logits, targets, order = case
     for k in (1, 3, V):
         tokens, rounds = live(replayed(logits, targets, order, k), draft_max)
-        assert found_in(case).tau(k, draft_max) == pytest.approx(tokens / rounds)
+        assert tau_of(found_in(case).right(k), draft_max) == pytest.approx(tokens / rounds)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20))
@@ -79,18 +80,18 @@ def test_run_lengths(right: list[bool]) -> None:
         assert i + length == len(right) or not right[i + length]
 
 
-def test_groups_add_up() -> None:
+def test_answers_add_up() -> None:
     found = Matches([np.array([[0, 5], [3, 9]]), np.array([[1, 2]])], ["en", "de"], V)
-    assert found.positions == found.only("en").positions + found.only("de").positions == 3
-    assert found.only("de").acceptance(2) == 1.0
-    assert Matches([], [], V).acceptance(3) == Matches([], [], V).tau(3, 2) == 0.0
+    assert found.positions == 3
+    assert share(found.right(2)[1:]) == 1.0
+    assert share(Matches([], [], V).right(3)) == tau_of(Matches([], [], V).right(3), 2) == 0.0
 
 
 def test_grid_ends_with_the_whole_head() -> None:
-    assert grid(151936, 279)[0] == 2048
-    assert grid(151936, 279)[-1] == 151936
-    assert grid(600, 10) == [600]
-    assert {8192, 16384, 32768, 65536} <= set(grid(151936, 279))
+    assert grid(151936)[0] == 2048
+    assert grid(151936)[-1] == 151936
+    assert grid(600) == [600]
+    assert {8192, 16384, 32768, 65536} <= set(grid(151936))
 
 
 def test_mbsu_reproduces_the_published_ablation() -> None:

@@ -14,12 +14,12 @@ from corpus.counts import Counts
 from gguf_trim.__main__ import main
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, step_bytes, write
-from gguf_trim.dynamic.reading import states_of
+from gguf_trim.dynamic.reading import Reading, share
 from gguf_trim.dynamic.speculator import Speculator, attach, fit
 from gguf_trim.keep import keep_counted, keep_order
 from gguf_trim.planning.added import AddedRows
 from gguf_trim.planning.costs import Weights, requantized
-from gguf_trim.planning.matches import rank_of, tau_of
+from gguf_trim.planning.matches import tau_of
 from gguf_trim.planning.planner import matches_of, sampled_acceptance
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
@@ -69,7 +69,7 @@ def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) ->
     """For every k tried: cut the drafter, read the same answers with it, take the argmax at each position."""
     vocabulary = Vocabulary(GGUFFile(pair[1]))
     found = matches_of(pair[1], answers, keep_order(vocabulary, 600, counts))
-    assert 0.2 < found.acceptance(600) < 1  # a drafter that is always or never right would prove little
+    assert 0.2 < share(found.right(600)) < 1  # a drafter that is always or never right would prove little
     for k in (64, 288, 320, 352, 384, 512):
         trimmed = cut_to(pair[1], counts, k, tmp_path / f"k{k}.gguf")
         opened = Trimmed.open(trimmed)
@@ -84,14 +84,15 @@ def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) ->
 @pytest.mark.parametrize("vocab", ["trim", "context", "spec"])
 def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, monkeypatch, vocab) -> None:
     """Position by position, also where rows are added at every step; few candidates, or all rows would be added."""
-    monkeypatch.setattr("gguf_trim.dynamic.rows.CANDIDATES", 20)
+    for module in ("dynamic.rows", "planning.added"):
+        monkeypatch.setattr(f"gguf_trim.{module}.CANDIDATES", 20)
+    monkeypatch.setattr("gguf_trim.planning.added.CORES", (296,))
     vocabulary = Vocabulary(GGUFFile(pair[1]))
     order = keep_order(vocabulary, 600, counts)
     trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")
     opened = Trimmed.open(trimmed)
-    texts = [[*answer.prompt, *answer.answer] for answer in answers]
-    attach(opened, fit(opened.companion, states_of(trimmed, texts, opened.embeddings().rows)))
-    added = AddedRows(rank_of(order), Speculator.of(opened := Trimmed.open(trimmed)), cores=[296], n_candidates=20)
+    attach(opened, fit(opened.companion, Reading.of(trimmed, answers, opened).states))
+    added = AddedRows(np.argsort(order), Speculator.of(Trimmed.open(trimmed)))
     found = matches_of(pair[1], answers, order, added=added)
     rights = found.right(296) if vocab == "trim" else added.found[vocab, 296].rights
     with Engine(pair[0], trimmed, n_ctx=256, vocab=vocab) as engine:

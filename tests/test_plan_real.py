@@ -12,13 +12,13 @@ from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ready_counts
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, write
-from gguf_trim.dynamic.reading import ROWS
+from gguf_trim.dynamic.reading import ROWS, share
 from gguf_trim.keep import keep_counted, keep_order
 from gguf_trim.layout import EMBEDDING
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
 from gguf_trim.planning.added import AddedRows
-from gguf_trim.planning.matches import rank_of, tau_of
+from gguf_trim.planning.matches import tau_of
 from gguf_trim.planning.planner import matches_of
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
@@ -88,14 +88,14 @@ def test_every_k_is_a_replay_and_tau_is_the_loops(pair: str, n_prompts: int, n_t
     prompts = [prompt.messages for prompt in spread(split(load_prompts(), "judge"), n_prompts)]
     for vocab in ("trim", "context"):
         answers, tau = live(target, cuts[8192], prompts, n_tokens, vocab)
-        added = AddedRows(rank_of(order), None, cores=[8192])
+        added = AddedRows(np.argsort(order), None)
         found = matches_of(drafter, answers, order, added=added)
         rights = found.right(8192) if vocab == "trim" else added.found["context", 8192].rights
         print(f"{pair} {vocab} 8192: tau live {tau:.3f}, planned {tau_of(rights, 3):.3f}")
         assert tau_of(rights, 3) == pytest.approx(tau, rel=0.02)
-    assert 0.2 < found.acceptance(2048) < found.acceptance(n_rows) < 1
+    assert 0.2 < share(found.right(2048)) < share(found.right(n_rows)) < 1
     for k, path in [*cuts.items(), (n_rows, drafter)]:
         replayed = replay(path, answers)
         assert [right.tolist() for right in found.right(k)] == replayed
-        print(f"{pair} k = {k}: acceptance {found.acceptance(k):.4f} over {found.positions} positions, replayed")
-        assert found.acceptance(k) == np.mean([right for answer in replayed for right in answer])
+        print(f"{pair} k = {k}: acceptance {share(found.right(k)):.4f} over {found.positions} positions, replayed")
+        assert share(found.right(k)) == np.mean([right for answer in replayed for right in answer])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +63,31 @@ def test_the_type_is_measured_once(toy, tmp_path: Path) -> None:
     assert toy()[1] == 1
 
 
+def test_what_is_used_is_not_forgotten(toy, tmp_path: Path) -> None:
+    """Its age begins anew where it is a day old; until then nothing is written."""
+    toy()
+    path = tmp_path / "costs.json"
+    os.utime(path, (0, 0))
+    toy()
+    assert path.stat().st_mtime == 0
+    ((key, found),) = json.loads(path.read_text()).items()
+    old = found["measured"] - 2 * 86_400
+    path.write_text(json.dumps({key: found | {"measured": old}}))
+    assert toy()[1] == 0
+    assert json.loads(path.read_text())[key]["measured"] > old + 86_400
+
+
+def test_what_a_killed_run_has_left_is_swept(toy, tmp_path: Path) -> None:
+    path, _ = toy("none")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    left = path.with_name(f".{path.name}.{gone.pid}.part")
+    left.mkdir()
+    (left / path.name).write_text("half a cut")
+    made, _ = toy("q8_0")
+    assert files(tmp_path) == {name for kept in (path, made) for name in (kept.name, companion_path(kept).name)}
+
+
 @pytest.mark.parametrize("damage", [5, "Q9_9", ["Q4_0"], None])
 def test_a_damaged_memory_is_measured_again(toy, tmp_path: Path, damage) -> None:
     toy()
@@ -110,12 +138,12 @@ def test_a_type_decided_by_hand_is_not_measured(toy, toys, tmp_path: Path) -> No
 
 
 def test_an_interruption_leaves_nothing_that_is_not_whole(toy, tmp_path: Path, monkeypatch) -> None:
-    honest = quickest.reading_of
-    monkeypatch.setattr(quickest, "reading_of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    honest = Reading.of
+    monkeypatch.setattr(Reading, "of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         toy()
     assert len(files(tmp_path)) == 2  # the proven cut and its companion
-    monkeypatch.setattr(quickest, "reading_of", honest)
+    monkeypatch.setattr(Reading, "of", honest)
     assert toy()[1] == 1
 
 
@@ -123,7 +151,7 @@ def test_a_type_that_llama_cpp_cannot_make_is_left_out(toy, monkeypatch) -> None
     def refuses(source: Path, out: Path, type_: str) -> None:
         raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}")
 
-    monkeypatch.setattr(quickest, "quantize", refuses)
+    monkeypatch.setattr("gguf_trim.planning.costs.quantize", refuses)
     path, measured = toy()
     assert measured == 1
     assert "-Q" not in path.name

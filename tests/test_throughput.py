@@ -17,11 +17,8 @@ from corpus.sources import Document
 from corpus.tokenizer import Counter
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
-from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
 from llamabase.sampling import Sampling
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.slow
 
@@ -62,8 +59,6 @@ def test_counting_keeps_up_with_bare_tokenizing(tmp_path: Path) -> None:
 def test_sixteen_answers_at_a_time_bring_what_batches_of_sixteen_do(tmp_path: Path) -> None:
     """At least half of it: prompts are read in both, which takes as long for each answer either way."""
     target = fetch(load_catalog().models["qwen2.5-coder-1.5b-instruct"])
-    file = GGUFFile(target)
-    template = ChatTemplate(file, Vocabulary(file))
     with Model(target) as model:
         with Context(model, 256) as context:
 
@@ -72,7 +67,7 @@ def test_sixteen_answers_at_a_time_bring_what_batches_of_sixteen_do(tmp_path: Pa
                 return seconds(lambda: context.decode(list(range(n)), n))
 
             steps = {n: min(step(n) for _ in range(5)) for n in (1, 16)}
-        prompts = [(p, template.ids(model, p.messages)) for p in spread(load_prompts(), 48)]
+        prompts = spread(load_prompts(), 48)
         rates: dict[int, list[float]] = {1: [], 16: []}
         for turn, (at_once, chosen) in enumerate(((1, prompts[::16]), (16, prompts), (1, prompts[8::16]))):
             out = tmp_path / f"{turn}.jsonl"

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.answers import TargetAnswer, read_answers_file
+from corpus.answers import TargetAnswer, read_answers, ready_answers
 from corpus.prompts import spread
-from corpus.ready import ready_answers
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
+from llamabase.progress import progress
 from llamabase.states import LayerInputs, PairContext
-from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary
 
 from ..companion import Trimmed
 from ..hanging import EAGLE3, HangingHead
+from .speculator import Speculator, fit
 
 CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
 ROWS = 256  # positions whose logits and hidden states are held at a time
@@ -27,45 +27,49 @@ PAIR_ROWS = 32  # the same where a row of logits is as long as the target's voca
 
 def read_through(
     model_path: Path,
-    texts: Sequence[tuple[Sequence[int], int]],
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
+    answers: Sequence[TargetAnswer],
+    advance: Callable[[int], object],
+    trimmed: Trimmed | None = None,
     n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
+    whole: bool = False,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Read texts, each (ids, begin), with a model: (text, i, logits, hidden) after each of its tokens i >= begin.
+    """Read answers with a model: (n, i, logits, hidden), what it makes of answer n before its token i.
 
     logits: float32 (rows of the head), hidden: float32 (n_embd), the final hidden state; both are views until the next.
-    `feed` makes a trimmed drafter's inputs of ids; for None they are the ids, those of a target's padding as the last.
-    advance(1) is called after every text.
+    With `whole` after every token, those of the prompt (i < 0) and the last one too. `trimmed` makes a trimmed
+    drafter's inputs of ids; for None they are the ids, those of a target's padding as the last. advance(1) is called
+    after every answer.
     """
-    longest = max(len(ids) for ids, _ in texts)
+    longest = max(len(found.prompt) + len(found.answer) for found in answers)
+    feed = None if trimmed is None else trimmed.embeddings().rows
     with Model(model_path) as model, Context(model, -(-longest // 32) * 32, n_threads, n_outputs=ROWS) as context:
         inputs = feed or (lambda ids: np.minimum(ids, model.n_vocab - 1))
-        for text, (ids, begin) in enumerate(texts):
+        for n, found in enumerate(answers):
+            text, asked = [*found.prompt, *found.answer], len(found.prompt)
+            begin, end = (0, len(text)) if whole else (asked - 1, len(text) - 1)
             context.truncate(0)
             if begin:
-                context.decode(inputs(ids[:begin]), 0)
-            for start in range(begin, len(ids), ROWS):
-                n = min(ROWS, len(ids) - start)
-                logits = context.decode(inputs(ids[start : start + n]), n, hidden=True)
-                hidden = context.hidden_states(n)
-                for row in range(n):
-                    yield text, start + row, logits[row], hidden[row]
+                context.decode(inputs(text[:begin]), 0)
+            for start in range(begin, end, ROWS):
+                ids = text[start : min(start + ROWS, end)]
+                logits = context.decode(inputs(ids), len(ids), hidden=True)
+                hidden = context.hidden_states(len(ids))
+                for row in range(len(ids)):
+                    yield n, start + row + 1 - asked, logits[row], hidden[row]
             advance(1)
 
 
 def read_hanging(
     head: HangingHead,
     target: Path,
-    texts: Sequence[tuple[Sequence[int], int]],
+    answers: Sequence[TargetAnswer],
+    advance: Callable[[int], object],
     n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """`read_through` for an EAGLE-3 head: what it makes of its target's states, before it goes on from its own.
-
-    logits: float32 (n_vocab of the target), -inf where the head has no row. Nothing is made of a text's first token.
+    """`read_through` of whole answers for an EAGLE-3 head: what it makes of its target's states, before it goes on from
+    its own. logits: float32 (n_vocab of the target), -inf where the head has no row. Of a first token nothing is made.
     """
-    longest = -(-max(len(ids) for ids, _ in texts) // 32) * 32
+    longest = -(-max(len(found.prompt) + len(found.answer) for found in answers) // 32) * 32
     target_file = GGUFFile(target)
     head.require_target(target_file, Vocabulary(target_file))
     with (
@@ -75,17 +79,18 @@ def read_hanging(
         PairContext(own, longest, n_threads, context, n_outputs=PAIR_ROWS) as pairs,
     ):
         inputs = LayerInputs.of(context, target_file.architecture, head.layers)
-        for text, (ids, begin) in enumerate(texts):
+        for n, found in enumerate(answers):
+            text, asked = [*found.prompt, *found.answer], len(found.prompt)
             context.truncate(0)
             pairs.truncate(0)
-            context.decode(ids, 0)
-            states = pairs.encode(inputs.rows[: len(ids) - 1])
-            for start in range(0, len(ids) - 1, PAIR_ROWS):
-                n = min(PAIR_ROWS, len(ids) - 1 - start)
-                logits, made = pairs.pairs(ids[start + 1 : start + 1 + n], states[start : start + n], True)
+            context.decode(text, 0)
+            states = pairs.encode(inputs.rows[: len(text) - 1])
+            for start in range(0, len(states), PAIR_ROWS):
+                part = states[start : start + PAIR_ROWS]
+                logits, made = pairs.pairs(text[start + 1 : start + 1 + len(part)], part, True)
                 hidden = head.hidden(made)
-                for row in range(max(begin - 1 - start, 0), n):
-                    yield text, start + row + 1, logits[row], hidden[row]
+                for row in range(len(part)):
+                    yield n, start + row + 2 - asked, logits[row], hidden[row]
             advance(1)
 
 
@@ -94,33 +99,11 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
 
     `file` has the tokenizer: the drafter, or its companion.
     """
-    if path is not None:
-        found = read_answers_file(path)
-    else:
-        template = ChatTemplate(file, Vocabulary(file))
-        with Model(file.path, vocab_only=True) as model:
-            found = [
-                TargetAnswer(
-                    str(i),
-                    "all",
-                    template.ids(model, messages[:-1]),
-                    model.tokenize(messages[-1]["content"], special=False, add_bos=False),
-                )
-                for i, messages in enumerate(ready_answers())
-            ]
+    found = ready_answers(file, CONVERSATIONS) if path is None else spread(read_answers(path), CONVERSATIONS)
     return [
         replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
-        for answer in spread(found, CONVERSATIONS)
+        for answer in found
     ]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
-    of its tokens it drafts, from the rows it has."""
-
-    states: np.ndarray
-    rights: list[np.ndarray]
 
 
 def share(rights: Sequence[np.ndarray]) -> float:
@@ -129,42 +112,49 @@ def share(rights: Sequence[np.ndarray]) -> float:
     return sum(int(right.sum()) for right in rights) / positions if positions else 0.0
 
 
-def reading_of(
-    drafter: Path,
-    answers: Sequence[TargetAnswer],
-    trimmed: Trimmed | None = None,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-    target: Path | None = None,
-) -> Reading:
-    """Read answers with a drafter; one that is trimmed is given as `trimmed`, too, and `target` is the one that an
-    EAGLE-3 head hangs on. See `read_through` and `read_hanging`.
-    """
-    texts = [([*answer.prompt, *answer.answer], 0) for answer in answers]
-    if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
-        steps, ids = read_hanging(HangingHead.of(file), target, texts, n_threads, advance), None
-    else:
-        feed = None if trimmed is None else trimmed.embeddings().rows
-        steps = read_through(drafter, texts, feed, n_threads, advance)
-        ids = None if trimmed is None else trimmed.d2t
-    states: list[np.ndarray] = []
-    rights: list[list[bool]] = [[] for _ in answers]
-    for text, i, logits, hidden in steps:
-        states.append(hidden.copy())
-        answer = answers[text]
-        if 0 <= (place := i + 1 - len(answer.prompt)) < len(answer.answer):
-            row = int(np.argmax(logits))
-            rights[text].append((row if ids is None else int(ids[row])) == answer.answer[place])
-    return Reading(np.array(states), [np.array(found, bool) for found in rights])
+@dataclass(frozen=True)
+class Reading:
+    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
+    of its tokens it drafts, from the rows it has. The states do not depend on how many rows those are."""
 
+    states: np.ndarray
+    rights: list[np.ndarray]
 
-def states_of(
-    drafter: Path,
-    texts: Sequence[list[int]],
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] | None = None,
-) -> np.ndarray:
-    """The drafter's final hidden states over texts: float32 (positions x n_embd); see `read_through`.
+    @classmethod
+    def of(
+        cls,
+        drafter: Path,
+        answers: Sequence[TargetAnswer],
+        trimmed: Trimmed | None = None,
+        n_threads: int | None = None,
+        title: str = "reading hidden states",
+        target: Path | None = None,
+    ) -> Reading:
+        """Read answers with a drafter, with a bar; one that is trimmed is given as `trimmed`, too, and `target` is what
+        an EAGLE-3 head hangs on.
+        """
+        states, rights = [], [[False] * len(found.answer) for found in answers]
+        with progress(title, len(answers), "answers") as advance:
+            if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
+                steps = read_hanging(HangingHead.of(file), target, answers, advance, n_threads)
+                trimmed = None  # its logits are by id
+            else:
+                steps = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
+            for n, i, logits, hidden in steps:
+                states.append(hidden.copy())
+                if 0 <= i < len(answers[n].answer):
+                    row = int(np.argmax(logits))
+                    rights[n][i] = (row if trimmed is None else int(trimmed.d2t[row])) == answers[n].answer[i]
+        return cls(np.array(states), [np.array(found, bool) for found in rights])
 
-    They do not depend on how many rows the head has left.
-    """
-    return np.array([hidden.copy() for *_, hidden in read_through(drafter, [(ids, 0) for ids in texts], feed)])
+    def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
+        """A speculator fitted to the head in `file`, the drafter or its companion; see `fit`.
+
+        `steps` > 0 trains the closed form further; see `train`.
+        """
+        found = fit(file, self.states, rank)
+        if steps:
+            from .train import distil
+
+            found = distil(found, file, self.states, steps)
+        return replace(found, acceptance=share(self.rights))

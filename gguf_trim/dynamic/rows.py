@@ -102,8 +102,6 @@ class DynamicHead:
         trimmed: Trimmed,
         backend: Backend,
         speculator: Speculator | None = None,
-        n_context: int = CONTEXT_ROWS,
-        n_candidates: int | None = None,
         n_ids: int | None = None,
     ) -> None:
         file = trimmed.companion
@@ -118,12 +116,10 @@ class DynamicHead:
         if n_ids is not None:  # the target knows no other ids
             outside[n_ids:] = False
         self._others = np.flatnonzero(outside).astype(np.int32)
-        wanted = CANDIDATES if n_candidates is None else n_candidates
-        n_candidates = min(wanted, len(self._others)) if speculator is not None else 0
-        self._n_candidates = n_candidates
-        self.recent = Recent(outside, n_context)
+        self._n_candidates = min(CANDIDATES, len(self._others)) if speculator is not None else 0
+        self.recent = Recent(outside, CONTEXT_ROWS)
         self._in_context = np.zeros(len(outside), bool)
-        self._ids = np.zeros(n_context + n_candidates, np.int32)
+        self._ids = np.zeros(CONTEXT_ROWS + self._n_candidates, np.int32)
         rows = max(1, -(-len(self._ids) // _BUCKET)) * _BUCKET
         self._rows = aligned(rows * head.row_bytes).reshape(rows, head.row_bytes)
         self._table = Table(self._rows, head.type, head.shape[0])

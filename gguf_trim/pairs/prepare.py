@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from corpus.ready import ranking_counts
 from llamabase.errors import FileFormatError, TrimError
-from llamabase.files import cache_folder
+from llamabase.files import cache_folder, work_folder
 from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress, stderr
 from llamabase.remembered import key_of, recall, remember
 from llamabase.vocabulary import Vocabulary, require_same
 
 from ..companion import Trimmed
-from ..cut import companion_path, plan, write
+from ..cut import move, plan, remove, write
 from ..dynamic.speculator import Speculator
-from ..keep import Keep, filled, k_for, keep_counted, keep_listed, keep_order, read_keep_list
+from ..keep import Keep, choose_rows
 from ..layout import Cut
-from ..planning.costs import AS_SHIPPED
+from ..planning.costs import AS_SHIPPED, renamed
 from ..verify import verify
 from .catalog import load_catalog
 from .fetch import fetch
 from .quickest import TYPES, choose_type
 
-DEFAULT_K = 16384
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 NONE = "none"  # no requantising
+DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -40,39 +40,22 @@ class Prepared:
     trimmed: Path
 
 
-def choose_rows(
-    vocabulary: Vocabulary,
-    n_rows: int,
-    k: int | None = None,
-    counts: Path | None = None,
-    keep_file: Path | None = None,
-    top_p: float | None = None,
-    min_count: int | None = None,
-    having: np.ndarray | None = None,
-    multiple: int = 1,
-) -> Keep:
-    """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
-
-    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times; filled up to a
-    `multiple` in keep order. `having` (bool by id): which ids there are rows of, None for all.
-    """
-    if keep_file is not None:
-        keep = keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-        if multiple == 1 and having is None:
-            return keep
-    counted = ranking_counts(vocabulary, counts)
-    if keep_file is None:
-        if top_p is not None or min_count is not None:
-            k = k_for(vocabulary, n_rows, counted, top_p, min_count)
-        keep = keep_counted(vocabulary, n_rows, counted, DEFAULT_K if k is None else k, having)
-    return filled(keep, keep_order(vocabulary, n_rows, counted, having), multiple)
+def files_of(model: str | None, target: Path | None, drafter: Path | None) -> tuple[Path, Path]:
+    """Target and drafter: those of a pair of the catalog, fetched where they are missing, unless given by path."""
+    if model is not None:
+        pair = load_catalog().pair(model)
+        target = target or fetch(pair.target)
+        drafter = drafter or fetch(pair.drafter)
+    if target is None or drafter is None:
+        raise TrimError("name a model pair, or give both a target and a drafter")
+    return target, drafter
 
 
 def prepare(
     model: str | None = None,
     target: Path | None = None,
     drafter: Path | None = None,
-    choose: Callable[[Vocabulary, int], Keep] | None = None,
+    choose: Callable[[Vocabulary, int], Keep] = choose_rows,
     requant: str | None = None,
 ) -> Prepared:
     """Fetch what is missing, trim the drafter where this very cut is not there yet, and prove a fresh cut.
@@ -82,82 +65,65 @@ def prepare(
     the cache folder, where a speculator that is missing or does not fit is made. Raises FetchError, VocabularyMismatch,
     FileFormatError or, for an unknown type, EngineError.
     """
-    if model is not None:
-        pair = load_catalog().pair(model)
-        target = target or fetch(pair.target)
-        drafter = drafter or fetch(pair.drafter)
-    if target is None or drafter is None:
-        raise TrimError("name a model pair, or give both a target and a drafter")
+    target, drafter = files_of(model, target, drafter)
     require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
-    cut = plan(drafter, choose or choose_rows)
+    cut = plan(drafter, choose)
     shipped = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-
-    def out(type_: str) -> Path:
-        return shipped if type_ == AS_SHIPPED else shipped.with_name(f"{shipped.stem}-{type_}.gguf")
-
-    key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed).hexdigest()])
-    type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else recall(key).get("type")
+    key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
+    memory = recall(key)
+    type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else memory.get("type")
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged
         type_ = None
-    if type_ is None or not _is_ready(out(type_), cut):
-        fresh = not is_this_cut(shipped, cut)
-        if fresh:
-            _cut_and_prove(cut, shipped)
-        type_ = choose_type(target, shipped, out, type_)
+    if type_ is None or not _is_ready(renamed(shipped, type_), cut):
+        with work_folder(shipped) as folder:
+            fresh = not is_this_cut(shipped, cut)
+            if fresh:
+                _cut_and_prove(cut, shipped, folder)
+            type_ = choose_type(target, shipped, folder, type_)
         if fresh and type_ != AS_SHIPPED:
-            shipped.unlink()
-            companion_path(shipped).unlink()
-    if requant is None:
-        remember(key, {"type": type_})  # anew at every use: what is used is not forgotten
-    return Prepared(target, drafter, out(type_))
+            remove(shipped)
+    if requant is None and (memory.get("type") != type_ or time.time() - memory["measured"] > DAY):
+        remember(key, {"type": type_})  # and anew after a day: what is used is not forgotten
+    return Prepared(target, drafter, renamed(shipped, type_))
+
+
+def _cut_of(cut: Cut, path: Path) -> Trimmed | None:
+    """A trimmed drafter that is there whole, with this cut's rows of this drafter: as shipped or requantised."""
+    try:
+        trimmed = Trimmed.open(path)
+    except FileFormatError:
+        return None
+    same = trimmed.file.get("gguf_trim.source_id") == cut.identity and np.array_equal(trimmed.d2t, cut.keep.ids)
+    full = {piece.tensor.name: piece.shape for piece in cut.companion.pieces}
+    there = {name: tensor.shape for name, tensor in trimmed.companion.tensors.items()}
+    return trimmed if same and full.items() <= there.items() else None
+
+
+def is_this_cut(path: Path, cut: Cut) -> bool:
+    """Whether a file and its companion hold what this cut would write; a speculator may be there too."""
+    trimmed = _cut_of(cut, path)
+    return trimmed is not None and cut.trimmed.head.startswith(trimmed.file.head)
 
 
 def _is_ready(path: Path, cut: Cut) -> bool:
     """Whether a file is this cut, as shipped or requantised, with a speculator that fits."""
     try:
-        trimmed = Trimmed.open(path)
-    except FileFormatError:
-        return False
-    same = trimmed.file.get("gguf_trim.source_id") == cut.identity and np.array_equal(trimmed.d2t, cut.keep.ids)
-    if not same or not _holds_full_tables(trimmed, cut):
-        return False
-    try:
-        return Speculator.of(trimmed) is not None
+        trimmed = _cut_of(cut, path)
+        return trimmed is not None and Speculator.of(trimmed) is not None
     except FileFormatError:
         stderr.print(f"{path.name}: its speculator does not fit its head and is made again", markup=False)
         return False
 
 
-def _cut_and_prove(cut: Cut, out: Path) -> None:
-    # Under another name until it is proven, so that a cut found under its own name always is.
-    unproven = out.with_name(f"{out.stem}.unproven.gguf")
-    try:
-        with progress(f"trimming to {cut.keep.k}", cut.total_bytes, "B") as advance:
-            write(cut, unproven, advance)
-        with progress("verifying", sum(t.n_bytes for t in cut.source.tensors.values()), "B") as advance:
-            result = verify(unproven, cut.source.path, advance)
-        if not result.ok:
-            raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
-        companion_path(unproven).replace(companion_path(out))
-        unproven.replace(out)
-    finally:
-        companion_path(unproven).unlink(missing_ok=True)
-        unproven.unlink(missing_ok=True)
+def _cut_and_prove(cut: Cut, out: Path, folder: Path) -> None:
+    """In `folder` until it is proven, so that a cut found under its own name always is."""
+    unproven = folder / out.name
+    with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
+        write(cut, unproven, advance)
+    result = verify(unproven, cut.source.path)
+    if not result.ok:
+        raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
+    move(unproven, out)
     stderr.print(
         f"{out.name}: {result.kept} rows, greatest logit difference {result.max_logit_difference:g}", markup=False
     )
-
-
-def is_this_cut(output: Path, cut: Cut) -> bool:
-    """Whether output and companion are there, whole, with what this cut would write; a speculator may be there too."""
-    try:
-        trimmed = Trimmed.open(output)
-    except FileFormatError:
-        return False
-    return cut.trimmed.startswith(trimmed.file.head) and _holds_full_tables(trimmed, cut)
-
-
-def _holds_full_tables(trimmed: Trimmed, cut: Cut) -> bool:
-    full = {piece.tensor.name: piece.shape for piece in cut.companion_pieces}
-    there = {name: tensor.shape for name, tensor in trimmed.companion.tensors.items()}
-    return full.items() <= there.items()

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from llamabase.errors import TrimError
 from llamabase.files import require_room
-from llamabase.llama import Context, Model
-from llamabase.progress import progress, stderr
-from llamabase.quantize import quantize
+from llamabase.progress import stderr
 
 from ..companion import Trimmed
-from ..cut import companion_path
-from ..dynamic.fitting import fit_reading
-from ..dynamic.reading import Reading, calibration, reading_of, share
+from ..cut import companion_path, move
+from ..dynamic.reading import Reading, calibration, share
 from ..dynamic.speculator import attach
-from ..planning.costs import AS_SHIPPED, N_CONTEXT, alternate, decodes
+from ..planning.costs import AS_SHIPPED, decodes, opened, renamed, requantized, timed
 from ..planning.matches import tau_of
 
 TYPES = ("Q4_0", "Q8_0")  # llama.cpp repacks the first for matrix kernels; the second loses next to nothing
@@ -57,41 +53,35 @@ class Candidate:
         )
 
 
-def choose_type(target: Path, cut: Path, out: Callable[[str], Path], decided: str | None = None) -> str:
+def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = None) -> str:
     """Make the quickest of a trimmed drafter's types for this target, with a speculator; returns the type.
 
-    `cut` is the drafter as shipped, out(type) names the file of a type, and `decided` is one that was decided on; no
-    file of another type is left but `cut`. Raises EngineError where llama.cpp cannot make that one, and
-    TrimError where the disk lacks the room.
+    `cut` is the drafter as shipped, `folder` where the others are tried: the one chosen is moved beside `cut`.
+    `decided` is a type that was decided on. Raises EngineError where llama.cpp cannot make that one, and TrimError
+    where the disk lacks the room.
     """
-    kinds = [decided] if decided else [AS_SHIPPED, *TYPES]
-    with contextlib.ExitStack() as made:
-        files: dict[str, Path] = {}
-        for kind in kinds:
-            try:
-                files[kind] = cut if kind == AS_SHIPPED else made.enter_context(_requantised(cut, out(kind), kind))
-            except TrimError as error:  # llama.cpp cannot, or the disk lacks the room
-                if decided:
-                    raise
-                stderr.print(f"{kind} is left out: {error}", markup=False)
-        trimmed = Trimmed.open(cut)
-        answers = calibration(trimmed.companion)
-        readings = {}
-        for kind, path in files.items():
-            with progress(f"reading {kind}", len(answers), "texts") as advance:
-                readings[kind] = reading_of(path, answers, trimmed, advance=advance)
-        chosen = decided or _quickest(target, trimmed, files, readings)
-        path = files[chosen]
-        speculator = fit_reading(trimmed.companion, readings[chosen])
-        if chosen == AS_SHIPPED:
-            attach(trimmed, speculator)
-            return chosen
-        require_room(path, trimmed.companion.size)
-        shutil.copyfile(trimmed.companion.path, companion_path(path))
-        attach(Trimmed.open(path), speculator)
-        companion_path(path).replace(companion_path(out(chosen)))
-        path.replace(out(chosen))
+    files: dict[str, Path] = {}
+    for kind in [decided] if decided else [AS_SHIPPED, *TYPES]:
+        try:
+            files[kind] = requantized(cut, kind, folder)
+        except TrimError as error:  # llama.cpp cannot, or the disk lacks the room
+            if decided:
+                raise
+            stderr.print(f"{kind} is left out: {error}", markup=False)
+    trimmed = Trimmed.open(cut)
+    answers = calibration(trimmed.companion)
+    readings = {kind: Reading.of(path, answers, trimmed, title=f"reading {kind}") for kind, path in files.items()}
+    chosen = decided or _quickest(target, trimmed, files, readings)
+    path = files[chosen]
+    speculator = readings[chosen].fitted(trimmed.companion)
+    if chosen == AS_SHIPPED:
+        attach(trimmed, speculator)
         return chosen
+    require_room(path, trimmed.companion.size)
+    shutil.copyfile(trimmed.companion.path, companion_path(path))
+    attach(Trimmed.open(path), speculator)
+    move(path, renamed(cut, chosen))
+    return chosen
 
 
 def _quickest(target: Path, trimmed: Trimmed, files: dict[str, Path], readings: dict[str, Reading]) -> str:
@@ -103,29 +93,13 @@ def _quickest(target: Path, trimmed: Trimmed, files: dict[str, Path], readings: 
     return best.type
 
 
-@contextlib.contextmanager
-def _requantised(cut: Path, out: Path, kind: str) -> Iterator[Path]:
-    """`cut` in another type under a name of its own, for as long as it is not yet known to be kept."""
-    path = out.with_name(f"{out.stem}.unproven.gguf")
-    try:
-        quantize(cut, path, kind)
-        yield path
-    finally:
-        companion_path(path).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-
-
 def _times(target: Path, trimmed: Trimmed, files: dict[str, Path]) -> tuple[dict[str, float], dict[int, float]]:
     """Median seconds of a draft step by type, and of the target's step by batch size, all by turns."""
+    feed = trimmed.embeddings().rows
     with contextlib.ExitStack() as stack:
-        steps: dict[str | int, Callable[[], None]] = {}
-        feed = trimmed.embeddings().rows
-        for kind, path in files.items():
-            context = stack.enter_context(Context(stack.enter_context(Model(path)), N_CONTEXT + 32, n_outputs=1))
-            steps[kind] = decodes(context, 1, feed)
-        context = stack.enter_context(Context(stack.enter_context(Model(target)), N_CONTEXT + 32))
-        steps |= {n: decodes(context, n) for n in VERIFY}
-        with progress("timing", REPEAT * len(steps), "steps") as advance:
-            found = dict(zip(steps, alternate(list(steps.values()), REPEAT, advance), strict=True))
-    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+        steps: dict[str | int, Callable[[], None]] = {
+            kind: decodes(opened(stack, path, n_outputs=1), 1, feed) for kind, path in files.items()
+        }
+        context = opened(stack, target)
+        medians = timed("timing", steps | {n: decodes(context, n) for n in VERIFY}, REPEAT)
     return {kind: medians[kind] for kind in files}, {n: medians[n] for n in VERIFY}

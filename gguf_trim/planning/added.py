@@ -24,8 +24,6 @@ class Added:
     `right` says for each answer (by id) which positions are drafted right; `rows` is the mean number of rows added.
     """
 
-    vocab: str
-    k: int
     right: dict[str, list[bool]] = field(default_factory=dict)
     n_added: int = 0
 
@@ -41,22 +39,14 @@ class Added:
 class AddedRows:
     """Follows the pass and fills an Added for every core size and source."""
 
-    def __init__(
-        self,
-        rank: np.ndarray,
-        speculator: Speculator | None,
-        n_threads: int | None = None,
-        cores: Sequence[int] = CORES,
-        n_candidates: int = CANDIDATES,
-    ) -> None:
-        self._rank, self._speculator = rank, speculator
-        self._n_candidates, self._score = n_candidates, None
+    def __init__(self, rank: np.ndarray, speculator: Speculator | None, n_threads: int | None = None) -> None:
+        self._rank, self._speculator, self._score = rank, speculator, None
         if speculator is not None:
             self._score = scorer(Backend(n_threads or physical_cores()), speculator)
-        self._recents = {k: Recent(rank >= k, CONTEXT_ROWS) for k in cores if k < len(rank)}
+        self._recents = {k: Recent(rank >= k, CONTEXT_ROWS) for k in CORES if k < len(rank)}
         self._others = {k: np.flatnonzero(rank >= k) for k in self._recents}
         vocabs = ("context",) if speculator is None else ("context", "spec")
-        self.found = {(vocab, k): Added(vocab, k) for k in self._recents for vocab in vocabs}
+        self.found = {(vocab, k): Added() for k in self._recents for vocab in vocabs}
 
     def step(self, vocab: str, k: int) -> tuple[float, float]:
         """(parameters, bytes) that a step reads to choose rows beyond a core of k, the rows themselves aside."""
@@ -72,7 +62,7 @@ class AddedRows:
             self._note("context", k, answer, held, target, better)
             if scores is not None:
                 others = self._others[k]
-                held[others[top(scores[others], min(self._n_candidates, len(others)))]] = True
+                held[others[top(scores[others], min(CANDIDATES, len(others)))]] = True
                 self._note("spec", k, answer, held, target, better)
 
     def _note(self, vocab: str, k: int, answer: str, held: np.ndarray, target: int, better: np.ndarray) -> None:

@@ -6,16 +6,17 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model, physical_cores
+from llamabase.progress import progress
 from llamabase.quantize import quantize
 
 from ..companion import Trimmed
@@ -27,8 +28,12 @@ from ..layout import EMBEDDING
 from .added import TIMED_CORE
 
 AS_SHIPPED = "as shipped"  # a file in the types it has
-VERIFY_REPEAT = 5  # decodes of each batch size
+VERIFY_SIZES = tuple(range(1, 10))
+CUTS = (2048, 16384)  # rows of the cuts whose steps are timed
+VERIFY_REPEAT, DRAFT_REPEAT = 5, 20  # steps of each size, of which the median counts
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
+
+Step = TypeVar("Step")
 
 
 @dataclass(frozen=True)
@@ -67,104 +72,100 @@ class Weights:
         return self.fixed_params + self.row_params * k
 
 
-def alternate(steps: Sequence[Callable[[], None]], repeat: int, advance: Callable[[int], object]) -> list[list[float]]:
-    """Seconds of each step, `repeat` times in turn after one warm-up, forwards and backwards by turns."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    for turn in range(repeat + 1):
-        for i in range(len(steps))[:: 1 if turn % 2 else -1]:
-            started = time.perf_counter()
-            steps[i]()
-            if turn:
-                seconds[i].append(time.perf_counter() - started)
-                advance(1)
+def alternate(title: str, steps: Mapping[Step, Callable[[], object]], repeat: int) -> dict[Step, list[float]]:
+    """Seconds of each step, `repeat` times in turn after one warm-up, forwards and backwards by turns; with a bar."""
+    seconds: dict[Step, list[float]] = {name: [] for name in steps}
+    with progress(title, repeat * len(steps), "steps") as advance:
+        for turn in range(repeat + 1):
+            for name in list(steps)[:: 1 if turn % 2 else -1]:
+                started = time.perf_counter()
+                steps[name]()
+                if turn:
+                    seconds[name].append(time.perf_counter() - started)
+                    advance(1)
     return seconds
 
 
+def timed(title: str, steps: Mapping[Step, Callable[[], object]], repeat: int) -> dict[Step, float]:
+    """Median seconds of each step; see `alternate`."""
+    return {name: statistics.median(found) for name, found in alternate(title, steps, repeat).items()}
+
+
+def opened(stack: contextlib.ExitStack, path: Path, n_threads: int | None = None, n_outputs: int = 32) -> Context:
+    """A context to time steps in, open as long as the stack."""
+    model = stack.enter_context(Model(path))
+    context: Context = stack.enter_context(Context(model, N_CONTEXT + 32, n_threads, n_outputs=n_outputs))
+    return context
+
+
 def decodes(
-    context: Context, n: int, feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = list
+    context: Context,
+    n: int,
+    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = list,
+    head: DynamicHead | None = None,
 ) -> Callable[[], None]:
-    """A function that reads n tokens after N_CONTEXT others, all rows giving logits, and takes them back."""
+    """A step: reads n tokens after N_CONTEXT others, all rows giving logits, and takes them back.
+
+    With a head it adds rows to the last of them, too.
+    """
     if not context.n_past:
         context.decode(feed([1] * N_CONTEXT), 0)
 
     def run() -> None:
-        context.decode(feed(list(range(100, 100 + n))), n)
+        context.decode(feed(list(range(100, 100 + n))), n, head is not None)
+        if head is not None:
+            head.logits(context.hidden_states(n)[-1])
         context.truncate(N_CONTEXT)
 
     return run
 
 
-def verify_costs(
-    target: Path,
-    sizes: Sequence[int] = tuple(range(1, 10)),
-    repeat: int = VERIFY_REPEAT,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> dict[int, float]:
+def verify_costs(target: Path, n_threads: int | None = None, title: str = "timing the target") -> dict[int, float]:
     """Median seconds of a target decode by batch size, all rows giving logits."""
-    with Model(target) as model, Context(model, N_CONTEXT + 32, n_threads) as context:
-        seconds = alternate([decodes(context, n) for n in sizes], repeat, advance)
-    return {n: statistics.median(found) for n, found in zip(sizes, seconds, strict=True)}
+    with contextlib.ExitStack() as stack:
+        context = opened(stack, target, n_threads)
+        return timed(title, {n: decodes(context, n) for n in VERIFY_SIZES}, VERIFY_REPEAT)
 
 
-def draft_cost(
-    drafter: Path,
-    sizes: Sequence[int],
-    repeat: int = 20,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-    speculator: Speculator | None = None,
-) -> DraftCost:
-    """Seconds of a draft step by k, measured on real cuts of `drafter` to the given sizes and on the whole of it.
+def draft_cost(drafter: Path, n_threads: int | None = None, speculator: Speculator | None = None) -> DraftCost:
+    """Seconds of a draft step by k, measured on real cuts of `drafter` to CUTS rows and on the whole of it.
 
     With a speculator also what it costs to add rows at every step, to a cut of TIMED_CORE rows.
     """
     n_rows = GGUFFile(drafter).tensors[EMBEDDING].n_rows
     core = min(TIMED_CORE, n_rows // 2)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder, contextlib.ExitStack() as stack:
-        steps: dict[int | str, Callable[[], None]] = {}
-        for k in sorted({*sizes, core} if speculator else sizes):
+        steps: dict[int | str, Callable[[], None]] = {n_rows: decodes(opened(stack, drafter, n_threads, 1), 1)}
+        for k in [k for k in (*CUTS, *([core] if speculator else [])) if k < n_rows]:
             path = Path(folder) / f"k{k}.gguf"
-            if k == n_rows:
-                path = drafter
-                table = None
-            else:
-                # Any rows will do: a row costs what a row costs.
-                write(plan(drafter, lambda _, rows, k=k: Keep(np.arange(k, dtype=np.int32), 0, 0, None)), path)
-                table = Trimmed.open(path).embeddings()
-            model = stack.enter_context(Model(path))
-            context = stack.enter_context(Context(model, N_CONTEXT + 32, n_threads, n_outputs=1))
-            feed = table.rows if table else list
-            context.decode(feed([1] * N_CONTEXT), 0)
-
-            def step(
-                head: DynamicHead | None = None, context: Context = context, feed: Callable[..., object] = feed
-            ) -> None:
-                context.decode(feed([100]), 1, head is not None)  # type: ignore[arg-type]
-                if head is not None:
-                    head.logits(context.hidden_states(1)[0])
-                context.truncate(N_CONTEXT)
-
-            steps[k] = step
+            # Any rows will do: a row costs what a row costs.
+            write(plan(drafter, lambda _, rows, k=k: Keep(np.arange(k, dtype=np.int32), 0, 0, None)), path)
+            trimmed = Trimmed.open(path)
+            context, feed = opened(stack, path, n_threads, 1), trimmed.embeddings().rows
+            steps[k] = decodes(context, 1, feed)
             if speculator is not None and k == core:
                 backend = Backend(n_threads or physical_cores())
                 for vocab, using in (("context", None), ("spec", speculator)):
-                    head = DynamicHead(Trimmed.open(path), backend, using)
+                    head = DynamicHead(trimmed, backend, using)
                     head.follow(np.linspace(core, n_rows - 1, N_CONTEXT // 2).astype(int).tolist())
-                    steps[vocab] = partial(step, head)
-        seconds = alternate(list(steps.values()), repeat, advance)
-    medians = {name: statistics.median(found) for name, found in zip(steps, seconds, strict=True)}
+                    steps[vocab] = decodes(context, 1, feed, head)
+        medians = timed("timing the drafter", steps, DRAFT_REPEAT)
     added = {name: value - medians[core] for name, value in medians.items() if isinstance(name, str)}
     measured = {name: value for name, value in medians.items() if isinstance(name, int)}
     slope, fixed = np.polyfit(list(measured), list(measured.values()), 1) if len(measured) > 1 else (0.0, 0.0)
     return DraftCost(float(fixed), float(slope), measured, added)
 
 
+def renamed(path: Path, type_: str) -> Path:
+    """Beside a file, the name of the same in another quantisation."""
+    return path if type_ in ("", AS_SHIPPED) else path.with_name(f"{path.stem}-{type_}.gguf")
+
+
 def requantized(path: Path, type_: str, folder: Path) -> Path:
     """`path` rewritten to another quantisation in `folder`, by llama.cpp's own quantize function; or as it is."""
-    if type_ in ("", AS_SHIPPED):
+    if renamed(path, type_) == path:
         return path
-    out = folder / f"{path.stem}-{type_}.gguf"
+    out = folder / renamed(path, type_).name
     if not out.exists():
         quantize(path, out, type_)
     return out

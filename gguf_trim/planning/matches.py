@@ -12,28 +12,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dynamic.reading import share
+
+def beaters(logits: np.ndarray, target: int) -> np.ndarray:
+    """Ids that would be drafted rather than `target`, by logits of all ids; none of an id that the drafter lacks."""
+    if target >= len(logits):
+        return np.empty(0, np.int64)
+    beats = logits > logits[target]
+    beats[:target] |= logits[:target] == logits[target]
+    return np.flatnonzero(beats)
 
 
-def interval(logits: np.ndarray, target: int, rank: np.ndarray) -> tuple[int, int]:
+def interval(target: int, better: np.ndarray, rank: np.ndarray) -> tuple[int, int]:
     """(low, high): the drafter, cut to its first k rows, drafts `target` iff low < k <= high.
 
-    `logits` (n_vocab) and `rank` (n_vocab, a permutation) are by token id. A target id the drafter lacks: never.
+    `better` are its beaters and `rank` (n_vocab, a permutation) is by token id. A target id the drafter lacks: never.
     """
     if target >= len(rank):
         return len(rank), 0
-    beats = beaters(logits, target)
-    low = int(rank[target])
-    high = int(rank[beats].min()) if beats.any() else len(rank)
-    return low, high
-
-
-def beaters(logits: np.ndarray, target: int) -> np.ndarray:
-    """Bool by id: what would be drafted rather than `target`."""
-    value = logits[target]
-    beats: np.ndarray = logits > value
-    beats[:target] |= logits[:target] == value
-    return beats
+    return int(rank[target]), int(rank[better].min(initial=len(rank)))
 
 
 @dataclass(frozen=True)
@@ -48,31 +44,16 @@ class Matches:
     def positions(self) -> int:
         return sum(len(found) for found in self.intervals)
 
-    def only(self, label: str) -> Matches:
-        """The answers of one label."""
-        chosen = [found for found, name in zip(self.intervals, self.labels, strict=True) if name == label]
-        return Matches(chosen, [label] * len(chosen), self.n_vocab)
-
     def right(self, k: int) -> list[np.ndarray]:
         """For each answer, which positions the drafter cut to k rows gets right."""
         return [(found[:, 0] < k) & (k <= found[:, 1]) for found in self.intervals]
 
     def curve(self) -> np.ndarray:
         """Right positions for every k from 0 to n_vocab (int64, n_vocab + 1), by adding the intervals up."""
-        steps = np.zeros(self.n_vocab + 2, np.int64)
-        for low, high in np.concatenate(self.intervals) if self.intervals else ():
-            if low < high:
-                steps[low + 1] += 1
-                steps[high + 1] -= 1
-        return np.cumsum(steps)[:-1]
-
-    def acceptance(self, k: int) -> float:
-        """Share of positions at which the drafter cut to k rows drafts the target's token; 0 without positions."""
-        return share(self.right(k))
-
-    def tau(self, k: int, draft_max: int) -> float:
-        """Mean accepted length at a fixed draft length; see `tau_of`."""
-        return tau_of(self.right(k), draft_max)
+        found = np.concatenate([np.empty((0, 2), np.int64), *self.intervals])
+        low, high = found[found[:, 0] < found[:, 1]].T + 1
+        n = self.n_vocab + 2
+        return np.cumsum(np.bincount(low, minlength=n) - np.bincount(high, minlength=n))[:-1]
 
 
 def tau_of(rights: Sequence[np.ndarray], draft_max: int) -> float:
@@ -99,18 +80,11 @@ def run_lengths(right: np.ndarray) -> np.ndarray:
     return ends[np.searchsorted(wrong, np.arange(n))] - np.arange(n)
 
 
-def rank_of(order: np.ndarray) -> np.ndarray:
-    """The inverse of a keep order: rank[id] is the place at which an id is kept."""
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return rank
-
-
-def grid(n_vocab: int, forced: int) -> list[int]:
+def grid(n_vocab: int) -> list[int]:
     """The k worth showing: powers of two and halves between them from 2048, the whole head last."""
     sizes: list[int] = []
     k = 2048
     while k < n_vocab:
-        sizes += [size for size in (k, k + k // 2) if forced <= size < n_vocab]
+        sizes += [size for size in (k, k + k // 2) if size < n_vocab]
         k *= 2
     return [*sizes, n_vocab]

@@ -8,8 +8,8 @@ it by parameters and by bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from llamabase.gguf_file import GGUFFile
+from llamabase.progress import progress
 from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary
@@ -27,7 +28,7 @@ from ..keep import keep_order
 from ..layout import EMBEDDING
 from .added import AddedRows
 from .costs import AS_SHIPPED, DraftCost, Weights, draft_cost, requantized
-from .matches import Matches, beaters, grid, interval, rank_of, tau_of
+from .matches import Matches, beaters, grid, interval, tau_of
 
 DRAFT_LENGTHS = tuple(range(1, 9))
 
@@ -45,45 +46,30 @@ class Choice:
     mbsu_bytes: float
     tokens_per_second: float | None
 
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def mbsu(tau: float, c: float, draft_max: int) -> float:
     """Memory-bound speed-up: tau / (c * gamma + 1), c the cost of a draft step in target steps."""
     return tau / (c * draft_max + 1)
 
 
-def teacher_force(
-    model: Path,
-    answers: Sequence[TargetAnswer],
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> Iterator[tuple[TargetAnswer, int, np.ndarray, np.ndarray]]:
-    """Read each answer: (answer, i, logits, hidden), what the model says (views) before answer token i."""
-    texts = [([*found.prompt, *found.answer[:-1]], len(found.prompt) - 1) for found in answers]
-    for text, i, logits, hidden in read_through(model, texts, None, n_threads, advance):
-        yield answers[text], i - texts[text][1], logits, hidden
-
-
 def matches_of(
     drafter: Path,
     answers: Sequence[TargetAnswer],
     order: np.ndarray,
-    n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
     added: AddedRows | None = None,
+    n_threads: int | None = None,
+    title: str = "judging the drafter",
 ) -> Matches:
     """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way."""
-    rank = rank_of(order)
-    found: dict[str, list[tuple[int, int]]] = {answer.id: [] for answer in answers}
-    for answer, i, logits, hidden in teacher_force(drafter, answers, n_threads, advance):
-        target = answer.answer[i]
-        found[answer.id].append(interval(logits, target, rank))
-        if added is not None:
-            better = np.flatnonzero(beaters(logits, target)) if target < len(rank) else np.empty(0, np.int64)
-            added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, target, better)
-    intervals = [np.array(found[answer.id], np.int64).reshape(-1, 2) for answer in answers]
+    rank = np.argsort(order)  # the inverse of a permutation: the place at which an id is kept
+    intervals = [np.zeros((len(answer.answer), 2), np.int64) for answer in answers]
+    with progress(title, len(answers), "answers") as advance:
+        for n, i, logits, hidden in read_through(drafter, answers, advance, n_threads=n_threads):
+            answer, target = answers[n], answers[n].answer[i]
+            better = beaters(logits, target)
+            intervals[n][i] = interval(target, better, rank)
+            if added is not None:
+                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, target, better)
     return Matches(intervals, [answer.label for answer in answers], len(order))
 
 
@@ -95,7 +81,6 @@ def sampled_acceptance(
     sizes: Sequence[int],
     sampling: Sampling,
     n_threads: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
 ) -> dict[int, float]:
     """Expected acceptance at a temperature, by k: the mean of p's agreement with q_k over the positions.
 
@@ -103,73 +88,63 @@ def sampled_acceptance(
     `Distribution.agreement`.
     """
     chain = Chain(sampling, ())
-    wanted = {
-        (answer.id, i): chain.distribution(logits)
-        for answer, i, logits, _ in teacher_force(target, answers, n_threads, advance)
-    }
     sums = dict.fromkeys(sizes, 0.0)
     kept = {k: np.sort(order[:k]) for k in sizes}
-    for answer, i, logits, _ in teacher_force(drafter, answers, n_threads, advance):
-        for k, ids in kept.items():
-            sums[k] += wanted[answer.id, i].agreement(chain.distribution(logits[ids], ids))
+    with progress(f"sampling at {sampling.temp}", 2 * len(answers), "answers") as advance:
+        wanted = {
+            (n, i): chain.distribution(logits)
+            for n, i, logits, _ in read_through(target, answers, advance, n_threads=n_threads)
+        }
+        for n, i, logits, _ in read_through(drafter, answers, advance, n_threads=n_threads):
+            for k, ids in kept.items():
+                sums[k] += wanted[n, i].agreement(chain.distribution(logits[ids], ids))
     return {k: total / len(wanted) for k, total in sums.items()}
 
 
 def choices(
     matches: Matches,
-    target: Weights,
-    target_rows: int,
-    drafter: Weights,
+    added: AddedRows,
+    target: GGUFFile,
+    drafter: GGUFFile,
     draft: DraftCost | None,
     verify: dict[int, float] | None,
-    sizes: Sequence[int] | None = None,
-    draft_lengths: Sequence[int] = DRAFT_LENGTHS,
-    added: AddedRows | None = None,
 ) -> list[Choice]:
     """Every (vocab, k, draft length) with its tau, MBSU and, where costs were measured, predicted tokens per second."""
     found = []
+    whole, n_rows, weights = Weights.of(target), target.tensors[EMBEDDING].n_rows, Weights.of(drafter)
 
-    def add(vocab: str, k: int, rights: Sequence[np.ndarray], params: float, n_bytes: float) -> None:
-        c_params, c_bytes = params / target.params_at(target_rows), n_bytes / target.bytes_at(target_rows)
+    def add(vocab: str, k: int, rights: Sequence[np.ndarray], rows: float, params: float, n_bytes: float) -> None:
+        c_params = (weights.params_at(rows) + params) / whole.params_at(n_rows)
+        c_bytes = (weights.bytes_at(rows) + n_bytes) / whole.bytes_at(n_rows)
         step = None if draft is None else draft.at(k) + draft.added.get(vocab, 0.0)
-        for n in draft_lengths:
-            if verify is not None and n + 1 not in verify:
-                continue
+        for n in DRAFT_LENGTHS:
             tau = tau_of(rights, n)
             speed = tau / (n * step + verify[n + 1]) if step and verify else None
             memory_bound = mbsu(tau, c_params, n), mbsu(tau, c_bytes, n)
             found.append(Choice(vocab, k, n, share(rights), tau, *memory_bound, speed))
 
-    for k in sizes or grid(matches.n_vocab, 0):
-        vocab = "full" if k == matches.n_vocab else "trim"
-        add(vocab, k, matches.right(k), drafter.params_at(k), drafter.bytes_at(k))
-    if added is not None:
-        for (vocab, k), rows in added.found.items():
-            params, n_bytes = added.step(vocab, k)
-            params += drafter.params_at(k + rows.rows)
-            add(vocab, k, rows.rights, params, n_bytes + drafter.bytes_at(k + rows.rows))
+    for k in grid(matches.n_vocab):
+        add("full" if k == matches.n_vocab else "trim", k, matches.right(k), k, 0, 0)
+    for (vocab, k), rows in added.found.items():
+        add(vocab, k, rows.rights, k + rows.rows, *added.step(vocab, k))
     return found
-
-
-def best(found: Sequence[Choice]) -> Choice:
-    """The fastest on this machine; by bytes where nothing was measured; the smaller k and shorter draft at a tie."""
-    return max(found, key=lambda c: (c.tokens_per_second or c.mbsu_bytes, -c.k, -c.draft_max))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one drafter file (as shipped, or requantised to `type`) promises with this target."""
+    """What one drafter file (as shipped, or requantised to `type`) promises with this target; rows kept in `order`."""
 
     type: str
+    order: np.ndarray
     matches: Matches
     added: AddedRows
     choices: list[Choice]
-    draft: DraftCost | None
     plain: float | None  # tokens per second of the target alone
 
     @property
     def best(self) -> Choice:
-        return best(self.choices)
+        """The fastest here; by bytes where nothing was measured; the smaller k and the shorter draft at a tie."""
+        return max(self.choices, key=lambda c: (c.tokens_per_second or c.mbsu_bytes, -c.k, -c.draft_max))
 
     def rights(self, choice: Choice) -> list[np.ndarray]:
         """Which positions of each answer a choice drafts right."""
@@ -188,39 +163,22 @@ def make_plan(
     drafter: Path,
     counts: Counts,
     answers: Sequence[TargetAnswer],
-    *,
+    folder: Path,
+    verify: dict[int, float] | None,
     type_: str = AS_SHIPPED,
-    verify: dict[int, float] | None = None,
-    measure: bool = True,
-    n_threads: int | None = None,
-    folder: Path | None = None,
-    advance: Callable[[int], object] = lambda _: None,
     speculator: Speculator | None = None,
+    n_threads: int | None = None,
 ) -> Plan:
-    """One pass over the answers and, where `measure`, this machine's step costs; see the module's text.
+    """One pass over the answers and, beside `verify`, a target's measured costs by batch size, those of draft steps.
 
     With a speculator the vocabularies chosen at every step are judged as well. `type_` other than as shipped judges the
-    drafter requantised (into `folder`). `verify` are the target's measured costs by batch size. Raises FileFormatError
-    or VocabularyMismatch.
+    drafter requantised (into `folder`). Raises FileFormatError or VocabularyMismatch.
     """
     file = GGUFFile(drafter)
     order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
-    judged = drafter if folder is None else requantized(drafter, type_, folder)
-    added = AddedRows(rank_of(order), speculator, n_threads)
-    matches = matches_of(judged, answers, order, n_threads, advance, added)
-    target_file = GGUFFile(target)
-    n_rows = len(order)
-    sizes = grid(n_rows, 0)
-    heads = sorted({min(2048, n_rows), min(16384, n_rows), n_rows})
-    draft = draft_cost(judged, heads, n_threads=n_threads, speculator=speculator) if measure else None
-    found = choices(
-        matches,
-        Weights.of(target_file),
-        target_file.tensors[EMBEDDING].n_rows,
-        Weights.of(GGUFFile(judged)),
-        draft,
-        verify,
-        sizes,
-        added=added,
-    )
-    return Plan(type_, matches, added, found, draft, 1 / verify[1] if verify else None)
+    judged = requantized(drafter, type_, folder)
+    added = AddedRows(np.argsort(order), speculator, n_threads)
+    matches = matches_of(judged, answers, order, added, n_threads, f"judging the drafter {type_}")
+    draft = draft_cost(judged, n_threads, speculator) if verify else None
+    found = choices(matches, added, GGUFFile(target), GGUFFile(judged), draft, verify)
+    return Plan(type_, order, matches, added, found, 1 / verify[1] if verify else None)

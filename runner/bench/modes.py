@@ -14,7 +14,8 @@ import click
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import head_tensor
 from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.pairs.prepare import NONE, choose_rows, prepare
+from gguf_trim.keep import choose_rows
+from gguf_trim.pairs.prepare import NONE, prepare
 from gguf_trim.planning.costs import Weights, requantized
 from llamabase.gguf_file import GGUFFile
 from llamabase.progress import stderr

@@ -25,7 +25,6 @@ from llamabase.ggml import Backend, Product, Table
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import physical_cores
 from llamabase.noise import Noise
-from llamabase.progress import progress
 from llamabase.sampling import GREEDY
 
 from ..options import FULL, Models
@@ -87,10 +86,8 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
         steps |= _heads(files.full, trims, found.n_threads)
         n_bytes = step_bytes(GGUFFile(files.target))
         steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in VERIFY}
-        with progress("stepping", repeat * len(steps), "steps") as advance:
-            seconds = alternate(list(steps.values()), repeat, advance)
         return {
-            "seconds": dict(zip(steps, seconds, strict=True)),
+            "seconds": alternate("stepping", steps, repeat),
             "engine_seconds": {name: step.inside[-repeat:] for name, step in steps.items()},
             "bytes": {name: step.bytes() for name, step in steps.items()},
             "base": {name: step.base for name, step in steps.items()},

@@ -8,8 +8,8 @@ import pytest
 
 from llamabase.llama import Cache
 from llamabase.sampling import GREEDY
-from runner.drafter import AHEAD
 from runner.engine import Engine
+from runner.reading import AHEAD
 
 
 def tokens_and_drafts(engine: Engine, draft_max: int) -> tuple[list[int], list[int]]:
@@ -38,7 +38,7 @@ def test_the_part_it_reads_moves_by_halves(toys: dict[str, Path]) -> None:
         text = list(range(20, 240))
         starts = []
         for n in range(1, len(text)):
-            seen = drafter._seen(text[:n])
+            seen = drafter.reading._seen(text[:n])
             assert len(seen) + AHEAD <= 64
             assert list(seen[-3:]) == text[:n][-3:]
             assert list(seen[:3]) == text[: min(3, n)]

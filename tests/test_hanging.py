@@ -425,8 +425,6 @@ def answers_file(folder: Path) -> Path:
 def fitted(cut: Path, answers: Path, target: Path) -> Speculator:
     arguments = ["speculator", str(cut), "--calibration", str(answers), "--target", str(target)]
     done = CliRunner().invoke(gguf_trim, arguments)
-        gguf_trim, ["speculator", str(cut), "--calibration", str(answers), "--target", str(target)]
-    )
     assert done.exit_code == 0, done.output
     found = Speculator.of(Trimmed.open(cut))
     assert found is not None
@@ -496,3 +494,16 @@ def test_a_head_does_not_agree_with_rows_of_another(heads, dynamic, tmp_path: Pa
         logits, hidden = engine.drafter.reading.begin(text)
         assert engine.drafter.dynamic.agrees(logits, hidden)
         assert not engine.drafter.dynamic.agrees(logits, hidden[::-1].copy())
+
+
+def test_make_trim_prepares_a_head(heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut, proven and with its speculator, in the type it has; the second time nothing is left to do."""
+    monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
+    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
+    pair = ["--target", str(heads["target"]), "--draft", str(heads["whole"]), "--k", "100"]
+    for _ in range(2):
+        done = CliRunner().invoke(gguf_trim, ["prepare", *pair])
+        assert done.exit_code == 0, done.output
+    assert "verifying" not in done.stderr
+    made = Path(done.stdout.splitlines()[1])
+    assert (HangingHead.of(GGUFFile(made)).ids.size, Speculator.of(Trimmed.open(made)) is None) == (112, False)

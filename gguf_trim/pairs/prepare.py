@@ -20,6 +20,7 @@ from llamabase.vocabulary import Vocabulary, require_same
 from ..companion import Trimmed
 from ..cut import move, plan, remove, write
 from ..dynamic.speculator import Speculator
+from ..hanging import HANGING
 from ..keep import Keep, choose_rows
 from ..layout import Cut
 from ..planning.costs import AS_SHIPPED, renamed
@@ -66,8 +67,12 @@ def prepare(
     FileFormatError or, for an unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
-    require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
-    cut = plan(drafter, choose)
+    hangs = GGUFFile(drafter).architecture in HANGING
+    if hangs:
+        requant = requant or NONE  # one layer: there is little to win by another type
+    else:
+        require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
+    cut = plan(drafter, choose, target if hangs else None)
     shipped = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
     key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
     memory = recall(key)
@@ -78,7 +83,7 @@ def prepare(
         with work_folder(shipped) as folder:
             fresh = not is_this_cut(shipped, cut)
             if fresh:
-                _cut_and_prove(cut, shipped, folder)
+                _cut_and_prove(cut, shipped, folder, target)
             type_ = choose_type(target, shipped, folder, type_)
         if fresh and type_ != AS_SHIPPED:
             remove(shipped)
@@ -115,12 +120,12 @@ def _is_ready(path: Path, cut: Cut) -> bool:
         return False
 
 
-def _cut_and_prove(cut: Cut, out: Path, folder: Path) -> None:
+def _cut_and_prove(cut: Cut, out: Path, folder: Path, target: Path) -> None:
     """In `folder` until it is proven, so that a cut found under its own name always is."""
     unproven = folder / out.name
     with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
         write(cut, unproven, advance)
-    result = verify(unproven, cut.source.path)
+    result = verify(unproven, cut.source.path, target)
     if not result.ok:
         raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
     move(unproven, out)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from llamabase.errors import TrimError
 from llamabase.files import require_room
+from llamabase.gguf_file import GGUFFile
 from llamabase.progress import stderr
 
 from ..companion import Trimmed
 from ..cut import companion_path, move
 from ..dynamic.reading import Reading, calibration, share
 from ..dynamic.speculator import attach
+from ..hanging import HANGING
 from ..planning.costs import AS_SHIPPED, decodes, opened, renamed, requantized, timed
 from ..planning.matches import tau_of
 
@@ -69,8 +71,12 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
                 raise
             stderr.print(f"{kind} is left out: {error}", markup=False)
     trimmed = Trimmed.open(cut)
-    answers = calibration(trimmed.companion)
-    readings = {kind: Reading.of(path, answers, trimmed, title=f"reading {kind}") for kind, path in files.items()}
+    hangs = trimmed.file.architecture in HANGING
+    answers = calibration(GGUFFile(target) if hangs else trimmed.companion)
+    readings = {
+        kind: Reading.of(path, answers, trimmed, title=f"reading {kind}", target=target if hangs else None)
+        for kind, path in files.items()
+    }
     chosen = decided or _quickest(target, trimmed, files, readings)
     path = files[chosen]
     speculator = readings[chosen].fitted(trimmed.companion)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamabase.errors import TrimError
-from llamabase.files import PLOT, write_whole
+from llamabase.plot import drawing
 
 from .figures import ALL, Figures
 
@@ -105,22 +105,16 @@ def plot(labels: Sequence[str], groups: Sequence[dict[str, Figures]], path: Path
 
     Only modes that all groups have. Needs the extra [plot].
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TrimError(f"{path}: plots need the extra: pip install 'gguf-trim[plot]'") from error
     modes = [mode for mode in groups[0] if all(mode in found for found in groups)]
     modes = [mode for mode in modes if mode not in ("plain", "again")] or modes
     width = 0.8 / len(modes)
-    figure = Figure(figsize=(max(8, 0.35 * len(groups) * len(modes)), 4), layout="constrained")
-    axes = figure.subplots()
-    for i, mode in enumerate(modes):
-        heights = [_speed(found[mode]) or 0.0 for found in groups]
-        bars = axes.bar([x + i * width for x in range(len(groups))], heights, width, label=mode)
-        axes.bar_label(bars, fmt="%.2f", fontsize="small")
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_ylabel("tokens per second, plain = 1")
-    figure.legend(loc="outside lower center", ncols=len(modes), fontsize="small")
-    with write_whole(path, PLOT) as file:
-        figure.savefig(file, format="png", dpi=110)
+    with drawing(path, (max(8, 0.35 * len(groups) * len(modes)), 4), dpi=110) as figure:
+        axes = figure.subplots()
+        for i, mode in enumerate(modes):
+            heights = [_speed(found[mode]) or 0.0 for found in groups]
+            bars = axes.bar([x + i * width for x in range(len(groups))], heights, width, label=mode)
+            axes.bar_label(bars, fmt="%.2f", fontsize="small")
+        axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_ylabel("tokens per second, plain = 1")
+        figure.legend(loc="outside lower center", ncols=len(modes), fontsize="small")

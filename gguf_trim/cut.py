@@ -105,26 +105,15 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
     arch = file.architecture
     cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
     scale = float(np.float32(math.sqrt(embedding.shape[0]))) if arch in SCALED_TOKEN_INPUTS else 1.0
-    common = [
-        field("gguf_trim.version", FORMAT_VERSION),
-        field("gguf_trim.source", file.path.name),
-        field("gguf_trim.source_id", identity),
-        field("gguf_trim.vocab_size", embedding.n_rows),
-        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
-        field("gguf_trim.embedding_scale", scale),
-    ]
+    common = _common(file, identity, vocabulary, embedding.n_rows, scale)
     kept_keys = [key for key in file.fields if not key.startswith("tokenizer.") and key != f"{arch}.vocab_size"]
     trimmed_fields = [
         *(file.raw(key) for key in kept_keys),
         field(f"{arch}.vocab_size", keep.k),
         field("tokenizer.ggml.model", "none"),
         *common,
-        field("gguf_trim.k", keep.k),
-        field("gguf_trim.forced", keep.n_forced),
-        field("gguf_trim.d2t", keep.ids),
+        *_kept(keep),
     ]
-    if keep.coverage is not None:
-        trimmed_fields.append(field("gguf_trim.coverage", float(keep.coverage)))
     pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()]
     companion_keys = [key for key in file.fields if key.startswith(("tokenizer.", "general."))]
     companion_fields = [*(file.raw(key) for key in companion_keys), *common, field("gguf_trim.companion", True)]
@@ -136,6 +125,26 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
         trimmed=Output.of(trimmed_fields, pieces, file.alignment),
         companion=Output.of(companion_fields, companion_pieces, file.alignment),
     )
+
+
+def _common(
+    file: GGUFFile, identity: str, vocabulary: Vocabulary, n_vocab: int, embedding_scale: float = 1.0
+) -> list[bytes]:
+    """What both outputs say."""
+    return [
+        field("gguf_trim.version", FORMAT_VERSION),
+        field("gguf_trim.source", file.path.name),
+        field("gguf_trim.source_id", identity),
+        field("gguf_trim.vocab_size", n_vocab),
+        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
+        field("gguf_trim.embedding_scale", embedding_scale),
+    ]
+
+
+def _kept(keep: Keep) -> list[bytes]:
+    coverage = [] if keep.coverage is None else [field("gguf_trim.coverage", float(keep.coverage))]
+    counts = [field("gguf_trim.k", keep.k), field("gguf_trim.forced", keep.n_forced)]
+    return [*counts, field("gguf_trim.d2t", keep.ids), *coverage]
 
 
 def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path | None) -> Cut:
@@ -159,25 +168,14 @@ def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path |
     row_of[order] = np.arange(len(order))
     keep = choose(vocabulary, head.n_vocab, having=row_of >= 0, multiple=MULTIPLE)
     identity = source_identity(file)
-    common = [
-        field("gguf_trim.version", FORMAT_VERSION),
-        field("gguf_trim.source", file.path.name),
-        field("gguf_trim.source_id", identity),
-        field("gguf_trim.vocab_size", head.n_vocab),
-        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
-        field("gguf_trim.embedding_scale", 1.0),
-    ]
+    common = _common(file, identity, vocabulary, head.n_vocab)
     size_key = f"{file.architecture}.vocab_size"
     trimmed_fields = [
         *(file.raw(key) for key in file.fields if key != size_key),
         field(size_key, head.n_vocab),
         *common,
-        field("gguf_trim.k", keep.k),
-        field("gguf_trim.forced", keep.n_forced),
-        field("gguf_trim.d2t", keep.ids),
+        *_kept(keep),
     ]
-    if keep.coverage is not None:
-        trimmed_fields.append(field("gguf_trim.coverage", float(keep.coverage)))
     cut_head = replace(whole, name=HEAD)
     pieces = [Piece(tensor) for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
     rows = np.sort(row_of[keep.ids])

@@ -14,6 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from llamabase.ggml import Backend, Product, Table, aligned
+from llamabase.samplers import likeliest
 
 from ..companion import Trimmed
 from ..cut import head_tensor
@@ -23,7 +24,6 @@ from .speculator import UP_TYPE, Speculator
 CONTEXT_ROWS = 1024  # of the text, at most
 CANDIDATES = 512  # of the speculator, a step
 _BUCKET = 64  # rows by which a product grows: one graph for every such size
-_GROUPS = 4  # of scores, for each score that is looked for
 _PACKED = 16  # rows that matrix kernels take at a time, or a part of it
 
 
@@ -64,18 +64,9 @@ class Recent:
 
 
 def top(scores: np.ndarray, m: int) -> np.ndarray:
-    """Places of the m greatest scores, in no order.
-
-    m groups of scores reach the m-th greatest of the groups' maxima, so no score below it is looked at.
-    """
-    if m >= len(scores):
-        return np.arange(len(scores))
-    size = max(1, len(scores) // (_GROUPS * m))
-    n = len(scores) // size
-    maxima = scores[: n * size].reshape(size, n).max(axis=0)
-    maxima.partition(-m)
-    places = (scores >= maxima[-m]).nonzero()[0]
-    chosen: np.ndarray = places[scores[places].argpartition(-m)[-m:]]
+    """Places of the m greatest scores, in no order."""
+    places = likeliest(scores, m)
+    chosen: np.ndarray = places[scores[places].argpartition(-min(m, len(places)))[-m:]]
     return chosen
 
 

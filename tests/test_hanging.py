@@ -26,10 +26,12 @@ from llamabase.llama import Model
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary
+from runner.bench.__main__ import main as bench
 from runner.chat import main as chat
 from runner.drafter import NoDrafter
 from runner.engine import Engine
 from runner.exact import Law, check_prompt
+from runner.exact import main as exact
 
 from .toy import write_head, write_model
 
@@ -507,3 +509,24 @@ def test_make_trim_prepares_a_head(heads, tmp_path: Path, monkeypatch: pytest.Mo
     assert "verifying" not in done.stderr
     made = Path(done.stdout.splitlines()[1])
     assert (HangingHead.of(GGUFFile(made)).ids.size, Speculator.of(Trimmed.open(made)) is None) == (112, False)
+
+
+def test_the_bench_measures_them(heads, dynamic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several at once hang on one target; steps are timed, and exact finds nothing."""
+    monkeypatch.setattr("runner.bench.machine.COPIED", 16 << 20)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the sea"}\n{"prompt": "tea and the tea"}\n')
+    pair = ["--target", str(heads["target"]), "--draft", str(dynamic["whole"]), "-c", "256"]
+    full = ["--full", str(heads["whole"])]
+    modes = "plain,full:2,trim:2,spec:2,auto"
+    for arguments in (
+        ["run", *pair, *full, "--prompts", str(prompts), "-n", "12", "--modes", modes],
+        ["steps", *pair, *full, "--repeat", "1"],
+    ):
+        done = CliRunner().invoke(bench, arguments)
+        assert done.exit_code == 0, done.output
+        record = json.loads(done.stdout.splitlines()[-1])
+    steps = record["bytes"]
+    assert steps["trim"] < steps["full"]
+    done = CliRunner().invoke(exact, [*pair, "--prompts", str(prompts), "-n", "12", "--draft-max", "2"])
+    assert (done.exit_code, json.loads(done.stdout.splitlines()[-1])["replay_faults"]) == (0, 0)

@@ -171,9 +171,11 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
 def test_a_prompt_in_pieces_and_a_full_context(heads) -> None:
     """Longer than a batch; drafting ends where the context does."""
     with Engine(heads["target"], heads["whole"], n_ctx=512) as engine, Engine(heads["target"], n_ctx=512) as other:
-        engine.context.n_batch = engine.drafter.reading.context.n_batch = 64
-        prompt = "the sea and the tea " * 20
+        for context in (engine.context, engine.drafter.reading.context, other.context):
+            context.n_batch = 64
+        prompt = "the sea and the tea " * 47
         n = 512 - len(engine.model.tokenize(prompt)) + 1
+        assert 20 < n < 60
         found = text_of(engine, SAMPLINGS["greedy"], n + 50, prompt, draft_max=3)
         assert len(found) == n
         assert found == text_of(other, SAMPLINGS["greedy"], n + 50, prompt, draft_max=0, drafter=NoDrafter())

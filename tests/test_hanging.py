@@ -22,7 +22,7 @@ from gguf_trim.verify import verify
 from llamabase import states
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
+from llamabase.llama import Cache, Context, Model
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary
@@ -35,6 +35,8 @@ from runner.exact import main as exact
 
 from .toy import write_head, write_model
 
+# So that what the shape of a batch changes of a number is too little to meet a near-tie, on any processor.
+F32 = Cache("f32", "f32")
 PROMPT = "tea and tea and the sea and tea and the"
 FEW = dict.fromkeys((97, 101, 116, 104, 32), 60.0)  # likely tokens, so that some drafts stand by chance
 SAMPLINGS = {
@@ -69,7 +71,7 @@ def engines(heads: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
 
     def get(name: str | None) -> Engine:
         if name not in opened:
-            opened[name] = Engine(heads["target"], heads[name] if name else None, n_ctx=256)
+            opened[name] = Engine(heads["target"], heads[name] if name else None, cache=F32, n_ctx=256)
         return opened[name]
 
     yield get
@@ -151,7 +153,7 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
     states_only = write_head(tmp_path / "s.gguf", zeros=("blk.0.attn_output.weight", "blk.0.ffn_down.weight"))
     tokens_only = write_head(tmp_path / "t.gguf", zeros=("fc.weight", "blk.0.ffn_down.weight"))
     for path in (states_only, tokens_only):
-        with Engine(heads["target"], path, n_ctx=64) as engine:
+        with Engine(heads["target"], path, cache=F32, n_ctx=64) as engine:
             text = engine.model.tokenize(PROMPT)[:length]
             engine.reader.read(text[:-1], 0)
             found = engine.drafter.reading.begin(text)[0]
@@ -170,7 +172,10 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
 
 def test_a_prompt_in_pieces_and_a_full_context(heads) -> None:
     """Longer than a batch; drafting ends where the context does."""
-    with Engine(heads["target"], heads["whole"], n_ctx=512) as engine, Engine(heads["target"], n_ctx=512) as other:
+    with (
+        Engine(heads["target"], heads["whole"], cache=F32, n_ctx=512) as engine,
+        Engine(heads["target"], cache=F32, n_ctx=512) as other,
+    ):
         for context in (engine.context, engine.drafter.reading.context, other.context):
             context.n_batch = 64
         prompt = "the sea and the tea " * 47
@@ -216,9 +221,7 @@ def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch) -> None:
 
 def test_exact_finds_nothing(engines) -> None:
     engine = engines("whole")
-    from llamabase.llama import Context
-
-    with Context(engine.model, 256, n_outputs=32) as context:
+    with Context(engine.model, 256, n_outputs=32, cache=F32) as context:
         for law in (Law(), Law(SAMPLINGS["few"], 3)):
             found = check_prompt(engine, context, "p", engine.model.tokenize(PROMPT), 24, 3, law)
             assert (found.replay_faults, found.parts_at) == (0, None)
@@ -270,7 +273,7 @@ BAD_HEADS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
 def test_a_wrong_head_is_refused_before_llama_cpp_sees_it(heads, tmp_path: Path, name: str) -> None:
     changes, kind, said = BAD_HEADS[name]
     path = write_head(tmp_path / "head.gguf", **changes)
-    with pytest.raises(kind, match=said), Engine(heads["target"], path, n_ctx=64):
+    with pytest.raises(kind, match=said), Engine(heads["target"], path, cache=F32, n_ctx=64):
         pass
 
 
@@ -345,7 +348,10 @@ def test_a_cut_drafts_what_its_source_does_where_that_was_kept(heads, tmp_path: 
     assert verify(cut, heads[name], target=heads["target"]).ok
     kept = set(HangingHead.of(GGUFFile(cut)).ids.tolist())
     sampling = Sampling(temp=0)
-    with Engine(heads["target"], heads[name], n_ctx=128) as whole, Engine(heads["target"], cut, n_ctx=128) as part:
+    with (
+        Engine(heads["target"], heads[name], cache=F32, n_ctx=128) as whole,
+        Engine(heads["target"], cut, cache=F32, n_ctx=128) as part,
+    ):
         for n in range(4, 20):
             text = whole.model.tokenize(PROMPT)[:n]
             for engine in (whole, part):
@@ -363,7 +369,7 @@ def test_a_cut_needs_no_companion_to_be_run(heads, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     write(plan(heads["whole"], rows(64), heads["target"]), cut)
     companion_path(cut).unlink()
-    with Engine(heads["target"], cut, n_ctx=128, vocab="trim") as engine:
+    with Engine(heads["target"], cut, cache=F32, n_ctx=128, vocab="trim") as engine:
         assert len(text_of(engine, SAMPLINGS["greedy"], 8, draft_max=2)) == 8
 
 
@@ -452,8 +458,8 @@ def test_rows_are_added_at_every_step(heads, dynamic, name: str, vocab: str) -> 
     """With all candidates the drafts are those of the whole head, with those of the text what they can be."""
     few = SAMPLINGS["few"]
     with (
-        Engine(heads["target"], heads[name], n_ctx=128) as whole,
-        Engine(heads["target"], dynamic[name], n_ctx=128, vocab=vocab) as part,
+        Engine(heads["target"], heads[name], cache=F32, n_ctx=128) as whole,
+        Engine(heads["target"], dynamic[name], cache=F32, n_ctx=128, vocab=vocab) as part,
     ):
         assert (part.drafter.dynamic is None) == (vocab == "trim")
         text = whole.model.tokenize(PROMPT)
@@ -479,7 +485,7 @@ def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Pat
     ids, answers = answers_file(tmp_path), [[97, 101, 116] * 5]
     (tmp_path / "own.json").write_text(json.dumps({"a": [answers[0][:5], answers[0][5:]]}))
     made = fitted(cut, tmp_path / "own.json", heads["target"])
-    with Engine(heads["target"], cut, n_ctx=64) as engine:
+    with Engine(heads["target"], cut, cache=F32, n_ctx=64) as engine:
         right = []
         for n in range(5, 15):
             engine.reader.keep(answers[0], n - 1)
@@ -492,7 +498,7 @@ def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Pat
 
 def test_a_head_does_not_agree_with_rows_of_another(heads, dynamic, tmp_path: Path) -> None:
     """What is read of the companion are the head's own rows: their products are llama.cpp's logits."""
-    with Engine(heads["target"], dynamic["mapped"], n_ctx=64) as engine:
+    with Engine(heads["target"], dynamic["mapped"], cache=F32, n_ctx=64) as engine:
         text = engine.model.tokenize(PROMPT)[:9]
         engine.reader.read(text[:-1], 0)
         logits, hidden = engine.drafter.reading.begin(text)

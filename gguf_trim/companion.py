@@ -15,7 +15,7 @@ from llamabase.gguf_file import GGUFFile
 from llamabase.vocabulary import Vocabulary
 
 from .cut import FORMAT_VERSION, companion_path
-from .hanging import D2T, HANGING
+from .hanging import D2T, HANGING, row_by_id
 from .layout import EMBEDDING, HEAD
 
 
@@ -69,13 +69,9 @@ class Trimmed:
     @property
     def row_of(self) -> np.ndarray:
         """int32 by id: which row of the whole head in the companion stands for it, -1 for none."""
-        n_vocab = self.file.integer("gguf_trim.vocab_size")
-        if D2T not in self.companion.tensors:
-            return np.arange(n_vocab, dtype=np.int32)
-        ids = np.frombuffer(self.companion.read(self.companion.tensors[D2T]), "<i8")
-        rows = np.full(n_vocab, -1, np.int32)
-        rows[ids] = np.arange(len(ids))
-        return rows
+        d2t = self.companion.tensors.get(D2T)
+        ids = None if d2t is None else np.frombuffer(self.companion.read(d2t), "<i8")
+        return row_by_id(ids, self.file.integer("gguf_trim.vocab_size"))
 
     def embeddings(self) -> EmbeddingTable:
         return EmbeddingTable(self.companion, self.file.get("gguf_trim.embedding_scale"))

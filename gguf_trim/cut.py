@@ -24,7 +24,7 @@ from llamabase.files import CHUNK, Kind, copy_range, marked, require_room, write
 from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
-from .hanging import D2T, HANGING, HangingHead
+from .hanging import D2T, HANGING, HangingHead, row_by_id
 from .keep import Keep
 from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field
 
@@ -164,8 +164,7 @@ def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path |
         head.require_target(target_file, Vocabulary(target_file))
     whole = head_tensor(source)
     order = np.arange(whole.n_rows) if head.ids is None else head.ids
-    row_of = np.full(head.n_vocab, -1, np.int64)
-    row_of[order] = np.arange(len(order))
+    row_of = row_by_id(order, head.n_vocab)
     keep = choose(vocabulary, head.n_vocab, having=row_of >= 0, multiple=MULTIPLE)
     identity = source_identity(file)
     common = _common(file, identity, vocabulary, head.n_vocab)

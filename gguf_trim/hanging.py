@@ -125,6 +125,15 @@ class HangingHead:
             )
 
 
+def row_by_id(ids: np.ndarray | None, n_vocab: int) -> np.ndarray:
+    """int32 (n_vocab): the row of each id in a head whose rows stand for `ids`, -1 for none; None: row i for id i."""
+    if ids is None:
+        return np.arange(n_vocab, dtype=np.int32)
+    rows = np.full(n_vocab, -1, np.int32)
+    rows[ids] = np.arange(len(ids))
+    return rows
+
+
 def _has_tokens(file: GGUFFile) -> bool:
     return "tokenizer.ggml.tokens" in file.fields
 

@@ -23,7 +23,7 @@ from llamabase.vocabulary import Vocabulary, require_same
 
 from .companion import Trimmed
 from .cut import head_tensor, why_not
-from .hanging import D2T, EAGLE3, HANGING, HangingHead
+from .hanging import D2T, EAGLE3, HANGING, HangingHead, row_by_id
 from .layout import EMBEDDING, HEAD, HEAD_BIAS
 
 PAIRS = 24  # that are read with both heads
@@ -130,8 +130,7 @@ def _hanging_structure(
         raise FileFormatError(f"{original.path}: has no head of its own; give the model it was made for as --target")
     head = head_tensor(source)
     ids = np.arange(head.n_rows) if whole.ids is None else whole.ids
-    row_of = np.full(whole.n_vocab, -1, np.int64)
-    row_of[ids] = np.arange(len(ids))
+    row_of = row_by_id(ids, whole.n_vocab)
     if part.ids is None or not np.array_equal(np.sort(part.ids), cut.d2t) or (row_of[part.ids] < 0).any():
         return [f"{cut.file.path}: its d2t is not that of the kept rows"]
     if missing := (original.tensors.keys() ^ cut.file.tensors.keys()) - {HEAD, D2T}:

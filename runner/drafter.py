@@ -253,12 +253,8 @@ def _open_hanging(
     model = Model(path, n_gpu_layers)
     try:
         context = PairContext(model, target_context.n_ctx, n_threads, target_context)
-        return ModelDrafter(
-            model,
-            HangingReading(context, inputs, head),
-            None if head.ids is None else np.sort(head.ids).astype(np.int32),
-            dynamic,
-        )
+        reading = HangingReading(context, inputs, head)
+        return ModelDrafter(model, reading, reading.ids, dynamic)
     except BaseException:
         model.close()
         raise

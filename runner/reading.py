@@ -156,13 +156,14 @@ class OwnReading:
 class HangingReading:
     """An EAGLE-3 head, which reads pairs of a token and what its target made of the one before (arXiv 2503.01840).
 
-    A text can be drafted for as far as the target has read it: all but its last token.
+    A text can be drafted for as far as the target has read it: all but its last token. `ids`: ascending, of the rows
+    that give logits; None for all.
     """
 
     def __init__(self, context: PairContext, inputs: LayerInputs, head: HangingHead) -> None:
         self.context: PairContext = context
         self._inputs, self._head = inputs, head
-        self._ids = None if head.ids is None else np.sort(head.ids)
+        self.ids = None if head.ids is None else np.sort(head.ids).astype(np.int32)
         self._text: list[int] = []  # whose pairs, one fewer than tokens, the cache holds
         self._state = _NO_STATE
 
@@ -210,4 +211,4 @@ class HangingReading:
         return n
 
     def _found(self, logits: np.ndarray) -> Step:
-        return logits if self._ids is None else logits[self._ids], self._head.hidden(self._state)
+        return logits if self.ids is None else logits[self.ids], self._head.hidden(self._state)

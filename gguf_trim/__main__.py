@@ -31,6 +31,7 @@ from .dynamic.speculator import attach
 from .hanging import HANGING
 from .keep import DEFAULT_K, choose_rows
 from .layout import EMBEDDING, HEAD, Cut
+from .mtp import MTP, MtpBlock
 from .pairs.catalog import USER_CATALOG, load_catalog
 from .pairs.prepare import is_this_cut, prepare
 from .plan_command import COUNTS, auto_k, pair_options, plan_command
@@ -62,6 +63,7 @@ def main() -> None:
 )
 @COUNTS
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
+@click.option("--mtp", is_flag=True, help="DRAFTER is a target: choose the rows that its own MTP block drafts from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--if-needed", is_flag=True, help="Do nothing where OUTPUT is already this cut of this drafter.")
 def trim_command(
@@ -74,6 +76,7 @@ def trim_command(
     requant: str | None,
     counts: Path | None,
     keep_file: Path | None,
+    mtp: bool,
     dry_run: bool,
     if_needed: bool,
 ) -> None:
@@ -82,6 +85,8 @@ def trim_command(
         raise click.UsageError("give --counts or --keep, not both")
     if sum(rule is not None for rule in (k, top_p, min_count)) > 1:
         raise click.UsageError("give one of --k, --top-p, --min-count")
+    if mtp and (k == "auto" or requant is not None):
+        raise click.UsageError("--mtp takes no --k auto and no --requant")
     require_outputs(drafter, output)
     if k == "auto":
         if target is None:
@@ -90,7 +95,7 @@ def trim_command(
         stderr.print(f"k = {k} is the fastest here")
     n = None if k is None else int(k)
     choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
-    cut = plan(drafter, choose, target)
+    cut = plan(drafter, choose, target, mtp)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -116,14 +121,17 @@ def trim_command(
 
 def _plan_text(cut: Cut, output: Path) -> str:
     keep, source = cut.keep, cut.source
-    before, after = step_bytes(source), cut.step_bytes
-    rows = next(piece.tensor.n_rows for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
+    whole = next(piece.tensor for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
+    before, after, rows = step_bytes(source), cut.step_bytes, whole.n_rows
+    if cut.mtp:  # what else a step reads is the target's
+        block = sum(tensor.n_bytes for tensor in MtpBlock.of(source).tensors)
+        before, after = block + whole.n_bytes, block + after
     covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
     lines = {
         "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
         "rows kept": f"{keep.k} of {rows}{covered}",
         "forced tokens": f"{keep.n_forced}",
-        "file": f"{source.size / 1e6:.1f} MB -> {cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
+        "file": f"{'' if cut.mtp else f'{source.size / 1e6:.1f} MB -> '}{cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
         "companion": f"{cut.companion.n_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
         "read per draft step": f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)",
     }
@@ -132,8 +140,8 @@ def _plan_text(cut: Cut, output: Path) -> str:
 
 @main.command("verify")
 @click.argument("trimmed", type=FILE)
-@click.option("--source", type=FILE, required=True, help="The drafter it was cut from.")
-@click.option("--target", type=FILE, help="The target that an EAGLE-3 head hangs on.")
+@click.option("--source", type=FILE, required=True, help="The drafter it was cut from; of an MTP block, the target.")
+@click.option("--target", type=FILE, help="The target that an EAGLE-3 head or an MTP block hangs on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bool) -> None:
     """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
@@ -157,13 +165,13 @@ def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bo
 @click.option("--rank", "-r", type=click.IntRange(1), help="Numbers a token is scored by.  [default: n_embd / 8]")
 @THREADS
 @click.option("--train", "steps", type=click.IntRange(0), default=0, help="Steps of training after it ([train]).")
-@click.option("--target", type=FILE, help="The target that an EAGLE-3 head hangs on.")
+@click.option("--target", type=FILE, help="The target that an EAGLE-3 head or an MTP block hangs on.")
 def speculator_command(
     trimmed: Path, texts: Path | None, rank: int | None, threads: int | None, steps: int, target: Path | None
 ) -> None:
     """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
     opened = Trimmed.open(trimmed)
-    if target is None and opened.file.architecture in HANGING:
+    if target is None and opened.file.architecture in (*HANGING, MTP):
         raise TrimError(f"{trimmed}: reads its target's states; give the model it was made for as --target")
     named = opened.companion if target is None else GGUFFile(target)
     reading = Reading.of(trimmed, calibration(named, texts), opened, threads, target=target)

@@ -17,6 +17,7 @@ from llamabase.vocabulary import Vocabulary
 from .cut import FORMAT_VERSION, companion_path
 from .hanging import D2T, HANGING, row_by_id
 from .layout import EMBEDDING, HEAD
+from .mtp import MTP
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Trimmed:
         scale = file.get("gguf_trim.embedding_scale")
         if not isinstance(scale, float) or not math.isfinite(scale):
             raise FileFormatError(f"{file.path}: its embedding scale is not a number; trim again")
-        whole = HEAD if file.architecture in HANGING else EMBEDDING
+        whole = HEAD if file.architecture in (*HANGING, MTP) else EMBEDDING
         if whole not in companion.tensors or (whole == EMBEDDING and companion.tensors[whole].n_rows != n_vocab):
             raise FileFormatError(f"{companion.path}: lacks the full {whole}; trim the drafter again")
         return cls(file, companion, d2t)

@@ -26,7 +26,8 @@ from llamabase.vocabulary import Vocabulary
 
 from .hanging import D2T, HANGING, HangingHead, row_by_id
 from .keep import Keep
-from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field, head_tensor
+from .mtp import MTP, MtpBlock
 
 FORMAT_VERSION = 1
 MULTIPLE = 16  # of rows in the head of an EAGLE-3 file: some of llama.cpp's repacked kernels work on so many at a time
@@ -51,17 +52,17 @@ def companion_path(trimmed: Path) -> Path:
     return trimmed.with_name(f"{trimmed.name.removesuffix('.gguf')}.vocab.gguf")
 
 
-def why_not(file: GGUFFile) -> str | None:
-    """The reason this file's head cannot be cut, or None."""
+def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
+    """The reason this file's head cannot be cut, or None; `mtp`: that of its MTP block."""
     if "gguf_trim.k" in file.fields:
         return "it is already trimmed; trim the original drafter"
     if "gguf_trim.companion" in file.fields:
         return "it is the companion of a trimmed drafter; trim the original drafter"
     if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
-    if file.architecture in HANGING:
+    if mtp or file.architecture in HANGING:
         try:
-            HangingHead.of(file)
+            (MtpBlock if mtp else HangingHead).of(file)
         except FileFormatError as error:
             return str(error).removeprefix(f"{file.path}: ")
         return None
@@ -86,16 +87,19 @@ def _per_token(tensor: Tensor, n_rows: int) -> bool:
     return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
 
 
-def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = None) -> Cut:
+def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = None, mtp: bool = False) -> Cut:
     """What a cut of `source` would write: pure, nothing is touched.
 
     `choose(vocabulary, n_rows)` decides on the rows once the file is known; for a head that hangs on a target it is
     also told `having` and `multiple`, see `choose_rows`. Such a head may need its `target`, for tokens or rows that it
-    lacks itself. Raises FileFormatError where the file cannot be cut, naming the reason.
+    lacks itself. `mtp`: rows for the MTP block that `source` has. Raises FileFormatError where the file cannot be cut,
+    naming the reason.
     """
     file = GGUFFile(source)
-    if (reason := why_not(file)) is not None:
+    if (reason := why_not(file, mtp)) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
+    if mtp:
+        return _plan_mtp(MtpBlock.of(file), choose)
     if file.architecture in HANGING:
         return _plan_hanging(HangingHead.of(file), choose, target)
     vocabulary = Vocabulary(file)
@@ -193,6 +197,34 @@ def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path |
         keep=keep,
         trimmed=Output.of(trimmed_fields, pieces, file.alignment),
         companion=Output.of(companion_fields, companion_pieces, file.alignment),
+    )
+
+
+def _plan_mtp(block: MtpBlock, choose: Callable[..., Keep]) -> Cut:
+    """Rows for an MTP block, in a file that is no model; the companion has the whole head, for rows beyond them."""
+    file = block.file
+    vocabulary = Vocabulary(file)
+    keep = choose(vocabulary, block.n_vocab, multiple=MULTIPLE)
+    identity = source_identity(file)
+    common = _common(file, identity, vocabulary, block.n_vocab)
+    named = [file.raw(key) for key in file.fields if key in ("general.name", "general.license")]
+    whole = replace(block.head, name=HEAD)
+    companion_fields = [
+        *(file.raw(key) for key in file.fields if key.startswith(("tokenizer.", "general."))),
+        *common,
+        field("gguf_trim.companion", True),
+    ]
+    return Cut(
+        source=file,
+        identity=identity,
+        keep=keep,
+        trimmed=Output.of(
+            [field("general.architecture", MTP), *named, *common, *_kept(keep)],
+            [Piece(whole, keep.ids)],
+            file.alignment,
+        ),
+        companion=Output.of(companion_fields, [Piece(whole)], file.alignment),
+        mtp=True,
     )
 
 
@@ -298,8 +330,3 @@ def step_bytes(file: GGUFFile) -> int:
     """Weight bytes one draft step reads: every tensor, except an embedding table that is not also the head."""
     skipped = {EMBEDDING} if HEAD in file.tensors else set()
     return sum(tensor.n_bytes for tensor in file.tensors.values() if tensor.name not in skipped)
-
-
-def head_tensor(file: GGUFFile) -> Tensor:
-    """The tensor that makes the logits: the head, or the embedding table of a tied model."""
-    return file.tensors.get(HEAD) or file.tensors[EMBEDDING]

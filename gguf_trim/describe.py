@@ -9,10 +9,10 @@ from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
 from .companion import Trimmed
-from .cut import head_tensor, step_bytes, why_not
+from .cut import step_bytes, why_not
 from .dynamic.speculator import UP
 from .hanging import HANGING, HangingHead
-from .layout import EMBEDDING, HEAD, HEAD_BIAS
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 
 
 def _table(tensor: Tensor) -> dict[str, Any]:
@@ -72,6 +72,8 @@ def describe(path: Path) -> dict[str, Any]:
         hanging = HangingHead.of(file)
         facts |= {"target_layers": list(hanging.layers), "target_width": hanging.width, "vocabulary": hanging.n_vocab}
     facts |= {"kind": "model", "trimmable": reason is None, "why": reason}
+    if file.integer(f"{file.architecture}.nextn_predict_layers", 0):
+        facts |= {"mtp": why_not(file, mtp=True) or "its rows can be chosen: trim --mtp"}
     if "tokenizer.ggml.tokens" in file.fields:
         vocabulary = Vocabulary(file)
         facts |= {"vocabulary": len(vocabulary), "fingerprint": vocabulary.fingerprint}

@@ -70,6 +70,7 @@ class Cut:
     keep: Keep
     trimmed: Output
     companion: Output
+    mtp: bool = False  # whether it is the rows of the source's MTP block
 
     @property
     def n_bytes(self) -> int:
@@ -121,3 +122,8 @@ def encode_head(fields: list[bytes], pieces: list[Piece], alignment: int) -> byt
         offset += -(-piece.n_bytes // alignment) * alignment
     head = b"".join(out)
     return head + b"\0" * (-len(head) % alignment)
+
+
+def head_tensor(file: GGUFFile) -> Tensor:
+    """The tensor that makes the logits: the head, or the embedding table of a tied model."""
+    return file.tensors.get(HEAD) or file.tensors[EMBEDDING]

@@ -22,9 +22,10 @@ from llamabase.states import PairContext
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .companion import Trimmed
-from .cut import head_tensor, why_not
+from .cut import why_not
 from .hanging import D2T, EAGLE3, HANGING, HangingHead, row_by_id
-from .layout import EMBEDDING, HEAD, HEAD_BIAS
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
+from .mtp import MTP, KeptRows, MtpBlock
 
 PAIRS = 24  # that are read with both heads
 PROMPT = (
@@ -52,18 +53,25 @@ class Verification:
 def verify(trimmed: Path, source: Path, target: Path | None = None) -> Verification:
     """Compare a trimmed drafter with the drafter it was cut from, with a bar; `target`: of a head that hangs on one.
 
+    Rows for an MTP block were cut from the target itself.
+
     Raises FileFormatError where a file cannot be opened; what differs between two readable files is in the result.
     """
     cut, original = Trimmed.open(trimmed), GGUFFile(source)
-    if (reason := why_not(original)) is not None:
+    mtp = cut.file.architecture == MTP
+    if (reason := why_not(original, mtp)) is not None:
         raise FileFormatError(f"{original.path}: is no --source to verify with: {reason}")
     with progress("verifying", sum(tensor.n_bytes for tensor in original.tensors.values()), "B") as advance:
-        if original.architecture in HANGING:
+        if mtp:
+            differences = _mtp_structure(cut, MtpBlock.of(original), advance)
+        elif original.architecture in HANGING:
             differences = _hanging_structure(cut, HangingHead.of(original), HangingHead.of(cut.file), target, advance)
         else:
             differences = _structure(cut, original, advance)
     if differences:  # logits of files that differ say nothing more
         return Verification(len(cut.d2t), 0, None, None, differences)
+    if mtp:
+        return _compared(cut, *_mtp_logits(cut, MtpBlock.of(original)))
     if original.architecture in HANGING:
         return _compared(cut, *_hanging_logits(cut, HangingHead.of(original), target))
     return _compared(cut, *_logits(cut, original))
@@ -164,6 +172,28 @@ def _hanging_logits(cut: Trimmed, whole: HangingHead, target: Path | None) -> tu
             with Model(path) as model, PairContext(model, PAIRS + 8, None, other, n_outputs=PAIRS) as context:
                 found.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())
     return found[0], found[1]
+
+
+def _mtp_structure(cut: Trimmed, block: MtpBlock, advance: Callable[[float], object]) -> list[str]:
+    block.require_rows(cut.file, Vocabulary(block.file))
+    differences = _same_bytes(block.file, block.head, cut.file, cut.file.tensors[HEAD], cut.d2t)
+    differences += _same_bytes(block.file, block.head, cut.companion, cut.companion.tensors[HEAD], None)
+    advance(sum(tensor.n_bytes for tensor in block.file.tensors.values()))
+    return differences
+
+
+def _mtp_logits(cut: Trimmed, block: MtpBlock) -> tuple[np.ndarray, np.ndarray]:
+    """Random pairs through the block: logits at the kept ids as llama.cpp has them, and as the rows give them."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, block.n_vocab, PAIRS).tolist()
+    states = rng.standard_normal((PAIRS, block.n_embd)).astype(np.float32)
+    rows, expected, found = KeptRows(cut.file), [], []
+    with Model(block.file.path) as model, PairContext(model, PAIRS + 8, None, mtp=True) as context:
+        for i, token in enumerate(tokens):  # one at a time, as drafts are
+            logits, made = context.pairs([token], states[i : i + 1], True)
+            expected.append(logits[0, cut.d2t])
+            found.append(rows(block.hidden(made[0])).copy())
+    return np.array(expected), np.array(found)
 
 
 def _logits(cut: Trimmed, original: GGUFFile) -> tuple[np.ndarray, np.ndarray]:

@@ -107,6 +107,7 @@ class Model(Owner):
         start()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
+        params.load_mtp = True  # a block for multi-token prediction, where the file has one
         if n_gpu_layers is not None:
             params.n_gpu_layers = n_gpu_layers
         if not self.path.is_file():
@@ -123,6 +124,10 @@ class Model(Owner):
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        # Whether its cache is a state that goes on from token to token, wholly or in part.
+        self.recurrent: bool = llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(
+            self._model
+        )
 
     @property
     def handle(self) -> Any:
@@ -193,8 +198,11 @@ F16 = Cache()
 class Context(Owner):
     """One sequence in one KV cache over a model: append, read logits, rewind.
 
-    With n_sequences > 1 the cache of n_ctx tokens is shared by several, and decode_each and drop take their numbers.
+    With n_sequences > 1 the cache of n_ctx tokens is shared by several, and decode_each and drop take their numbers;
+    unless `unified`, each has its own share of it.
     n_outputs is the most rows of logits one decode may ask for; llama.cpp reserves n_outputs x n_vocab floats for it.
+    A recurrent cache keeps a copy of itself for each of `rewinds` tokens, so many of the last batch it can take back.
+    `mtp`: read by the model's MTP block alone, see `states.PairContext`.
     `seconds` adds up the wall time spent inside llama.cpp.
     """
 
@@ -208,6 +216,9 @@ class Context(Owner):
         n_sequences: int = 1,
         cache: Cache = F16,
         other: Context | None = None,
+        unified: bool = True,
+        rewinds: int = 0,
+        mtp: bool = False,
     ) -> None:
         self._ctx = None
         self._batches: list[Any] = []
@@ -219,13 +230,16 @@ class Context(Owner):
         params.n_outputs_max = min(n_outputs, n_batch)
         params.n_seq_max = n_sequences
         params.type_k, params.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
-        # Apart, attention would be cheaper, but batches that mix prompts with single tokens are then cut to pieces.
-        params.kv_unified = True
+        # Apart, attention is cheaper, but batches that mix prompts with single tokens are then cut to pieces.
+        params.kv_unified = unified
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()
         params.swa_full = True  # a sliding window that forgets cannot be rewound
         params.no_perf = True
+        params.n_rs_seq = rewinds if model.recurrent else 0
         if other is not None:  # the context that this one hangs on, which must outlive it
             params.ctx_other = other.handle
+        if mtp:
+            params.ctx_type = llama_cpp.LLAMA_CONTEXT_TYPE_MTP
         LAST_ERRORS.clear()
         with interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, params)
@@ -236,6 +250,9 @@ class Context(Owner):
         self.n_batch = n_batch
         self.n_outputs = params.n_outputs_max
         self.n_past = 0
+        self.recurrent = model.recurrent and not mtp
+        self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)  # 0 where this architecture keeps no copies
+        self._oldest = 0  # to which a recurrent cache can be rewound, but for its beginning
         self.seconds = 0.0
         # Asked before every batch, so that another thread can end the reading of a long prompt.
         self.go_on: Callable[[], bool] = lambda: True
@@ -287,9 +304,11 @@ class Context(Owner):
             if not self.go_on():
                 raise EngineError(f"{self.model.path}: was cancelled while it read {n} tokens")
             batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
+            self._oldest = self.n_ctx + 1  # nowhere, should the decode be interrupted
             self._decode(batch)
             for recorder in self.recorders:
                 recorder.take(self.n_past, end - start)
+            self._oldest = max(self.n_past + 1, self.n_past + end - start - self.rewinds)
             self.n_past += end - start
         if not outputs:
             llama_cpp.llama_synchronize(handle)
@@ -335,18 +354,31 @@ class Context(Owner):
 
         Of what the recorders missed, none: where `take` was not reached, the tokens are to be read again.
         """
-        held = llama_cpp.llama_memory_seq_pos_max(self._memory, 0) + 1
-        self.n_past = min([held, *(recorder.n for recorder in self.recorders)])
+        self.n_past = min([self._held(), *(recorder.n for recorder in self.recorders)])
+        return self.n_past
+
+    def _held(self) -> int:
+        return int(llama_cpp.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
+    def rewind(self, n: int) -> int:
+        """Forget everything from position n on, or all there is where a recurrent cache cannot do less; give n_past."""
+        if self.recurrent and 0 < n < self._held():
+            n = n if n >= self._oldest else 0
+            self._oldest = n  # the copies are of use once
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):
+            n = 0
+            llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        self.n_past = min(self.n_past, n)
         return self.n_past
 
     def truncate(self, n: int) -> None:
-        """Forget everything from position n on. Raises EngineError where the cache cannot be rewound (recurrent)."""
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):
+        """`rewind` to position n. Raises EngineError where the cache could only forget everything, and has."""
+        before = self.n_past
+        if self.rewind(n) < min(n, before):
             raise EngineError(
                 f"{self.model.path}: its cache cannot be rewound to token {n}, as recurrent models cannot; "
                 "speculative decoding needs a model with attention only"
             )
-        self.n_past = min(self.n_past, n)
 
     def close(self) -> None:
         if self._ctx is not None:

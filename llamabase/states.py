@@ -1,6 +1,6 @@
-"""What llama.cpp gives and takes beside tokens: inputs of a target's layers, and a hidden state with every token.
+"""What llama.cpp gives and takes beside tokens: states of a target's, and a hidden state with every token.
 
-EAGLE-3 heads and their like live on this. The functions that llama.cpp keeps apart as experimental are looked up here
+EAGLE-3 heads and MTP blocks live on this. The functions that llama.cpp keeps apart as experimental are looked up here
 and nowhere else.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import EngineError
 from .interrupt import interruptible
-from .llama import LAST_ERRORS, Context, Model, floats, last_error
+from .llama import F16, LAST_ERRORS, Cache, Context, Model, floats, last_error
 
 KNOWN = "0.3.36"  # the llama-cpp-python whose llama.cpp has all that is used here
 # Architectures whose graphs record the inputs of their layers, as llama.cpp of that version names them. It ends the
@@ -57,11 +57,33 @@ def _experimental() -> dict[str, Any]:
     return found
 
 
-class LayerInputs:
-    """Records what goes into some layers of a target, for every token that its context reads.
+class Recorded:
+    """States of a target that a drafter hangs on, kept for every token that its context reads.
 
-    `rows[P]` (float32, len(layers) x n_embd, flat) is the token's at position P, for P < n. Raises EngineError where
-    the target's graph records none; nothing is decoded then.
+    `rows[P]` (float32) are those of the token at position P, for P < n.
+    """
+
+    def __init__(self, context: Context, width: int) -> None:
+        self.n = 0
+        self._context = context
+        self.rows = np.empty((context.n_ctx, width), np.float32)
+        context.rewind(0)  # what was read unrecorded is of no use
+        context.recorders.append(self)
+
+    def take(self, first: int, n: int) -> None:
+        """After n tokens were read from position `first` on."""
+        self.n = min(self.n, first)
+        self._copy(self.rows[first : first + n])
+        self.n = first + n
+
+    def _copy(self, rows: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class LayerInputs(Recorded):
+    """What goes into some layers, one after another in a row (len(layers) x n_embd): what EAGLE-3 heads read.
+
+    Raises EngineError where the target's graph records none; nothing is decoded then.
     """
 
     def __init__(self, context: Context, architecture: str, layers: Sequence[int]) -> None:
@@ -71,55 +93,81 @@ class LayerInputs:
                 f"llama.cpp records none for {architecture}; use a drafter that reads the text itself"
             )
         library = _experimental()
-        self.layers, self.n = tuple(layers), 0
-        self._context, self._get = context, library["llama_get_embeddings_layer_inp"]
+        self.layers = tuple(layers)
+        self._get = library["llama_get_embeddings_layer_inp"]
         for layer in self.layers:
             library["llama_set_embeddings_layer_inp"](context.handle, layer, True)
-        self._n_embd = context.model.n_embd
-        self.rows = np.empty((context.n_ctx, len(self.layers) * self._n_embd), np.float32)
-        context.recorders.append(self)
+        super().__init__(context, len(self.layers) * context.model.n_embd)
 
     @classmethod
     def of(cls, context: Context, architecture: str, layers: Sequence[int]) -> LayerInputs:
         """Those of a context, which several drafters may hang on."""
-        known: LayerInputs
         for known in context.recorders:
-            if known.layers == tuple(layers):
+            if isinstance(known, LayerInputs) and known.layers == tuple(layers):
                 return known
-        context.truncate(0)  # what was read unrecorded is of no use
         return cls(context, architecture, layers)
 
-    def take(self, first: int, n: int) -> None:
-        """After n tokens were read from position `first` on."""
-        self.n = min(self.n, first)
+    def _copy(self, rows: np.ndarray) -> None:
+        n_embd = self._context.model.n_embd
         for i, layer in enumerate(self.layers):
-            columns = slice(i * self._n_embd, (i + 1) * self._n_embd)
-            self.rows[first : first + n, columns] = floats(self._get(self._context.handle, layer), n, self._n_embd)
-        self.n = first + n
+            columns = slice(i * n_embd, (i + 1) * n_embd)
+            rows[:, columns] = floats(self._get(self._context.handle, layer), len(rows), n_embd)
+
+
+class FinalStates(Recorded):
+    """What the head is multiplied by, of every token, whether or not its logits are asked for: what MTP blocks read."""
+
+    def __init__(self, context: Context) -> None:
+        library = _experimental()
+        self._get = library["llama_get_embeddings_nextn"]
+        library["llama_set_embeddings_nextn"](context.handle, True, False)
+        super().__init__(context, context.model.n_embd)
+
+    @classmethod
+    def of(cls, context: Context) -> FinalStates:
+        """Those of a context, which several drafters may hang on."""
+        found = next((known for known in context.recorders if isinstance(known, FinalStates)), None)
+        return found or cls(context)
+
+    def _copy(self, rows: np.ndarray) -> None:
+        rows[:] = floats(self._get(self._context.handle), *rows.shape)
 
 
 class PairContext(Context):
-    """One sequence of (token, state) pairs in one cache: what an EAGLE-3 head reads. `other` is its target's context.
+    """One sequence of (token, state) pairs in one cache: what a head that hangs on its target reads.
 
     The pair at position P is the token at P + 1 of the text with the state of P: what `encode` makes of the target's
-    layer inputs there or, while drafting, what `decode` gave for the pair before.
+    recorded states there or, while drafting, what `decode` gave for the pair before. `model` is an EAGLE-3 head, and
+    `other` its target's context; or it is the target itself, and its MTP block reads (`mtp`). Without `head` no logits
+    are computed, whatever is asked.
     """
 
     def __init__(
-        self, model: Model, n_ctx: int, n_threads: int | None, other: Context | None, n_outputs: int = 1
+        self,
+        model: Model,
+        n_ctx: int,
+        n_threads: int | None,
+        other: Context | None = None,
+        n_outputs: int = 1,
+        mtp: bool = False,
+        head: bool = True,
+        cache: Cache = F16,
     ) -> None:
         self._extended = None
         self._library = _experimental()
-        super().__init__(model, n_ctx, n_threads, n_outputs=n_outputs, other=other)
-        self._library["llama_set_embeddings_nextn"](self.handle, True, True)
+        self._mtp, self._head = mtp, head
+        super().__init__(model, n_ctx, n_threads, n_outputs=n_outputs, other=other, mtp=mtp, cache=cache)
+        self._library["llama_set_embeddings_nextn"](self.handle, True, head)  # of all tokens, or of outputs only
         self._extended = llama_cpp.llama_batch_ext_init(self.handle)
 
-    def encode(self, inputs: np.ndarray) -> np.ndarray:
-        """The states (float32, n x n_embd) of layer inputs (float32, n x their width), copied."""
-        found = np.empty((len(inputs), self.model.n_embd), np.float32)
+    def encode(self, recorded: np.ndarray) -> np.ndarray:
+        """The states (float32, n x n_embd) of what was recorded of a target (float32, n x its width)."""
+        if self._mtp:
+            return recorded
+        found = np.empty((len(recorded), self.model.n_embd), np.float32)
         # Positions are not looked at, and must be those that come next all the same.
-        for start in range(0, len(inputs), self.n_batch):
-            part = np.ascontiguousarray(inputs[start : start + self.n_batch])
+        for start in range(0, len(recorded), self.n_batch):
+            part = np.ascontiguousarray(recorded[start : start + self.n_batch])
             self._process(llama_cpp.LLAMA_PROCESS_TYPE_ENCODE, self.count(), None, part, True)
             found[start : start + len(part)] = self._states(len(part))
         return found
@@ -135,10 +183,11 @@ class PairContext(Context):
                 raise EngineError(f"{self.model.path}: was cancelled while it read {len(tokens)} tokens")
             part = np.ascontiguousarray(states[start : start + size], np.float32)
             n, ids = len(part), tokens[start : start + size]
-            self._process(llama_cpp.LLAMA_PROCESS_TYPE_DECODE, self.n_past, ids, part, outputs)
+            self._process(llama_cpp.LLAMA_PROCESS_TYPE_DECODE, self.n_past, ids, part, outputs and self._head)
             self.n_past += n
             if outputs:
-                logits = floats(llama_cpp.llama_get_logits(self.handle), n, self.model.n_vocab)
+                if self._head:
+                    logits = floats(llama_cpp.llama_get_logits(self.handle), n, self.model.n_vocab)
                 made = self._states(n).copy()
         return logits, made
 

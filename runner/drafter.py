@@ -12,9 +12,10 @@ import numpy as np
 
 from gguf_trim.companion import EmbeddingTable, Trimmed
 from gguf_trim.cut import companion_path
-from gguf_trim.dynamic.rows import DynamicHead
+from gguf_trim.dynamic.rows import NEAR, DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.hanging import DFLASH, EAGLE3, HangingHead
+from gguf_trim.mtp import MTP, KeptRows, MtpBlock
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
@@ -22,7 +23,7 @@ from llamabase.llama import F16, Cache, Context, Model, physical_cores
 from llamabase.noise import Noise
 from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
-from llamabase.states import LayerInputs, PairContext
+from llamabase.states import FinalStates, LayerInputs, PairContext
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .reading import HangingReading, OwnReading, Reading
@@ -95,13 +96,14 @@ class NoDrafter:
 
 
 class ModelDrafter:
-    """A drafter GGUF. `ids` (ascending) are the target ids of its head's rows, None where they agree.
+    """A drafter GGUF, or a block of the target's (`model` None). `ids` (ascending) are the target ids of its head's
+    rows, None where they agree.
 
     `dynamic` adds rows of the full head to a trimmed one's, chosen at every step.
     """
 
     def __init__(
-        self, model: Model, reading: Reading, ids: np.ndarray | None = None, dynamic: DynamicHead | None = None
+        self, model: Model | None, reading: Reading, ids: np.ndarray | None = None, dynamic: DynamicHead | None = None
     ) -> None:
         self._model, self.reading, self._ids, self.dynamic = model, reading, ids, dynamic
 
@@ -176,11 +178,12 @@ class ModelDrafter:
 
     @property
     def seconds(self) -> float:
-        return self.reading.context.seconds + (self.dynamic.seconds if self.dynamic else 0.0)
+        return self.reading.seconds + (self.dynamic.seconds if self.dynamic else 0.0)
 
     def close(self) -> None:
         self.reading.context.close()
-        self._model.close()
+        if self._model is not None:
+            self._model.close()
 
 
 def open_drafter(
@@ -193,14 +196,19 @@ def open_drafter(
     cache: Cache = F16,
     target_context: Context | None = None,
 ) -> ModelDrafter:
-    """Open a stock or trimmed drafter for a target's vocabulary; an EAGLE-3 head hangs on the target's context.
+    """Open a stock or trimmed drafter for a target's vocabulary; an EAGLE-3 head hangs on the target's context, as do
+    rows for its MTP block, and `mtp`, which is that block with its whole head.
 
     `vocab` (one of VOCABS) says what a trimmed one may draft from: the rows it kept ("trim"), those and the tokens of
     the text ("context"), those and the speculator's candidates too ("spec"), or the most that its files allow ("auto").
     A stock drafter has all its rows. Raises VocabularyMismatch where an id would not mean the same to both, naming both
     files, and EngineError for "spec" without a speculator.
     """
+    if path == Path(MTP):
+        return _open_mtp(None, target, target_context, n_threads, vocab, cache)
     file = GGUFFile(path)
+    if file.architecture == MTP:
+        return _open_mtp(Trimmed.open(path), target, target_context, n_threads, vocab, cache)
     if "gguf_trim.companion" in file.fields:
         raise EngineError(f"{path}: is the companion of a trimmed drafter; give the file beside it")
     if file.architecture == DFLASH:
@@ -212,6 +220,11 @@ def open_drafter(
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
     model = Model(path, n_gpu_layers)
     try:
+        if model.recurrent:
+            raise EngineError(
+                f"{path}: llama.cpp cannot take back what a {file.architecture} model has drafted; use a drafter with "
+                "attention only"
+            )
         context = Context(model, n_ctx, n_threads, n_outputs=HIDDEN_ROWS if dynamic else 1, cache=cache)
         if trimmed is None:
             # Tables of one family are padded to different lengths: an id of one's padding must not reach the other.
@@ -258,6 +271,43 @@ def _open_hanging(
     except BaseException:
         model.close()
         raise
+
+
+def _open_mtp(
+    trimmed: Trimmed | None,
+    target: Vocabulary,
+    target_context: Context | None,
+    n_threads: int | None,
+    vocab: str,
+    cache: Cache,
+) -> ModelDrafter:
+    """The target's MTP block: with llama.cpp's head, or with the rows of a trimmed file."""
+    if target_context is None:
+        raise EngineError("an MTP block reads its target's states, which only this runner gives it")
+    block = MtpBlock.of(GGUFFile(target_context.model.path))
+    model, n_ctx = target_context.model, target_context.n_ctx
+    recorded = FinalStates.of(target_context)
+    if trimmed is None:
+        context = PairContext(model, n_ctx, n_threads, mtp=True, cache=cache)
+        return ModelDrafter(None, HangingReading(context, recorded, block))
+    block.require_rows(trimmed.file, target)
+    dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if vocab != "trim" else None
+    _require_product(block, trimmed, model, n_threads)
+    context = PairContext(model, n_ctx, n_threads, mtp=True, head=False, cache=cache)
+    reading = HangingReading(context, recorded, block, KeptRows(trimmed.file, n_threads))
+    return ModelDrafter(None, reading, trimmed.d2t, dynamic)
+
+
+def _require_product(block: MtpBlock, trimmed: Trimmed, model: Model, n_threads: int | None) -> None:
+    """Raise EngineError unless rows times the block's state are its logits, as one step of llama.cpp's own shows."""
+    with PairContext(model, 8, n_threads, mtp=True) as context:
+        logits, states = context.pairs([0], np.ones((1, block.n_embd), np.float32), True)
+        expected = logits[0, trimmed.d2t]
+        found = KeptRows(trimmed.file, n_threads)(block.hidden(states[0]))
+    if not np.abs(found - expected).max() <= NEAR * np.ptp(expected):
+        raise EngineError(
+            f"{trimmed.file.path}: its rows are not the head of {block.file.path}; cut it again with --mtp"
+        )
 
 
 def _dynamic(trimmed: Trimmed, vocab: str, n_ids: int, n_threads: int | None) -> DynamicHead:

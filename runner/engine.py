@@ -26,6 +26,8 @@ from .measured import recall_known, remember_known, step_costs
 from .reading import Reader
 from .speculative import Round, generate
 
+REWINDS = 7  # drafts of a round that a recurrent target can take back: each costs the memory of its whole state
+
 
 @dataclass
 class Record:
@@ -126,7 +128,16 @@ class Engine:
         self._template = ChatTemplate(file, vocabulary)
         self.model = Model(target, n_gpu_layers)
         try:
-            self.context = Context(self.model, min(n_ctx, self.model.n_ctx_train), n_threads, cache=cache)
+            outputs = REWINDS + 1 if self.model.recurrent else 32  # tokens of a round
+            n_ctx = min(n_ctx, self.model.n_ctx_train)
+            self.context = Context(self.model, n_ctx, n_threads, n_outputs=outputs, cache=cache, rewinds=REWINDS)
+            if self.model.recurrent and not self.context.rewinds:
+                if draft is not None:
+                    raise EngineError(
+                        f"{target}: llama.cpp cannot rewind the cache of a {file.architecture} model, which drafting "
+                        "needs; run it without a drafter"
+                    )
+                self.context.n_outputs = 1  # nor are guesses verified
             self.reader = Reader(self.context)
             if draft is not None:
                 n_ctx = min(n_ctx_draft or self.context.n_ctx, self.context.n_ctx)

@@ -43,7 +43,7 @@ from llamabase.samplers import Chain
 from llamabase.sampling import GREEDY, Sampling
 
 from .bench.machine import machine
-from .engine import Engine
+from .engine import REWINDS, Engine
 from .options import Models, model_options, sampling_options
 from .speculative import Round
 
@@ -204,7 +204,12 @@ def main(
     with (
         found.open() as engine,
         Context(
-            engine.model, engine.context.n_ctx, found.n_threads, n_outputs=max_tokens, cache=found.cache
+            engine.model,
+            engine.context.n_ctx,
+            found.n_threads,
+            n_outputs=max_tokens,
+            cache=found.cache,
+            rewinds=REWINDS,
         ) as context,
         progress("checking", len(chosen), "prompts") as advance,
     ):

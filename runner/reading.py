@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from gguf_trim.hanging import HangingHead
+from gguf_trim.mtp import KeptRows, MtpBlock
 from llamabase.llama import Context
-from llamabase.states import LayerInputs, PairContext
+from llamabase.states import PairContext, Recorded
 
 AHEAD, FIRST = 16, 4  # tokens of a small context kept free for drafts, and those of a text that are always read
 PIECE = 512  # tokens of two texts that are compared at a time
@@ -44,7 +45,7 @@ class Reader:
         # In this order, an interruption in between leaves a record that claims too little, which `settle` mends.
         del self.held[n:]
         if n < self.context.n_past:
-            self.context.truncate(n)
+            del self.held[self.context.rewind(n) :]
 
     def read(self, tokens: Sequence[int], outputs: int, hidden: bool = False) -> np.ndarray:
         """Append tokens and return the logits of the last `outputs` of them (a view until the next read)."""
@@ -55,7 +56,7 @@ class Reader:
     def settle(self) -> None:
         """After an interruption: keep what the cache and the record of it agree on."""
         del self.held[self.context.count() :]
-        self.context.truncate(len(self.held))
+        del self.held[self.context.rewind(len(self.held)) :]
 
 
 Step = tuple[np.ndarray, np.ndarray]  # logits (float32, a view) by row of the head, and the final hidden state
@@ -89,6 +90,11 @@ class Reading(Protocol):
 
     def settle(self) -> None:
         """Make the cache agree with what is known of it, after an interruption at any point."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent inside llama.cpp and ggml so far."""
         ...
 
 
@@ -131,6 +137,10 @@ class OwnReading:
     def settle(self) -> None:
         self.reader.settle()
 
+    @property
+    def seconds(self) -> float:
+        return self.context.seconds
+
     def _step(self, pending: Sequence[int]) -> Step:
         if not self._hidden:
             return self.reader.read(pending, 1)[0, : self._rows], _NO_STATE
@@ -154,21 +164,24 @@ class OwnReading:
 
 
 class HangingReading:
-    """An EAGLE-3 head, which reads pairs of a token and what its target made of the one before (arXiv 2503.01840).
+    """An EAGLE-3 head (arXiv 2503.01840) or a target's MTP block: they read pairs of a token and what the target made
+    of the one before.
 
-    A text can be drafted for as far as the target has read it: all but its last token. `ids`: ascending, of the rows
-    that give logits; None for all.
+    A text can be drafted for as far as the target has read it: all but its last token. `rows` make the logits where
+    llama.cpp computes none. `ids`: ascending, of the logits that there are; None for all.
     """
 
-    def __init__(self, context: PairContext, inputs: LayerInputs, head: HangingHead) -> None:
+    def __init__(
+        self, context: PairContext, recorded: Recorded, head: HangingHead | MtpBlock, rows: KeptRows | None = None
+    ) -> None:
         self.context: PairContext = context
-        self._inputs, self._head = inputs, head
+        self._recorded, self._head, self._rows = recorded, head, rows
         self.ids = None if head.ids is None else np.sort(head.ids).astype(np.int32)
         self._text: list[int] = []  # whose pairs, one fewer than tokens, the cache holds
         self._state = _NO_STATE
 
     def room(self, text: Sequence[int]) -> int:
-        known = 2 <= len(text) <= self._inputs.n + 1
+        known = 2 <= len(text) <= self._recorded.n + 1
         return self.context.n_ctx - len(text) + 2 if known else 0
 
     def unread(self, text: Sequence[int]) -> int:
@@ -176,28 +189,32 @@ class HangingReading:
 
     def begin(self, text: Sequence[int]) -> Step:
         n = self._keep(text)
-        states = self.context.encode(self._inputs.rows[n : len(text) - 1])
+        states = self.context.encode(self._recorded.rows[n : len(text) - 1])
         if len(states) > 1:
             self.context.pairs(text[n + 1 : -1], states[:-1], False)
         logits, made = self.context.pairs(text[-1:], states[-1:], True)
         self._text, self._state = list(text), made[0]
-        return self._found(logits[0])
+        return self._found(logits)
 
     def follow(self, token: int) -> Step:
         logits, made = self.context.pairs([token], self._state[None], True)
         self._state = made[0]
-        return self._found(logits[0])
+        return self._found(logits)
 
     def prepare(self, text: Sequence[int]) -> None:
-        n, end = self._keep(text), min(len(text) - 2, self._inputs.n)
+        n, end = self._keep(text), min(len(text) - 2, self._recorded.n)
         if n < end:
-            states = self.context.encode(self._inputs.rows[n:end])
+            states = self.context.encode(self._recorded.rows[n:end])
             self.context.pairs(text[n + 1 : end + 1], states, False)
             self._text = list(text[: end + 1])
 
     def settle(self) -> None:
         self.context.count()
         self.context.truncate(max(len(self._text) - 1, 0))
+
+    @property
+    def seconds(self) -> float:
+        return self.context.seconds + (0.0 if self._rows is None else self._rows.seconds)
 
     def _pairs(self, text: Sequence[int]) -> int:
         """Pairs of the cache that belong to `text`, its last one left out, which a step needs anew."""
@@ -210,5 +227,9 @@ class HangingReading:
         self.context.truncate(n)
         return n
 
-    def _found(self, logits: np.ndarray) -> Step:
-        return logits if self.ids is None else logits[self.ids], self._head.hidden(self._state)
+    def _found(self, rows: np.ndarray) -> Step:
+        hidden = self._head.hidden(self._state)
+        if self._rows is not None:
+            return self._rows(hidden), hidden
+        logits = rows[0]
+        return logits if self.ids is None else logits[self.ids], hidden

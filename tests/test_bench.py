@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from corpus.prompts import Prompt
-from gguf_trim.cut import head_tensor, step_bytes
+from gguf_trim.cut import step_bytes
+from gguf_trim.layout import head_tensor
 from llamabase.errors import EngineError
 from llamabase.gguf_file import GGUFFile
 from runner import engine

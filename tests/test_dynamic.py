@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path, head_tensor, plan, write
+from gguf_trim.cut import companion_path, plan, write
 from gguf_trim.dynamic import rows as dynamic
 from gguf_trim.dynamic import speculator
 from gguf_trim.dynamic.rows import DynamicHead, Recent, top
 from gguf_trim.dynamic.speculator import Speculator, attach, blocks, fit
+from gguf_trim.layout import head_tensor
 from llamabase.errors import EngineError, FileFormatError, TrimError
 from llamabase.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
 from llamabase.gguf_file import GGUFFile

@@ -238,3 +238,110 @@ def write_head(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_mtp(
+    path: Path,
+    architecture: str = "qwen35",
+    head_type: Quant = Quant.F32,
+    seed: int = 0,
+    n_tokens: int = 600,
+    own_head: bool = False,
+    n_blocks: int = 1,
+    without: tuple[str, ...] = (),
+    sharpness: float = 4.0,
+    n_ctx: int = 512,
+) -> Path:
+    """Write a loadable model of two layers with an MTP block: `qwen35` (whose first layer is recurrent) or `glm4moe`.
+
+    `own_head`: the block has a head that is not the target's. `without`: tensors left out.
+    """
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    head_dim, n_expert = N_EMBD // N_HEAD, 4
+    numbers = {
+        "context_length": n_ctx, "embedding_length": N_EMBD, "block_count": 2 + n_blocks, "feed_forward_length": N_FF,
+        "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD, "rope.dimension_count": head_dim,
+        "attention.key_length": head_dim, "attention.value_length": head_dim, "vocab_size": n_tokens,
+        "nextn_predict_layers": n_blocks,
+    }  # fmt: skip
+    if architecture == "qwen35":
+        numbers |= {
+            "full_attention_interval": 2, "ssm.conv_kernel": 4, "ssm.inner_size": 256, "ssm.state_size": 64,
+            "ssm.time_step_rank": 4, "ssm.group_count": 2,
+        }  # fmt: skip
+        writer.add_array(f"{architecture}.rope.dimension_sections", [11, 11, 10, 0])
+    else:
+        numbers |= {
+            "expert_feed_forward_length": 64, "expert_count": n_expert, "expert_used_count": 2,
+            "expert_shared_count": 1, "leading_dense_block_count": 1,
+        }  # fmt: skip
+        writer.add_bool(f"{architecture}.expert_weights_norm", True)
+    for key, value in numbers.items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32(f"{architecture}.rope.freq_base", 10000.0)
+    names, types, merges = vocabulary(n_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(names.index("<|im_end|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype(np.float32)
+
+    one = np.ones(N_EMBD, np.float32)
+    tensors: dict[str, np.ndarray] = {
+        "token_embd.weight": normal(n_tokens, N_EMBD, scale=8.0),
+        "output.weight": normal(n_tokens, N_EMBD, scale=sharpness),
+        "output_norm.weight": one,
+    }
+    for layer in range(2 + n_blocks):
+        block: dict[str, np.ndarray] = {"attn_norm.weight": one, "post_attention_norm.weight": one}
+        if architecture == "qwen35" and layer == 0:
+            block |= {
+                "attn_qkv.weight": normal(512, N_EMBD), "attn_gate.weight": normal(256, N_EMBD),
+                "ssm_conv1d.weight": normal(512, 4), "ssm_dt.bias": normal(1, 4)[0],
+                "ssm_a": -np.exp(normal(1, 4)[0]), "ssm_beta.weight": normal(4, N_EMBD),
+                "ssm_alpha.weight": normal(4, N_EMBD), "ssm_norm.weight": np.ones(64, np.float32),
+                "ssm_out.weight": normal(N_EMBD, 256),
+            }  # fmt: skip
+        else:
+            twice = 2 if architecture == "qwen35" else 1  # a gate beside the query
+            block |= {
+                "attn_q.weight": normal(twice * N_EMBD, N_EMBD), "attn_output.weight": normal(N_EMBD, N_EMBD),
+                "attn_k.weight": normal(N_EMBD, N_EMBD), "attn_v.weight": normal(N_EMBD, N_EMBD),
+                "attn_q_norm.weight": np.ones(head_dim, np.float32),
+                "attn_k_norm.weight": np.ones(head_dim, np.float32),
+            }  # fmt: skip
+        if architecture == "glm4moe" and layer > 0:
+            block |= {
+                "ffn_gate_inp.weight": normal(n_expert, N_EMBD), "exp_probs_b.bias": normal(1, n_expert)[0],
+                **{f"ffn_{part}_exps.weight": normal(n_expert, 64, N_EMBD) for part in ("gate", "up")},
+                **{f"ffn_{part}_shexp.weight": normal(64, N_EMBD) for part in ("gate", "up")},
+                "ffn_down_exps.weight": normal(n_expert, N_EMBD, 64), "ffn_down_shexp.weight": normal(N_EMBD, 64),
+            }  # fmt: skip
+        else:
+            block |= {f"ffn_{part}.weight": normal(N_FF, N_EMBD) for part in ("gate", "up", "down")}
+        if layer >= 2:
+            block |= {"nextn.eh_proj.weight": normal(N_EMBD, 2 * N_EMBD), "nextn.enorm.weight": one}
+            block |= {"nextn.hnorm.weight": one}
+            if own_head:
+                block |= {"nextn.shared_head_head.weight": normal(n_tokens, N_EMBD, scale=sharpness)}
+                block |= {"nextn.shared_head_norm.weight": 1 + 0.1 * normal(1, N_EMBD)[0]}
+        tensors |= {f"blk.{layer}.{name}": values for name, values in block.items()}
+    for name, values in tensors.items():
+        if name in without:
+            continue
+        tables = ("token_embd.weight", "output.weight", "blk.2.nextn.shared_head_head.weight")
+        type_ = head_type if name in tables else Quant.F32
+        writer.add_tensor(name, quantize(values, type_), raw_dtype=None if type_ in (Quant.F32, Quant.F16) else type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

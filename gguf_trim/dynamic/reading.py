@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from corpus.prompts import spread
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
 from llamabase.progress import progress
-from llamabase.states import LayerInputs, PairContext
+from llamabase.states import FinalStates, LayerInputs, PairContext, Recorded
 from llamabase.vocabulary import Vocabulary
 
 from ..companion import Trimmed
 from ..hanging import EAGLE3, HangingHead
+from ..mtp import MTP, KeptRows, MtpBlock
 from .speculator import Speculator, fit
 
 CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
@@ -60,37 +62,44 @@ def read_through(
 
 
 def read_hanging(
-    head: HangingHead,
+    head: HangingHead | MtpBlock,
     target: Path,
     answers: Sequence[TargetAnswer],
     advance: Callable[[int], object],
     n_threads: int | None = None,
+    rows: KeptRows | None = None,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """`read_through` of whole answers for an EAGLE-3 head: what it makes of its target's states, before it goes on from
-    its own. logits: float32 (n_vocab of the target), -inf where the head has no row. Of a first token nothing is made.
+    """`read_through` of whole answers for what hangs on a target: what it makes of the target's states, before it goes
+    on from its own. Of a first token nothing is made.
+
+    logits: float32 (n_vocab of the target), -inf where an EAGLE-3 head has no row; of an MTP block those of `rows`.
     """
     longest = -(-max(len(found.prompt) + len(found.answer) for found in answers) // 32) * 32
-    target_file = GGUFFile(target)
-    head.require_target(target_file, Vocabulary(target_file))
-    with (
-        Model(target) as model,
-        Context(model, longest, n_threads) as context,
-        Model(head.file.path) as own,
-        PairContext(own, longest, n_threads, context, n_outputs=PAIR_ROWS) as pairs,
-    ):
-        inputs = LayerInputs.of(context, target_file.architecture, head.layers)
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(Model(target))
+        context = stack.enter_context(Context(model, longest, n_threads))
+        recorded: Recorded
+        if isinstance(head, MtpBlock):
+            recorded = FinalStates.of(context)
+            pairs = PairContext(model, longest, n_threads, n_outputs=PAIR_ROWS, mtp=True, head=False)
+        else:
+            head.require_target(GGUFFile(target), Vocabulary(GGUFFile(target)))
+            recorded = LayerInputs.of(context, GGUFFile(target).architecture, head.layers)
+            own = stack.enter_context(Model(head.file.path))
+            pairs = PairContext(own, longest, n_threads, context, n_outputs=PAIR_ROWS)
+        stack.enter_context(pairs)
         for n, found in enumerate(answers):
             text, asked = [*found.prompt, *found.answer], len(found.prompt)
             context.truncate(0)
             pairs.truncate(0)
             context.decode(text, 0)
-            states = pairs.encode(inputs.rows[: len(text) - 1])
+            states = pairs.encode(recorded.rows[: len(text) - 1])
             for start in range(0, len(states), PAIR_ROWS):
                 part = states[start : start + PAIR_ROWS]
                 logits, made = pairs.pairs(text[start + 1 : start + 1 + len(part)], part, True)
                 hidden = head.hidden(made)
                 for row in range(len(part)):
-                    yield n, start + row + 2 - asked, logits[row], hidden[row]
+                    yield n, start + row + 2 - asked, logits[row] if rows is None else rows(hidden[row]), hidden[row]
             advance(1)
 
 
@@ -135,7 +144,10 @@ class Reading:
         """
         states, rights = [], [[False] * len(found.answer) for found in answers]
         with progress(title, len(answers), "answers") as advance:
-            if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
+            if target is not None and (file := GGUFFile(drafter)).architecture == MTP:
+                block, kept = MtpBlock.of(GGUFFile(target)), KeptRows(file, n_threads)
+                steps = read_hanging(block, target, answers, advance, n_threads, kept)
+            elif target is not None and file.architecture == EAGLE3:
                 steps = read_hanging(HangingHead.of(file), target, answers, advance, n_threads)
                 trimmed = None  # its logits are by id
             else:

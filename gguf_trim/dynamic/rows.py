@@ -17,13 +17,13 @@ from llamabase.ggml import Backend, Product, Table, aligned
 from llamabase.samplers import likeliest
 
 from ..companion import Trimmed
-from ..cut import head_tensor
-from ..layout import HEAD_BIAS
+from ..layout import HEAD_BIAS, head_tensor
 from .speculator import UP_TYPE, Speculator
 
 CONTEXT_ROWS = 1024  # of the text, at most
 CANDIDATES = 512  # of the speculator, a step
 _BUCKET = 64  # rows by which a product grows: one graph for every such size
+NEAR = 0.05  # of the range of the logits: what requantisation changes at most, and no other head comes near
 _PACKED = 16  # rows that matrix kernels take at a time, or a part of it
 
 
@@ -149,7 +149,7 @@ class DynamicHead:
         if self._bias is not None:
             ours = ours + self._bias[self._kept[some]]
         self.recent.forget()  # its rows were written over
-        return bool(np.abs(ours - logits[some]).max() <= 0.05 * np.ptp(logits))
+        return bool(np.abs(ours - logits[some]).max() <= NEAR * np.ptp(logits))
 
     def candidates(self, hidden: np.ndarray) -> np.ndarray:
         """Ids (int32) beyond the kept rows whose logits are worth computing at this hidden state (float32, n_embd)."""

@@ -25,8 +25,8 @@ from llamabase.gguf_file import GGUFFile, Tensor, bytes_of
 from llamabase.progress import progress
 
 from ..companion import Trimmed
-from ..cut import COMPANION, head_tensor, write_output
-from ..layout import Output, Piece, field
+from ..cut import COMPANION, write_output
+from ..layout import Output, Piece, field, head_tensor
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits

@@ -13,7 +13,7 @@ from llamabase.ggml import dequantizer, quantize_rows
 from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress
 
-from ..cut import head_tensor
+from ..layout import head_tensor
 from .speculator import UP_TYPE, Speculator, blocks
 
 BATCH = 32  # hidden states a step

@@ -20,11 +20,12 @@ from llamabase.progress import progress
 from llamabase.quantize import quantize
 
 from ..companion import Trimmed
-from ..cut import head_tensor, plan, step_bytes, write
+from ..cut import plan, step_bytes, write
 from ..dynamic.rows import DynamicHead
 from ..dynamic.speculator import Speculator
 from ..keep import Keep
-from ..layout import EMBEDDING
+from ..layout import EMBEDDING, head_tensor
+from ..mtp import MtpBlock
 from .added import TIMED_CORE
 
 AS_SHIPPED = "as shipped"  # a file in the types it has
@@ -64,6 +65,11 @@ class Weights:
         skipped = {head.name, EMBEDDING}
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
         return cls(step_bytes(file) - head.n_bytes, head.n_bytes / head.n_rows, params, head.shape[0])
+
+    @classmethod
+    def of_block(cls, block: MtpBlock) -> Weights:
+        n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
+        return cls(n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
 
     def bytes_at(self, k: float) -> float:
         return self.fixed_bytes + self.row_bytes * k
@@ -106,16 +112,24 @@ def decodes(
 ) -> Callable[[], None]:
     """A step: reads n tokens after N_CONTEXT others, all rows giving logits, and takes them back.
 
-    With a head it adds rows to the last of them, too.
+    With a head it adds rows to the last of them, too. What a recurrent cache cannot take back it goes on from.
     """
-    if not context.n_past:
+
+    def begin() -> None:
+        context.truncate(0)
         context.decode(feed([1] * N_CONTEXT), 0)
 
+    if not context.n_past:
+        begin()
+
     def run() -> None:
+        if context.n_past + n > context.n_ctx:  # so seldom that no median sees it
+            begin()
         context.decode(feed(list(range(100, 100 + n))), n, head is not None)
         if head is not None:
             head.logits(context.hidden_states(n)[-1])
-        context.truncate(N_CONTEXT)
+        if not context.recurrent:
+            context.truncate(N_CONTEXT)
 
     return run
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from gguf_trim.mtp import MTP
 from llamabase.command import FILE, Commands
 from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
@@ -139,7 +140,7 @@ def run_command(
         files = find_files(found, Path(folder), full, ks, target_quant, draft_quant)
         described = {
             "target": [describe(files.target)],
-            "full": [describe(files.full)] if files.full else [],
+            "full": [describe(files.full)] if files.full not in (None, Path(MTP)) else [],
             "trimmed": [describe(path) for path in files.trimmed.values()],
         }
         settings |= {
@@ -199,7 +200,11 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 @main.command("steps")
 @model_options
 @files_options
-@click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes instead of files.")
+@click.option(
+    "--shape",
+    metavar="TARGET+DRAFTER",
+    help="Random weights of these shapes instead of files; TARGET+mtp, too.",
+)
 @click.option("--quant", default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
 @click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")

@@ -7,7 +7,7 @@ from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
-from gguf_trim.cut import head_tensor
+from gguf_trim.layout import head_tensor
 from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress
 from llamabase.sampling import GREEDY

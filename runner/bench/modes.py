@@ -12,9 +12,11 @@ from typing import Any
 import click
 
 from gguf_trim.companion import Trimmed
-from gguf_trim.cut import head_tensor
+from gguf_trim.cut import plan, write
 from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.keep import choose_rows
+from gguf_trim.keep import DEFAULT_K, choose_rows
+from gguf_trim.layout import head_tensor
+from gguf_trim.mtp import MTP, MtpBlock
 from gguf_trim.pairs.prepare import NONE, prepare
 from gguf_trim.planning.costs import Weights, requantized
 from llamabase.gguf_file import GGUFFile
@@ -89,15 +91,21 @@ def find_files(
     trimmed = found.draft
     if found.prepared:
         full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
-    if trimmed is not None and "gguf_trim.d2t" not in GGUFFile(trimmed).fields:
+    if trimmed is not None and (trimmed == Path(MTP) or "gguf_trim.d2t" not in GGUFFile(trimmed).fields):
         full, trimmed = full or trimmed, None
+    if trimmed is not None and GGUFFile(trimmed).architecture == MTP:
+        full = Path(MTP)
     if full is None and (ks or draft_quant):
         raise click.UsageError(
             f"{'--draft-quant' if draft_quant else '--k'} needs the uncut drafter; give it as --full"
         )
     target = requantized(found.target, target_quant, folder)
     cuts = [] if trimmed is None else [trimmed]
-    if full is not None and (ks or draft_quant or trimmed is None):
+    if full == Path(MTP):
+        for k in ks or ([] if cuts else [DEFAULT_K]):
+            cuts.append(out := folder / f"mtp-{k}.gguf")
+            write(plan(target, partial(choose_rows, k=k), mtp=True), out)
+    elif full is not None and (ks or draft_quant or trimmed is None):
         full = requantized(full, draft_quant, folder)
         rules = [partial(choose_rows, k=k) for k in ks or (None,)]
         cuts = [prepare(target=target, drafter=full, choose=rule, requant=NONE).trimmed for rule in rules]
@@ -157,19 +165,26 @@ def open_modes(
             elif kind == AUTO or length is None:
                 drafter, length = by_cost(model), None
             memory = resident() - before if path else 0
-            modes.append(Mode(name, drafter, length, path, model, _step_reader(path, model), memory))
+            step = _step_reader(path, model, files.target)
+            modes.append(Mode(name, drafter, length, path, model, step, memory))
         yield modes
 
 
-def _step_reader(path: Path | None, drafter: ModelDrafter | None) -> Callable[[], tuple[float, float]]:
+def _step_reader(path: Path | None, drafter: ModelDrafter | None, target: Path) -> Callable[[], tuple[float, float]]:
     """A function that says what a draft step of this file has read on average so far: (parameters, bytes).
 
     The files are read here, once: it is asked after every answer.
     """
     if path is None or drafter is None:
         return lambda: (0.0, 0.0)
-    file, dynamic = GGUFFile(path), drafter.dynamic
-    weights, k = Weights.of(file), head_tensor(file).n_rows
+    dynamic = drafter.dynamic
+    if path == Path(MTP):
+        weights = Weights.of_block(block := MtpBlock.of(GGUFFile(target)))
+        k = block.n_vocab
+    else:
+        file = GGUFFile(path)
+        weights = Weights.of_block(MtpBlock.of(GGUFFile(target))) if file.architecture == MTP else Weights.of(file)
+        k = head_tensor(file).n_rows
     speculator = Speculator.of(Trimmed.open(path)) if dynamic is not None and dynamic.speculates else None
     scored = (0.0, 0.0) if speculator is None else speculator.step(k)
 

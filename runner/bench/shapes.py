@@ -29,6 +29,8 @@ from llamabase.quantize import quantize
 DEVIATION = 0.02  # of the weights: what Llama, Qwen and Gemma are initialised with (initializer_range)
 TILE = 1 << 20  # random numbers made for each type and row length, then repeated
 ROPE_FACTORS = "rope_freqs.weight"
+LINEAR = {"conv_kernel": 4, "state_size": 128, "group_count": 16}  # of Qwen3.5, up to 27B
+FULL_ATTENTION = 4  # every so many layers
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Shape:
     """What the published config.json of a dense decoder says of the sizes of its tensors."""
 
     name: str
-    architecture: str  # llama (3.x), qwen2, qwen3 or gemma3, as llama.cpp names them
+    architecture: str  # llama (3.x), qwen2, qwen3, qwen35 or gemma3, as llama.cpp names them
     n_vocab: int
     n_embd: int
     n_layer: int
@@ -45,6 +47,12 @@ class Shape:
     head_dim: int
     n_ff: int
     tied: bool
+    n_head_v: int = 0  # of qwen35's linear attention, which three layers in four have; the other sizes are LINEAR's
+
+    @property
+    def n_blocks(self) -> int:
+        """Layers of the file: those of the model, and its MTP block."""
+        return self.n_layer + (self.architecture == "qwen35")
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -65,15 +73,42 @@ class Shape:
             layer |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
         if self.architecture in ("qwen3", "gemma3"):
             layer |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
+        if self.architecture == "qwen35":
+            layer["attn_q.weight"] = (n, 2 * q)  # with its gate
+            layer |= {f"attn_{x}_norm.weight": (self.head_dim,) for x in "qk"} | {"post_attention_norm.weight": (n,)}
+            del layer["ffn_norm.weight"]
         if self.architecture == "gemma3":
             layer |= {"post_attention_norm.weight": (n,), "post_ffw_norm.weight": (n,)}
         out: dict[str, tuple[int, ...]] = {EMBEDDING: (n, self.n_vocab)}
         if self.architecture == "llama":
             out[ROPE_FACTORS] = (self.head_dim // 2,)
-        for i in range(self.n_layer):
-            out |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+        for i in range(self.n_blocks):
+            linear = self.architecture == "qwen35" and i < self.n_layer and (i + 1) % FULL_ATTENTION
+            out |= {f"blk.{i}.{name}": shape for name, shape in (self._linear(layer) if linear else layer).items()}
+            if i == self.n_layer:
+                out |= {f"blk.{i}.nextn.eh_proj.weight": (2 * n, n)}
+                out |= {f"blk.{i}.nextn.{norm}.weight": (n,) for norm in ("enorm", "hnorm")}
         out["output_norm.weight"] = (n,)
         return out if self.tied else out | {HEAD: (n, self.n_vocab)}
+
+    def _linear(self, layer: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """A layer of qwen35 with linear attention instead."""
+        n, inner, dim = self.n_embd, self.n_head_v * LINEAR["state_size"], LINEAR["state_size"]
+        channels = inner + 2 * dim * LINEAR["group_count"]
+        kept = {name: shape for name, shape in layer.items() if name.startswith("ffn") or "norm.weight" in name}
+        for of_attention in ("attn_q_norm.weight", "attn_k_norm.weight"):
+            del kept[of_attention]
+        return kept | {
+            "attn_qkv.weight": (n, channels),
+            "attn_gate.weight": (n, inner),
+            "ssm_conv1d.weight": (LINEAR["conv_kernel"], channels),
+            "ssm_dt.bias": (self.n_head_v,),
+            "ssm_a": (self.n_head_v,),
+            "ssm_beta.weight": (n, self.n_head_v),
+            "ssm_alpha.weight": (n, self.n_head_v),
+            "ssm_norm.weight": (dim,),
+            "ssm_out.weight": (inner, n),
+        }
 
     @property
     def n_params(self) -> int:
@@ -93,6 +128,8 @@ SHAPES = {
         Shape("qwen3-0.6b", "qwen3", 151936, 1024, 28, 16, 8, 128, 3072, True),
         Shape("qwen3-4b", "qwen3", 151936, 2560, 36, 32, 8, 128, 9728, True),
         Shape("qwen3-8b", "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, False),
+        Shape("qwen3.5-0.8b", "qwen35", 248320, 1024, 24, 8, 2, 256, 3584, True, 16),
+        Shape("qwen3.5-4b", "qwen35", 248320, 2560, 32, 16, 4, 256, 9216, True, 32),
         Shape("gemma-3-270m", "gemma3", 262144, 640, 18, 4, 1, 256, 2048, True),
         Shape("gemma-3-1b", "gemma3", 262144, 1152, 26, 4, 1, 256, 6912, True),
         Shape("gemma-3-4b", "gemma3", 262208, 2560, 34, 8, 4, 256, 10240, True),
@@ -160,7 +197,7 @@ def _hyperparameters(shape: Shape) -> list[bytes]:
         "vocab_size": shape.n_vocab,
         "context_length": 32768,
         "embedding_length": shape.n_embd,
-        "block_count": shape.n_layer,
+        "block_count": shape.n_blocks,
         "feed_forward_length": shape.n_ff,
         "attention.head_count": shape.n_head,
         "attention.head_count_kv": shape.n_head_kv,
@@ -170,10 +207,16 @@ def _hyperparameters(shape: Shape) -> list[bytes]:
     }
     if shape.architecture == "gemma3":
         values["attention.sliding_window"] = 512
+    arrays: dict[str, np.ndarray] = {}
+    if shape.architecture == "qwen35":
+        values |= {f"ssm.{key}": value for key, value in LINEAR.items()} | {"ssm.time_step_rank": shape.n_head_v}
+        values |= {"ssm.inner_size": shape.n_head_v * LINEAR["state_size"], "full_attention_interval": FULL_ATTENTION}
+        values |= {"rope.dimension_count": 64, "nextn_predict_layers": 1}
+        arrays["rope.dimension_sections"] = np.array([11, 11, 10, 0])
     return [
         field("general.architecture", shape.architecture),
         field("general.name", f"{shape.name} with random weights"),
-        *(field(f"{shape.architecture}.{key}", value) for key, value in values.items()),
+        *(field(f"{shape.architecture}.{key}", value) for key, value in (values | arrays).items()),
     ]
 
 

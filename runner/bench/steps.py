@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from gguf_trim.companion import Trimmed
-from gguf_trim.cut import head_tensor, plan, step_bytes, write
+from gguf_trim.cut import plan, step_bytes, write
 from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.keep import keep_listed
+from gguf_trim.layout import head_tensor
+from gguf_trim.mtp import MTP, MtpBlock
 from gguf_trim.planning.costs import alternate, decodes
 from gguf_trim.planning.planner import DRAFT_LENGTHS, mbsu
 from llamabase.errors import FileFormatError
@@ -58,19 +60,24 @@ class Step:
 def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
     """Files of the shapes of a pair ("target+drafter"), with random weights, and cuts of the drafter to every k."""
     names = pair.split("+")
-    if len(names) != 2 or not SHAPES.keys() >= set(names):
+    if mtp := names[1:] == [MTP]:
+        names = names[:1]
+    if len(names) + mtp != 2 or not SHAPES.keys() >= set(names):
         raise FileFormatError(f"{pair}: is no target+drafter of known shapes; there are {', '.join(SHAPES)}")
-    target, drafter = (folder / f"{name}-{quant}.gguf" for name in names)
-    for name, path in zip(names, (target, drafter), strict=True):
+    paths = [folder / f"{name}-{quant}.gguf" for name in names]
+    target, drafter = paths[0], paths[-1]
+    for name, path in zip(names, paths, strict=True):
         if not path.exists():
             write_shape(SHAPES[name], path, quant)
-    return Files(target, drafter, named([_cut(drafter, k) for k in ks]))
+    return Files(target, Path(MTP) if mtp else drafter, named([_cut(drafter, k, mtp) for k in ks]))
 
 
-def _cut(drafter: Path, k: int) -> Path:
+def _cut(drafter: Path, k: int, mtp: bool) -> Path:
     """Cut to its first k rows: of random rows one is as good as another."""
     out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
-    write(plan(drafter, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(k)), k)), out)
+    write(
+        plan(drafter, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, list(range(k)), k), mtp=mtp), out
+    )
     return out
 
 
@@ -83,9 +90,9 @@ def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
     engine = replace(found, target=files.target, draft=None, n_ctx=512).open()
     with engine, open_modes(names_of([FULL, *kinds], files), files, engine, found, 1) as modes:
         steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
-        steps |= _heads(files.full, trims, found.n_threads)
-        n_bytes = step_bytes(GGUFFile(files.target))
-        steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in VERIFY}
+        steps |= _heads(files, found.n_threads)
+        n_bytes, sizes = step_bytes(GGUFFile(files.target)), [n for n in VERIFY if n <= engine.context.n_outputs]
+        steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in sizes}
         return {
             "seconds": alternate("stepping", steps, repeat),
             "engine_seconds": {name: step.inside[-repeat:] for name, step in steps.items()},
@@ -102,17 +109,23 @@ def _drafting(mode: Mode, n_vocab: int) -> Step:
     )
 
 
-def _heads(full: Path, trims: Sequence[Path], n_threads: int | None) -> dict[str, Step]:
+def _heads(files: Files, n_threads: int | None) -> dict[str, Step]:
     """The head's product alone, whole and cut."""
-    head = head_tensor(GGUFFile(full))
-    rows = np.memmap(full, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
+    assert files.full is not None
+    if files.full == Path(MTP):
+        file = GGUFFile(files.target)
+        head = MtpBlock.of(file).head
+    else:
+        file = GGUFFile(files.full)
+        head = head_tensor(file)
+    rows = np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
     backend, hidden = Backend(n_threads or physical_cores()), np.ones(head.shape[0], np.float32)
 
     def step(k: int) -> Step:
         product = Product(backend, Table(rows, head.type, head.shape[0]), n_rows=k)
         return Step("head full", lambda: product(hidden), lambda: k * head.row_bytes)
 
-    ks = [head_tensor(GGUFFile(path)).n_rows for path in trims]
+    ks = [head_tensor(GGUFFile(path)).n_rows for path in files.trimmed.values()]
     return {"head full": step(head.n_rows)} | {f"head {k}": step(k) for k in ks}
 
 
@@ -147,7 +160,7 @@ def steps_table(record: dict[str, Any]) -> str:
 def _medians(record: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
     """Seconds of every step, and those of verifying by batch size."""
     cost = {name: statistics.median(found) for name, found in record["seconds"].items()}
-    return cost, {n: cost[f"verify {n}"] for n in VERIFY}
+    return cost, {n: cost[f"verify {n}"] for n in VERIFY if f"verify {n}" in cost}
 
 
 def _speed(tau: float, n: int, draft: float, verify: Mapping[int, float]) -> float:

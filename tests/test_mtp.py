@@ -1,0 +1,372 @@
+"""A target's own MTP block: the text is the target's whatever it drafts, also where its cache is a running state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType as Quant
+
+from gguf_trim.__main__ import main as gguf_trim
+from gguf_trim.cut import plan, write
+from gguf_trim.keep import Keep
+from gguf_trim.mtp import MtpBlock
+from gguf_trim.verify import verify
+from llamabase.errors import EngineError, FileFormatError, TrimError
+from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Context, Model
+from llamabase.noise import Noise
+from runner import engine as engine_module
+from runner.bench.__main__ import main as bench
+from runner.bench.shapes import SHAPES, write_shape
+from runner.chat import main as chat
+from runner.engine import Engine
+from runner.exact import Law, check_prompt
+from runner.exact import main as exact
+
+from .test_hanging import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, text_of
+from .toy import write_model, write_mtp
+
+ARCHITECTURES = ("qwen35", "glm4moe")
+MTP = Path("mtp")
+
+
+def some(k: int) -> Callable[..., Keep]:
+    """k ids, the likely ones of FEW among them."""
+    others = np.random.default_rng(k).permutation(600)
+    ids = list(dict.fromkeys([*FEW, *others.tolist()]))[:k]
+    return lambda vocabulary, n_rows, **_: Keep(np.sort(ids).astype(np.int32), 0, 0, None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Targets by architecture, rows for each, and rows with a speculator."""
+    folder = tmp_path_factory.mktemp("mtp")
+    found: dict[str, Path] = {}
+    for name in ARCHITECTURES:
+        found[name] = write_mtp(folder / f"{name}.gguf", name, seed=1)
+        for what, k in (("cut", 304), ("spec", 16)):
+            found[f"{name} {what}"] = folder / f"{name}-{what}.gguf"
+            write(plan(found[name], some(k), mtp=True), found[f"{name} {what}"])
+        fitted(found[f"{name} spec"], answers_file(folder), found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def engines(files: dict[str, Path]) -> Iterator[Callable[[str, str | None], Engine]]:
+    """By architecture, and what it drafts with: "mtp" for the whole head, "cut", "spec", or None."""
+    opened: dict[tuple[str, str | None], Engine] = {}
+
+    def get(name: str, what: str | None) -> Engine:
+        if (name, what) not in opened:
+            draft = None if what is None else MTP if what == "mtp" else files[f"{name} {what}"]
+            opened[name, what] = Engine(files[name], draft, cache=F32, cache_draft=F32, n_ctx=256)
+        return opened[name, what]
+
+    yield get
+    for engine in opened.values():
+        engine.close()
+
+
+@pytest.fixture(autouse=True)
+def never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
+
+
+def read(engine: Engine, text: list[int]) -> None:
+    """Let the target read all but the last token."""
+    engine.reader.keep(text, len(text) - 1)
+    if rest := text[len(engine.reader.held) : -1]:
+        engine.reader.read(rest, 0)
+
+
+@pytest.mark.parametrize("kind", SAMPLINGS)
+@pytest.mark.parametrize("what", ["mtp", "cut", "spec"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_text_is_the_plain_one(engines, eager, name: str, what: str, kind: str) -> None:
+    engine, sampling = engines(name, what), SAMPLINGS[kind]
+    engine._auto = None
+    for seed in (3, 4):
+        plain = text_of(engines(name, None), sampling, draft_max=0, seed=seed)
+        for draft_max in (1, 3, 8, None):
+            assert text_of(engine, sampling, draft_max=draft_max, seed=seed) == plain
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_some_drafts_stand_and_some_do_not(engines, name: str) -> None:
+    engine, sampling = engines(name, "cut"), SAMPLINGS["few"]
+    rounds = [
+        round_
+        for seed in range(8)
+        for round_ in engine.rounds(engine.model.tokenize(PROMPT), sampling, max_tokens=30, draft_max=3, seed=seed)
+    ]
+    assert {round_.accepted for round_ in rounds} >= {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_draft_what_the_whole_head_does_where_that_was_kept(engines, files, name: str) -> None:
+    """And llama.cpp computes no head for them; with all candidates the drafts are those of the whole one."""
+    kept = set(GGUFFile(files[f"{name} cut"]).integers("gguf_trim.d2t").tolist())
+    whole, cut, spec = (engines(name, what) for what in ("mtp", "cut", "spec"))
+    cut.drafter.reading.context._library = dict(cut.drafter.reading.context._library)
+    text, n_kept = whole.model.tokenize(PROMPT * 2), 0
+    for n in range(3, len(text)):
+        for engine in (whole, cut, spec):
+            read(engine, text[:n])
+        logits = whole.drafter.reading.begin(text[:n])[0].copy()
+        rows, state = cut.drafter.reading.begin(text[:n])
+        assert rows == pytest.approx(logits[sorted(kept)], abs=2e-5)
+        assert state == pytest.approx(whole.drafter.reading.begin(text[:n])[1], abs=1e-5)
+        one, other, every = (e.drafter.draft(text[:n], 3, SAMPLINGS["greedy"], Noise(0)) for e in (whole, cut, spec))
+        assert other[0] in kept
+        assert one[0] not in kept or other[0] == one[0]
+        assert every == one
+        n_kept += one[0] in kept
+    assert n_kept > 3
+    assert cut.drafter.reading.context.pairs([1], np.zeros((1, 256), np.float32), True)[0].size == 0
+    cut.drafter.settle()
+
+
+@pytest.mark.parametrize("what", ["mtp", "cut"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_draft_does_not_depend_on_how_the_text_was_read(engines, name: str, what: str) -> None:
+    """After rounds of any outcome the block has the logits that a fresh reading of the text gives."""
+    engine, rng = engines(name, what), np.random.default_rng(5)
+    text = engine.model.tokenize(PROMPT)
+    reading = engine.drafter.reading
+    for _ in range(12):
+        read(engine, text)
+        drafts = engine.drafter.draft(text, int(rng.integers(1, 5)), SAMPLINGS["greedy"], Noise(0))
+        engine.reader.read([text[-1], *drafts], len(drafts) + 1)
+        going_on = reading.begin(text)[0].copy()
+        reading.prepare(text[:1])
+        assert reading.unread(text) == len(text) - 1
+        assert going_on == pytest.approx(reading.begin(text)[0], abs=0.02)
+        kept = int(rng.integers(0, len(drafts) + 1))
+        text = [*text, *drafts[:kept], int(rng.integers(97, 122))]
+        if rng.random() < 0.3:
+            text = text[: len(text) // 2]  # another conversation
+
+
+def test_a_running_state_is_taken_back_or_read_anew(files) -> None:
+    """Random batches and rewinds of any depth: the logits are those of a fresh reading, whatever was forgotten."""
+    rng = np.random.default_rng(6)
+    with (
+        Model(files["qwen35"]) as model,
+        Context(model, 128, rewinds=4, cache=F32) as context,
+        Context(model, 128, cache=F32) as fresh,
+    ):
+        assert (context.recurrent, context.rewinds, fresh.rewinds) == (True, 4, 0)
+        text: list[int] = []
+        depths: list[bool] = []
+        for _ in range(200):
+            batch = rng.integers(97, 500, int(rng.integers(1, 9))).tolist()
+            if len(text) + len(batch) > 100:
+                text = text[: context.rewind(0)]
+            text += batch
+            found = context.decode(text[context.n_past :], 1)[0].copy()
+            fresh.truncate(0)
+            assert found == pytest.approx(fresh.decode(text, 1)[0], abs=0.02)
+            for _ in range(int(rng.integers(0, 3))):  # a copy is of use once
+                to = max(0, len(text) - int(rng.integers(0, 7)))
+                depths.append(context.rewind(to) == to)
+                text = text[: context.n_past]
+        assert 20 < sum(depths) < len(depths) - 20
+        with pytest.raises(EngineError, match="cannot be rewound to token 1"):
+            context.truncate(0)
+            context.decode(list(range(100, 120)), 0)
+            context.truncate(1)
+
+
+def test_an_interrupted_batch_is_not_gone_on_from(files, monkeypatch) -> None:
+    """llama.cpp may have taken some of it in: its copies are of other tokens than is thought."""
+    with Model(files["qwen35"]) as model, Context(model, 64, rewinds=4, cache=F32) as context:
+        context.decode(list(range(100, 110)), 0)
+        honest = context._decode
+
+        def interrupted(batch: object) -> None:
+            honest(batch)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(context, "_decode", interrupted)
+            context.decode([5, 6], 1)
+        assert (context.n_past, context.count()) == (10, 12)
+        assert context.rewind(10) == 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch, name: str) -> None:
+    engine, sampling = engines(name, "cut"), SAMPLINGS["few"]
+    plain = text_of(engines(name, None), sampling, draft_max=0, seed=1)
+    pairs = engine.drafter.reading.context
+    places = {
+        (engine.context, "_decode"): 3,
+        (engine.context.recorders[0], "take"): 2,
+        (engine.context, "rewind"): 3,
+        (pairs, "_process"): 5,
+        (pairs, "rewind"): 2,
+    }
+    for (owner, of), often in places.items():
+        honest = getattr(owner, of)
+        for when in range(often * 2):
+            calls = 0
+
+            def interrupted(*arguments: object, honest=honest, when=when) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == when // 2 + 1:
+                    if when % 2:
+                        honest(*arguments)
+                    raise KeyboardInterrupt
+                return honest(*arguments)
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(owner, of, interrupted)
+                text_of(engine, sampling, draft_max=3, seed=1)
+                raise KeyboardInterrupt  # where it was called less often
+            assert text_of(engine, sampling, draft_max=3, seed=1) == plain, (of, when)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_another_conversation_and_back(engines, name: str) -> None:
+    """What a running state cannot take back is read anew."""
+    engine, sampling = engines(name, "cut"), SAMPLINGS["few"]
+    first = text_of(engine, sampling, draft_max=3, seed=1)
+    for prompt in ("tea and tea and the", "the sea", PROMPT + " sea and"):
+        plain = text_of(engines(name, None), sampling, prompt=prompt, draft_max=0, seed=1)
+        assert text_of(engine, sampling, prompt=prompt, draft_max=3, seed=1) == plain
+    assert text_of(engine, sampling, draft_max=3, seed=1) == first
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_exact_finds_nothing(engines, name: str) -> None:
+    engine = engines(name, "cut")
+    with Context(engine.model, 256, n_outputs=32, cache=F32, rewinds=7) as context:
+        for law in (Law(), Law(SAMPLINGS["few"], 3)):
+            found = check_prompt(engine, context, "p", engine.model.tokenize(PROMPT), 24, 3, law)
+            assert (found.replay_faults, found.parts_at) == (0, None)
+
+
+@pytest.mark.parametrize("type_", [Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_0, Quant.Q4_K])
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_are_the_head_bit_for_bit(tmp_path: Path, name: str, own_head: bool, type_: Quant) -> None:
+    """Against llama.cpp's own logits, where the block has the target's head, and where it has its own."""
+    target = write_mtp(tmp_path / "t.gguf", name, type_, own_head=own_head)
+    for k in (16, 304, 512):
+        cut = tmp_path / f"{k}.gguf"
+        write(plan(target, some(k), mtp=True), cut)
+        found = verify(cut, target)
+        assert found.ok, found.differences
+        assert (found.max_logit_difference, found.kept, found.positions) == (0.0, k, 24)
+
+
+def test_what_was_changed_is_seen(files, tmp_path: Path) -> None:
+    """By verify, and before the first draft where it is the rows of another head."""
+    target, cut = files["glm4moe"], tmp_path / "cut.gguf"
+    write(plan(target, some(64), mtp=True), cut)
+    tensor = GGUFFile(cut).tensors["output.weight"]
+    data = bytearray(cut.read_bytes())
+    data[tensor.offset + 5] ^= 1
+    cut.write_bytes(data)
+    assert "is not row" in verify(cut, target).differences[0]
+    np.frombuffer(data, "<f4", tensor.n_elements, tensor.offset)[:] *= -1
+    cut.write_bytes(data)
+    with pytest.raises(EngineError, match="are not the head of"):
+        Engine(target, cut, n_ctx=64)
+
+
+BAD_BLOCKS = {
+    "none": (lambda path: write_model(path), "has no MTP block"),
+    "taken out": (lambda path: write_mtp(path, without=("blk.2.nextn.eh_proj.weight",)), "has no MTP block"),
+    "another architecture": (lambda path: write_mtp(path, "mimo2"), "hands on no normed state for mimo2"),
+    "a block for each draft": (lambda path: write_mtp(path, "step35"), "hands on no normed state for step35"),
+    "two blocks": (lambda path: write_mtp(path, "glm4moe", n_blocks=2), "cannot draft here: it has 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BLOCKS)
+def test_what_cannot_draft_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    make, said = BAD_BLOCKS[name]
+    path = make(tmp_path / "t.gguf")
+    with pytest.raises(FileFormatError, match=said):
+        MtpBlock.of(GGUFFile(path))
+    with pytest.raises(FileFormatError, match=said):
+        plan(path, some(16), mtp=True)
+    if name in ("none", "two blocks"):  # llama.cpp loads it
+        with pytest.raises(FileFormatError, match=said):
+            Engine(path, MTP, n_ctx=64)
+
+
+def test_rows_of_another_target_are_refused(files, tmp_path: Path) -> None:
+    other = write_mtp(tmp_path / "other.gguf", "glm4moe", n_tokens=560)
+    with pytest.raises(TrimError, match="was not cut for .*other.gguf: it is of another vocabulary"):
+        Engine(other, files["glm4moe cut"], n_ctx=64)
+    with pytest.raises(FileFormatError, match="has no MTP block"):
+        Engine(write_model(tmp_path / "plain.gguf"), files["glm4moe cut"], n_ctx=64)
+
+
+def test_what_cannot_be_rewound_drafts_nothing(files, monkeypatch) -> None:
+    """An architecture of whose state llama.cpp keeps no copies, and one that should draft by itself."""
+    with pytest.raises(EngineError, match="cannot take back what a qwen35 model has drafted"):
+        Engine(files["glm4moe"], files["qwen35"], n_ctx=64)
+    monkeypatch.setattr(engine_module, "REWINDS", 0)
+    with pytest.raises(EngineError, match="cannot rewind the cache of a qwen35 model, which drafting needs"):
+        Engine(files["qwen35"], MTP, n_ctx=64)
+    with Engine(files["qwen35"], n_ctx=128, cache=F32) as engine:
+        rounds = list(engine.rounds(engine.model.tokenize(PROMPT), SAMPLINGS["greedy"], max_tokens=8))
+        assert [len(round_.drafted) for round_ in rounds] == [0] * 8
+
+
+def test_commands_cut_prove_fit_and_run_one(files, tmp_path: Path) -> None:
+    target, cut, ids = str(files["qwen35"]), str(tmp_path / "cut.gguf"), tmp_path / "ids.txt"
+    ids.write_text("\n".join(map(str, range(90, 130))))
+
+    def run(command: object, *arguments: str, code: int = 0) -> Result:
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == code, done.output
+        return done
+
+    planned = run(gguf_trim, "trim", target, "-o", cut, "--keep", str(ids), "--mtp", "--dry-run").stdout
+    assert "read per draft step" in planned
+    assert "--mtp takes no" in run(gguf_trim, "trim", target, "-o", cut, "--mtp", "--requant", "Q4_0", code=2).stderr
+    run(gguf_trim, "trim", target, "-o", cut, "--keep", str(ids), "--mtp")
+    assert "difference 0 over" in run(gguf_trim, "verify", cut, "--source", target).stdout
+    said = json.loads(run(gguf_trim, "inspect", cut, "--json").stdout)
+    assert (said["kind"], said["architecture"], said["head"]["rows"]) == ("trimmed", "mtp", said["k"])
+    assert json.loads(run(gguf_trim, "inspect", target, "--json").stdout)["mtp"] == "its rows can be chosen: trim --mtp"
+    answers = str(answers_file(tmp_path))
+    assert "as --target" in run(gguf_trim, "speculator", cut, "--calibration", answers, code=1).stderr
+    run(gguf_trim, "speculator", cut, "--calibration", answers, "--target", target)
+    for draft in ("mtp", cut):
+        pair = ["--target", target, "--draft", draft, "-c", "256"]
+        done = run(chat, *pair, "--prompt", "x", "-n", "8", "--temp", "0", "--draft-max", "2")
+        assert "8 tokens" in done.stderr
+    steps = json.loads(run(bench, "steps", *pair, "--repeat", "1").stdout.splitlines()[-1])
+    assert steps["seconds"].keys() >= {"full", "trim", "context", "spec", "verify 8"}
+    assert "verify 12" not in steps["seconds"]  # more than a running state can take back
+    assert steps["bytes"]["full"] > steps["bytes"]["trim"]
+    modes = "plain,full:2,trim:2,spec:2,auto"
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": "a", "task": "t", "prompt": "the sea"}\n')
+    assert run(exact, *pair, "--limit", "1", "-n", "8").exit_code == 0
+    record = run(bench, "run", *pair, "--modes", modes, "--prompts", str(prompts), "-n", "6").stdout.splitlines()[-1]
+    assert json.loads(record)["figures"].keys() >= {"all"}
+    found = json.loads(record)["modes"]
+    assert found["full:2"]["step"]["bytes"] > found["trim:2"]["step"]["bytes"]
+
+
+def test_shapes_of_published_models_load_and_draft(tmp_path: Path) -> None:
+    """A few layers of Qwen3.5's smallest, and its parameters without its eyes."""
+    assert SHAPES["qwen3.5-0.8b"].n_params == pytest.approx(0.77e9, rel=0.01)
+    assert SHAPES["qwen3.5-4b"].n_params == pytest.approx(4.3e9, rel=0.01)
+    path = tmp_path / "few.gguf"
+    write_shape(replace(SHAPES["qwen3.5-0.8b"], n_layer=4, n_vocab=1024), path, "Q4_K_M")
+    with Engine(path, MTP, n_ctx=64) as engine:
+        assert len(text_of(engine, SAMPLINGS["greedy"], 8, "tea", draft_max=2)) == 8

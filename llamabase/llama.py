@@ -362,9 +362,8 @@ class Context(Owner):
 
     def rewind(self, n: int) -> int:
         """Forget everything from position n on, or all there is where a recurrent cache cannot do less; give n_past."""
-        if self.recurrent and 0 < n < self._held():
-            n = n if n >= self._oldest else 0
-            self._oldest = n  # the copies are of use once
+        if self.recurrent and n < min(self._oldest, self._held()):
+            n = 0  # llama.cpp would take back more than it has copies of
         if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):
             n = 0
             llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)

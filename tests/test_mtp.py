@@ -306,7 +306,7 @@ def test_what_cannot_draft_is_refused_by_name(tmp_path: Path, name: str) -> None
 
 def test_rows_of_another_target_are_refused(files, tmp_path: Path) -> None:
     other = write_mtp(tmp_path / "other.gguf", "glm4moe", n_tokens=560)
-    with pytest.raises(TrimError, match="was not cut for .*other.gguf: it is of another vocabulary"):
+    with pytest.raises(TrimError, match=r"was not cut for .*other\.gguf: it is of another vocabulary"):
         Engine(other, files["glm4moe cut"], n_ctx=64)
     with pytest.raises(FileFormatError, match="has no MTP block"):
         Engine(write_model(tmp_path / "plain.gguf"), files["glm4moe cut"], n_ctx=64)

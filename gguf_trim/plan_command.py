@@ -26,6 +26,8 @@ from llamabase.sampling import GREEDY, Sampling
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .dynamic.reading import Reading, calibration
+from .hanging import EAGLE3, HangingHead
+from .layout import HEAD
 from .pairs.prepare import DEFAULT_MODEL, files_of
 from .planning.costs import AS_SHIPPED, requantized, verify_costs
 from .planning.matches import grid, tau_of
@@ -88,12 +90,17 @@ def plan_command(
     ranking = _ranking(target, drafter, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as name:
         folder, file = Path(name), GGUFFile(drafter)
+        hanging = file.architecture == EAGLE3
+        if hanging and temp > 0:
+            raise click.UsageError("--temp is for drafters that read the text themselves")
         if answers is not None:
             judged = read_answers(answers)
         else:
             judged = target_answers(target, prompts, limit, tokens, folder, threads)
         verify = None if no_measure else verify_costs(target, threads)
-        speculator = Reading.of(drafter, calibration(file), n_threads=threads).fitted(file)
+        named = GGUFFile(target) if hanging else file
+        reading = Reading.of(drafter, calibration(named), n_threads=threads, target=target)
+        speculator = reading.fitted(file if HEAD in file.tensors or not hanging else named)
         plans = [
             make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)
             for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]
@@ -110,6 +117,8 @@ def plan_command(
             click.echo(_table(plan, chosen.best.draft_max))
         click.echo(_groups(chosen))
         click.echo(verdict(chosen, verify, faster))
+        if hanging:
+            click.echo("judged by first drafts, from the target's own states: later ones are right less often")
     if temp > 0:
         sizes = grid(len(chosen.order))[::2]
         law = Sampling(temp=temp)
@@ -130,8 +139,12 @@ def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
 
 def _ranking(target: Path, drafter: Path, counts: Path | None) -> Counts:
     """The counts that rank a drafter's rows; raises VocabularyMismatch where the target has other tokens."""
-    vocabulary = Vocabulary(GGUFFile(drafter))
-    require_same(Vocabulary(GGUFFile(target)), vocabulary)
+    file, theirs = GGUFFile(drafter), Vocabulary(GGUFFile(target))
+    if file.architecture == EAGLE3:
+        HangingHead.of(file).require_target(GGUFFile(target), theirs)
+        return ranking_counts(theirs, counts)
+    vocabulary = Vocabulary(file)
+    require_same(theirs, vocabulary)
     return ranking_counts(vocabulary, counts)
 
 

@@ -11,13 +11,17 @@ import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
+from corpus.answers import TargetAnswer
+from corpus.counts import Counts
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, write
+from gguf_trim.dynamic.reading import Reading
 from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.hanging import HangingHead
-from gguf_trim.keep import Keep
+from gguf_trim.hanging import HangingHead, row_by_id
+from gguf_trim.keep import Keep, keep_order
 from gguf_trim.keep import _filled as filled
+from gguf_trim.planning.planner import matches_of
 from gguf_trim.verify import verify
 from llamabase import states
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
@@ -538,3 +542,44 @@ def test_the_bench_measures_them(heads, dynamic, tmp_path: Path, monkeypatch: py
     assert steps["trim"] < steps["full"]
     done = CliRunner().invoke(exact, [*pair, "--prompts", str(prompts), "-n", "12", "--draft-max", "2"])
     assert (done.exit_code, json.loads(done.stdout.splitlines()[-1])["replay_faults"]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["whole", "mapped", "no head"])
+def test_a_plan_says_which_first_drafts_a_cut_gets_right(heads, engines, tmp_path: Path, name: str) -> None:
+    engine, rng = engines(name), np.random.default_rng(8)
+    prompt, found = engine.model.tokenize(PROMPT), []
+    for _ in range(3):  # every other token is what the whole head drafts
+        text = list(prompt)
+        for n in range(40):
+            engine.reader.keep(text, len(text) - 1)
+            if rest := text[len(engine.reader.held) : -1]:
+                engine.reader.read(rest, 0)
+            text += engine.drafter.draft(text, 1, SAMPLINGS["greedy"], Noise(0)) if n % 2 else [int(rng.integers(600))]
+        found.append(text[len(prompt) :])
+    answers = [TargetAnswer(f"{i}", "x", prompt, tokens) for i, tokens in enumerate(found)]
+    head = HangingHead.of(GGUFFile(heads[name]))
+    vocabulary = Vocabulary(GGUFFile(heads["target"]))
+    counts = Counts.of(np.bincount(found[0], minlength=600), vocabulary, "an answer")
+    order = keep_order(vocabulary, 600, counts, row_by_id(head.ids, 600) >= 0)
+    matches = matches_of(heads[name], answers, order, target=heads["target"])
+    for k in (32, 96, 288):
+        cut, ids = tmp_path / f"{k}.gguf", np.sort(order[:k]).astype(np.int32)
+        write(plan(heads[name], lambda *_, ids=ids, **__: Keep(ids, 0, 0, None), heads["target"]), cut)
+        rights = Reading.of(cut, answers, Trimmed.open(cut), target=heads["target"]).rights
+        for one, other in zip(rights, matches.right(k), strict=True):
+            assert one.tolist() == other.tolist()
+    assert len({sum(map(sum, matches.right(k))) for k in (32, 96, 288)}) > 1
+
+
+def test_the_plan_command_takes_one(heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf_trim.planning.costs.CUTS", (64,))
+    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 2)
+    monkeypatch.setattr("gguf_trim.planning.added.CORES", (64,))
+    pair = ["--target", str(heads["target"]), "--draft", str(heads["mapped"])]
+    arguments = ["plan", *pair, "--answers", str(answers_file(tmp_path)), "-t", "1"]
+    done = CliRunner().invoke(gguf_trim, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert {choice["vocab"] for choice in json.loads(done.stdout)} == {"full", "trim", "context", "spec"} - {"trim"}
+    assert all(choice["tokens_per_second"] > 0 for choice in json.loads(done.stdout))
+    assert "judged by first drafts" in CliRunner().invoke(gguf_trim, [*arguments, "--no-measure"]).stdout
+    assert CliRunner().invoke(gguf_trim, [*arguments, "--temp", "1"]).exit_code == 2

@@ -37,10 +37,16 @@ class Added:
 
 
 class AddedRows:
-    """Follows the pass and fills an Added for every core size and source."""
+    """Follows the pass and fills an Added for every core size and source. `ids`: of the head's rows, None for all."""
 
-    def __init__(self, rank: np.ndarray, speculator: Speculator | None, n_threads: int | None = None) -> None:
-        self._rank, self._speculator, self._score = rank, speculator, None
+    def __init__(
+        self,
+        rank: np.ndarray,
+        speculator: Speculator | None,
+        n_threads: int | None = None,
+        ids: np.ndarray | None = None,
+    ) -> None:
+        self._rank, self._speculator, self._score, self._ids = rank, speculator, None, ids
         if speculator is not None:
             self._score = scorer(Backend(n_threads or physical_cores()), speculator)
         self._recents = {k: Recent(rank >= k, CONTEXT_ROWS) for k in CORES if k < len(rank)}
@@ -55,6 +61,9 @@ class AddedRows:
     def see(self, answer: str, text: Sequence[int], hidden: np.ndarray, target: int, better: np.ndarray) -> None:
         """After `text` the target says `target`; `better` are the ids that the whole head puts before it."""
         scores = self._score(hidden) if self._score is not None else None
+        if scores is not None and self._ids is not None:
+            by_row, scores = scores, np.full(len(self._rank), -np.inf, np.float32)
+            scores[self._ids] = by_row
         for k, recent in self._recents.items():
             recent.follow(text)
             held = self._rank < k

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,11 +19,13 @@ from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model, physical_cores
 from llamabase.progress import progress
 from llamabase.quantize import quantize
+from llamabase.states import PairContext
 
 from ..companion import Trimmed
 from ..cut import plan, step_bytes, write
 from ..dynamic.rows import DynamicHead
 from ..dynamic.speculator import Speculator
+from ..hanging import HangingHead
 from ..keep import Keep
 from ..layout import EMBEDDING, head_tensor
 from ..mtp import MtpBlock
@@ -147,23 +150,73 @@ def draft_cost(drafter: Path, n_threads: int | None = None, speculator: Speculat
     With a speculator also what it costs to add rows at every step, to a cut of TIMED_CORE rows.
     """
     n_rows = GGUFFile(drafter).tensors[EMBEDDING].n_rows
-    core = min(TIMED_CORE, n_rows // 2)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder, contextlib.ExitStack() as stack:
-        steps: dict[int | str, Callable[[], None]] = {n_rows: decodes(opened(stack, drafter, n_threads, 1), 1)}
-        for k in [k for k in (*CUTS, *([core] if speculator else [])) if k < n_rows]:
-            path = Path(folder) / f"k{k}.gguf"
-            # Any rows will do: a row costs what a row costs.
-            write(plan(drafter, lambda _, rows, k=k: Keep(np.arange(k, dtype=np.int32), 0, 0, None)), path)
-            trimmed = Trimmed.open(path)
-            context, feed = opened(stack, path, n_threads, 1), trimmed.embeddings().rows
-            steps[k] = decodes(context, 1, feed)
-            if speculator is not None and k == core:
-                backend = Backend(n_threads or physical_cores())
-                for vocab, using in (("context", None), ("spec", speculator)):
-                    head = DynamicHead(trimmed, backend, using)
-                    head.follow(np.linspace(core, n_rows - 1, N_CONTEXT // 2).astype(int).tolist())
-                    steps[vocab] = decodes(context, 1, feed, head)
-        medians = timed("timing the drafter", steps, DRAFT_REPEAT)
+
+        def step(path: Path, trimmed: Trimmed | None) -> Callable[[DynamicHead | None], Callable[[], None]]:
+            context = opened(stack, path, n_threads, 1)
+            feed = list if trimmed is None else trimmed.embeddings().rows
+            return lambda head: decodes(context, 1, feed, head)
+
+        return _cost_by_k(drafter, n_rows, step, Path(folder), None, n_threads, speculator)
+
+
+def head_cost(
+    drafter: Path, target: Path, n_threads: int | None = None, speculator: Speculator | None = None
+) -> DraftCost:
+    """The same of an EAGLE-3 head, which needs its target to be loaded."""
+    head = HangingHead.of(GGUFFile(drafter))
+    n_rows = head.n_vocab if head.ids is None else len(head.ids)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder, contextlib.ExitStack() as stack:
+        other = opened(stack, target, n_threads)
+        state = np.ones((1, head.n_embd), np.float32)
+
+        def step(path: Path, trimmed: Trimmed | None) -> Callable[[DynamicHead | None], Callable[[], None]]:
+            model = stack.enter_context(Model(path))
+            context = stack.enter_context(PairContext(model, N_CONTEXT + 32, n_threads, other))
+            context.pairs([1] * N_CONTEXT, np.ones((N_CONTEXT, head.n_embd), np.float32), False)
+
+            def run(dynamic: DynamicHead | None) -> None:
+                made = context.pairs([2], state, True)[1]
+                hidden = head.hidden(made[0])
+                if dynamic is not None:
+                    dynamic.logits(hidden)
+                context.truncate(N_CONTEXT)
+
+            return lambda dynamic: partial(run, dynamic)
+
+        return _cost_by_k(drafter, n_rows, step, Path(folder), target, n_threads, speculator)
+
+
+def _cost_by_k(
+    drafter: Path,
+    n_rows: int,
+    step: Callable[[Path, Trimmed | None], Callable[[DynamicHead | None], Callable[[], None]]],
+    folder: Path,
+    target: Path | None,
+    n_threads: int | None,
+    speculator: Speculator | None,
+) -> DraftCost:
+    """`step` opens a drafter, or a cut of one, and gives its step by what adds rows to it."""
+    core = min(TIMED_CORE, n_rows // 2)
+    steps: dict[int | str, Callable[[], None]] = {n_rows: step(drafter, None)(None)}
+
+    def first(k: int, having: np.ndarray | None = None) -> Keep:
+        # Any rows will do: a row costs what a row costs.
+        ids = np.arange(k) if having is None else np.flatnonzero(having)[:k]
+        return Keep(ids.astype(np.int32), 0, 0, None)
+
+    for k in [k for k in (*CUTS, *([core] if speculator else [])) if k < n_rows]:
+        path = folder / f"k{k}.gguf"
+        write(plan(drafter, lambda _, rows, k=k, having=None, multiple=1: first(k, having), target), path)
+        trimmed = Trimmed.open(path)
+        steps[k] = (run := step(path, trimmed))(None)
+        if speculator is not None and k == core:
+            backend, n_ids = Backend(n_threads or physical_cores()), len(trimmed.row_of)
+            for vocab, using in (("context", None), ("spec", speculator)):
+                head = DynamicHead(trimmed, backend, using)
+                head.follow(np.linspace(core, n_ids - 1, N_CONTEXT // 2).astype(int).tolist())
+                steps[vocab] = run(head)
+    medians = timed("timing the drafter", steps, DRAFT_REPEAT)
     added = {name: value - medians[core] for name, value in medians.items() if isinstance(name, str)}
     measured = {name: value for name, value in medians.items() if isinstance(name, int)}
     slope, fixed = np.polyfit(list(measured), list(measured.values()), 1) if len(measured) > 1 else (0.0, 0.0)

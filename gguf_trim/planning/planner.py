@@ -22,12 +22,13 @@ from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary
 
-from ..dynamic.reading import read_through, share
+from ..dynamic.reading import read_hanging, read_through, share
 from ..dynamic.speculator import Speculator
+from ..hanging import EAGLE3, HangingHead, row_by_id
 from ..keep import keep_order
-from ..layout import EMBEDDING
+from ..layout import EMBEDDING, head_tensor
 from .added import AddedRows
-from .costs import AS_SHIPPED, DraftCost, Weights, draft_cost, requantized
+from .costs import AS_SHIPPED, DraftCost, Weights, draft_cost, head_cost, requantized
 from .matches import Matches, beaters, grid, interval, tau_of
 
 DRAFT_LENGTHS = tuple(range(1, 9))
@@ -59,18 +60,37 @@ def matches_of(
     added: AddedRows | None = None,
     n_threads: int | None = None,
     title: str = "judging the drafter",
+    target: Path | None = None,
 ) -> Matches:
-    """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way."""
-    rank = np.argsort(order)  # the inverse of a permutation: the place at which an id is kept
+    """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way.
+
+    An EAGLE-3 head is judged by its first drafts, from the states of its `target`.
+    """
     intervals = [np.zeros((len(answer.answer), 2), np.int64) for answer in answers]
     with progress(title, len(answers), "answers") as advance:
-        for n, i, logits, hidden in read_through(drafter, answers, advance, n_threads=n_threads):
-            answer, target = answers[n], answers[n].answer[i]
-            better = beaters(logits, target)
-            intervals[n][i] = interval(target, better, rank)
+        if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
+            head = HangingHead.of(file)
+            steps, n_ids = read_hanging(head, target, answers, advance, n_threads), head.n_vocab
+        else:
+            steps, n_ids = read_through(drafter, answers, advance, n_threads=n_threads), len(order)
+        rank = rank_of(order, n_ids)
+        for n, i, logits, hidden in steps:
+            answer = answers[n]
+            if not 0 <= i < len(answer.answer):
+                continue
+            token = answer.answer[i]
+            better = beaters(logits, token)
+            intervals[n][i] = interval(token, better, rank)
             if added is not None:
-                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, target, better)
+                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, token, better)
     return Matches(intervals, [answer.label for answer in answers], len(order))
+
+
+def rank_of(order: np.ndarray, n_ids: int) -> np.ndarray:
+    """By id, the place at which it is kept; n_ids for what the head has no row of."""
+    rank = np.full(n_ids, n_ids)
+    rank[order] = np.arange(len(order))
+    return rank
 
 
 def sampled_acceptance(
@@ -111,7 +131,7 @@ def choices(
 ) -> list[Choice]:
     """Every (vocab, k, draft length) with its tau, MBSU and, where costs were measured, predicted tokens per second."""
     found = []
-    whole, n_rows, weights = Weights.of(target), target.tensors[EMBEDDING].n_rows, Weights.of(drafter)
+    whole, n_rows, weights = Weights.of(target), head_tensor(target).n_rows, Weights.of(drafter)
 
     def add(vocab: str, k: int, rights: Sequence[np.ndarray], rows: float, params: float, n_bytes: float) -> None:
         c_params = (weights.params_at(rows) + params) / whole.params_at(n_rows)
@@ -174,11 +194,18 @@ def make_plan(
     With a speculator the vocabularies chosen at every step are judged as well. `type_` other than as shipped judges the
     drafter requantised (into `folder`). Raises FileFormatError or VocabularyMismatch.
     """
-    file = GGUFFile(drafter)
-    order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
+    file, title = GGUFFile(drafter), f"judging the drafter {type_}"
     judged = requantized(drafter, type_, folder)
-    added = AddedRows(np.argsort(order), speculator, n_threads)
-    matches = matches_of(judged, answers, order, added, n_threads, f"judging the drafter {type_}")
-    draft = draft_cost(judged, n_threads, speculator) if verify else None
+    if file.architecture == EAGLE3:
+        head = HangingHead.of(file)
+        having = row_by_id(head.ids, head.n_vocab) >= 0
+        order = keep_order(Vocabulary(GGUFFile(target)), head.n_vocab, counts, having)
+        added = AddedRows(rank_of(order, head.n_vocab), speculator, n_threads, head.ids)
+        draft = head_cost(judged, target, n_threads, speculator) if verify else None
+    else:
+        order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
+        added = AddedRows(np.argsort(order), speculator, n_threads)
+        draft = draft_cost(judged, n_threads, speculator) if verify else None
+    matches = matches_of(judged, answers, order, added, n_threads, title, target)
     found = choices(matches, added, GGUFFile(target), GGUFFile(judged), draft, verify)
     return Plan(type_, order, matches, added, found, 1 / verify[1] if verify else None)

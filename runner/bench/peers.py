@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 
 from corpus.prompts import Prompt
+from gguf_trim.hanging import EAGLE3
+from gguf_trim.mtp import MTP
 from llamabase.errors import TrimError
+from llamabase.gguf_file import GGUFFile
 from llamabase.llama import physical_cores
 from llamabase.progress import progress
 from llamabase.sampling import GREEDY
@@ -28,6 +31,7 @@ from .modes import Files
 BENCH, SPECULATIVE = "llama-bench", "llama-speculative-simple"
 GENERATED = 64  # tokens of the single-stream comparison, from an empty context
 TURNS = 7
+SPEC_TYPES = {EAGLE3: "draft-eagle3", MTP: "draft-mtp"}  # by architecture, beside draft-simple
 SAID = {
     "tokens": r"decoded\s+(\d+) tokens",
     "seconds": r"decoded\s+\d+ tokens in\s+([\d.]+) seconds",
@@ -51,8 +55,8 @@ def single_stream(tool: Path, target: Path, n_threads: int | None) -> float:
     return float(json.loads(said)[0]["avg_ts"])
 
 
-def speculative(tool: Path, text: str, options: dict[str, Any]) -> dict[str, float]:
-    """One prompt through llama.cpp's speculative example: tokens, seconds, drafted, accepted."""
+def speculative(tool: Path, text: str, options: dict[str, Any]) -> dict[str, Any]:
+    """One prompt through llama.cpp's speculative example: tokens, seconds, drafted, accepted, and the text."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as prompt:
         prompt.write(text)
         prompt.flush()
@@ -61,7 +65,7 @@ def speculative(tool: Path, text: str, options: dict[str, Any]) -> dict[str, flo
     found = {name: re.search(pattern, said) for name, pattern in SAID.items()}
     if not all(found.values()):
         raise TrimError(f"{tool}: does not say what it measured; its last words: {said.strip()[-200:]}")
-    return {name: float(match[1]) for name, match in found.items() if match}
+    return {name: float(match[1]) for name, match in found.items() if match} | {"text": done.stdout.strip()}
 
 
 def beside(
@@ -85,11 +89,12 @@ def beside(
     ratio = np.median(speeds[:, 0] / speeds[:, 1])
     name = f"{bench.name}, plain, {GENERATED} tokens"
     rows = [{"name": name, "tokens_per_second": b, "ours": a, "ratio": f"{ratio:.3f}"}]
-    if files.full is not None:
+    for drafter in _runs_with(files):
         n, threads = record["settings"]["draft_max"] or 3, found.n_threads or physical_cores()
-        options: dict[str, Any] = {"-m": files.target, "-md": files.full, "-c": found.n_ctx, "--temp": 0}
+        options: dict[str, Any] = {"-m": files.target, "-c": found.n_ctx, "--temp": 0}
         options |= {"-n": record["settings"]["max_tokens"], "-t": threads, "-td": threads}
-        options |= {"--spec-type": "draft-simple", "--spec-draft-n-max": n}
+        options |= {"--spec-type": _spec_type(drafter), "--spec-draft-n-max": n}
+        options |= {} if drafter == Path(MTP) else {"-md": drafter}
         answers = []
         with progress("llama.cpp's speculative example", len(prompts), "prompts") as advance:
             for prompt in prompts:
@@ -99,13 +104,24 @@ def beside(
             sum(found[name] for found in answers) for name in ("tokens", "seconds", "accepted")
         )
         rows.append({
-            "name": f"{tool.name}, {n} drafts",
+            "name": f"{tool.name}, {n} drafts" + (f", {drafter.name}" if drafter != files.full else ""),
             # A round of n accepted drafts emits n + 1 tokens.
             "tau": tokens / (tokens - accepted) if tokens > accepted else None,
             "tokens_per_second": tokens / seconds if seconds else None,
             "answers": answers,
         })  # fmt: skip
     return {"rows": rows}
+
+
+def _runs_with(files: Files) -> list[Path]:
+    """The drafters that llama.cpp itself runs: the uncut one, and cuts of an EAGLE-3 head."""
+    if files.full is None or _spec_type(files.full) != SPEC_TYPES[EAGLE3]:
+        return [] if files.full is None else [files.full]
+    return [files.full, *files.trimmed.values()]
+
+
+def _spec_type(drafter: Path) -> str:
+    return SPEC_TYPES.get(MTP if drafter == Path(MTP) else GGUFFile(drafter).architecture, "draft-simple")
 
 
 def _run(tool: Path, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:

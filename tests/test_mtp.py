@@ -13,7 +13,9 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
 from gguf_trim.__main__ import main as gguf_trim
+from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, write
+from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.keep import Keep
 from gguf_trim.mtp import MtpBlock
 from gguf_trim.verify import verify
@@ -370,3 +372,16 @@ def test_shapes_of_published_models_load_and_draft(tmp_path: Path) -> None:
     write_shape(replace(SHAPES["qwen3.5-0.8b"], n_layer=4, n_vocab=1024), path, "Q4_K_M")
     with Engine(path, MTP, n_ctx=64) as engine:
         assert len(text_of(engine, SAMPLINGS["greedy"], 8, "tea", draft_max=2)) == 8
+
+
+def test_make_trim_chooses_rows(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen, proven and with a speculator; the second time nothing is left to do."""
+    monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
+    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
+    for _ in range(2):
+        arguments = ["prepare", "--target", str(files["qwen35"]), "--draft", "mtp", "--k", "100"]
+        done = CliRunner().invoke(gguf_trim, arguments)
+        assert done.exit_code == 0, done.output
+    assert "verifying" not in done.stderr
+    made = Trimmed.open(Path(done.stdout.splitlines()[1]))
+    assert (len(made.d2t), Speculator.of(made) is None) == (112, False)

@@ -23,6 +23,7 @@ from ..dynamic.speculator import Speculator
 from ..hanging import HANGING
 from ..keep import Keep, choose_rows
 from ..layout import Cut
+from ..mtp import MTP
 from ..planning.costs import AS_SHIPPED, renamed
 from ..verify import verify
 from .catalog import load_catalog
@@ -63,17 +64,20 @@ def prepare(
 
     The trimmed drafter is then requantised to the type that is quickest with this target here, which is measured once
     and remembered; `requant` decides by hand: a type of llama.cpp's, or "none" for as shipped. Trimmed drafters go to
-    the cache folder, where a speculator that is missing or does not fit is made. Raises FetchError, VocabularyMismatch,
-    FileFormatError or, for an unknown type, EngineError.
+    the cache folder, where a speculator that is missing or does not fit is made. `drafter` may be
+    "mtp", the target's own block, for which rows are chosen. Raises FetchError, VocabularyMismatch, FileFormatError or,
+    for an unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
-    hangs = GGUFFile(drafter).architecture in HANGING
+    mtp = drafter == Path(MTP)
+    hangs = mtp or GGUFFile(drafter).architecture in HANGING
     if hangs:
         requant = requant or NONE  # one layer: there is little to win by another type
     else:
         require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
-    cut = plan(drafter, choose, target if hangs else None)
-    shipped = cache_folder() / "trimmed" / f"{drafter.stem}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
+    cut = plan(target, choose, mtp=True) if mtp else plan(drafter, choose, target if hangs else None)
+    name = f"{target.stem}-{MTP}" if mtp else drafter.stem
+    shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
     key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
     memory = recall(key)
     type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else memory.get("type")

@@ -23,6 +23,7 @@ from ..cut import companion_path, move
 from ..dynamic.reading import Reading, calibration, share
 from ..dynamic.speculator import attach
 from ..hanging import HANGING
+from ..mtp import MTP
 from ..planning.costs import AS_SHIPPED, decodes, opened, renamed, requantized, timed
 from ..planning.matches import tau_of
 
@@ -71,7 +72,7 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
                 raise
             stderr.print(f"{kind} is left out: {error}", markup=False)
     trimmed = Trimmed.open(cut)
-    hangs = trimmed.file.architecture in HANGING
+    hangs = trimmed.file.architecture in (*HANGING, MTP)
     answers = calibration(GGUFFile(target) if hangs else trimmed.companion)
     readings = {
         kind: Reading.of(path, answers, trimmed, title=f"reading {kind}", target=target if hangs else None)

@@ -34,7 +34,7 @@ from runner.bench.__main__ import main as bench
 from runner.chat import main as chat
 from runner.drafter import NoDrafter
 from runner.engine import Engine
-from runner.exact import Law, check_prompt
+from runner.exact import Law, check_prompt, replay
 from runner.exact import main as exact
 
 from .toy import write_head, write_model
@@ -247,6 +247,47 @@ def test_memory_stays_over_many_answers(engines) -> None:
         if turn == 20:
             before = resident()
     assert resident() - before < 4 << 20
+
+
+@pytest.mark.slow
+def test_five_hundred_turns_with_interruptions_and_openings(heads, engines, monkeypatch) -> None:
+    """Each another conversation, one in five interrupted, one in ten with a head that is opened for it.
+
+    So many draws meet near-ties, so they are compared in the loop's own batches.
+    """
+    from runner.bench.machine import resident
+
+    engine, rng = engines("whole"), np.random.default_rng(0)
+    pairs, honest = engine.drafter.reading.context, engine.drafter.reading.context._process
+    before = descriptors = 0
+
+    def faults(engine: Engine, prompt: list[int], sampling: Sampling, seed: int) -> int:
+        engine.reader.keep([], 0)  # so that the loop reads the prompt as the replay will
+        rounds = list(engine.rounds(prompt, sampling, max_tokens=12, draft_max=3, seed=seed))
+        assert sum(len(round_.tokens) for round_ in rounds) == 12
+        return replay(judge, prompt, rounds, Law(sampling, seed))
+
+    with Context(engine.model, 128, n_outputs=8, cache=F32) as judge:
+        for turn in range(500):
+            text = " ".join(rng.choice(["tea", "the", "and", "sea", "in"], int(rng.integers(3, 20))))
+            prompt, sampling = engine.model.tokenize(text), list(SAMPLINGS.values())[turn % 4]
+            if turn % 5 == 4:
+
+                def interrupted(*arguments: object) -> None:
+                    honest(*arguments)
+                    raise KeyboardInterrupt
+
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(pairs, "_process", interrupted)
+                    text_of(engine, sampling, 12, text, draft_max=3, seed=turn)
+            assert faults(engine, prompt, sampling, turn) == 0
+            if turn % 10 == 9:
+                with Engine(heads["target"], heads[NAMES[turn // 10 % len(NAMES)]], cache=F32, n_ctx=128) as other:
+                    assert faults(other, prompt, sampling, turn) == 0
+            if turn == 100:
+                before, descriptors = resident(), len(list(Path("/proc/self/fd").iterdir()))
+    assert resident() - before < 8 << 20
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
 
 
 BAD_HEADS: dict[str, tuple[dict[str, object], type[Exception], str]] = {

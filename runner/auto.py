@@ -58,6 +58,10 @@ class AutoDrafter:
         self._modelled = False
         self._read = 0.0  # seconds of this round that the drafter took to read what others wrote
 
+    def twin(self, drafter: ModelDrafter | None) -> AutoDrafter:
+        """For another conversation: what is measured and learned is shared."""
+        return AutoDrafter(drafter, self._verify, self._draft, self.known)
+
     def prepare(self, text: Sequence[int], left: int) -> None:
         """A new answer. Part of what is believed of the drafter is then what is hoped, since another text may suit it
         better. It reads the prompt where that pays; else a later round may find that it does.

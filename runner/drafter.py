@@ -96,16 +96,22 @@ class NoDrafter:
 
 
 class ModelDrafter:
-    """A drafter GGUF, or a block of the target's (`model` None). `ids` (ascending) are the target ids of its head's
-    rows, None where they agree.
+    """A drafter GGUF, or a block of the target's (`model` None); its model is closed with it where it is `owned`.
+
+    `ids` (ascending) are the target ids of its head's rows, None where they agree.
 
     `dynamic` adds rows of the full head to a trimmed one's, chosen at every step.
     """
 
     def __init__(
-        self, model: Model | None, reading: Reading, ids: np.ndarray | None = None, dynamic: DynamicHead | None = None
+        self,
+        model: Model | None,
+        reading: Reading,
+        ids: np.ndarray | None = None,
+        dynamic: DynamicHead | None = None,
+        owned: bool = True,
     ) -> None:
-        self._model, self.reading, self._ids, self.dynamic = model, reading, ids, dynamic
+        self.model, self.reading, self._ids, self.dynamic, self._owned = model, reading, ids, dynamic, owned
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         return [found.token for found in islice(self.propose(text, sampling, noise), n)] if n > 0 else []
@@ -182,8 +188,8 @@ class ModelDrafter:
 
     def close(self) -> None:
         self.reading.context.close()
-        if self._model is not None:
-            self._model.close()
+        if self.model is not None and self._owned:
+            self.model.close()
 
 
 def open_drafter(
@@ -195,14 +201,16 @@ def open_drafter(
     vocab: str = AUTO,
     cache: Cache = F16,
     target_context: Context | None = None,
+    model: Model | None = None,
 ) -> ModelDrafter:
     """Open a stock or trimmed drafter for a target's vocabulary; an EAGLE-3 head hangs on the target's context, as do
     rows for its MTP block, and `mtp`, which is that block with its whole head.
 
     `vocab` (one of VOCABS) says what a trimmed one may draft from: the rows it kept ("trim"), those and the tokens of
     the text ("context"), those and the speculator's candidates too ("spec"), or the most that its files allow ("auto").
-    A stock drafter has all its rows. Raises VocabularyMismatch where an id would not mean the same to both, naming both
-    files, and EngineError for "spec" without a speculator.
+    A stock drafter has all its rows. `model`: its weights where they are loaded already, which stay their owner's.
+    Raises VocabularyMismatch where an id would not mean the same to both, naming both files, and EngineError for "spec"
+    without a speculator.
     """
     if path == Path(MTP):
         return _open_mtp(None, target, target_context, n_threads, vocab, cache)
@@ -214,11 +222,12 @@ def open_drafter(
     if file.architecture == DFLASH:
         raise FileFormatError(f"{path}: is a DFlash drafter, which llama-server runs and this runner does not")
     if file.architecture == EAGLE3:
-        return _open_hanging(HangingHead.of(file), target, target_context, n_threads, n_gpu_layers, vocab)
+        return _open_hanging(HangingHead.of(file), target, target_context, n_threads, n_gpu_layers, vocab, model)
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
-    model = Model(path, n_gpu_layers)
+    owned = model is None
+    model = model or Model(path, n_gpu_layers)
     try:
         if model.recurrent:
             raise EngineError(
@@ -230,7 +239,8 @@ def open_drafter(
             # Tables of one family are padded to different lengths: an id of one's padding must not reach the other.
             last = model.n_vocab - 1
             rows = min(model.n_vocab, len(target))
-            return ModelDrafter(model, OwnReading(context, rows, lambda ids: np.minimum(ids, last), False))
+            reading = OwnReading(context, rows, lambda ids: np.minimum(ids, last), False)
+            return ModelDrafter(model, reading, owned=owned)
         embeddings = trimmed.embeddings()
         if dynamic is not None and not _multiplies(dynamic, context, embeddings):
             if vocab != AUTO:
@@ -240,9 +250,10 @@ def open_drafter(
             dynamic = None
         ids = trimmed.d2t[: int(np.searchsorted(trimmed.d2t, len(target)))]
         reading = OwnReading(context, len(ids), embeddings.rows, dynamic is not None)
-        return ModelDrafter(model, reading, ids, dynamic)
+        return ModelDrafter(model, reading, ids, dynamic, owned)
     except BaseException:
-        model.close()
+        if owned:
+            model.close()
         raise
 
 
@@ -253,6 +264,7 @@ def _open_hanging(
     n_threads: int | None,
     n_gpu_layers: int | None,
     vocab: str,
+    model: Model | None,
 ) -> ModelDrafter:
     if target_context is None:
         raise EngineError(f"{head.file.path}: hangs on its target's states, which only this runner gives it")
@@ -263,13 +275,15 @@ def _open_hanging(
     # Its companion is needed for rows beyond the kept ones only.
     if "gguf_trim.d2t" in head.file.fields and vocab != "trim" and (vocab != AUTO or companion_path(path).exists()):
         dynamic = _dynamic(Trimmed.open(path), vocab, len(target), n_threads)
-    model = Model(path, n_gpu_layers)
+    owned = model is None
+    model = model or Model(path, n_gpu_layers)
     try:
         context = PairContext(model, target_context.n_ctx, n_threads, target_context)
         reading = HangingReading(context, inputs, head)
-        return ModelDrafter(model, reading, reading.ids, dynamic)
+        return ModelDrafter(model, reading, reading.ids, dynamic, owned)
     except BaseException:
-        model.close()
+        if owned:
+            model.close()
         raise
 
 

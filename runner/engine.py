@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,35 +118,56 @@ class Engine:
     ) -> None:
         self.drafter: ModelDrafter | None = None
         self._auto: AutoDrafter | None = None
-        self._files = [target] if draft is None else [target, draft, companion_path(draft)]
+        self._first: Engine | None = None  # whose weights these are
+        self._draft = draft
         self._settings = (n_ctx, n_threads, n_gpu_layers, vocab, n_ctx_draft, cache, cache_draft)
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
             raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as the drafter")
         if "gguf_trim.companion" in file.fields:
             raise EngineError(f"{target}: is the companion of a trimmed drafter, not a model")
-        vocabulary = Vocabulary(file)
-        self._template = ChatTemplate(file, vocabulary)
+        self._vocabulary = Vocabulary(file)
+        self._template = ChatTemplate(file, self._vocabulary)
         self.model = Model(target, n_gpu_layers)
         try:
-            outputs = REWINDS + 1 if self.model.recurrent else 32  # tokens of a round
-            n_ctx = min(n_ctx, self.model.n_ctx_train)
-            self.context = Context(self.model, n_ctx, n_threads, n_outputs=outputs, cache=cache, rewinds=REWINDS)
-            if self.model.recurrent and not self.context.rewinds:
-                if draft is not None:
-                    raise EngineError(
-                        f"{target}: llama.cpp cannot rewind the cache of a {file.architecture} model, which drafting "
-                        "needs; run it without a drafter"
-                    )
-                self.context.n_outputs = 1  # nor are guesses verified
-            self.reader = Reader(self.context)
-            if draft is not None:
-                n_ctx = min(n_ctx_draft or self.context.n_ctx, self.context.n_ctx)
-                limits = n_ctx, n_threads, n_gpu_layers, vocab, cache_draft
-                self.drafter = open_drafter(draft, vocabulary, *limits, target_context=self.context)
+            self._begin()
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        """Open what holds a conversation."""
+        n_ctx, n_threads, n_gpu_layers, vocab, n_ctx_draft, cache, cache_draft = self._settings
+        outputs = REWINDS + 1 if self.model.recurrent else 32  # tokens of a round
+        n_ctx = min(n_ctx, self.model.n_ctx_train)
+        self.context = Context(self.model, n_ctx, n_threads, n_outputs=outputs, cache=cache, rewinds=REWINDS)
+        if self.model.recurrent and not self.context.rewinds:
+            if self._draft is not None:
+                kind = GGUFFile(self.model.path).architecture
+                raise EngineError(
+                    f"{self.model.path}: llama.cpp cannot rewind the cache of a {kind} model, which drafting needs; "
+                    "run it without a drafter"
+                )
+            self.context.n_outputs = 1  # nor are guesses verified
+        self.reader = Reader(self.context)
+        if self._draft is not None:
+            n_ctx = min(n_ctx_draft or self.context.n_ctx, self.context.n_ctx)
+            limits = n_ctx, n_threads, n_gpu_layers, vocab, cache_draft
+            weights = None if self._first is None or self._first.drafter is None else self._first.drafter.model
+            self.drafter = open_drafter(
+                self._draft, self._vocabulary, *limits, target_context=self.context, model=weights
+            )
+
+    def twin(self) -> Engine:
+        """Another conversation over the same weights, which draws on what this one learns; to be closed before it."""
+        other = copy.copy(self)
+        other._first, other.drafter, other._auto = self, None, None
+        try:
+            other._begin()
+        except BaseException:
+            other.close()
+            raise
+        return other
 
     def __enter__(self) -> Engine:
         return self
@@ -154,14 +176,15 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        if self._auto is not None:
+        if self._auto is not None and self._first is None:
             remember_known(self._key, self._auto.known)
-            self._auto = None
+        self._auto = None
         if self.drafter is not None:
             self.drafter.close()
-        if hasattr(self, "context"):
+        if hasattr(self, "context") and (self._first is None or self.context is not self._first.context):
             self.context.close()
-        self.model.close()
+        if self._first is None:
+            self.model.close()
 
     def heed(self, go_on: Callable[[], bool]) -> None:
         """Ask this before every batch of the target or the drafter; where it says no, EngineError is raised."""
@@ -182,7 +205,11 @@ class Engine:
 
         Drafting by cost does so at its first use.
         """
-        self._key = key_of(self._files, self._settings)
+        if self._first is not None:
+            self._auto = self._first.auto.twin(self.drafter)
+            return
+        draft = [] if self._draft is None else [self._draft, companion_path(self._draft)]
+        self._key = key_of([self.model.path, *draft], self._settings)
         costs = step_costs(self.reader, self.drafter, self._key)
         self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
 

@@ -123,7 +123,7 @@ def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
         with Context(engine.model, 256, n_outputs=40) as context:
             assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults == 0
             if fault == "no rewind":
-                monkeypatch.setattr(engine.context, "truncate", lambda n: None)
+                monkeypatch.setattr(engine.context, "rewind", lambda n: n)
             else:
                 honest = speculative._p_at
                 monkeypatch.setattr(speculative, "_p_at", lambda logits, *rest: honest(logits[::-1], *rest))

@@ -1,4 +1,4 @@
-"""python -m runner, or gguf-run: chat, bench, exact."""
+"""python -m runner, or gguf-run: chat, serve, bench, exact."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llamabase.command import Commands
 from .bench.__main__ import main as bench
 from .chat import main as chat
 from .exact import main as exact
+from .serve.__main__ import main as serve
 
 
 @click.group(cls=Commands)
@@ -24,6 +25,7 @@ def main() -> None:
 
 
 main.add_command(chat, "chat")
+main.add_command(serve, "serve")
 main.add_command(bench, "bench")
 main.add_command(exact, "exact")
 

@@ -112,6 +112,7 @@ class ModelDrafter:
         owned: bool = True,
     ) -> None:
         self.model, self.reading, self._ids, self.dynamic, self._owned = model, reading, ids, dynamic, owned
+        self._all = dynamic  # whether or not it is used
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         return [found.token for found in islice(self.propose(text, sampling, noise), n)] if n > 0 else []
@@ -136,6 +137,19 @@ class ModelDrafter:
                 found = Proposal(token, 1 / _weight(row, row.max()) if sampling.greedy else q.of(token))
             yield found
             token = found.token
+
+    @property
+    def vocabs(self) -> list[str]:
+        """What it may be told to draft from."""
+        if self._all is None:
+            return [AUTO]
+        return [AUTO, "trim", "context", *(["spec"] if self._all.speculates else [])]
+
+    def use(self, vocab: str) -> None:
+        """Draft from one of `vocabs` from now on."""
+        self.dynamic = None if vocab == "trim" else self._all
+        if self._all is not None:
+            self._all.speculating = vocab != "context"
 
     def heed(self, go_on: Callable[[], bool]) -> None:
         """Ask this before every batch; where it says no, EngineError is raised."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from gguf_trim.cut import companion_path
 from llamabase.errors import EngineError
 from llamabase.gguf_file import GGUFFile
@@ -213,9 +215,9 @@ class Engine:
         costs = step_costs(self.reader, self.drafter, self._key)
         self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
 
-    def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `llamabase.template`."""
-        return self._template.ids(self.model, messages)
+        return self._template.ids(self.model, messages, tools)
 
     def prompt_text(self, messages: Sequence[dict[str, str]]) -> str:
         """The text that the template makes of a conversation, for other programs to read."""
@@ -230,11 +232,12 @@ class Engine:
         draft_max: int | None = None,
         seed: int | None = None,
         drafter: Drafter | None = None,
+        look: Callable[[np.ndarray, list[int]], Any] = lambda logits, tokens: None,
     ) -> Iterator[Round]:
         """Continue a prompt of token ids; see `speculative.generate`.
 
         draft_max: tokens drafted a round; 0 is plain decoding; None lets measured costs decide (`auto`). `drafter`
-        overrides the engine's own.
+        overrides the engine's own; `look`: see `generate`.
         """
         if drafter is None:
             fixed = self.drafter if self.drafter is not None and draft_max else NoDrafter()
@@ -248,6 +251,7 @@ class Engine:
             draft_max=LONGEST if draft_max is None else draft_max,
             is_end=self.model.is_end,
             noise=Noise(seed),
+            look=look,
         )
 
     def answer(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Round:
 
     Seconds are wall time; draft and verify count time inside llama.cpp only, host is everything else of the round.
     `finish` is "stop" (an end token, which is the last of `tokens`) or "length" on the last round, else None.
+    `seen` is what was made of the logits before each of `tokens`, where that was asked for.
     """
 
     tokens: list[int]
@@ -37,6 +39,7 @@ class Round:
     verify_seconds: float
     host_seconds: float
     finish: str | None = None
+    seen: Any = None
 
 
 def generate(
@@ -49,6 +52,7 @@ def generate(
     draft_max: int,
     is_end: Callable[[int], bool],
     noise: Noise,
+    look: Callable[[np.ndarray, list[int]], Any] = lambda logits, tokens: None,
 ) -> Iterator[Round]:
     """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
 
@@ -56,7 +60,8 @@ def generate(
     target, where the shape of a batch changes the last bits of a logit.
 
     Emits at most max_tokens tokens and never more than the context holds. The target may already hold a beginning of
-    the prompt: only the rest is read. Closing the generator leaves target and drafter usable.
+    the prompt: only the rest is read. Closing the generator leaves target and drafter usable. `look` is shown the
+    target's logits (float32, a row for each emitted token, a view) before samplers touch them, and the tokens.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token (BOS, where the vocabulary has one)")
@@ -90,6 +95,7 @@ def generate(
             end = next((i for i, token in enumerate(tokens) if is_end(token)), None)
             if end is not None:
                 del tokens[end + 1 :]
+            seen = look(logits[: len(tokens)], tokens)
             text += tokens
             left -= len(tokens)
             # What was emitted last has not been read yet.
@@ -107,6 +113,7 @@ def generate(
                 verify_seconds,
                 seconds - draft_seconds - verify_seconds,
                 "stop" if end is not None else "length" if left <= 0 else None,
+                seen,
             )
             if end is not None:
                 return

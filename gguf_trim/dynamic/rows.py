@@ -120,6 +120,7 @@ class DynamicHead:
         self.acceptance = speculator.acceptance if speculator is not None else 0.0
         self._products: dict[int, Product] = {}
         self._scores: Callable[[np.ndarray], np.ndarray] | None = None
+        self.speculating = True  # if there is a speculator
         if speculator is not None and len(self._others):
             self._scores = scorer(backend, speculator, self._row_of[self._others])
 
@@ -154,7 +155,7 @@ class DynamicHead:
     def candidates(self, hidden: np.ndarray) -> np.ndarray:
         """Ids (int32) beyond the kept rows whose logits are worth computing at this hidden state (float32, n_embd)."""
         n = len(self.recent.slots)
-        if self._scores is not None:
+        if self._scores is not None and self.speculating:
             found = self._others[top(self._scores(hidden), self._n_candidates)]
             found = found[~self._in_context[found]]
             self._ids[n : n + len(found)] = found

@@ -1,0 +1,489 @@
+"""The HTTP side: OpenAI's endpoints and llama-server's, errors in OpenAI's form, metrics in Prometheus'."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, MutableMapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import prometheus_client as prometheus
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
+
+from llamabase.errors import EngineError, FileFormatError, SettingError
+from llamabase.sampling import Sampling
+
+from ..drafter import AUTO
+from ..engine import Engine
+from .answers import Answer, Asked, Piece
+from .conversations import Conversations, Full, Job
+from .requests import BadRequest, Chat, Common, Completion, Detokenize, Tokenize, read
+
+PAGE = Path(__file__).parent / "page.html"
+OPEN = {"/", "/health", "/v1/health"}  # without a key
+POSITIONS = 16  # of drafts, that are counted apart
+log = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve. `sampling` and `draft_max` are what a request gets that asks for nothing else."""
+
+    alias: str
+    sampling: Sampling
+    draft_max: int | None = None
+    api_key: str = ""
+    parallel: int = 4
+    waiting: int = 64
+    metrics: bool = False
+    cors: tuple[str, ...] = ()
+    most_bytes: int = 16 << 20
+
+
+class Metrics:
+    """Counters, with vLLM's names for what speculation does."""
+
+    def __init__(self, conversations: Conversations) -> None:
+        self.registry = prometheus.CollectorRegistry()
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> prometheus.Counter:
+            return prometheus.Counter(f"gguf_run_{name}", text, labels, registry=self.registry)
+
+        self.prompt = counter("prompt_tokens", "Tokens of prompts that were read.")
+        self.tokens = counter("generation_tokens", "Tokens that were emitted.")
+        self.seconds = counter("generation_seconds", "Seconds that this took.")
+        self.requests = counter("requests", "Answers, by how they ended.", ("finish_reason",))
+        self.rounds = counter("spec_decode_num_rounds", "Calls of the target.")
+        self.drafts = counter("spec_decode_num_drafts", "Rounds that drafted.")
+        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens that were drafted.")
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Of these, those that stood.")
+        self.by_position = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Drafts that stood, by their place in a round.", ("position",)
+        )
+        for name, text, value in (
+            ("num_requests_running", "Requests that are being computed.", lambda: float(conversations.busy)),
+            ("num_requests_waiting", "Requests that wait.", lambda: float(conversations.waiting)),
+        ):
+            prometheus.Gauge(f"gguf_run_{name}", text, registry=self.registry).set_function(value)
+        self.speed = prometheus.Gauge(
+            "gguf_run_tokens_per_second", "Of the last answer.", registry=self.registry
+        )  # fmt: skip
+
+    def saw(self, answer: Answer) -> None:
+        self.prompt.inc(len(answer.asked.prompt) - answer.n_cached)
+        self.tokens.inc(answer.n_tokens)
+        self.seconds.inc(max(answer.seconds, 0.0))
+        self.requests.labels(answer.finish).inc()
+        self.rounds.inc(answer.rounds)
+        self.drafts.inc(len(answer.accepted))
+        self.drafted.inc(answer.drafted)
+        self.accepted.inc(sum(answer.accepted))
+        for place in range(POSITIONS):
+            if n := sum(accepted > place for accepted in answer.accepted):
+                self.by_position.labels(str(place)).inc(n)
+        if answer.seconds > 0:
+            self.speed.set(answer.n_tokens / answer.seconds)
+
+
+class Guard:
+    """ASGI: the API key, compared in constant time, and a bound on bodies."""
+
+    def __init__(self, app: Any, key: str, most_bytes: int) -> None:
+        self._app, self._key, self._most = app, key.encode(), most_bytes
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if self._key and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
+            if not hmac.compare_digest(given, self._key):
+                await _error(401, "the API key is missing or wrong", kind="authentication_error")(scope, receive, send)
+                return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most:
+            await _error(413, f"the body is larger than {self._most} bytes")(scope, receive, send)
+            return
+        read = 0
+
+        async def bounded() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise BadRequest(f"the body is larger than {self._most} bytes")
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+def _error(status: int, message: str, param: str | None = None, code: str | None = None,
+           kind: str = "invalid_request_error") -> JSONResponse:  # fmt: skip
+    """OpenAI's form."""
+    clean = message.encode("utf-8", "replace").decode()
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(
+        {"error": {"message": clean, "type": kind, "param": param, "code": code}}, status, headers=headers
+    )
+
+
+def _failure(error: BaseException) -> JSONResponse:
+    """What went wrong while computing; what the server's log alone should know stays there."""
+    if isinstance(error, BadRequest):
+        return _error(400, str(error), error.param, error.code)
+    if isinstance(error, Full):
+        return _error(503, "too many requests are waiting; try again", kind="server_error", code="queue_full")
+    if isinstance(error, SettingError | FileFormatError) or (
+        isinstance(error, EngineError) and str(error).startswith("the grammar")
+    ):
+        return _error(400, str(error).rpartition(".gguf: ")[2])
+    log.error("a request failed", exc_info=error)
+    return _error(500, "the model could not go on; the server's log says why", kind="server_error")
+
+
+class Server:
+    """Everything that the endpoints share."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self.conversations = Conversations(engine, settings.parallel, settings.waiting)
+        self.metrics = Metrics(self.conversations)
+        self.started = int(time.time())
+        self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
+        self._defaults = settings.sampling
+
+    def asked(self, body: Common, prompt: list[int], tools: bool = False) -> list[Asked]:
+        """Each of the answers that a body asks for. Raises BadRequest."""
+        n_ctx = self.engine.context.n_ctx
+        if len(prompt) > n_ctx:
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens, {len(prompt) - n_ctx} more than the context of {n_ctx}",
+                "messages" if isinstance(body, Chat) else "prompt",
+                "context_length_exceeded",
+            )
+        n_vocab = self.engine.model.n_vocab
+        if body.vocab not in self.vocabs:
+            raise BadRequest(f"speculative.vocab: is one of {', '.join(self.vocabs)}", "speculative.vocab")
+        n_logprobs = body.n_logprobs if isinstance(body, Chat | Completion) else None
+        draft_max = self.settings.draft_max if body.draft_max is None else body.rounds_of()
+        first = Asked(
+            prompt=prompt,
+            sampling=body.sampling(self._defaults, n_vocab),
+            limit=body.limit(n_ctx - len(prompt) + 1),
+            seed=body.seed_of(0),
+            draft_max=draft_max,
+            stops=body.stops,
+            n_logprobs=None if n_logprobs is None else min(n_logprobs, n_vocab),
+            tools=tools,
+            vocab=body.vocab,
+        )
+        return [replace(first, seed=body.seed_of(i)) for i in range(body.n)]
+
+    def ids(self, text: str) -> list[int]:
+        model = self.engine.model
+        return model.tokenize(text) or ([] if model.bos is None else [model.bos])
+
+    async def compute(self, request: Request, asked: list[Asked]) -> AsyncIterator[tuple[int, Answer, Piece | None]]:
+        """(number, answer, piece) as they come, None at the end of each answer; ends with its client.
+
+        Raises what the computing raised.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def tell(event: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def run(engine: Engine) -> None:
+            for i, each in enumerate(asked):
+                answer = Answer(each)
+                with contextlib.closing(answer.pieces(engine)) as pieces:
+                    for piece in pieces:
+                        tell((i, answer, piece))
+                        if job.cancelled.is_set():
+                            answer.finish = "cancelled"
+                            break
+                self.metrics.saw(answer)
+                tell((i, answer, None))
+                if job.cancelled.is_set():
+                    return
+
+        job = Job(asked[0].prompt, run, tell)
+        self.conversations.submit(job)
+        ended = 0
+        try:
+            while ended < len(asked):
+                try:
+                    event = await asyncio.wait_for(events.get(), 0.5)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return
+                    continue
+                if isinstance(event, BaseException):
+                    if job.cancelled.is_set():
+                        return
+                    raise event
+                ended += event[2] is None
+                yield event
+        finally:
+            job.cancelled.set()
+
+
+def _usage(answers: list[Answer]) -> dict[str, Any]:
+    prompt = len(answers[0].asked.prompt)
+    said = sum(answer.n_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": said,
+        "total_tokens": prompt + said,
+        "prompt_tokens_details": {"cached_tokens": answers[0].n_cached},
+    }
+
+
+class _Form:
+    """How answers look: one of the two kinds of completions."""
+
+    def __init__(self, server: Server, body: Common) -> None:
+        self.chat = isinstance(body, Chat)
+        self._head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
+            "created": int(time.time()),
+            "model": server.settings.alias,
+            "system_fingerprint": f"gguf-trim-{version('llama-cpp-python')}",
+        }
+        draft = server.engine.drafter
+        self._kind = "none" if draft is None else "auto" if body.draft_max is None else "fixed"
+        self._logprobs = body.n_logprobs is not None if isinstance(body, Chat | Completion) else False
+
+    def _object(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion" if self.chat else "text_completion") + (".chunk" if chunk and self.chat else "")
+        return {**self._head, "object": kind, "choices": choices}
+
+    def _seen(self, found: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        if self.chat:
+            return {"content": found, "refusal": None}
+        return {
+            "tokens": [each["token"] for each in found],
+            "token_logprobs": [each["logprob"] for each in found],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in each["top_logprobs"]} for each in found],
+        }
+
+    def timings(self, answer: Answer) -> dict[str, Any]:
+        return answer.timings | {"draft_kind": self._kind}
+
+    def whole(self, answers: list[Answer], logprobs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        choices = []
+        for i, answer in enumerate(answers):
+            choice = {"index": i, "finish_reason": answer.finish, "logprobs": self._seen(logprobs[i])}
+            if self.chat:
+                message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+                if answer.tool_calls:
+                    message |= {"content": answer.text or None, "tool_calls": answer.tool_calls}
+                choice["message"] = message
+            else:
+                choice["text"] = answer.text
+            choices.append(choice)
+        last = answers[-1]
+        return self._object(choices, False) | {"usage": _usage(answers), "timings": self.timings(last)}
+
+    def begin(self, i: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return self._object([{"index": i, "delta": delta, "finish_reason": None, "logprobs": None}], True)
+
+    def chunk(self, i: int, piece: Piece) -> dict[str, Any]:
+        said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+        choice = {"index": i, **said, "finish_reason": None, "logprobs": self._seen(piece.logprobs)}
+        return self._object([choice], True) | {"drafted": piece.drafted}
+
+    def end(self, i: int, answer: Answer) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if answer.tool_calls:
+            delta = {"tool_calls": [{"index": n, **call} for n, call in enumerate(answer.tool_calls)]}
+        said = {"delta": delta} if self.chat else {"text": ""}
+        choice = {"index": i, **said, "finish_reason": answer.finish, "logprobs": self._seen(answer.left)}
+        return self._object([choice], True) | {"timings": self.timings(answer)}
+
+    def usage(self, answers: list[Answer]) -> dict[str, Any]:
+        return self._object([], True) | {"usage": _usage(answers)}
+
+
+async def _answer(server: Server, request: Request, body: Common, asked: list[Asked]) -> Response:
+    form, events = _Form(server, body), server.compute(request, asked)
+    first = await anext(events, None)  # what is wrong with a request shows before anything is sent
+    if not body.stream:
+        answers: dict[int, Answer] = {}
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in asked]
+        event = first
+        while event is not None:
+            i, answer, piece = event
+            answers[i] = answer
+            logprobs[i] += answer.left if piece is None else piece.logprobs
+            event = await anext(events, None)
+        if len(answers) < len(asked):
+            return Response(status_code=499)  # nobody waits for it
+        return _json(form.whole([answers[i] for i in range(len(asked))], logprobs))
+
+    async def stream() -> AsyncIterator[str]:
+        ended: dict[int, Answer] = {}
+        begun: set[int] = set()
+        event = first
+        try:
+            while event is not None:
+                i, answer, piece = event
+                if form.chat and i not in begun:
+                    begun.add(i)
+                    yield _line(form.begin(i))
+                if piece is None:
+                    ended[i] = answer
+                    yield _line(form.end(i, answer))
+                else:
+                    yield _line(form.chunk(i, piece))
+                event = await anext(events, None)
+        except Exception as error:
+            yield bytes(_failure(error).body).decode()
+        if body.stream_options is not None and body.stream_options.include_usage and ended:
+            yield _line(form.usage([ended[i] for i in sorted(ended)]))
+        yield "[DONE]"
+        await events.aclose()  # type: ignore[attr-defined]
+
+    return EventSourceResponse(stream(), sep="\n")
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value)  # what is no UTF-8 is escaped
+
+
+def _json(value: Any) -> Response:
+    return Response(json.dumps(value), media_type="application/json")
+
+
+def make_app(server: Server) -> FastAPI:
+    """The application; whoever runs it closes the server's conversations."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    engine, settings = server.engine, server.settings
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return _failure(error)
+
+    for kind in (BadRequest, Full, EngineError, FileFormatError, SettingError):
+        app.add_exception_handler(kind, failed)
+    for status, said in ((404, "there is no such endpoint"), (405, "this endpoint takes another method")):
+
+        async def other(request: Request, error: Exception, status: int = status, said: str = said) -> Response:
+            return _error(status, said)
+
+        app.add_exception_handler(status, other)
+
+    @app.post("/v1/chat/completions")
+    @app.post("/chat/completions")
+    async def chat(request: Request) -> Response:
+        body: Chat = read(Chat, await request.body())
+        messages, tools = [message.for_template() for message in body.messages], body.offered
+        prompt = await run_in_threadpool(engine.prompt, messages, tools)
+        return await _answer(server, request, body, server.asked(body, prompt, bool(tools)))
+
+    @app.post("/v1/completions")
+    @app.post("/completions")
+    async def completion(request: Request) -> Response:
+        body: Completion = read(Completion, await request.body())
+        prompt = body.prompt
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+            if len(prompt) > 1:
+                raise BadRequest("prompt: one at a time", "prompt")
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            ids = await run_in_threadpool(server.ids, prompt)
+        else:
+            ids = _known(prompt, "prompt")
+        if not ids:
+            raise BadRequest("prompt: is empty, and this vocabulary has no token to begin with", "prompt")
+        return await _answer(server, request, body, server.asked(body, ids))
+
+    def _known(ids: list[Any], param: str) -> list[int]:
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < engine.model.n_vocab:
+                raise BadRequest(f"{param}: there is no token {str(token)[:20]}", param)
+        return ids
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body: Tokenize = read(Tokenize, await request.body())
+        model = engine.model
+        ids = await run_in_threadpool(model.tokenize, body.content, body.parse_special, body.add_special)
+        if not body.with_pieces:
+            return _json({"tokens": ids})
+        pieces = [model.piece(token, special=True) for token in ids]
+        return _json({"tokens": [{"id": i, "piece": _shown(piece)} for i, piece in zip(ids, pieces, strict=True)]})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body: Detokenize = read(Detokenize, await request.body())
+        data = b"".join(engine.model.piece(token, special=True) for token in _known(body.tokens, "tokens"))
+        return _json({"content": data.decode("utf-8", "replace")})
+
+    @app.get("/v1/models")
+    @app.get("/models")
+    async def models() -> Response:
+        model = engine.model
+        meta = {"n_vocab": model.n_vocab, "n_ctx_train": model.n_ctx_train, "n_embd": model.n_embd}
+        entry = {"id": settings.alias, "object": "model", "created": server.started, "owned_by": "gguf-trim"}
+        return _json({"object": "list", "data": [entry | {"meta": meta}]})
+
+    @app.get("/health")
+    @app.get("/v1/health")
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/props")
+    async def props() -> Response:
+        chosen = {name: value for name, value in vars(settings.sampling).items() if name != "logit_bias"}
+        return _json({
+            "default_generation_settings": {"n_ctx": engine.context.n_ctx, "params": chosen},
+            "total_slots": settings.parallel,
+            "model_alias": settings.alias,
+            "draft": engine.drafter is not None,
+            "vocabularies": server.vocabs,
+            "speculative.n_max": settings.draft_max,
+            "build_info": f"llama-cpp-python {version('llama-cpp-python')}",
+        })  # fmt: skip
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        if not settings.metrics:
+            return _error(501, "start the server with --metrics", kind="not_supported_error")
+        return Response(prometheus.generate_latest(server.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
+
+    if settings.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["*"], allow_headers=["*"]
+        )  # fmt: skip
+    app.add_middleware(Guard, key=settings.api_key, most_bytes=settings.most_bytes)
+    return app
+
+
+def _shown(piece: bytes) -> str | list[int]:
+    """As llama-server gives a piece: text, or bytes where it is none."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)

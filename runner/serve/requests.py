@@ -1,0 +1,278 @@
+"""What clients may ask for: fields of OpenAI's API and of llama-server's, read, bounded, and turned into settings.
+
+Unknown fields are ignored, as OpenAI's clients expect; impossible values raise BadRequest, which names the field.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from llamabase.errors import TrimError
+from llamabase.grammar import schema_grammar
+from llamabase.sampling import Sampling, samplers_named
+
+from ..auto import LONGEST
+from ..drafter import AUTO
+
+MOST_TOKENS = 1 << 31
+MOST_ANSWERS, MOST_LOGPROBS, MOST_STOPS = 16, 20, 64
+
+
+class BadRequest(Exception):
+    """An answer of 400: what is wrong, and with which field."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+def _joined(content: Any) -> Any:
+    """Content given as parts: their text."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        raise ValueError("parts of a message must be of text")
+    return "".join(part["text"] for part in content)
+
+
+class Function(BaseModel):
+    """A function that the model has called; its arguments are JSON in a string."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(BaseModel):
+    id: str | None = None
+    type: str = "function"
+    function: Function
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_joined)] = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: a content always, and arguments as an object where they are one."""
+        role = "system" if self.role == "developer" else self.role
+        found: dict[str, Any] = {"role": role, "content": self.content or ""}
+        found |= {} if self.name is None else {"name": self.name}
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"type": "function", "function": {"name": call.function.name, "arguments": _object(call.function)}}
+                for call in self.tool_calls
+            ]
+        return found
+
+
+def _object(function: Function) -> Any:
+    if isinstance(function.arguments, dict):
+        return function.arguments
+    try:
+        return json.loads(function.arguments)
+    except (ValueError, RecursionError):
+        return function.arguments
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+    schema_: dict[str, Any] | bool = Field(True, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")  # llama-server's, of a json_object
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class Common(BaseModel):
+    """What both kinds of completions take. None stands for the default."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    n: int = Field(1, ge=1, le=MOST_ANSWERS)
+    max_tokens: int | None = Field(None, le=MOST_TOKENS, validation_alias=AliasChoices("max_tokens", "n_predict"))
+    temp: Number | None = Field(None, ge=0, validation_alias=AliasChoices("temperature", "temp"))
+    top_k: int | None = Field(None, le=MOST_TOKENS, ge=-MOST_TOKENS)
+    top_p: Number | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = Field(None, validation_alias=AliasChoices("typical_p", "typ_p"))
+    top_n_sigma: Number | None = None
+    xtc_probability: Number | None = None
+    xtc_threshold: Number | None = None
+    dynatemp_range: Number | None = None
+    dynatemp_exponent: Number | None = None
+    repeat_penalty: Number | None = None
+    repeat_last_n: int | None = Field(None, ge=-1, le=MOST_TOKENS)
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    dry_multiplier: Number | None = None
+    dry_base: Number | None = None
+    dry_allowed_length: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    dry_penalty_last_n: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    dry_sequence_breakers: tuple[str, ...] | None = None
+    min_keep: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    mirostat: int | None = None
+    samplers: tuple[str, ...] | str | None = None
+    logit_bias: dict[str, float] | list[tuple[int, float | bool]] | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    draft_max: int | None = Field(None, ge=0, validation_alias="speculative.n_max")
+    vocab: str = Field(AUTO, validation_alias="speculative.vocab")
+
+    @property
+    def stops(self) -> list[str]:
+        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(found) > MOST_STOPS or "" in found:
+            raise BadRequest(f"stop: at most {MOST_STOPS} strings, none of them empty", "stop")
+        return found
+
+    def limit(self, default: int) -> int:
+        """Tokens to answer with at most; llama-server's -1 is no limit."""
+        if self.max_tokens is None or self.max_tokens == -1:
+            return default
+        if self.max_tokens < 1:
+            raise BadRequest(f"max_tokens: {self.max_tokens} is less than 1", "max_tokens")
+        return min(self.max_tokens, default)
+
+    def seed_of(self, i: int) -> int | None:
+        """Of the i-th of several answers; OpenAI's and llama-server's -1 draw one."""
+        return None if self.seed is None or self.seed < 0 else self.seed + i
+
+    def rounds_of(self) -> int | None:
+        return None if self.draft_max is None else min(self.draft_max, LONGEST)
+
+    def wanted_schema(self) -> Any:
+        """The JSON schema that the answer must obey, or None."""
+        return self.json_schema
+
+    def sampling(self, defaults: Sampling, n_vocab: int) -> Sampling:
+        settings = {field.name: getattr(defaults, field.name) for field in fields(Sampling)}
+        for name in settings.keys() & Common.model_fields.keys() - {"samplers", "logit_bias", "grammar"}:
+            if (value := getattr(self, name)) is not None:
+                settings[name] = value
+        if isinstance(self.samplers, str):
+            settings["samplers"] = samplers_named(self.samplers)
+        elif self.samplers is not None:
+            settings["samplers"] = samplers_named(";".join(self.samplers))
+        if self.logit_bias is not None:
+            settings["logit_bias"] = _biases(self.logit_bias, n_vocab)
+        schema = self.wanted_schema()
+        if schema is not None and self.grammar:
+            raise BadRequest("grammar: give a grammar or a JSON schema, not both", "grammar")
+        if schema is not None:
+            try:
+                settings["grammar"] = schema_grammar(json.dumps(schema))
+            except (TrimError, ValueError, RecursionError) as error:
+                raise BadRequest(f"json_schema: {error}", "json_schema") from error
+        elif self.grammar:
+            settings["grammar"] = self.grammar
+        try:
+            return Sampling(**settings)
+        except ValueError as error:
+            named = next((name for name in settings if str(error).startswith(name)), "samplers")
+            raise BadRequest(str(error), named) from error
+
+
+def _biases(given: dict[str, float] | list[tuple[int, float | bool]], n_vocab: int) -> dict[int, float]:
+    found = {}
+    for key, bias in given.items() if isinstance(given, dict) else given:
+        if not str(key).isascii() or not str(key).isdigit() or len(str(key)) > 9 or int(key) >= n_vocab:
+            raise BadRequest(f"logit_bias: there is no token {str(key)[:20]}", "logit_bias")
+        # OpenAI's -100 bans, as does llama-server's false.
+        found[int(key)] = float("-inf") if bias is False or bias <= -100 else float(bias)
+    return found
+
+
+class Chat(Common):
+    """A body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(
+        None, le=MOST_TOKENS, validation_alias=AliasChoices("max_completion_tokens", "max_tokens", "n_predict")
+    )
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+    @property
+    def offered(self) -> list[dict[str, Any]] | None:
+        """The tools that the template is told of."""
+        if self.tool_choice not in (None, "auto", "none"):
+            raise BadRequest("tool_choice: is auto or none here; no call can be forced", "tool_choice")
+        return self.tools if self.tools and self.tool_choice != "none" else None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def wanted_schema(self) -> Any:
+        form = self.response_format
+        if form is None or form.type == "text":
+            return self.json_schema
+        if form.type == "json_object":
+            return form.schema_ or {"type": "object"}
+        if form.json_schema is None:
+            raise BadRequest("response_format: a json_schema names its schema", "response_format")
+        return form.json_schema.schema_
+
+
+class Completion(Common):
+    """A body of /v1/completions: a prompt as text or token ids."""
+
+    prompt: str | list[int] | list[str] = ""
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool = False
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class Tokenize(BaseModel):
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class Detokenize(BaseModel):
+    tokens: list[int]
+
+
+def read(kind: type[BaseModel], body: bytes) -> Any:
+    """A body as one of these; raises BadRequest."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("the body is no JSON that can be read") from error
+    if not isinstance(found, dict):
+        raise BadRequest("the body is no JSON object")
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[")))
+        raise BadRequest(f"{place}: {first['msg']}", place.partition(".")[0] or None) from error
+    except RecursionError as error:
+        raise BadRequest("the body nests too deep") from error

@@ -1,0 +1,559 @@
+"""The server, asked by OpenAI's own client and by raw HTTP: same text as the library, and nothing that hangs."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from click.testing import CliRunner
+from pydantic import BaseModel
+
+from llamabase.llama import Cache, Model
+from llamabase.noise import Noise
+from llamabase.sampling import Sampling
+from runner.engine import Engine
+from runner.serve.__main__ import main as serve
+from runner.serve.answers import Hold, _calls
+from runner.serve.app import Server, Settings, make_app
+
+ROOT = Path(__file__).parent.parent
+F32 = Cache("f32", "f32")
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, **settings: Any) -> Iterator[tuple[str, Server]]:
+    """A server on a free port of its own; its address."""
+    server = Server(engine, Settings("toy", Sampling(), **settings))
+    http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=http.run, daemon=True)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    port = http.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        http.should_exit = True
+        server.conversations.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def toy(toys: dict[str, Path]) -> Iterator[tuple[str, Server]]:
+    """A toy pair in F32, whose texts end at their limit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "is_end", lambda self, token: False)
+        engine = Engine(toys["target"], toys["good-trimmed"], n_ctx=512, cache=F32, cache_draft=F32)
+        with serving(engine, draft_max=3, metrics=True) as found:
+            yield found
+
+
+@pytest.fixture(scope="module")
+def library(toys: dict[str, Path]) -> Iterator[Engine]:
+    with Engine(toys["target"], n_ctx=512, cache=F32) as engine:
+        yield engine
+
+
+@pytest.fixture
+def client(toy: tuple[str, Server]) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{toy[0]}/v1", api_key="none", max_retries=0)
+
+
+SAY = [{"role": "user", "content": "the king and the sea"}]
+
+
+def text_of(engine: Engine, prompt: list[int], sampling: Sampling, n: int, seed: int) -> str:
+    rounds = engine.rounds(prompt, sampling, max_tokens=n, draft_max=0, seed=seed)
+    data = b"".join(engine.model.piece(token) for round_ in rounds for token in round_.tokens)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)  # a character that breaks off is left out
+
+
+def test_openai_chat_stream_and_seed(client: openai.OpenAI) -> None:
+    """The same seed is the same text, streamed or not, with drafts or without."""
+    asked: dict[str, Any] = {"model": "any", "messages": SAY, "max_tokens": 24, "seed": 5, "temperature": 1.2}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    assert whole.timings["predicted_n"] == 24  # type: ignore[attr-defined]
+    for extra in ({}, {"speculative.n_max": 0}, {"speculative.n_max": 8}):
+        again = client.chat.completions.create(**asked, extra_body=extra)
+        assert again.choices[0].message.content == whole.choices[0].message.content
+        assert (again.timings["draft_n"] == 0) == (extra == {"speculative.n_max": 0})  # type: ignore[attr-defined]
+        chunks = list(
+            client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}, extra_body=extra
+            )
+        )
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == (
+            whole.choices[0].message.content
+        )
+        assert (chunks[-1].usage.completion_tokens, chunks[-2].choices[0].finish_reason) == (24, "length")
+    other = client.chat.completions.create(**{**asked, "seed": 6})
+    assert other.choices[0].message.content != whole.choices[0].message.content
+
+
+def test_openai_text_completions_and_several_answers(client: openai.OpenAI, toy: tuple[str, Server]) -> None:
+    found = client.completions.create(model="any", prompt="the king", max_tokens=8, n=3, seed=1, temperature=2)
+    assert len({choice.text for choice in found.choices}) == 3
+    alone = client.completions.create(model="any", prompt="the king", max_tokens=8, seed=2, temperature=2)
+    assert alone.choices[0].text == found.choices[1].text
+    ids = toy[1].engine.model.tokenize("the king")
+    by_ids = client.completions.create(model="any", prompt=ids, max_tokens=8, seed=2, temperature=2)
+    assert by_ids.choices[0].text == alone.choices[0].text
+
+
+def test_openai_stop(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="any", messages=SAY, max_tokens=40, temperature=0)
+    text = whole.choices[0].message.content or ""
+    stop = text[12:15]
+    at = text.find(stop)
+    for stream in (False, True):
+        found = client.chat.completions.create(
+            model="any", messages=SAY, max_tokens=40, temperature=0, stop=[stop, "never"], stream=stream
+        )
+        if stream:
+            chunks = list(found)
+            said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            said, reason = found.choices[0].message.content, found.choices[0].finish_reason
+        assert (said, reason) == (text[:at], "stop")
+
+
+def test_openai_logprobs_are_the_targets(client: openai.OpenAI, library: Engine, toy: tuple[str, Server]) -> None:
+    found = client.chat.completions.create(
+        model="any", messages=SAY, max_tokens=6, temperature=0, logprobs=True, top_logprobs=4
+    )
+    assert found.choices[0].logprobs is not None
+    prompt = toy[1].engine.prompt(SAY)
+    tokens: list[int] = []
+    for entry in found.choices[0].logprobs.content or []:
+        library.reader.keep([], 0)
+        row = library.context.decode([*prompt, *tokens], 1)[0].astype(np.float64)
+        library.context.truncate(0)
+        law = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        token = int(row.argmax())
+        assert entry.logprob == pytest.approx(law[token], abs=1e-3)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(sorted(law)[:-5:-1], abs=1e-3)
+        assert bytes(entry.bytes or []) == library.model.piece(token, special=True)
+        tokens.append(token)
+    assert len(tokens) == 6
+
+
+class River(BaseModel):
+    name: str
+    long: bool
+
+
+def test_openai_json_schema_into_a_model(client: openai.OpenAI) -> None:
+    """Random weights say nonsense, but in this form."""
+    schema = River.model_json_schema()
+    schema["properties"]["name"]["maxLength"] = 6
+    for seed in range(4):
+        found = client.chat.completions.create(
+            model="any",
+            messages=SAY,
+            max_tokens=400,
+            seed=seed,
+            response_format={"type": "json_schema", "json_schema": {"name": "river", "schema": schema}},
+        )
+        text = found.choices[0].message.content or ""
+        assert set(json.loads(text.rstrip() if text.rstrip().endswith("}") else "{}")) <= {"name", "long"}
+
+
+def test_calls_of_tools_are_read() -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "}"]}}\n</tool_call>'
+    calls, left = _calls(f"{call}\n{call}")
+    assert [each["function"] for each in calls] == [{"name": "f", "arguments": '{"a": [1, "}"]}'}] * 2
+    assert left == ""
+    assert _calls("<tool_call>nothing</tool_call>") == ([], "<tool_call>nothing</tool_call>")
+    assert _calls('<tool_call>{"name": "f"}')[0][0]["function"]["arguments"] == "{}"
+
+
+def test_tools_through_the_template_and_back(toys: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    """A grammar makes the toy call one; OpenAI's client reads the call, streamed or not."""
+    from .toy import write_model
+
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m['content'] }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.a }}{% endif %}{% endfor %}"
+    )
+    target = write_model(tmp_path / "t.gguf", seed=1, template=template)
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    grammar = (
+        'root ::= "so <tool_call>" "{" "\\"name\\": \\"f\\", \\"arguments\\": {\\"a\\": " [0-9] "}}" "</tool_call>"'
+    )
+    with serving(Engine(target, n_ctx=512, cache=F32)) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        asked: dict[str, Any] = {"model": "any", "messages": SAY, "max_tokens": 120, "temperature": 0, "tools": tools}
+        found = client.chat.completions.create(**asked, extra_body={"grammar": grammar}).choices[0]
+        assert found.finish_reason == "tool_calls", found
+        assert found.message.tool_calls is not None
+        call: Any = found.message.tool_calls[0]
+        assert (call.function.name, set(json.loads(call.function.arguments))) == ("f", {"a"})
+        assert (found.message.content or "").strip() == "so"
+        chunks = list(client.chat.completions.create(**asked, stream=True, extra_body={"grammar": grammar}))
+        assert chunks[-1].choices[0].delta.tool_calls[0].function.arguments == call.function.arguments
+        assert "".join(c.choices[0].delta.content or "" for c in chunks).strip() == "so"
+        back: Any = [*SAY, found.message, {"role": "tool", "tool_call_id": call.id, "content": "12"}]
+        again = client.chat.completions.create(model="any", messages=back, max_tokens=4)
+        assert again.usage is not None
+        assert again.usage.completion_tokens == 4
+
+
+WRONG: list[tuple[str, dict[str, Any] | str, str | None]] = [
+    ("chat", "{", None),
+    ("chat", "[]", None),
+    ("chat", "[" * 5000, None),
+    ("chat", {}, "messages"),
+    ("chat", {"messages": []}, "messages"),
+    ("chat", {"messages": [{"role": "king", "content": "x"}]}, "messages"),
+    ("chat", {"messages": [5]}, "messages"),
+    ("chat", {"messages": SAY, "temperature": -1}, "temperature"),
+    ("chat", {"messages": SAY, "temperature": "hot"}, "temperature"),
+    ("chat", {"messages": SAY, "top_p": float("nan")}, "top_p"),
+    ("chat", {"messages": SAY, "max_tokens": 0}, "max_tokens"),
+    ("chat", {"messages": SAY, "n": 1000}, "n"),
+    ("chat", {"messages": SAY, "stop": [""]}, "stop"),
+    ("chat", {"messages": SAY, "logit_bias": {"100000": 1}}, "logit_bias"),
+    ("chat", {"messages": SAY, "logit_bias": {"king": 1}}, "logit_bias"),
+    ("chat", {"messages": SAY, "mirostat": 2}, "mirostat"),
+    ("chat", {"messages": SAY, "samplers": ["luck"]}, "samplers"),
+    ("chat", {"messages": SAY, "speculative.vocab": "spec"}, "speculative.vocab"),
+    ("chat", {"messages": SAY, "grammar": "root ::= ("}, None),
+    ("chat", {"messages": SAY, "response_format": {"type": "xml"}}, "response_format"),
+    ("chat", {"messages": SAY, "response_format": {"type": "json_schema"}}, "response_format"),
+    ("chat", {"messages": SAY, "tool_choice": "required", "tools": [{}]}, "tool_choice"),
+    ("chat", {"messages": SAY, "top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ("chat", {"messages": [{"role": "user", "content": "the sea " * 900}]}, "messages"),
+    ("text", {"prompt": [1, 700]}, "prompt"),
+    ("text", {"prompt": ["a", "b"]}, "prompt"),
+    ("text", {"prompt": "a", "seed": 10**40}, "seed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "body", "field"), WRONG)
+def test_what_is_wrong_is_named(toy: tuple[str, Server], kind: str, body: Any, field: str | None) -> None:
+    path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
+    data = body if isinstance(body, str) else json.dumps(body)
+    answer = httpx.post(toy[0] + path, content=data)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (400, field, "invalid_request_error"), error
+    assert "/" not in error["message"]
+
+
+def test_openai_client_raises_its_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="more than the context of 512"):
+        client.chat.completions.create(model="any", messages=[{"role": "user", "content": "the sea " * 900}])
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="any", input="x")
+
+
+def random_request(rng: np.random.Generator) -> dict[str, Any]:
+    words = rng.choice(["the", "king", "and", "sea", "tea", "in", "on"], int(rng.integers(1, 12))).tolist()
+    settings: dict[str, Any] = {
+        "prompt": " ".join(words),
+        "max_tokens": int(rng.integers(1, 20)),
+        "temperature": float(rng.choice([0, 0.7, 1.5, 3])),
+        "top_k": int(rng.choice([0, 5, 40])),
+        "top_p": float(rng.choice([1, 0.9])),
+        "seed": int(rng.integers(1000)),
+        "repeat_penalty": float(rng.choice([1, 1.2])),
+        "speculative.n_max": int(rng.integers(0, 6)),
+        "stream": bool(rng.integers(2)),
+    }
+    return settings
+
+
+def said(url: str, body: dict[str, Any]) -> str:
+    if not body["stream"]:
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+    text = ""
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                text += "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
+    return text
+
+
+def expected(library: Engine, body: dict[str, Any]) -> str:
+    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "repeat_penalty": "repeat_penalty"}
+    sampling = Sampling(**{to: body[name] for name, to in names.items()})
+    return text_of(library, library.model.tokenize(body["prompt"]), sampling, body["max_tokens"], body["seed"])
+
+
+def test_the_text_is_the_librarys(toy: tuple[str, Server], library: Engine) -> None:
+    """Two hundred random requests; near-ties of two batch shapes are next to none in F32."""
+    rng, different = np.random.default_rng(4), 0
+    for _ in range(200):
+        body = random_request(rng)
+        different += said(toy[0], body) != expected(library, body)
+    assert different <= 1
+
+
+def test_turns_of_two_conversations_read_only_what_is_new(toy: tuple[str, Server]) -> None:
+    texts = {name: f"{name} " + "the king and the sea and tea " * 8 for name in ("one", "two")}
+    for turn in range(4):
+        for name in texts:
+            answer = httpx.post(f"{toy[0]}/v1/completions", json={"prompt": texts[name], "max_tokens": 6}).json()
+            timings = answer["timings"]
+            if turn:
+                assert timings["prompt_n"] < 20, (name, turn)
+                assert timings["cache_n"] > 40
+            texts[name] += answer["choices"][0]["text"] + " and more"
+
+
+def test_a_client_that_goes_ends_its_answer(toy: tuple[str, Server]) -> None:
+    url, server = toy
+    before = server.metrics.registry.get_sample_value("gguf_run_requests_total", {"finish_reason": "cancelled"}) or 0
+    for _ in range(3):
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 400}
+        ) as s:
+            next(s.iter_lines())
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 480}, timeout=0.05)
+    end = time.monotonic() + 10
+    while server.conversations.busy and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not server.conversations.busy
+    after = server.metrics.registry.get_sample_value("gguf_run_requests_total", {"finish_reason": "cancelled"})
+    assert after is not None
+    assert after > before
+    assert said(url, {"prompt": "a", "max_tokens": 2, "stream": False})
+
+
+def test_a_full_queue_says_so(toys: dict[str, Path], monkeypatch) -> None:
+    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
+    with serving(Engine(toys["target"], n_ctx=512), waiting=1, parallel=1) as (url, server):
+        go = threading.Event()
+        monkeypatch.setattr(server.engine, "heed", lambda go_on: go.wait())
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 3}, timeout=30))
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for i, thread in enumerate(threads):
+            thread.start()
+            while not (server.conversations.busy if i == 0 else server.conversations.waiting):
+                time.sleep(0.01)
+        refused = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        go.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_keys_bounds_and_origins(toys: dict[str, Path]) -> None:
+    settings = {"api_key": "secret", "most_bytes": 1000}
+    with serving(Engine(toys["target"], n_ctx=128), **settings) as (url, _):
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secre"}).status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        assert httpx.get(f"{url}/v1/models", headers=key).json()["data"][0]["id"] == "toy"
+        assert httpx.post(f"{url}/tokenize", content=b" " * 1001, headers=key).status_code == 413
+
+        def endless() -> Iterator[bytes]:
+            yield from [b" " * 600] * 4
+
+        assert httpx.post(f"{url}/tokenize", content=endless(), headers=key).status_code in (400, 413)
+        asked = {**key, "Origin": "http://evil.example"}
+        assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers=asked).headers
+        assert httpx.get(f"{url}/metrics", headers=key).status_code == 501
+    with serving(Engine(toys["target"], n_ctx=128), cors=("http://good.example",)) as (url, _):
+        asked = {"Origin": "http://good.example"}
+        assert httpx.get(f"{url}/v1/models", headers=asked).headers["access-control-allow-origin"] == asked["Origin"]
+
+
+def test_the_rest_of_the_endpoints(toy: tuple[str, Server], toys: dict[str, Path]) -> None:
+    url, server = toy
+    ids = httpx.post(f"{url}/tokenize", json={"content": "the sea"}).json()["tokens"]
+    assert ids == server.engine.model.tokenize("the sea")
+    assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"content": "the sea"}
+    pieces = httpx.post(f"{url}/tokenize", json={"content": "é", "with_pieces": True}).json()["tokens"]
+    assert [piece["piece"] for piece in pieces] == [[0xC3], [0xA9]]
+    props = httpx.get(f"{url}/props").json()
+    assert (props["default_generation_settings"]["n_ctx"], props["model_alias"]) == (512, "toy")
+    assert str(toys["target"].parent) not in httpx.get(f"{url}/props").text
+    text = httpx.get(f"{url}/metrics").text
+    assert 'gguf_run_spec_decode_num_accepted_tokens_per_pos_total{position="0"}' in text
+    page = httpx.get(url)
+    assert "<html" in page.text
+    assert "http" not in page.text.replace("http-equiv", "")  # nothing is asked of elsewhere
+
+
+def started(arguments: list[str], **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """The command itself, and the address it says."""
+    command = [sys.executable, "-m", "runner.serve", *arguments, "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "listens on" in line:
+            return process, line.split()[-1]
+    raise AssertionError(f"ended with {process.wait()}")
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_time(toys: dict[str, Path], tmp_path: Path, signal_: int) -> None:
+    """Also while an answer is streamed to a client that reads on: exit 0 within five seconds."""
+    pair = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "-c", "512", "--draft-max", "0"]
+    process, url = started(pair, GGUF_TRIM_CACHE=str(tmp_path))
+    body = {"prompt": "a", "stream": True, "max_tokens": 500, "logit_bias": {"598": -100}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        began = time.monotonic()
+        process.send_signal(signal_)
+        for _ in lines:
+            pass
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 5
+
+
+def test_a_port_that_is_taken(toys: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(serve, ["--target", str(toys["target"]), "--port", port])
+    assert done.exit_code == 1
+    assert f"127.0.0.1:{port}: cannot listen there" in done.stderr
+
+
+def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None:
+    """Its curl lines and its Python, against a server of the command's own."""
+    page = (ROOT / "docs" / "serve.md").read_text("utf-8")
+    lines = [line.strip() for line in page.splitlines() if line.startswith("    ")]
+    process, url = started(["--target", str(toys["target"]), "-c", "512"], GGUF_TRIM_CACHE=str(tmp_path))
+    try:
+        curls = [line.replace("http://127.0.0.1:8080", url) for line in lines if line.startswith("curl ")]
+        assert len(curls) == 4
+        for line in curls:
+            done = subprocess.run(["bash", "-c", f"{line} -sS --fail"], capture_output=True, text=True)
+            assert done.returncode == 0, (line, done.stderr)
+            assert done.stdout.startswith(("{", "data:"))
+        code = "\n".join(line for line in lines if line.startswith(("from openai", "client", "print")))
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("http://127.0.0.1:8080", url)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "ChatCompletion(" in done.stdout
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_what_may_become_a_stop_string_waits() -> None:
+    """However the text is cut into pieces."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        text = "".join(rng.choice(list("ab"), 30))
+        stops = ["".join(rng.choice(list("ab"), int(rng.integers(1, 5)))) + "b" for _ in range(2)]
+        ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+        wanted = text[: min(ends)[1]] if ends else text
+        hold, found, at = Hold(stops), "", 0
+        while at < len(text) and not hold.stopped:
+            n = int(rng.integers(1, 5))
+            found += "".join(piece for piece, _ in hold.feed(text[at : at + n], False))
+            at += n
+        if not hold.stopped:
+            found += "".join(piece for piece, _ in hold.rest())
+        assert (found, hold.stopped) == (wanted, bool(ends))
+
+
+def fuzzed(rng: np.random.Generator) -> bytes:
+    """A body that is a little, or wholly, wrong."""
+    odd: list[Callable[[], Any]] = [
+        lambda: None, lambda: int(rng.integers(-5, 5)), lambda: 10**30, lambda: float("nan"), lambda: float("inf"),
+        lambda: "\ud800", lambda: "x" * int(rng.integers(0, 200)), list, dict, lambda: [[[[]]]],
+        lambda: {"a": {"type": "object"}}, lambda: True, lambda: [1, "a", None], lambda: SAY, lambda: "</s>\0",
+    ]  # fmt: skip
+    names = [
+        "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop", "logit_bias", "tools",
+        "grammar", "response_format", "json_schema", "stream", "stream_options", "logprobs", "top_logprobs", "samplers",
+        "speculative.n_max", "repeat_last_n", "dry_sequence_breakers", "dry_multiplier", "tool_choice",
+        "xtc_probability",
+    ]  # fmt: skip
+    body: dict[str, Any] = {"messages": SAY, "prompt": "the", "max_tokens": 1}
+    for name in rng.choice(names, int(rng.integers(1, 4))):
+        body[str(name)] = odd[int(rng.integers(len(odd)))]()
+    data = json.dumps(body).encode()
+    if rng.random() < 0.2:
+        place = int(rng.integers(len(data)))
+        data = data[:place] + bytes(rng.integers(0, 256, 2).tolist()) + data[place + 1 :]
+    return data
+
+
+@pytest.mark.parametrize("n", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_body_is_too_much_for_it(toy: tuple[str, Server], n: int) -> None:
+    rng = np.random.default_rng(7)
+    paths = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+    with httpx.Client(base_url=toy[0], timeout=30) as client:
+        for i in range(n):
+            body = fuzzed(rng)
+            answer = client.post(paths[int(rng.choice(4, p=[0.5, 0.3, 0.1, 0.1]))], content=body)
+            assert answer.status_code in (200, 400), (i, body, answer.text)
+
+
+@pytest.mark.parametrize(("clients", "requests"), [(8, 40), pytest.param(16, 300, marks=pytest.mark.slow)])
+def test_a_load_of_clients(toy: tuple[str, Server], library: Engine, clients: int, requests: int) -> None:
+    """Some go in the middle, some ask for nonsense; every answer that was not cut is right."""
+    url, _ = toy
+    rngs = [np.random.default_rng(i) for i in range(clients)]
+    answered: list[tuple[dict[str, Any], str]] = []
+    failures: list[BaseException] = []
+
+    def one(rng: np.random.Generator) -> None:
+        try:
+            for _ in range(requests // clients):
+                body = random_request(rng)
+                kind = rng.random()
+                if kind < 0.15:
+                    with httpx.stream(
+                        "POST", f"{url}/v1/completions", json={**body, "stream": True, "max_tokens": 200}, timeout=60
+                    ) as stream:
+                        next(stream.iter_lines())
+                elif kind < 0.3:
+                    wrong = httpx.post(f"{url}/v1/completions", content=fuzzed(rng), timeout=60)
+                    assert wrong.status_code in (200, 400, 503)
+                else:
+                    answered.append((body, said(url, body)))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=one, args=(rng,)) for rng in rngs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+        assert not thread.is_alive()
+    assert not failures, failures[0]
+    different = sum(text != expected(library, body) for body, text in answered)
+    assert len(answered) > requests / 2
+    assert different <= len(answered) / 100
+
+
+def test_noise_is_of_every_seed() -> None:
+    """A client's seed may be any that fits 64 bits."""
+    assert Noise((1 << 64) - 1).uniform(3) != Noise(1).uniform(3)

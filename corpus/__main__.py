@@ -30,6 +30,8 @@ from .prompts import load_prompts, split, spread
 from .show import coverage_table, plot
 from .sources import files_of
 
+HEAVIEST = 1e6  # of a table: counts times it still fit 64 bits
+
 
 @click.group(cls=Commands)
 def main() -> None:
@@ -147,8 +149,8 @@ def merge_command(tables: tuple[Path, ...], weights: str | None, output: Path) -
         factors = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
         raise click.UsageError(f"--weights {weights}: numbers separated by commas") from None
-    if factors is not None and (len(factors) != len(tables) or min(factors) < 0):
-        raise click.UsageError(f"--weights: {len(tables)} tables need as many numbers, none negative")
+    if factors is not None and (len(factors) != len(tables) or not all(0 <= factor <= HEAVIEST for factor in factors)):
+        raise click.UsageError(f"--weights: {len(tables)} tables need as many numbers from 0 to {HEAVIEST:g}")
     COUNTS.require(output)
     merge([Counts.load(table) for table in tables], factors).save(output)
     click.echo(str(output))

@@ -15,6 +15,7 @@ from llamabase.llama import Model
 from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary
 
+from .counts import MOST_TOKENS
 from .prompts import spread
 
 
@@ -66,8 +67,11 @@ def answered(path: Path) -> set[str]:
     return done
 
 
-def read_answers(path: Path) -> list[TargetAnswer]:
-    """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`."""
+def read_answers(path: Path, n_tokens: int = MOST_TOKENS) -> list[TargetAnswer]:
+    """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`.
+
+    Raises FileFormatError for anything else, and for ids that a vocabulary of n_tokens has not.
+    """
     text = read_text(path, "answers")
     try:
         if path.suffix == ".jsonl":
@@ -79,11 +83,15 @@ def read_answers(path: Path) -> list[TargetAnswer]:
             TargetAnswer(str(name), str(label), [int(i) for i in prompt], [int(i) for i in answer])
             for name, (prompt, answer, label) in pairs.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise FileFormatError(f"{path}: should hold {{id: [prompt_ids, answer_ids]}} ({error})") from error
     found = [answer for answer in found if answer.prompt and answer.answer]
     if not found:
         raise FileFormatError(f"{path}: holds no answers")
+    for answer in found:
+        for token in (*answer.prompt, *answer.answer):
+            if not 0 <= token < n_tokens:
+                raise FileFormatError(f"{path}: answer {answer.id} has token {token}, and there are {n_tokens}")
     return found
 
 

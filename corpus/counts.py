@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from llamabase.errors import FileFormatError, VocabularyMismatch
-from llamabase.files import Kind, marked, write_whole
+from llamabase.files import Kind, marked, require_regular, write_whole
 from llamabase.vocabulary import Vocabulary
 
+MOST_TOKENS = 1 << 24  # of a vocabulary: far beyond any there is
 _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")
 COUNTS = Kind("is not a counts file", marked(b"PK", b"fingerprint.npy", b"made_from.npy"))
 
@@ -128,6 +129,7 @@ class Counts:
         path = Path(path)
         bad = f"{path}: not a counts file"
         remedy = "make one with `python -m corpus count`"
+        require_regular(path)
         try:
             with open(path, "rb") as file:  # numpy itself leaves the file of a damaged archive open
                 data = np.load(file, allow_pickle=False)
@@ -136,6 +138,8 @@ class Counts:
                 with data:
                     fields: dict[str, Any] = {key: data[key] for key in _KEYS}
                     parts = _parts({key: data[key] for key in data.files if key.startswith("part_")})
+                    for part in parts:
+                        _require_counts(part.ids, part.counts, int(fields["n_tokens"]))
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}; {remedy}") from error
         except Exception as error:  # damage shows as any error of numpy, zipfile and zlib
@@ -146,10 +150,21 @@ class Counts:
         if ids.ndim != 1 or ids.shape != counts.shape or n.ndim != 0:
             raise FileFormatError(f"{bad}: its ids and counts are not two lists of one length; {remedy}")
         ids = ids.astype(np.int64)
+        if not 0 < int(n) <= MOST_TOKENS:
+            raise FileFormatError(f"{bad}: it counts a vocabulary of {int(n)} tokens; {remedy}")
         if np.any(np.diff(ids) <= 0) or np.any(counts <= 0) or np.any((ids < 0) | (ids >= n)):
             raise FileFormatError(f"{bad}: its ids are not ascending, in range and positively counted; {remedy}")
         ids, counts = ids.astype(np.int32), counts.astype(np.int64)
         return cls(ids, counts, int(n), str(fields["fingerprint"]), str(fields["made_from"]), str(path), parts)
+
+
+def _require_counts(ids: np.ndarray, counts: np.ndarray, n: int) -> None:
+    whole = all(np.issubdtype(array.dtype, np.integer) for array in (ids, counts))
+    if not whole or ids.ndim != 1 or ids.shape != counts.shape or not 0 < n <= MOST_TOKENS:
+        raise ValueError("no counts")
+    wide = ids.astype(np.int64)
+    if np.any(np.diff(wide) <= 0) or np.any(counts <= 0) or np.any((wide < 0) | (wide >= n)):
+        raise ValueError("ids that are not ascending, in range and positively counted")
 
 
 def _parts(data: dict[str, Any]) -> tuple[Part, ...]:
@@ -157,6 +172,8 @@ def _parts(data: dict[str, Any]) -> tuple[Part, ...]:
     if not data or not len(data["part_sizes"]):
         return ()
     keys = json.loads(str(data["part_keys"]))
+    if np.any(data["part_sizes"] < 0) or int(data["part_sizes"].sum()) != len(data["part_ids"]):
+        raise ValueError("parts of other sizes")
     ends = np.cumsum(data["part_sizes"])
     ids, counts = np.split(data["part_ids"], ends[:-1]), np.split(data["part_counts"], ends[:-1])
     return tuple(

@@ -6,7 +6,7 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llamabase.errors import FileFormatError
 from llamabase.files import read_text
@@ -44,17 +44,27 @@ def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Pro
             data = json.loads(line)
             turns = data.get("turns") or [None]
             text = data.get("prompt") or turns[0]
-            messages = data.get("messages") or [{"role": "user", "content": str(text)}]
+            messages = _messages(data.get("messages") or [{"role": "user", "content": str(text)}])
             if text is None and "messages" not in data:
                 raise KeyError("messages")
             task = str(data.get("domain") or data.get("category") or "prompt")
             name, language = data.get("id") or data.get("question_id") or number, data.get("language") or ""
             prompts.append(Prompt(str(name), task, messages, str(language), tuple(map(str, turns[1:]))))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{source}, line {number}: needs messages, turns or prompt ({error})") from error
     if not prompts:
         raise FileFormatError(f"{source}: holds no prompts")
     return prompts if limit is None else spread(prompts, limit)
+
+
+def _messages(found: Any) -> list[dict[str, str]]:
+    """Raises ValueError for what no template can be given."""
+    for message in found:
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError("a message has a role and a content, both text")
+        content.encode()  # half a surrogate pair is no text
+    return list(found)
 
 
 def split(prompts: list[Prompt], part: str) -> list[Prompt]:

@@ -85,6 +85,8 @@ def trim_command(
         raise click.UsageError("give --counts or --keep, not both")
     if sum(rule is not None for rule in (k, top_p, min_count)) > 1:
         raise click.UsageError("give one of --k, --top-p, --min-count")
+    if top_p is not None and top_p != top_p:
+        raise click.UsageError("--top-p nan: is no share; give a number from 0 to 1")
     if mtp and (k == "auto" or requant is not None):
         raise click.UsageError("--mtp takes no --k auto and no --requant")
     require_outputs(drafter, output)

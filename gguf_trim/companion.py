@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from llamabase.errors import FileFormatError
 from llamabase.ggml import dequantizer
@@ -16,7 +17,7 @@ from llamabase.vocabulary import Vocabulary
 
 from .cut import FORMAT_VERSION, companion_path
 from .hanging import D2T, HANGING, row_by_id
-from .layout import EMBEDDING, HEAD
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from .mtp import MTP
 
 
@@ -51,6 +52,7 @@ class Trimmed:
                 f"{companion.path}: was cut from another drafter than {file.path.name}; trim the drafter again"
             )
         d2t = file.integers("gguf_trim.d2t")
+        d2t = None if d2t is None else d2t.astype(np.int64)  # differences of fewer bits may wrap
         k, n_vocab = file.integer("gguf_trim.k", 0), file.integer("gguf_trim.vocab_size", 0)
         if d2t is None or len(d2t) != k or not k or (np.diff(d2t) <= 0).any() or d2t[0] < 0 or d2t[-1] >= n_vocab:
             raise FileFormatError(f"{file.path}: its remap table is not {k} ascending ids below {n_vocab}; trim again")
@@ -60,7 +62,8 @@ class Trimmed:
         whole = HEAD if file.architecture in (*HANGING, MTP) else EMBEDDING
         if whole not in companion.tensors or (whole == EMBEDDING and companion.tensors[whole].n_rows != n_vocab):
             raise FileFormatError(f"{companion.path}: lacks the full {whole}; trim the drafter again")
-        return cls(file, companion, d2t)
+        _require_shapes(file, companion, whole, n_vocab)
+        return cls(file, companion, d2t.astype(np.int32))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -76,6 +79,25 @@ class Trimmed:
 
     def embeddings(self) -> EmbeddingTable:
         return EmbeddingTable(self.companion, self.file.get("gguf_trim.embedding_scale"))
+
+
+def _require_shapes(file: GGUFFile, companion: GGUFFile, whole: str, n_vocab: int) -> None:
+    """Raise FileFormatError where tables of the companion are not those of the trimmed file, whole."""
+    width = file.tensors[whole].shape[0] if whole in file.tensors else None
+    for name in (EMBEDDING, HEAD):
+        tensor = companion.tensors.get(name)
+        if tensor is not None and (len(tensor.shape) != 2 or tensor.shape[0] != width):
+            raise FileFormatError(f"{companion.path}: rows of its {name} are not {width} wide; trim the drafter again")
+    bias, head = companion.tensors.get(HEAD_BIAS), head_tensor(companion)
+    if (bias is not None and bias.shape != (head.n_rows,)) or (bias is None) != (HEAD_BIAS not in file.tensors):
+        raise FileFormatError(f"{companion.path}: its {HEAD_BIAS} is not that of its head; trim the drafter again")
+    rows = companion.tensors.get(D2T)
+    if rows is None and head.n_rows != n_vocab:
+        raise FileFormatError(f"{companion.path}: its head has not {n_vocab} rows; trim the drafter again")
+    if rows is not None:
+        ids = np.frombuffer(companion.read(rows), "<i8") if rows.type == GGMLQuantizationType.I64 else np.empty(0)
+        if len(ids) != head.n_rows or ids.min() < 0 or ids.max() >= n_vocab:
+            raise FileFormatError(f"{companion.path}: its {D2T} is not one token a row; trim the drafter again")
 
 
 class EmbeddingTable:

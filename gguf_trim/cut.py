@@ -248,12 +248,13 @@ def source_identity(file: GGUFFile) -> str:
 
 def require_outputs(source: Path, out: Path) -> None:
     """Raise TrimError where a cut of `source` may not be written to `out` and its companion."""
+    named = out.name.removesuffix(".gguf")
+    if named == out.name or not named or named.endswith(".vocab"):
+        raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
     for path, kind in ((out, TRIMMED), (companion_path(out), COMPANION)):
         if path.exists() and source.exists() and path.samefile(source):
             raise TrimError(f"{path}: is the drafter itself; choose another output name")
         kind.require(path)
-    if not out.name.endswith(".gguf") or out.name.endswith(".vocab.gguf"):
-        raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
 
 
 def move(trimmed: Path, to: Path) -> None:

@@ -94,7 +94,7 @@ def plan_command(
         if hanging and temp > 0:
             raise click.UsageError("--temp is for drafters that read the text themselves")
         if answers is not None:
-            judged = read_answers(answers)
+            judged = read_answers(answers, len(Vocabulary(GGUFFile(target))))
         else:
             judged = target_answers(target, prompts, limit, tokens, folder, threads)
         verify = None if no_measure else verify_costs(target, threads)

@@ -143,8 +143,15 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def require_regular(path: Path | Traversable) -> None:
+    """Raise FileFormatError for what is there and no file: a pipe or a device may never end."""
+    if not path.is_file() and isinstance(path, Path) and path.exists() and not path.is_dir():
+        raise FileFormatError(f"{path}: is not a regular file")
+
+
 def read_text(path: Path | Traversable, kind: str = "") -> str:
     """All of a text file; raises FileFormatError, saying as what `kind` it cannot be read."""
+    require_regular(path)
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -51,6 +51,7 @@ class Record:
     prompt_seconds: float = 0.0
     finish_reason: str = "cancelled"
     token_ids: list[int] = field(default_factory=list, repr=False)
+    stopped: int = 0  # characters up to the end of a stop string, where there was one
 
     def add(self, round_: Round) -> None:
         self.tokens += len(round_.tokens)
@@ -62,6 +63,16 @@ class Record:
         self.verify_seconds += round_.verify_seconds
         self.host_seconds += round_.host_seconds
         self.finish_reason = round_.finish or self.finish_reason
+
+    def end_at(self, n: int, piece: Callable[[int], bytes]) -> None:
+        """Leave out the tokens after the one that completes the n-th character: a round may have gone on. 0: none."""
+        decoder, n_read = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        for i, token in enumerate(self.token_ids if n else ()):
+            n_read += len(decoder.decode(piece(token)))
+            if n_read >= n:
+                del self.token_ids[i + 1 :]
+                self.tokens = i + 1
+                return
 
     @property
     def seconds(self) -> float:

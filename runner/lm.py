@@ -62,7 +62,7 @@ def until(pieces: Iterable[str], stops: Sequence[str], record: Record) -> Genera
             found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
             if found:
                 end = min(found)[1]
-                record.finish_reason = "stop"
+                record.finish_reason, record.stopped = "stop", len(given) + min(found)[0]
             else:
                 begun = (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
                 end = len(held) - max(begun, default=0)
@@ -250,6 +250,7 @@ class SpeculativeLM:
             self._engine.answer(self._prompt(messages, template), sampling, record, **settings)
         ) as pieces:
             yield from until(pieces, stops, record)
+        record.end_at(record.stopped, self._engine.model.piece)
 
     def _run(self, answer: _Answer) -> Generator[str, None, None]:
         """The pieces of an answer, each computed under the lock; between them others may cancel or close."""

@@ -15,6 +15,7 @@ import click
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
 from llamabase.command import FILE
 from llamabase.errors import FileFormatError, SettingError, TrimError
+from llamabase.files import require_regular
 from llamabase.grammar import schema_grammar
 from llamabase.llama import CACHE_TYPES, F16, Cache
 from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
@@ -200,6 +201,7 @@ def _logit_bias(given: Sequence[str]) -> dict[int, float]:
 
 
 def _read(path: Path) -> str:
+    require_regular(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

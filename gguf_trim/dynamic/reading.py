@@ -108,7 +108,10 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
 
     `file` has the tokenizer: the drafter, or its companion.
     """
-    found = ready_answers(file, CONVERSATIONS) if path is None else spread(read_answers(path), CONVERSATIONS)
+    if path is None:
+        found = ready_answers(file, CONVERSATIONS)
+    else:
+        found = spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS)
     return [
         replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
         for answer in found

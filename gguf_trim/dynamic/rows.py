@@ -66,6 +66,8 @@ class Recent:
 def top(scores: np.ndarray, m: int) -> np.ndarray:
     """Places of the m greatest scores, in no order."""
     places = likeliest(scores, m)
+    if len(places) < m:  # a score that is no number is as good as the least
+        return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:m]
     chosen: np.ndarray = places[scores[places].argpartition(-min(m, len(places)))[-m:]]
     return chosen
 

@@ -30,6 +30,7 @@ from ..layout import Output, Piece, field, head_tensor
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
+_UP_BLOCK = 18  # bytes of a block of UP_TYPE, of which the first two are its scale
 BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
 RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
 
@@ -67,6 +68,11 @@ class Speculator:
             raise FileFormatError(f"{file.path}: its speculator does not fit its head; make it again with `speculator`")
         table = np.memmap(file.path, np.uint8, "r", up.offset, (up.n_rows, up.row_bytes))
         rows = np.memmap(file.path, np.float32, "r", down.offset, (down.n_rows, down.shape[0]))
+        scales = np.ndarray((up.n_rows, up.row_bytes // _UP_BLOCK), "<f2", table, strides=(up.row_bytes, _UP_BLOCK))
+        if not np.isfinite(rows).all() or not np.isfinite(scales).all():
+            raise FileFormatError(
+                f"{file.path}: its speculator holds what is no number; make it again with `speculator`"
+            )
         acceptance = file.get("gguf_trim.spec_acceptance")
         known = isinstance(acceptance, float) and 0 <= acceptance <= 1
         return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0), acceptance if known else 0.0)

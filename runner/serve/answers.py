@@ -169,16 +169,17 @@ class Answer:
             self.seconds = now - started - self.prompt_seconds
             shown = round_.tokens[:-1] if round_.finish == "stop" else round_.tokens
             for i, token in enumerate(shown):
+                self.n_tokens += 1
                 text = decoder.decode(model.piece(token))
                 if round_.seen:
                     self._logprobs.append((n_read, round_.seen[i]))
                 n_read += len(text)
                 if text:
                     yield text, i < round_.accepted
+            self.n_tokens += len(round_.tokens) - len(shown)
 
     def _count(self, round_: Round) -> None:
         self.rounds += 1
-        self.n_tokens += len(round_.tokens)
         self.drafted += len(round_.drafted)
         if round_.drafted:
             self.accepted.append(round_.accepted)

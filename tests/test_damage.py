@@ -1,0 +1,201 @@
+"""What is damaged or makes no sense is refused in one sentence, before any work; see the table of issue "Harden"."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from corpus.__main__ import main as corpus
+from corpus.answers import read_answers
+from corpus.counts import Counts
+from corpus.prompts import load_prompts
+from gguf_trim.__main__ import main as gguf_trim
+from gguf_trim.companion import Trimmed
+from gguf_trim.cut import companion_path
+from gguf_trim.dynamic.rows import top
+from gguf_trim.dynamic.speculator import DOWN, UP, Speculator
+from llamabase.errors import FileFormatError
+from llamabase.gguf_file import GGUFFile
+from llamabase.vocabulary import Vocabulary
+from runner import Record, SpeculativeLM
+
+from .conftest import copy_trimmed
+from .toy import write_model
+
+
+def run(command: object, *arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(command, arguments)  # type: ignore[arg-type]
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stderr
+
+
+@pytest.mark.parametrize("name", [".", "", "/", "..", ".gguf", "x.vocab.gguf", ".vocab.gguf"])
+def test_an_output_of_no_name(toys: dict[str, Path], name: str) -> None:
+    code, said = run(gguf_trim, "trim", str(toys["target"]), "-o", name)
+    assert (code, "must end in .gguf" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages": [5]}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": [1]}]}',
+        '{"prompt": "\\ud800"}',
+        "[" * 20_000 + "]" * 20_000,
+        '{"prompt": "x", "id": ' + "9" * 5000 + "}",
+        "{",
+    ],
+)
+def test_prompts_that_cannot_be_asked(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(FileFormatError, match=r"p\.jsonl, line 2: needs messages, turns or prompt"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "{" + '"a": [[' + "9" * 5000 + "], [1]]}", '{"a": [[1], [1e999]]}'])
+def test_answers_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FileFormatError, match="should hold"):
+        read_answers(tmp_path / "a.json")
+
+
+def test_answers_of_another_vocabulary(toys: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"x": [[1, 2], [3, 600]]}))
+    code, said = run(gguf_trim, "speculator", str(toys["good-trimmed"]), "--calibration", str(path))
+    assert (code, "a.json: answer x has token 600, and there are 600" in said) == (1, True)
+
+
+def counts_file(path: Path, toys: dict[str, Path], **changes: object) -> Path:
+    vocabulary = Vocabulary(GGUFFile(toys["target"]))
+    Counts.of(np.arange(600), vocabulary, "x").save(path)
+    data = dict(np.load(path))
+    data |= {
+        "part_keys": np.array(json.dumps([["x", "y", False]])),
+        "part_sizes": np.array([2]),
+        "part_ids": np.array([1, 2], np.int32),
+        "part_counts": np.array([1, 2]),
+    }
+    np.savez(path, **(data | changes))  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_tokens": np.int64(1 << 40)},
+        {"part_sizes": np.array([3])},
+        {"part_sizes": np.array([-1])},
+        {"part_ids": np.array([2, 1], np.int32)},
+        {"part_ids": np.array([1, 900], np.int32)},
+        {"part_ids": np.array([0.5, 1])},
+        {"part_counts": np.array([1, 0])},
+        {"part_counts": np.array([1, 2, 3])},
+        {"part_keys": np.array("[" * 20_000)},
+    ],
+)
+def test_damaged_counts(toys: dict[str, Path], tmp_path: Path, changes: dict[str, object]) -> None:
+    assert Counts.load(counts_file(tmp_path / "good.npz", toys)).parts
+    with pytest.raises(FileFormatError, match="not a counts file"):
+        Counts.load(counts_file(tmp_path / "bad.npz", toys, **changes))
+
+
+@pytest.mark.parametrize("weights", ["1e300", "nan", "-1", "inf", "1,2", "x"])
+def test_weights_that_are_none(toys: dict[str, Path], tmp_path: Path, weights: str) -> None:
+    table = str(counts_file(tmp_path / "c.npz", toys))
+    code, said = run(corpus, "merge", table, "--weights", weights, "-o", str(tmp_path / "out.npz"))
+    assert (code, "--weights" in said, (tmp_path / "out.npz").exists()) == (2, True, False)
+
+
+def test_a_share_that_is_none(toys: dict[str, Path], tmp_path: Path) -> None:
+    code, said = run(gguf_trim, "trim", str(toys["target"]), "--top-p", "nan", "-o", str(tmp_path / "x.gguf"))
+    assert (code, "--top-p nan" in said) == (2, True)
+
+
+def patched(path: Path, offset: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("ids", [[4294967295], [-2147483648, 2147483647], [5, 5], [7, 6]])
+def test_a_remap_table_that_wraps(toys: dict[str, Path], tmp_path: Path, ids: list[int]) -> None:
+    path = copy_trimmed(toys["good-trimmed"], tmp_path / "t.gguf")
+    patched(path, GGUFFile(path).fields["gguf_trim.d2t"].value, np.array(ids).astype("<u4").tobytes())
+    with pytest.raises(FileFormatError, match="its remap table is not"):
+        Trimmed.open(path)
+
+
+def test_a_companion_of_another_shape(toys: dict[str, Path], tmp_path: Path) -> None:
+    """The same drafter's, but for what one table says of itself."""
+    path = copy_trimmed(toys["spec-trimmed"], tmp_path / "t.gguf")
+    beside = companion_path(path)
+    whole = beside.read_bytes()
+    for name in ("output.weight", "token_embd.weight"):
+        place = whole.index(name.encode()) + len(name) + 4
+        rows, columns = np.frombuffer(whole, "<u8", 2, place)
+        assert (int(rows), int(columns)) == (256, 600)
+        for shape in ((128, 1200), (256, 300), (512, 300)):
+            patched(beside, place, np.array(shape, "<u8").tobytes())
+            with pytest.raises(FileFormatError, match="again"):
+                Trimmed.open(path)
+        beside.write_bytes(whole)
+    Trimmed.open(path)
+
+
+@pytest.mark.parametrize("name", [DOWN, UP])
+def test_a_speculator_with_what_is_no_number(toys: dict[str, Path], tmp_path: Path, name: str) -> None:
+    path = copy_trimmed(toys["spec-trimmed"], tmp_path / "t.gguf")
+    file = GGUFFile(companion_path(path))
+    not_a_number = np.array(np.nan, "<f4" if name == DOWN else "<f2").tobytes()
+    patched(file.path, file.tensors[name].offset + 18 * 4 * (name == UP), not_a_number)
+    with pytest.raises(FileFormatError, match="its speculator holds what is no number"):
+        Speculator.of(Trimmed.open(path))
+
+
+def test_a_score_that_is_no_number_leaves_the_choice() -> None:
+    scores = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
+    best = set(np.argsort(-scores)[:50].tolist())
+    assert set(top(scores, 50).tolist()) == best
+    scores[7] = np.nan
+    assert len(top(scores, 50)) == 50
+    assert len(set(top(scores, 50).tolist()) & best) >= 49
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+@pytest.mark.parametrize("option", ["--counts", "--keep"])
+def test_a_pipe_is_no_file(toys: dict[str, Path], tmp_path: Path, option: str) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    code, said = run(gguf_trim, "trim", str(toys["target"]), option, str(pipe), "-o", str(tmp_path / "x.gguf"))
+    assert (code, "is not a regular file" in said) == (1, True)
+    with pytest.raises(FileFormatError, match="is not a regular file"):
+        load_prompts(pipe)
+    with pytest.raises(FileFormatError, match="is not a regular file"):
+        read_answers(pipe)
+
+
+def test_what_stands_after_a_stop_string_is_no_token_of_the_answer(toys: dict[str, Path], monkeypatch) -> None:
+    """With a drafter a round may have gone on beyond it."""
+    found = []
+    for draft in (None, toys["target"]):
+        with SpeculativeLM(toys["target"], draft, n_ctx=256) as lm:
+            lm._engine.model.is_end = lambda token: False
+            text = lm.complete("the king", max_tokens=60, temperature=0, draft_max=0).text
+            stop, record = text[20:23], Record()
+            for draft_max in (0, 8):
+                record = lm.complete("the king", max_tokens=60, temperature=0, stop=stop, draft_max=draft_max)
+                found.append((record.text, record.tokens, record.token_ids))
+    assert len(found) == 4
+    assert all(each == found[0] for each in found)
+
+
+def test_a_toy_that_was_never_trimmed_is_not(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="is not a trimmed drafter"):
+        Trimmed.open(write_model(tmp_path / "m.gguf"))

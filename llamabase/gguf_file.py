@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import re
 import stat
 import struct
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from .errors import FileFormatError
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+
+# Types of whole numbers, and those that only sums in the making have.
+_NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")}
+_WEIGHT = re.compile(r"(token_embd|output|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)(_exps|_shexp)?))\.weight")
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -253,6 +258,17 @@ class GGUFFile:
             out.append(head[position + 8 : end])
             position = end
         return out
+
+    def require_loadable(self) -> None:
+        """Raise FileFormatError for what llama.cpp loads without a word, and ends the process over at the first decode."""
+        for name, tensor in self.tensors.items():
+            if tensor.type in _NO_WEIGHTS and _WEIGHT.fullmatch(name):
+                raise self._bad(f"its {name} is {tensor.type.name}, which no weight can be")
+        for key in self.fields:
+            if key.endswith(("layer_norm_rms_epsilon", "layer_norm_epsilon")):
+                epsilon = self.get(key)
+                if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
+                    raise self._bad(f"its {key} is {epsilon}, which no norm can use")
 
     @cached_property
     def architecture(self) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from .errors import EngineError, SettingError
+from .gguf_file import GGUFFile
 from .interrupt import interruptible
 
 LAST_ERRORS: deque[str] = deque(maxlen=8)
@@ -112,6 +113,8 @@ class Model(Owner):
             params.n_gpu_layers = n_gpu_layers
         if not self.path.is_file():
             raise EngineError(f"{self.path}: there is no such file")
+        if not vocab_only:
+            GGUFFile(self.path).require_loadable()
         LAST_ERRORS.clear()
         with interruptible() as go_on:
             params.progress_callback = progress = llama_cpp.llama_progress_callback(lambda *_: go_on())

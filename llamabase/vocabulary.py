@@ -32,6 +32,7 @@ END_OF_TURN = {
 }  # fmt: skip
 
 # Rows reserved for the future or padding the table: control tokens by type, but no model was trained to emit them.
+_BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 _PLACEHOLDER = re.compile(rb"<unused\d+>|<\|?reserved_special_token_?\d+\|?>|<\|?reserved_token_?\d+\|?>|\[PAD\d+\]")
 
 
@@ -62,6 +63,8 @@ class Vocabulary:
         self.types = np.ones(len(self.tokens), np.int32) if types is None else types.astype(np.int32)
         if len(self.types) != len(self.tokens):
             raise FileFormatError(f"{file.path}: has {len(self.tokens)} tokens and {len(self.types)} token types")
+        if not isinstance(self.model, str):
+            raise FileFormatError(f"{file.path}: the key tokenizer.ggml.model should hold text; download it again")
         self.special_ids = sorted(
             {
                 int(file.integer(key))
@@ -99,6 +102,8 @@ class Vocabulary:
         """The bytes a token stands for (control tokens: their name)."""
         stored, kind = self.tokens[token], self.types[token]
         if kind == TokenType.BYTE:
+            if not _BYTE.fullmatch(stored):
+                raise FileFormatError(f"{self.path}: token {token} should be a byte, as <0x0A> is; download it again")
             return bytes([int(stored[3:5], 16)])
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED):
             return stored

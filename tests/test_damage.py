@@ -199,3 +199,38 @@ def test_what_stands_after_a_stop_string_is_no_token_of_the_answer(toys: dict[st
 def test_a_toy_that_was_never_trimmed_is_not(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="is not a trimmed drafter"):
         Trimmed.open(write_model(tmp_path / "m.gguf"))
+
+
+def retyped(path: Path, name: str, type_: int) -> None:
+    """Say another type of a tensor, in the file's table."""
+    data = path.read_bytes()
+    place = data.index(len(name).to_bytes(8, "little") + name.encode()) + 8 + len(name)
+    n_dims = int.from_bytes(data[place : place + 4], "little")
+    patched(path, place + 4 + 8 * n_dims, type_.to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("type_", [9, 26], ids=["Q8_1", "I32"])  # no larger than F32, so that the file still fits
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "output.weight", "blk.0.ffn_down.weight"])
+def test_a_type_that_no_weight_has(tmp_path: Path, name: str, type_: int) -> None:
+    """llama.cpp loads such a file, and ends the process at the first decode."""
+    path = write_model(tmp_path / "m.gguf")
+    retyped(path, name, type_)
+    with pytest.raises(FileFormatError, match=f"its {name} is .*, which no weight can be"), SpeculativeLM(path):
+        pass
+
+
+def test_a_norm_that_cannot_be(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    for epsilon in (-1e-6, np.nan, np.inf, 2.0):
+        place = GGUFFile(path).fields["llama.attention.layer_norm_rms_epsilon"].value
+        patched(path, place, np.array(epsilon, "<f4").tobytes())
+        with pytest.raises(FileFormatError, match="which no norm can use"), SpeculativeLM(path):
+            pass
+
+
+def test_a_tokenizer_of_other_types(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    field = GGUFFile(path).fields["tokenizer.ggml.token_type"]
+    patched(path, field.value + 4 * 5, (6).to_bytes(4, "little"))  # a letter as a byte
+    with pytest.raises(FileFormatError, match="token 5 should be a byte"):
+        Vocabulary(GGUFFile(path)).text(5)

@@ -260,7 +260,7 @@ class GGUFFile:
         return out
 
     def require_loadable(self) -> None:
-        """Raise FileFormatError for what llama.cpp loads without a word, and ends the process over at the first decode."""
+        """Raise FileFormatError for what llama.cpp loads, and ends the process over at the first decode."""
         for name, tensor in self.tensors.items():
             if tensor.type in _NO_WEIGHTS and _WEIGHT.fullmatch(name):
                 raise self._bad(f"its {name} is {tensor.type.name}, which no weight can be")

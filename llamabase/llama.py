@@ -361,10 +361,14 @@ class Context(Owner):
         return self.n_past
 
     def _held(self) -> int:
+        if self._ctx is None:  # a stream that is collected after it was closed settles it
+            return 0
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, 0)) + 1
 
     def rewind(self, n: int) -> int:
         """Forget everything from position n on, or all there is where a recurrent cache cannot do less; give n_past."""
+        if self._ctx is None:
+            return 0
         if self.recurrent and n < min(self._oldest, self._held()):
             n = 0  # llama.cpp would take back more than it has copies of
         if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):

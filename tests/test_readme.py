@@ -185,3 +185,37 @@ def test_docs_say_what_the_plan_found() -> None:
         )
         for value in (*best.values(), best["spec"] / best["trim"], best["spec"] / best["full"]):
             assert f"{value:.3f}" in line, (type_, value)
+
+
+def test_the_page_of_heads_is_that_of_its_records() -> None:
+    """docs/eagle3.md: what the trained head drafts, and how quick that is."""
+    text = (ROOT / "docs" / "eagle3.md").read_text("utf-8")
+
+    def line(bench: dict, mode: str) -> str:
+        f, steps = figures(bench)[ALL][mode], {name: found["step"]["bytes"] for name, found in bench["modes"].items()}
+        return (
+            f"| {f['acceptance_rate']:.3f} | {f['tau']:.3f} | {steps[mode] / steps['full:3']:.2f} | "
+            f"{f['mbsu_params']:.2f} | {f['mbsu_bytes']:.2f} |"
+        )
+
+    acceptance, small = record("acceptance-eagle3"), record("small-eagle3")
+    for mode in acceptance["modes"].keys() - {"plain"}:
+        assert line(acceptance, mode) in text, mode
+    for mode in small["modes"].keys() - {"plain", "full:3"}:
+        assert line(small, mode) in text, mode
+    speeds = [figures(record(f"{name}-eagle3"))[ALL] for name in ("f16", "shipped")]
+    for mode in ("again", "full:1", "full:2", "trim:1", "trim:2", "spec:1", "spec:2", "auto"):
+        cells = " | ".join(f"{found[mode]['speedup_over_plain']['total']:.2f}" for found in speeds)
+        assert f"| {cells} |" in text, mode
+    for name in ("exact-eagle3", "exact-sampled-eagle3"):
+        found = record(name)
+        assert found["replay_faults"] == 0
+        assert f"{found['tokens']:,} tokens" in text
+
+
+def test_the_page_of_mtp_is_that_of_its_record() -> None:
+    """docs/mtp.md: a draft step of a published shape."""
+    found, text = record("steps-mtp"), (ROOT / "docs" / "mtp.md").read_text("utf-8")
+    for name in ("trim", "spec"):
+        share = found["bytes"][name] / found["bytes"]["full"]
+        assert f"| {found['median_ratios'][name]:.3f} | {share:.3f} |" in text

@@ -24,7 +24,7 @@ COMMANDS = {
         *("trim", "verify", "inspect", "speculator", "plan", "models", "prepare"),
         *("count", "generate", "merge", "show"),
     },
-    "gguf-run": {"chat", "bench", "exact"},
+    "gguf-run": {"chat", "serve", "bench", "exact"},
 }
 
 

@@ -416,6 +416,13 @@ def started(arguments: list[str], **environment: str) -> tuple[subprocess.Popen[
     raise AssertionError(f"ended with {process.wait()}")
 
 
+def ended(process: subprocess.Popen[str]) -> int:
+    code = process.wait(10)
+    assert process.stderr is not None
+    process.stderr.close()
+    return code
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_time(toys: dict[str, Path], tmp_path: Path, signal_: int) -> None:
     """Also while an answer is streamed to a client that reads on: exit 0 within five seconds."""
@@ -429,7 +436,7 @@ def test_a_signal_ends_it_in_time(toys: dict[str, Path], tmp_path: Path, signal_
         process.send_signal(signal_)
         for _ in lines:
             pass
-    assert process.wait(10) == 0
+    assert ended(process) == 0
     assert time.monotonic() - began < 5
 
 
@@ -461,7 +468,7 @@ def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None
         assert "ChatCompletion(" in done.stdout
     finally:
         process.terminate()
-        assert process.wait(10) == 0
+        assert ended(process) == 0
 
 
 def test_what_may_become_a_stop_string_waits() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import plan, step_bytes, write
-from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.dynamic.speculator import BLOCK, UP_TYPE, Speculator, attach
 from gguf_trim.keep import keep_listed
 from gguf_trim.layout import head_tensor
 from gguf_trim.mtp import MTP, MtpBlock
@@ -23,7 +23,7 @@ from gguf_trim.planning.costs import alternate, decodes
 from gguf_trim.planning.planner import DRAFT_LENGTHS, mbsu
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked
-from llamabase.ggml import Backend, Product, Table
+from llamabase.ggml import Backend, Product, Table, quantize_rows
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import physical_cores
 from llamabase.noise import Noise
@@ -75,9 +75,14 @@ def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
 def _cut(drafter: Path, k: int, mtp: bool) -> Path:
     """Cut to its first k rows: of random rows one is as good as another."""
     out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
-    write(
-        plan(drafter, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, list(range(k)), k), mtp=mtp), out
-    )
+    first = list(range(k))
+    write(plan(drafter, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, first, k), mtp=mtp), out)
+    if mtp:  # with a speculator of random numbers, as a step of it costs what it costs
+        trimmed, rng = Trimmed.open(out), np.random.default_rng(2)
+        head = head_tensor(trimmed.companion)
+        rank = -(-head.shape[0] // 8 // BLOCK) * BLOCK
+        down, up = (rng.standard_normal((n, m), np.float32) for n, m in ((rank, head.shape[0]), (head.n_rows, rank)))
+        attach(trimmed, Speculator(down, quantize_rows(up, UP_TYPE), 0))
     return out
 
 

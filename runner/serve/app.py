@@ -33,6 +33,7 @@ from .requests import BadRequest, Chat, Common, Completion, Detokenize, Tokenize
 
 PAGE = Path(__file__).parent / "page.html"
 OPEN = {"/", "/health", "/v1/health"}  # without a key
+PATIENCE = 0.25  # seconds between looking whether a client is still there
 POSITIONS = 16  # of drafts, that are counted apart
 log = logging.getLogger("uvicorn.error")
 
@@ -223,14 +224,16 @@ class Server:
 
         job = Job(asked[0].prompt, run, tell)
         self.conversations.submit(job)
-        ended = 0
+        ended, asked_at = 0, loop.time()
         try:
             while ended < len(asked):
-                try:
-                    event = await asyncio.wait_for(events.get(), 0.5)
-                except TimeoutError:
+                if loop.time() - asked_at > PATIENCE:
                     if await request.is_disconnected():
                         return
+                    asked_at = loop.time()
+                try:
+                    event = await asyncio.wait_for(events.get(), PATIENCE)
+                except asyncio.TimeoutError:  # before Python 3.11 it is not the builtin one
                     continue
                 if isinstance(event, BaseException):
                     if job.cancelled.is_set():

@@ -7,6 +7,7 @@ become calls where tools were offered; other models' calls stay text.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 import time
@@ -97,9 +98,14 @@ class Answer:
 
     def pieces(self, engine: Engine) -> Generator[Piece, None, None]:
         """May be closed at any time; the engine stays usable."""
+        # Closed here and now: collected later, in another thread, it would settle caches that compute something else.
+        with contextlib.closing(self._decoded(engine)) as steps:
+            yield from self._pieces(steps)
+
+    def _pieces(self, steps: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
         asked, hold = self.asked, Hold(self.asked.stops)
         outer = Hold([CALL] if asked.tools else [])
-        for text, drafted in self._held(hold, self._decoded(engine)):
+        for text, drafted in self._held(hold, steps):
             for piece in outer.feed(text, drafted):
                 yield self._given(*piece)
             if outer.stopped:
@@ -109,7 +115,7 @@ class Answer:
                 yield self._given(*piece)
             return
         called = "".join(text for text, _ in outer.rest())
-        for text, _ in self._held(hold, self._steps):
+        for text, _ in self._held(hold, steps):
             called += text
         self.tool_calls, left = _calls(called)
         if self.tool_calls:
@@ -119,7 +125,6 @@ class Answer:
 
     def _held(self, hold: Hold, steps: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
         """Text up to a stop string."""
-        self._steps = steps
         for text, drafted in steps:
             yield from hold.feed(text, drafted)
             if hold.stopped:
@@ -140,7 +145,7 @@ class Answer:
         """Log probabilities of the last tokens, which made no whole character."""
         return [found for _, found in self._logprobs]
 
-    def _decoded(self, engine: Engine) -> Iterator[tuple[str, bool]]:
+    def _decoded(self, engine: Engine) -> Generator[tuple[str, bool], None, None]:
         """The text of tokens, whole characters at a time; counts and times them."""
         asked, decoder, n_read = self.asked, codecs.getincrementaldecoder("utf-8")("replace"), 0
         self.n_cached = min(shared(engine.reader.held, asked.prompt, len(asked.prompt)), len(asked.prompt) - 1)
@@ -152,7 +157,7 @@ class Answer:
         def look(rows: np.ndarray, tokens: list[int]) -> list[dict[str, Any]]:
             return [] if n is None else [_logprob(model, row, t, n) for row, t in zip(rows, tokens, strict=True)]
 
-        rounds = engine.rounds(
+        rounds: Any = engine.rounds(
             asked.prompt,
             asked.sampling,
             max_tokens=asked.limit,
@@ -160,23 +165,24 @@ class Answer:
             seed=asked.seed,
             look=look,
         )
-        for round_ in rounds:
-            now = time.perf_counter()
-            if not self.rounds:
-                took = round_.draft_seconds + round_.verify_seconds + round_.host_seconds
-                self.prompt_seconds = now - started - took
-            self._count(round_)
-            self.seconds = now - started - self.prompt_seconds
-            shown = round_.tokens[:-1] if round_.finish == "stop" else round_.tokens
-            for i, token in enumerate(shown):
-                self.n_tokens += 1
-                text = decoder.decode(model.piece(token))
-                if round_.seen:
-                    self._logprobs.append((n_read, round_.seen[i]))
-                n_read += len(text)
-                if text:
-                    yield text, i < round_.accepted
-            self.n_tokens += len(round_.tokens) - len(shown)
+        with contextlib.closing(rounds):
+            for round_ in rounds:
+                now = time.perf_counter()
+                if not self.rounds:
+                    took = round_.draft_seconds + round_.verify_seconds + round_.host_seconds
+                    self.prompt_seconds = now - started - took
+                self._count(round_)
+                self.seconds = now - started - self.prompt_seconds
+                shown = round_.tokens[:-1] if round_.finish == "stop" else round_.tokens
+                for i, token in enumerate(shown):
+                    self.n_tokens += 1
+                    text = decoder.decode(model.piece(token))
+                    if round_.seen:
+                        self._logprobs.append((n_read, round_.seen[i]))
+                    n_read += len(text)
+                    if text:
+                        yield text, i < round_.accepted
+                self.n_tokens += len(round_.tokens) - len(shown)
 
     def _count(self, round_: Round) -> None:
         self.rounds += 1

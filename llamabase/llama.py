@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -112,13 +111,15 @@ class Model(Owner):
         params.load_mtp = True  # a block for multi-token prediction, where the file has one
         if n_gpu_layers is not None:
             params.n_gpu_layers = n_gpu_layers
-        file = None
         if not self.path.is_file():
             raise EngineError(f"{self.path}: there is no such file")
-        with contextlib.suppress(FileFormatError):  # llama.cpp says itself what it cannot read
-            file = GGUFFile(self.path)
-        if file is not None and not vocab_only:
-            file.require_loadable()
+        if not vocab_only:
+            try:
+                file = GGUFFile(self.path)
+            except FileFormatError:
+                pass  # llama.cpp says itself what it cannot read
+            else:
+                file.require_loadable()
         LAST_ERRORS.clear()
         with interruptible() as go_on:
             params.progress_callback = progress = llama_cpp.llama_progress_callback(lambda *_: go_on())

@@ -190,18 +190,14 @@ def test_a_prompt_in_pieces_and_a_full_context(heads) -> None:
         assert found == text_of(other, SAMPLINGS["greedy"], n + 50, prompt, draft_max=0, drafter=NoDrafter())
 
 
-def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch) -> None:
-    """Ctrl-C in the target's step, before and after what goes into its layers is recorded, and in the head's."""
-    engine, sampling = engines("whole"), SAMPLINGS["few"]
-    plain = text_of(engines(None), sampling, draft_max=0, seed=1)
-    pairs = engine.drafter.reading.context
-    places = {
-        (engine.context, "_decode"): 3,
-        (engine.context.recorders[0], "take"): 2,
-        (pairs, "_process"): 5,
-        (pairs, "encode"): 2,
-        (pairs, "truncate"): 2,
-    }
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine,
+    sampling: Sampling,
+    places: dict[tuple[object, str], int],
+    plain: list[int],
+) -> None:
+    """Ctrl-C in some of the first calls of each place, before and after it: the next text is `plain` all the same."""
     for (owner, name), often in places.items():
         honest = getattr(owner, name)
         for when in range(often * 2):
@@ -221,6 +217,21 @@ def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch) -> None:
                 text_of(engine, sampling, draft_max=3, seed=1)
                 raise KeyboardInterrupt  # where it was called less often
             assert text_of(engine, sampling, draft_max=3, seed=1) == plain, (name, when)
+
+
+def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch) -> None:
+    """Ctrl-C in the target's step, before and after what goes into its layers is recorded, and in the head's."""
+    engine, sampling = engines("whole"), SAMPLINGS["few"]
+    plain = text_of(engines(None), sampling, draft_max=0, seed=1)
+    pairs = engine.drafter.reading.context
+    places = {
+        (engine.context, "_decode"): 3,
+        (engine.context.recorders[0], "take"): 2,
+        (pairs, "_process"): 5,
+        (pairs, "encode"): 2,
+        (pairs, "truncate"): 2,
+    }
+    interrupt_at(monkeypatch, engine, sampling, places, plain)
 
 
 def test_exact_finds_nothing(engines) -> None:

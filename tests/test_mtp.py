@@ -31,7 +31,7 @@ from runner.engine import Engine
 from runner.exact import Law, check_prompt
 from runner.exact import main as exact
 
-from .test_hanging import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, text_of
+from .test_hanging import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, interrupt_at, text_of
 from .toy import write_model, write_mtp
 
 ARCHITECTURES = ("qwen35", "glm4moe")
@@ -115,7 +115,6 @@ def test_rows_draft_what_the_whole_head_does_where_that_was_kept(engines, files,
     """And llama.cpp computes no head for them; with all candidates the drafts are those of the whole one."""
     kept = set(GGUFFile(files[f"{name} cut"]).integers("gguf_trim.d2t").tolist())
     whole, cut, spec = (engines(name, what) for what in ("mtp", "cut", "spec"))
-    cut.drafter.reading.context._library = dict(cut.drafter.reading.context._library)
     text, n_kept = whole.model.tokenize(PROMPT * 2), 0
     for n in range(3, len(text)):
         for engine in (whole, cut, spec):
@@ -214,25 +213,7 @@ def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch, name: str)
         (pairs, "_process"): 5,
         (pairs, "rewind"): 2,
     }
-    for (owner, of), often in places.items():
-        honest = getattr(owner, of)
-        for when in range(often * 2):
-            calls = 0
-
-            def interrupted(*arguments: object, honest=honest, when=when) -> object:
-                nonlocal calls
-                calls += 1
-                if calls == when // 2 + 1:
-                    if when % 2:
-                        honest(*arguments)
-                    raise KeyboardInterrupt
-                return honest(*arguments)
-
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(owner, of, interrupted)
-                text_of(engine, sampling, draft_max=3, seed=1)
-                raise KeyboardInterrupt  # where it was called less often
-            assert text_of(engine, sampling, draft_max=3, seed=1) == plain, (of, when)
+    interrupt_at(monkeypatch, engine, sampling, places, plain)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

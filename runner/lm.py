@@ -49,6 +49,15 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
     return Sampling(**{known[name]: value for name, value in settings.items()})
 
 
+def before_stop(held: str, stops: Sequence[str]) -> tuple[int, int]:
+    """(characters before a stop string or what may yet become one, those up to the end of it where it is complete)."""
+    if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
+        end, at = min(found)
+        return at, end
+    begun = (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
+    return len(held) - max(begun, default=0), 0
+
+
 def until(pieces: Iterable[str], stops: Sequence[str], record: Record) -> Generator[str, None, None]:
     """Pieces up to the stop string that is complete first (of several that end together, the longest).
 
@@ -59,13 +68,9 @@ def until(pieces: Iterable[str], stops: Sequence[str], record: Record) -> Genera
     try:
         for piece in pieces:
             held += piece
-            found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
+            end, found = before_stop(held, stops)
             if found:
-                end = min(found)[1]
-                record.finish_reason, record.stopped = "stop", len(given) + min(found)[0]
-            else:
-                begun = (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
-                end = len(held) - max(begun, default=0)
+                record.finish_reason, record.stopped = "stop", len(given) + found
             out, held = held[:end], "" if found else held[end:]
             given += out
             if out:

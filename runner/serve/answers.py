@@ -23,6 +23,7 @@ from llamabase.llama import Model
 from llamabase.sampling import Sampling
 
 from ..engine import Engine
+from ..lm import before_stop
 from ..reading import shared
 from ..speculative import Round
 
@@ -64,10 +65,9 @@ class Hold:
         """What can be given out now that this has come."""
         self._held.append((text, drafted))
         whole = "".join(held for held, _ in self._held)
-        found = [(at + len(stop), at) for stop in self._stops if (at := whole.find(stop)) >= 0]
-        self.stopped = bool(found)
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if whole.endswith(stop[:n]))
-        yield from self._out(min(found)[1] if found else len(whole) - max(begun, default=0))
+        n, end = before_stop(whole, self._stops)
+        self.stopped = end > 0
+        yield from self._out(n)
 
     def _out(self, n: int) -> Iterator[tuple[str, bool]]:
         while self._held and n > 0:

@@ -83,7 +83,20 @@ def _ggml() -> dict[str, Any]:
         for function, (result, arguments) in wanted.items():
             found[function] = getattr(library, function)
             found[function].restype, found[function].argtypes = result, arguments
+        if name == "ggml":  # OpenMP's, where it is built with one that has it
+            found["omp_pause_resource_all"] = getattr(library, "omp_pause_resource_all", None)
     return found
+
+
+def release_threads() -> None:
+    """End the threads that compute for this one; they come again when it computes again.
+
+    OpenMP keeps them for each thread that ever computed, waiting. libgomp counts those too: with more of them than
+    cores, it puts threads to sleep at every barrier of whoever computes then. On two cores that takes a third of the
+    speed of a thread that computes after another one did.
+    """
+    if (pause := _ggml()["omp_pause_resource_all"]) is not None:
+        pause(1)  # omp_pause_soft
 
 
 def row_bytes(type_: GGMLQuantizationType, n: int) -> int:

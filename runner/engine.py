@@ -15,6 +15,7 @@ import numpy as np
 
 from gguf_trim.cut import companion_path
 from llamabase.errors import EngineError
+from llamabase.ggml import release_threads
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import F16, Cache, Context, Model
 from llamabase.noise import Noise
@@ -170,6 +171,7 @@ class Engine:
             self.drafter = open_drafter(
                 self._draft, self._vocabulary, *limits, target_context=self.context, model=weights
             )
+        release_threads()
 
     def twin(self) -> Engine:
         """Another conversation over the same weights, which draws on what this one learns; to be closed before it."""
@@ -224,6 +226,7 @@ class Engine:
         draft = [] if self._draft is None else [self._draft, companion_path(self._draft)]
         self._key = key_of([self.model.path, *draft], self._settings)
         costs = step_costs(self.reader, self.drafter, self._key)
+        release_threads()
         self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamabase.errors import EngineError
+from llamabase.ggml import release_threads
 from llamabase.noise import Noise
 from llamabase.samplers import Chain
 from llamabase.sampling import Distribution, Sampling
@@ -120,6 +121,7 @@ def generate(
     finally:
         target.settle()
         drafter.settle()
+        release_threads()
 
 
 def _p_at(logits: np.ndarray, chain: Chain, drafts: Sequence[int], i: int) -> Distribution:

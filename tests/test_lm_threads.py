@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import llama_cpp
 import pytest
@@ -252,3 +255,23 @@ def test_an_error_leaves_it_usable(lm) -> None:
     with pytest.raises(EngineError, match=r"does not fit a context of \d+: raise --ctx-size \(n_ctx;"):
         lm.chat("x" * 600)
     assert lm.chat("the king", **GREEDY).tokens == 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_threads_that_helped_to_compute_are_gone(toys) -> None:
+    """Those that wait for one thread slow down, with OpenMP, whatever another one computes."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    with ThreadPoolExecutor(1) as another:  # which has not computed for other tests
+        another.submit(int).result()
+        before = threads()
+        open_ = another.submit(lambda: SpeculativeLM(toys["target"], toys["spec-trimmed"], n_ctx=512, n_threads=2))
+        with open_.result() as lm:
+            for act in (int, lambda: lm.complete("the king", max_tokens=8), lambda: lm._engine.measure()):
+                another.submit(act).result()
+                end = time.monotonic() + 5
+                while threads() > before and time.monotonic() < end:
+                    time.sleep(0.01)
+                assert threads() <= before

@@ -7,6 +7,7 @@ from llamabase.interrupt import leave_to_the_system
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -16,15 +17,15 @@ from pathlib import Path
 import click
 
 from corpus.__main__ import main as counting_commands
-from llamabase.command import FILE, THREADS, Commands
+from llamabase.command import FILE, THREADS, Commands, quantisation
 from llamabase.errors import TrimError
-from llamabase.files import cache_folder
+from llamabase.files import cache_folder, work_folder
 from llamabase.gguf_file import GGUFFile
 from llamabase.progress import progress, stderr
 from llamabase.quantize import quantize
 
 from .companion import Trimmed
-from .cut import companion_path, plan, remove, require_outputs, step_bytes, write
+from .cut import companion_path, move, plan, require_outputs, step_bytes, write
 from .describe import describe
 from .dynamic.reading import Reading, calibration
 from .dynamic.speculator import attach
@@ -33,7 +34,7 @@ from .keep import DEFAULT_K, choose_rows
 from .layout import EMBEDDING, HEAD, Cut
 from .mtp import MTP, MtpBlock
 from .pairs.catalog import USER_CATALOG, load_catalog
-from .pairs.prepare import is_this_cut, prepare
+from .pairs.prepare import NONE, is_this_cut, prepare
 from .plan_command import COUNTS, auto_k, pair_options, plan_command
 from .verify import verify
 
@@ -59,7 +60,10 @@ def main() -> None:
 @click.option("--min-count", type=click.IntRange(1), help="Keep what was counted so often, instead.")
 @click.option("--target", type=FILE, help="The target: for --k auto, which measures, and for an EAGLE-3 head.")
 @click.option(
-    "--requant", metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function."
+    "--requant",
+    type=quantisation,
+    metavar="TYPE",
+    help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function.",
 )
 @COUNTS
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
@@ -110,14 +114,13 @@ def trim_command(
     if if_needed and is_this_cut(output, cut):
         stderr.print(f"{output} is already this cut", markup=False)
         return
-    with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
-        write(cut, output, advance)
-    if requant is not None:
-        try:
-            quantize(output, output, requant.upper())
-        except BaseException:
-            remove(output)
-            raise
+    with contextlib.ExitStack() as stack:
+        made = output if requant is None else stack.enter_context(work_folder(output)) / output.name
+        with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
+            write(cut, made, advance)
+        if requant is not None:
+            quantize(made, made, requant)
+            move(made, output)
     click.echo(str(output))
 
 
@@ -214,6 +217,7 @@ def models_command() -> None:
 @COUNTS
 @click.option(
     "--requant",
+    type=lambda text: text if text == NONE else quantisation(text),
     metavar="none|TYPE",
     help="The trimmed drafter's quantisation, none for as shipped.  [default: the quickest with this target here]",
 )

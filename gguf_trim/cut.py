@@ -258,7 +258,12 @@ def require_outputs(source: Path, out: Path) -> None:
 
 
 def move(trimmed: Path, to: Path) -> None:
-    """Rename a trimmed drafter and its companion: first the companion, before the file that needs it."""
+    """Rename a trimmed drafter and its companion: first the companion, before the file that needs it.
+
+    Raises TrimError where files of another kind are there.
+    """
+    TRIMMED.require_own(to)
+    COMPANION.require_own(companion_path(to))
     companion_path(trimmed).replace(companion_path(to))
     trimmed.replace(to)
 

@@ -16,7 +16,7 @@ from corpus.counts import Counts
 from corpus.generate import generate
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
-from llamabase.command import FILE, THREADS
+from llamabase.command import FILE, THREADS, quantisation
 from llamabase.files import PLOT
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Model
@@ -55,6 +55,10 @@ def pair_options(command: Any) -> Any:
     return with_pair
 
 
+def _types(text: str) -> list[str]:
+    return [quantisation(name.strip()) for name in text.split(",") if name.strip()]
+
+
 @click.command("plan")
 @pair_options
 @COUNTS
@@ -62,7 +66,13 @@ def pair_options(command: Any) -> Any:
 @click.option("--limit", type=click.IntRange(1), default=24, show_default=True, help="How many of the prompts.")
 @click.option("-n", "--tokens", type=click.IntRange(1), default=96, show_default=True, help="Most per answer.")
 @click.option("--answers", type=FILE, help="The target's answers, {id: [prompt_ids, answer_ids]}, instead of prompts.")
-@click.option("--types", help="Drafter quantisations to weigh, such as Q4_0,Q8_0.  [default: as shipped only]")
+@click.option(
+    "--types",
+    type=_types,
+    default="",
+    metavar="TYPE,TYPE,...",
+    help="Drafter quantisations to weigh, such as Q4_0,Q8_0.  [default: as shipped only]",
+)
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Also the expected acceptance when sampling.")
 @click.option("--no-measure", is_flag=True, help="Acceptance and MBSU only: no step is timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the choices as one JSON list.")
@@ -77,7 +87,7 @@ def plan_command(
     limit: int,
     tokens: int,
     answers: Path | None,
-    types: str | None,
+    types: list[str],
     temp: float,
     no_measure: bool,
     as_json: bool,
@@ -103,7 +113,7 @@ def plan_command(
         speculator = reading.fitted(file if HEAD in file.tensors or not hanging else named)
         plans = [
             make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)
-            for type_ in [AS_SHIPPED, *(types.split(",") if types else [])]
+            for type_ in [AS_SHIPPED, *types]
         ]
         faster = None
         if types and verify is not None:

@@ -11,13 +11,22 @@ from typing import Any
 
 import click
 
-from .errors import TrimError
+from .errors import EngineError, TrimError
 from .interrupt import take_back
 from .progress import stderr
+from .quantize import require_type
 
 # Whether a file can be read is found out by reading it, in one sentence and with exit code 1.
 FILE = click.Path(path_type=Path, readable=False)
 THREADS = click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+
+
+def quantisation(text: str) -> str:
+    """The type of an option: one that llama.cpp quantises to; nothing stays nothing."""
+    try:
+        return text and require_type(text.upper())
+    except EngineError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 class Commands(click.Group):

@@ -36,11 +36,19 @@ class Kind:
     known: Callable[[Path], bool]
 
     def require(self, path: Path | None) -> None:
-        """Raise TrimError in one sentence where `path` is there and is not of this kind; None is no file.
+        """Raise TrimError in one sentence, before the work begins, where write_whole would after it; None is no file.
 
-        A command asks before its work begins; write_whole asks again, as the work may take hours.
+        It writes a page beside `path`, and removes it.
         """
-        if path is None or not path.exists():
+        if path is not None:
+            while not path.parent.exists():  # its folder will be made
+                path = path.parent
+            with _sibling(path, self, keep=False) as file:
+                file.write(bytes(4096))
+
+    def require_own(self, path: Path) -> None:
+        """Raise TrimError in one sentence where `path` is there and is not of this kind."""
+        if not path.exists():
             return
         if not path.is_file():
             raise TrimError(f"{path}: is a folder or a device; name a file to write")
@@ -87,16 +95,11 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_whole(path: Path, kind: Kind) -> Iterator[BinaryIO]:
-    """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise it is gone.
-
-    Raises TrimError in one sentence where a file of another kind is there, and where the folder is missing, not
-    writable or full.
-    """
-    path = Path(path)
+def _sibling(path: Path, kind: Kind, keep: bool) -> Iterator[BinaryIO]:
+    """A temporary sibling of `path`, open for writing; it ends on the disk, and under that name or gone."""
     part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
-        kind.require(path)
+        kind.require_own(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         try:
@@ -104,14 +107,25 @@ def write_whole(path: Path, kind: Kind) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            if keep:
+                part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        if keep:
+            _sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TrimError(f"{path}: the disk is full; free some room or write elsewhere") from error
         raise TrimError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, kind: Kind) -> contextlib.AbstractContextManager[BinaryIO]:
+    """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise it is gone.
+
+    Raises TrimError in one sentence where a file of another kind is there, and where the folder is missing, not
+    writable or full.
+    """
+    return _sibling(Path(path), kind, keep=True)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,13 @@ def _size_as(type_: str, file: GGUFFile) -> int:
     return file.size + sum(bytes_of(named, tensor.n_elements) - tensor.n_bytes for tensor in matrices)
 
 
+def require_type(type_: str) -> str:
+    """The name itself; raises EngineError for what is no quantisation of llama.cpp's."""
+    if type_ not in _FTYPES:
+        raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
+    return type_
+
+
 def quantize(source: Path, out: Path, type_: str) -> None:
     """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
 
@@ -37,8 +44,7 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     know and where it fails, TrimError where the disk lacks the room.
     """
     start()
-    if type_ not in _FTYPES:
-        raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
+    require_type(type_)
     require_room(out, _size_as(type_, GGUFFile(source)))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = _FTYPES[type_]

@@ -51,7 +51,7 @@ def test_a_write_that_fails_anywhere_leaves_nothing(tmp_path: Path) -> None:
         with file_size_limit(limit), pytest.raises(TrimError, match="cannot be written: File too large") as caught:
             write(cut, folder / "t.gguf")
         assert "\n" not in str(caught.value)
-        assert not list(folder.iterdir()), limit
+        assert not folder.exists() or not list(folder.iterdir()), limit
     with file_size_limit(full):
         write(cut, folder / "t.gguf")
     assert sha256_of(source) == before
@@ -87,24 +87,6 @@ main(sys.argv[1:])
     message = done.stderr.splitlines()[-1]
     assert message.startswith(f"Error: {tmp_path / 't.'}") and message.endswith("cannot be written: File too large")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keep.txt", "m.gguf"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB; only root may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, small_disk: Path) -> None:

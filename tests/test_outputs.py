@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -139,6 +140,19 @@ def test_a_folder_is_refused_before_the_work(name: str, inputs, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_told_before_the_work(name: str, inputs, small_disk: Path, monkeypatch) -> None:
+    with contextlib.suppress(OSError), open(small_disk / "other", "wb", buffering=0) as file:
+        while file.write(bytes(65536)):
+            pass
+    out = small_disk / f"x{WRITERS[name].suffix}"
+    monkeypatch.setattr(WRITERS[name].work, lambda *_, **__: pytest.fail("the work has begun"))
+    done = run(name, out, inputs)
+    assert (done.exit_code, done.stdout) == (1, ""), done.output
+    assert done.stderr == f"Error: {out}: the disk is full; free some room or write elsewhere\n"
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_its_own_kind_is_replaced(name: str, inputs, made, tmp_path: Path) -> None:
     """But answers, which are gone on from: none of them is missing here."""
     writer, out = WRITERS[name], tmp_path / f"x{WRITERS[name].suffix}"
@@ -186,3 +200,17 @@ def test_a_model_is_no_conversation(inputs, tmp_path: Path) -> None:
     with pytest.raises(TrimError, match=r"x\.json: is there and is not a conversation; choose another name"):
         save([], out)
     assert out.read_bytes() == inputs["TARGET"].read_bytes()
+
+
+def test_what_steps_lack_is_told_before_the_work(inputs, monkeypatch, tmp_path: Path) -> None:
+    for work in ("bandwidth", "Models.open"):
+        monkeypatch.setattr(f"runner.bench.__main__.{work}", lambda *_: pytest.fail("the work has begun"))
+    pair = ["steps", "--target", str(inputs["TARGET"]), "--draft", str(inputs["SPEC"])]
+    done = CliRunner().invoke(bench, pair)
+    assert done.exit_code == 1 and "needs the uncut drafter and a trimmed one" in done.stderr, done.output
+    for text in ("{}", "[" * 20_000, '{"draft_max": 1, "tau": {"a": "x"}}'):
+        (tmp_path / "a.json").write_text(text)
+        done = CliRunner().invoke(
+            bench, [*pair, "--full", str(inputs["TARGET"]), "--acceptance", str(tmp_path / "a.json")]
+        )
+        assert done.exit_code == 1 and done.stderr.startswith(f"Error: {tmp_path / 'a.json'}: "), done.output

@@ -133,7 +133,7 @@ def test_a_type_decided_by_hand_is_not_measured(toy, toys, tmp_path: Path) -> No
             "nonsense",
         ],
     )
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "NONSENSE: is no quantisation of llama.cpp's" in " ".join(done.stderr.split())
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from gguf_trim.mtp import MTP
-from llamabase.command import FILE, Commands
+from llamabase.command import FILE, Commands, quantisation
 from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
 from llamabase.progress import stderr
@@ -36,7 +36,7 @@ from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, KINDS, find_files, names_of
 from .report import compare, plot, report
-from .steps import STEPS, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
+from .steps import STEPS, acceptance_in, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
 SHAPED_KS = (16384, 32768)
 
@@ -81,7 +81,7 @@ def files_options(command: Any) -> Any:
     """What is compared: the command receives what `find_files` asks for."""
     for name, whose in (("target", "target"), ("draft", "drafter")):
         text = f"Requantise the {whose} first, to Q4_0 or Q8_0 say."
-        command = click.option(f"--{name}-quant", default="", metavar="TYPE", help=text)(command)
+        command = click.option(f"--{name}-quant", type=quantisation, default="", metavar="TYPE", help=text)(command)
     k_option = click.option(
         "--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.  [default: --draft's]"
     )
@@ -205,7 +205,7 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
     metavar="TARGET+DRAFTER",
     help="Random weights of these shapes instead of files; TARGET+mtp, too.",
 )
-@click.option("--quant", default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
+@click.option("--quant", type=quantisation, default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
 @click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
@@ -223,6 +223,7 @@ def steps_command(
     And from which acceptance per draft these steps pay.
     """
     STEPS.require(output)
+    given = None if acceptance is None else acceptance_in(acceptance)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         if shape is not None:
             files = shaped(shape, quant, wanted["ks"] or SHAPED_KS, Path(folder))
@@ -232,17 +233,17 @@ def steps_command(
             files = find_files(found, Path(folder), **wanted)
         record: dict[str, Any] = {
             "machine": machine(),
-            "copy_bytes_per_second": bandwidth(found.n_threads),
             "shape": shape,
             "target": files.target.name,
             "full": files.full.name if files.full else None,
             **time_steps(files, found, repeat),
+            "copy_bytes_per_second": bandwidth(found.n_threads),
         }
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
     record["paying"] = paying(record)
     parts = [steps_table(record), paying_table(record)]
-    if acceptance is not None:
-        parts.append(promised(record, acceptance))
+    if acceptance is not None and given is not None:
+        parts.append(promised(record, acceptance, *given))
     click.echo("\n\n".join(parts))
     runs.write_record(record, output, STEPS)
     _last_line(record)

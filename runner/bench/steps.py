@@ -22,7 +22,7 @@ from gguf_trim.mtp import MTP, MtpBlock
 from gguf_trim.planning.costs import alternate, decodes
 from gguf_trim.planning.planner import DRAFT_LENGTHS, mbsu
 from llamabase.errors import FileFormatError
-from llamabase.files import Kind, marked
+from llamabase.files import Kind, marked, read_text
 from llamabase.ggml import Backend, Product, Table, quantize_rows
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import physical_cores
@@ -234,13 +234,17 @@ def paying_table(record: dict[str, Any]) -> str:
     ) + table(["", "pays from", *(f"x plain at {acceptance}" for acceptance in ACCEPTANCES)], rows)
 
 
-def promised(record: dict[str, Any], path: Path) -> str:
-    """What measured steps make of acceptance that a file gives: {"draft_max": n, "tau": {step name: tau}}."""
+def acceptance_in(path: Path) -> tuple[int, dict[str, float]]:
+    """(draft length, tau by step) of a file: {"draft_max": n, "tau": {step name: tau}}."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-        n, taus = int(data["draft_max"]), {str(name): float(tau) for name, tau in data["tau"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        data = json.loads(read_text(path))
+        return int(data["draft_max"]), {str(name): float(tau) for name, tau in data["tau"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise FileFormatError(f'{path}: should hold {{"draft_max": n, "tau": {{step: tau}}}} ({error})') from error
+
+
+def promised(record: dict[str, Any], path: Path, n: int, taus: Mapping[str, float]) -> str:
+    """What measured steps make of the acceptance that a file gives."""
     cost, verify = _medians(record)
     if n + 1 not in verify or not taus.keys() <= cost.keys():
         raise FileFormatError(f"{path}: names a step or a draft length that was not timed; timed: {', '.join(cost)}")

@@ -30,7 +30,7 @@ from .describe import describe
 from .dynamic.reading import Reading, calibration
 from .dynamic.speculator import attach
 from .hanging import HANGING
-from .keep import DEFAULT_K, choose_rows
+from .keep import DEFAULT_K, MULTIPLE, choose_rows
 from .layout import EMBEDDING, HEAD, Cut
 from .mtp import MTP, MtpBlock
 from .pairs.catalog import USER_CATALOG, load_catalog
@@ -67,6 +67,7 @@ def main() -> None:
 )
 @COUNTS
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
+@click.option("--exact-k", is_flag=True, help=f"Keep so many, not the next multiple of {MULTIPLE}.")
 @click.option("--mtp", is_flag=True, help="DRAFTER is a target: choose the rows that its own MTP block drafts from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--if-needed", is_flag=True, help="Do nothing where OUTPUT is already this cut of this drafter.")
@@ -80,6 +81,7 @@ def trim_command(
     requant: str | None,
     counts: Path | None,
     keep_file: Path | None,
+    exact_k: bool,
     mtp: bool,
     dry_run: bool,
     if_needed: bool,
@@ -101,6 +103,8 @@ def trim_command(
         stderr.print(f"k = {k} is the fastest here")
     n = None if k is None else int(k)
     choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
+    if exact_k:
+        choose = partial(choose, multiple=1)
     cut = plan(drafter, choose, target, mtp)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)

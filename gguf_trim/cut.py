@@ -25,12 +25,11 @@ from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
 from .hanging import D2T, HANGING, HangingHead, row_by_id
-from .keep import Keep
+from .keep import MULTIPLE, Keep
 from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field, head_tensor
 from .mtp import MTP, MtpBlock
 
 FORMAT_VERSION = 1
-MULTIPLE = 16  # of rows in the head of an EAGLE-3 file: some of llama.cpp's repacked kernels work on so many at a time
 _FOREIGN = "was not made by this program"
 TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
 COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from llamabase.files import read_text
 from llamabase.vocabulary import Vocabulary
 
 DEFAULT_K = 16384
+MULTIPLE = 16  # rows at a time in llama.cpp's kernels; what is left over goes another way, with other last bits
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,17 @@ def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts, having: np.n
     return order if having is None else order[having[order]]
 
 
-def _first(vocabulary: Vocabulary, n_rows: int, order: np.ndarray, k: int, counts: Counts | None = None) -> Keep:
-    """Keep the first k rows of an order that begins with the forced ones. Raises TrimError for k outside 1..n_rows."""
+def _first(
+    vocabulary: Vocabulary, n_rows: int, order: np.ndarray, k: int, counts: Counts | None = None, multiple: int = 1
+) -> Keep:
+    """Keep the first k rows of an order that begins with the forced ones, k rounded up to a multiple.
+
+    Raises TrimError for k outside 1..n_rows.
+    """
     n_rows = min(n_rows, len(order)) if counts is not None else n_rows
     if not 1 <= k <= n_rows:
         raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
+    k = -(-k // multiple) * multiple
     ids = np.sort(order[:k]).astype(np.int32)
     n_forced = int(np.isin(vocabulary.forced, order).sum())
     return Keep(ids, min(n_forced, k), max(0, n_forced - k), None if counts is None else counts.coverage(ids))
@@ -85,13 +92,6 @@ def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None
     return min(n_rows, -(-k // 32) * 32)
 
 
-def _filled(keep: Keep, order: np.ndarray, multiple: int) -> Keep:
-    """`keep` with the next tokens of a keep order, up to a multiple of rows (or all there are)."""
-    held = np.isin(order, keep.ids)
-    more = order[~held][: -len(keep.ids) % multiple]
-    return replace(keep, ids=np.sort(np.append(order[held], more)).astype(np.int32))
-
-
 def read_keep_list(path: Path, n_rows: int) -> list[int]:
     """Token ids from a text file, one a line; `#` begins a comment. Raises FileFormatError naming file and line."""
     listed = []
@@ -116,7 +116,7 @@ def choose_rows(
     top_p: float | None = None,
     min_count: int | None = None,
     having: np.ndarray | None = None,
-    multiple: int = 1,
+    multiple: int = MULTIPLE,
 ) -> Keep:
     """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
 
@@ -126,11 +126,13 @@ def choose_rows(
     listed = None
     if keep_file is not None:
         listed = keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-        if multiple == 1 and having is None:
+        if listed.k % multiple == 0 and having is None:
             return listed
     counted = ranking_counts(vocabulary, counts)
     order = keep_order(vocabulary, n_rows, counted, having)
-    if top_p is not None or min_count is not None:
+    if listed is not None:
+        held = np.isin(order, listed.ids)
+        order, k = np.append(order[held], order[~held]), int(held.sum())
+    elif top_p is not None or min_count is not None:
         k = _k_for(order, len(vocabulary.forced), counted, top_p, min_count)
-    keep = listed or _first(vocabulary, n_rows, order, DEFAULT_K if k is None else k, counted)
-    return _filled(keep, order, multiple)
+    return _first(vocabulary, n_rows, order, DEFAULT_K if k is None else k, counted, multiple)

@@ -211,12 +211,23 @@ def test_trim_by_counts_and_by_a_keep_list(tmp_path: Path) -> None:
     dense = np.zeros(600, np.int64)
     dense[[300, 400, 410]] = 3, 1, 2
     Counts.of(dense, Vocabulary(GGUFFile(source)), "x").save(tmp_path / "c.npz")
-    assert run("trim", source, "-o", out, "-k", 263, "--counts", tmp_path / "c.npz").exit_code == 0
+    by_counts = ["trim", source, "-o", out, "-k", 263, "--counts", tmp_path / "c.npz"]
+    assert run(*by_counts, "--exact-k").exit_code == 0
     kept = Trimmed.open(out).d2t.tolist()
     assert {300, 410} <= set(kept) and 400 not in kept and len(kept) == 263
     (tmp_path / "keep.txt").write_text("400\n")
-    assert run("trim", source, "-o", out, "--keep", tmp_path / "keep.txt").exit_code == 0
-    assert set(Trimmed.open(out).d2t.tolist()) == {*kept} - {300, 410} | {400}
+    by_list = ["trim", source, "-o", out, "--keep", tmp_path / "keep.txt"]
+    assert run(*by_list, "--exact-k").exit_code == 0
+    listed = set(Trimmed.open(out).d2t.tolist())
+    assert listed == {*kept} - {300, 410} | {400}
+    # Unless told not to, both are filled up to a multiple of 16 rows, in the order in which tokens are kept.
+    for words, first, more in ((by_counts, {*kept}, {400}), (by_list, listed, set())):
+        assert run(*words).exit_code == 0
+        filled = set(Trimmed.open(out).d2t.tolist())
+        assert len(filled) == 272 and filled > first | more
+        left = [i for i in range(600) if i not in first | more]
+        assert words is by_list or filled - first - more == set(left[: 272 - len(first | more)])
+        assert verify(out, source).max_logit_difference == 0.0
     both = run("trim", source, "-o", out, "--keep", tmp_path / "keep.txt", "--counts", tmp_path / "c.npz")
     assert both.exit_code == 2 and "not both" in both.stderr
 

@@ -20,7 +20,6 @@ from gguf_trim.dynamic.reading import Reading
 from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.hanging import HangingHead, row_by_id
 from gguf_trim.keep import Keep, keep_order
-from gguf_trim.keep import _filled as filled
 from gguf_trim.planning.planner import matches_of
 from gguf_trim.verify import verify
 from llamabase import states
@@ -376,7 +375,7 @@ def rows(k: int, first: int = 0) -> Callable[..., Keep]:
     def choose(vocabulary: Vocabulary, n_rows: int, having: np.ndarray, multiple: int) -> Keep:
         order = np.flatnonzero(having)
         order = np.append(order[first::3], np.delete(order, np.arange(first, len(order), 3)))
-        return filled(Keep(np.sort(order[:k]).astype(np.int32), 0, 0, None), order, multiple)
+        return Keep(np.sort(order[: -(-k // multiple) * multiple]).astype(np.int32), 0, 0, None)
 
     return choose
 

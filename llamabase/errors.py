@@ -24,5 +24,5 @@ class EngineError(TrimError):
     """llama.cpp refused to load, decode or rewind."""
 
 
-class SettingError(TrimError, ValueError):
-    """A setting that nothing can be computed with."""
+class SettingError(EngineError, ValueError):
+    """A setting that nothing can be computed with, such as a grammar that does not parse or that lets no token come."""

@@ -17,7 +17,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_grammar import SchemaConverter
 
-from .errors import EngineError, FileFormatError
+from .errors import FileFormatError, SettingError
 from .llama import LAST_ERRORS, Model, Owner, Tokens, last_error
 
 _PARSING = threading.Lock()  # there is one stderr
@@ -30,7 +30,7 @@ DEEPEST = 4000  # llama.cpp's parser calls itself for every parenthesis: some te
 class Grammar(Owner):
     """A GBNF grammar and the place that a text has reached in it. The start symbol is `root`.
 
-    Raises EngineError with llama.cpp's reason where the grammar does not parse.
+    Raises SettingError with llama.cpp's reason where the grammar does not parse.
     """
 
     def __init__(self, model: Model, text: str) -> None:
@@ -38,11 +38,11 @@ class Grammar(Owner):
         try:
             source = text.encode()
         except UnicodeEncodeError as error:  # bytes of an argument that were no UTF-8
-            raise EngineError(f"the grammar cannot be used: it is not text in UTF-8: {error.reason}") from error
+            raise SettingError(f"the grammar cannot be used: it is not text in UTF-8: {error.reason}") from error
         if b"\0" in source:
-            raise EngineError(r"the grammar cannot be used: llama.cpp would read it up to its NUL; write \x00")
+            raise SettingError(r"the grammar cannot be used: llama.cpp would read it up to its NUL; write \x00")
         if _depth(text) > DEEPEST:
-            raise EngineError(
+            raise SettingError(
                 f"the grammar cannot be used: its parentheses nest more than {DEEPEST} deep, which would overflow "
                 "llama.cpp's stack; repeat less (maxLength and maxItems of a JSON schema nest as deep)"
             )
@@ -50,7 +50,7 @@ class Grammar(Owner):
             LAST_ERRORS.clear()
             self._sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, source, b"root")
         if not self._sampler:
-            raise EngineError(f"the grammar cannot be used: {_reason(said) or last_error()}; correct it")
+            raise SettingError(f"the grammar cannot be used: {_reason(said) or last_error()}; correct it")
 
     @property
     def handle(self) -> Any:
@@ -95,6 +95,9 @@ class _Converter(SchemaConverter):  # type: ignore[misc]
             for least, most in (("minLength", "maxLength"), ("minItems", "maxItems")):
                 if schema.get(least, 0) > schema.get(most, math.inf):
                     raise ValueError(f"{least} is greater than {most}")
+                for bound in (least, most):
+                    if schema.get(bound, 0) > DEEPEST:  # written out it takes gigabytes, and llama.cpp takes none of it
+                        raise ValueError(f"{bound} is more than {DEEPEST}")
         return str(super().visit(schema, name))
 
     def _add_rule(self, name: str, rule: str) -> str:
@@ -112,6 +115,8 @@ def schema_grammar(schema: str) -> str:
     try:
         converter = _Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
         found = json.loads(schema)
+        if found is True:  # anything at all
+            found = {}
         if "$ref" in found:  # beside which the converter would not see the definitions that it refers to
             found = {"anyOf": [{"$ref": found.pop("$ref")}], **found}
         converter.visit(converter.resolve_refs(found, "schema"), "")

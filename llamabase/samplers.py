@@ -13,7 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from .errors import EngineError
+from .errors import EngineError, SettingError
 from .grammar import Grammar
 from .llama import Model, Owner, Tokens
 from .noise import Noise
@@ -21,6 +21,7 @@ from .sampling import Distribution, Sampling
 
 STEPS = (1, 64, 1024)  # so many of the likeliest tokens are shown before all of them are
 ALL = 1 << 20  # tokens that penalties over the whole text look back at: more than any context holds
+_KEPT = 8  # sets of DRY's settings of a model, each some megabytes
 _GROUPS = 4  # of scores, for each score that is looked for
 _LEAST = float(np.finfo(np.float32).min)  # that a token which may come can have
 _NOTHING = 87.0  # logits below the best: e to the minus this is nothing in float32, of which typical makes NaN
@@ -178,7 +179,7 @@ def likeliest(scores: np.ndarray, m: int) -> np.ndarray:
 
 def _require_one(best: float) -> None:
     if best == -np.inf:
-        raise EngineError("no token is left that may come next: the grammar or the logit bias forbids all of them")
+        raise SettingError("no token is left that may come next: the grammar or the logit bias forbids all of them")
 
 
 def _best(left: np.ndarray) -> np.ndarray:
@@ -242,6 +243,8 @@ def _dry(sampling: Sampling, model: Model | None) -> Any:
         return llama_cpp.llama_sampler_init_dry(None, *settings, None, 0)
     key = (settings, tuple(sampling.dry_sequence_breakers))
     if key not in model.samplers:
+        if len(model.samplers) == _KEPT:
+            llama_cpp.llama_sampler_free(model.samplers.pop(next(iter(model.samplers))))
         breakers = [breaker.encode("utf-8", "replace") for breaker in sampling.dry_sequence_breakers]
         array = (ctypes.c_char_p * len(breakers))(*breakers)
         model.samplers[key] = llama_cpp.llama_sampler_init_dry(model.vocab, *settings, array, len(breakers))

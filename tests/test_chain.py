@@ -218,12 +218,22 @@ def test_a_grammar_that_llama_cpp_would_not_get_whole(model: Model, letter: str,
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": "string", "maxLength": 65535}, {"items": {"type": "null"}, "maxItems": 40000}]
+    "schema",
+    [
+        {"type": "string", "maxLength": 65535},
+        {"items": {"type": "null"}, "maxItems": 40000},
+        {"items": {"type": "null"}, "minItems": 200_000_000},  # which would take gigabytes to write out
+    ],
 )
-def test_a_grammar_that_would_overflow_llama_cpps_stack(model: Model, schema: dict) -> None:
+def test_a_schema_that_repeats_too_much(schema: dict) -> None:
+    with pytest.raises(FileFormatError, match="is more than 4000"):
+        schema_grammar(json.dumps(schema))
+
+
+def test_a_grammar_that_would_overflow_llama_cpps_stack(model: Model) -> None:
     """It would end the process. What looks like nesting inside literals, classes and comments is none."""
     with pytest.raises(EngineError, match="nest more than 4000 deep"):
-        Grammar(model, schema_grammar(json.dumps(schema)))
+        Grammar(model, f'root ::= {"(" * 4001}"a"{")" * 4001}')
     braces = "(" * 5000
     Grammar(model, f'root ::= "\\"{braces}" | # {braces}\n [\\]"{braces}]').close()
 

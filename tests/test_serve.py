@@ -598,3 +598,144 @@ def test_a_load_of_clients(toy: tuple[str, Server], library: Engine, clients: in
 def test_noise_is_of_every_seed() -> None:
     """A client's seed may be any that fits 64 bits."""
     assert Noise((1 << 64) - 1).uniform(3) != Noise(1).uniform(3)
+
+
+def test_null_is_as_good_as_nothing(client: openai.OpenAI, toy: tuple[str, Server]) -> None:
+    """Clients send it for what they leave open."""
+    nothing: dict[str, Any] = dict.fromkeys((
+        "stream", "n", "logprobs", "stop", "tools", "response_format", "temperature", "max_completion_tokens", "seed",
+        "speculative.vocab", "logit_bias", "stream_options", "tool_choice", "top_logprobs", "samplers",
+    ))  # fmt: skip
+    answer = httpx.post(f"{toy[0]}/v1/chat/completions", json={"messages": SAY, "max_tokens": 3, **nothing}).json()
+    assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 3)
+    body = {"messages": SAY, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": None}}
+    assert httpx.post(f"{toy[0]}/v1/chat/completions", json=body).status_code == 200
+    assert httpx.post(f"{toy[0]}/tokenize", json={"content": "a", "add_special": None}).status_code == 200
+    form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": None}}
+    assert httpx.post(f"{toy[0]}/v1/chat/completions", json={**body, "response_format": form}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"dry_multiplier": 1, "dry_sequence_breakers": ["c" * n for n in range(1, 3000)]}, "dry_sequence_breakers"),
+        ({"samplers": "infill"}, "infill needs top_k before it"),
+        ({"samplers": "top_k;infill", "top_k": 100_000}, "infill needs top_k before it"),
+        ({"stop": ["a" * 200_000] * 64}, "stop: at most"),
+        ({"json_schema": {"items": {"type": "null"}, "minItems": 20_000_000}}, "more than 4000"),
+        ({"logit_bias": {str(i): False for i in range(600)}}, "no token is left"),
+        ({"echo": True}, "echo: "),
+    ],
+)
+def test_what_would_hold_everybody_up_is_refused(toy: tuple[str, Server], body: dict[str, Any], said: str) -> None:
+    """And what no token obeys. At once, and in one sentence."""
+    began = time.monotonic()
+    answer = httpx.post(f"{toy[0]}/v1/completions", json={"prompt": "the", "max_tokens": 2, **body}, timeout=60)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+    assert time.monotonic() - began < 2
+    usual = {"prompt": "the", "max_tokens": 2, "dry_multiplier": 1, "samplers": "dry;top_k;infill"}
+    assert httpx.post(f"{toy[0]}/v1/completions", json=usual).status_code == 200
+
+
+def test_clients_that_went_keep_no_places(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Engine(toys["target"], n_ctx=512), waiting=2, parallel=1) as (url, server):
+        go = threading.Event()
+        monkeypatch.setattr(server.engine, "heed", lambda go_on: go.wait())
+        body = {"prompt": "a", "max_tokens": 2}
+        for _ in range(3):  # one is computed, two wait
+            with contextlib.suppress(httpx.TimeoutException):
+                httpx.post(f"{url}/v1/completions", json=body, timeout=0.2)
+        end = time.monotonic() + 5
+        while server.conversations.waiting and time.monotonic() < end:
+            time.sleep(0.01)
+        assert server.conversations.waiting == 0
+        threading.Timer(0.1, go.set).start()
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=30).status_code == 200
+
+
+def test_what_the_end_cuts_off_is_told(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits and who is being answered, several answers at once too: 503, or the error at the end of a stream."""
+    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
+    decode = Context._decode
+
+    def slow(self: Context, batch: Any) -> None:
+        time.sleep(0.01)
+        decode(self, batch)
+
+    monkeypatch.setattr(Context, "_decode", slow)
+    with serving(Engine(toys["target"], n_ctx=512), parallel=1) as (url, server):
+        answers: list[httpx.Response] = []
+
+        def ask(**more: Any) -> threading.Thread:
+            def post() -> None:
+                answers.append(
+                    httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 400, **more}, timeout=30)
+                )
+
+            thread = threading.Thread(target=post)
+            thread.start()
+            return thread
+
+        threads = [ask(n=2)]
+        while not server.conversations.busy:
+            time.sleep(0.01)
+        threads += [ask(), ask(n=2)]
+        while server.conversations.waiting < 2:
+            time.sleep(0.01)
+        server.conversations.stop()
+        for thread in threads:
+            thread.join(5)
+            assert not thread.is_alive()
+        assert [answer.status_code for answer in answers] == [503] * 3
+        assert all(answer.json()["error"]["message"] == "the server ends" for answer in answers)
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 503
+
+
+def test_a_long_last_batch_does_not_hold_up_the_end(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun = threading.Event(), threading.Event()
+    decode = Context._decode
+
+    def slow(self: Context, batch: Any) -> None:
+        begun.set()
+        go.wait()
+        decode(self, batch)
+
+    engine = Engine(toys["target"], n_ctx=512)
+    monkeypatch.setattr(Context, "_decode", slow)
+    with serving(engine) as (url, server):
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=0.2)
+        assert begun.wait(5)
+        assert not server.conversations.close(0.1)
+        go.set()
+
+
+def test_small_things_of_http(toy: tuple[str, Server], toys: dict[str, Path]) -> None:
+    url = toy[0]
+    assert httpx.head(f"{url}/health").status_code == httpx.head(url).status_code == 200
+    refused = httpx.get(f"{url}/v1/completions")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
+    assert httpx.get(f"{url}/v1/models/toy").json()["id"] == "toy"
+    assert httpx.get(f"{url}/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+    nested = httpx.post(f"{url}/v1/completions", json={"prompt": [[65, 66]], "max_tokens": 1, "logprobs": 0}).json()
+    (top,) = nested["choices"][0]["logprobs"]["top_logprobs"]
+    assert list(top) == nested["choices"][0]["logprobs"]["tokens"]
+    origin = {"Origin": "http://site.example"}
+    with serving(Engine(toys["target"], n_ctx=64), api_key="k", cors=(origin["Origin"],)) as (other, _):
+        refused = httpx.get(f"{other}/v1/models", headers=origin)
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, origin["Origin"])
+
+
+def test_log_probabilities_end_with_the_text(toy: tuple[str, Server]) -> None:
+    """Where a stop string ends what may have become a call: those of the text that is given out, all of them."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    asked: dict[str, Any] = {"messages": SAY, "tools": tools, "logprobs": True, "max_tokens": 40}
+    for grammar, stop, text in (
+        ('root ::= "abc <toolXYZ"', "X", "abc <tool"),
+        ('root ::= "abc <tool_call>\\nking and"', "and", "abc <tool_call>\nking "),
+    ):
+        body = {**asked, "grammar": grammar, "stop": stop}
+        choice = httpx.post(f"{toy[0]}/v1/chat/completions", json=body, timeout=30).json()["choices"][0]
+        said = b"".join(bytes(each["bytes"]) for each in choice["logprobs"]["content"]).decode()
+        assert choice["message"]["content"] == text
+        assert said.startswith(text.rstrip()) and text.startswith(said.rstrip()[: len(text)]), (said, text)

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -24,7 +25,8 @@ from llamabase.sampling import Sampling
 
 from ..options import Models, model_options, sampling_options
 
-PATIENCE = 3.0  # seconds that what runs may take to end when the server is told to
+PATIENCE = 2.0  # seconds that what runs may take to end when the server is told to
+BATCH = 1.5  # and those that its last batch may take then
 
 
 @click.command(cls=OneCommand)
@@ -83,7 +85,10 @@ def main(
         try:
             asyncio.run(_serve(uvicorn.Server(config), server, listening))
         finally:
-            server.conversations.close()
+            ended = server.conversations.close(BATCH)
+        if not ended:  # the system frees everything
+            sys.stderr.flush()
+            os._exit(0)
 
 
 async def _serve(http: Any, server: Any, listening: socket.socket) -> None:

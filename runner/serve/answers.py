@@ -55,11 +55,14 @@ class Piece:
 
 
 class Hold:
-    """Holds back the end of a text while it may become a stop string. `stopped`: one is complete."""
+    """Holds back the end of a text while it may become a stop string.
+
+    `stopped`: one is complete; `given`: characters that were given out.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held = stops, list[tuple[str, bool]]()
-        self.stopped = False
+        self.stopped, self.given = False, 0
 
     def feed(self, text: str, drafted: bool) -> Iterator[tuple[str, bool]]:
         """What can be given out now that this has come."""
@@ -74,6 +77,7 @@ class Hold:
             text, drafted = self._held.pop(0)
             if len(text) > n:
                 self._held.insert(0, (text[n:], drafted))
+            self.given += len(text[:n])
             yield text[:n], drafted
             n -= len(text)
 
@@ -129,7 +133,8 @@ class Answer:
             yield from hold.feed(text, drafted)
             if hold.stopped:
                 self.finish = "stop"
-                self._logprobs.clear()  # of what is not given out
+                while self._logprobs and self._logprobs[-1][0] >= hold.given:  # of what is not given out
+                    self._logprobs.pop()
                 return
         yield from hold.rest()
 

@@ -21,6 +21,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from llamabase.errors import EngineError, FileFormatError, SettingError
 from llamabase.sampling import Sampling
@@ -28,7 +29,7 @@ from llamabase.sampling import Sampling
 from ..drafter import AUTO
 from ..engine import Engine
 from .answers import Answer, Asked, Piece
-from .conversations import Conversations, Full, Job
+from .conversations import Conversations, Job, Unavailable
 from .requests import BadRequest, Chat, Common, Completion, Detokenize, Tokenize, read
 
 PAGE = Path(__file__).parent / "page.html"
@@ -83,7 +84,8 @@ class Metrics:
         )  # fmt: skip
 
     def saw(self, answer: Answer) -> None:
-        self.prompt.inc(len(answer.asked.prompt) - answer.n_cached)
+        if answer.rounds:  # else the prompt was not read to its end
+            self.prompt.inc(len(answer.asked.prompt) - answer.n_cached)
         self.tokens.inc(answer.n_tokens)
         self.seconds.inc(max(answer.seconds, 0.0))
         self.requests.labels(answer.finish).inc()
@@ -125,7 +127,7 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._most:
-                raise BadRequest(f"the body is larger than {self._most} bytes")
+                raise BadRequest(f"the body is larger than {self._most} bytes", status=413)
             return message
 
         await self._app(scope, bounded, send)
@@ -144,12 +146,12 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
 def _failure(error: BaseException) -> JSONResponse:
     """What went wrong while computing; what the server's log alone should know stays there."""
     if isinstance(error, BadRequest):
-        return _error(400, str(error), error.param, error.code)
-    if isinstance(error, Full):
-        return _error(503, "too many requests are waiting; try again", kind="server_error", code="queue_full")
-    if isinstance(error, SettingError | FileFormatError) or (
-        isinstance(error, EngineError) and str(error).startswith("the grammar")
-    ):
+        return _error(error.status, str(error), error.param, error.code)
+    if isinstance(error, Unavailable):
+        return _error(503, str(error), kind="server_error", code="unavailable")
+    if isinstance(error, ClientDisconnect):
+        return _error(499, "the client went away while it sent")
+    if isinstance(error, SettingError | FileFormatError):
         return _error(400, str(error).rpartition(".gguf: ")[2])
     log.error("a request failed", exc_info=error)
     return _error(500, "the model could not go on; the server's log says why", kind="server_error")
@@ -215,14 +217,12 @@ class Server:
                     with contextlib.closing(answer.pieces(engine)) as pieces:
                         for piece in pieces:
                             tell((i, answer, piece))
-                except EngineError:
-                    if not job.cancelled.is_set():
-                        raise
-                    answer.finish = "cancelled"
-                self.metrics.saw(answer)
+                except BaseException:
+                    answer.finish = "cancelled" if job.cancelled.is_set() else "error"
+                    raise
+                finally:
+                    self.metrics.saw(answer)
                 tell((i, answer, None))
-                if job.cancelled.is_set():
-                    return
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -236,8 +236,6 @@ class Server:
         try:
             while ended < len(asked) and (event := await events.get()) is not None:
                 if isinstance(event, BaseException):
-                    if job.cancelled.is_set():
-                        return
                     raise event
                 ended += event[2] is None
                 yield event
@@ -284,7 +282,7 @@ class _Form:
         return {
             "tokens": [each["token"] for each in found],
             "token_logprobs": [each["logprob"] for each in found],
-            "top_logprobs": [{t["token"]: t["logprob"] for t in each["top_logprobs"]} for each in found],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in (*each["top_logprobs"], each)} for each in found],
         }
 
     def timings(self, answer: Answer) -> dict[str, Any]:
@@ -390,12 +388,15 @@ def make_app(server: Server) -> FastAPI:
     async def failed(request: Request, error: Exception) -> Response:
         return _failure(error)
 
-    for kind in (BadRequest, Full, EngineError, FileFormatError, SettingError):
+    for kind in (BadRequest, Unavailable, ClientDisconnect, EngineError, FileFormatError):
         app.add_exception_handler(kind, failed)
     for status, said in ((404, "there is no such endpoint"), (405, "this endpoint takes another method")):
 
         async def other(request: Request, error: Exception, status: int = status, said: str = said) -> Response:
-            return _error(status, said)
+            found = _error(status, said)
+            if headers := getattr(error, "headers", None):  # which methods
+                found.headers.update(headers)
+            return found
 
         app.add_exception_handler(status, other)
 
@@ -405,14 +406,15 @@ def make_app(server: Server) -> FastAPI:
         body: Chat = read(Chat, await request.body())
         messages, tools = [message.for_template() for message in body.messages], body.offered
         prompt = await run_in_threadpool(engine.prompt, messages, tools)
-        return await _answer(server, request, body, server.asked(body, prompt, bool(tools)))
+        asked = await run_in_threadpool(server.asked, body, prompt, bool(tools))
+        return await _answer(server, request, body, asked)
 
     @app.post("/v1/completions")
     @app.post("/completions")
     async def completion(request: Request) -> Response:
         body: Completion = read(Completion, await request.body())
         prompt = body.prompt
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
                 raise BadRequest("prompt: one at a time", "prompt")
             prompt = prompt[0]
@@ -422,7 +424,7 @@ def make_app(server: Server) -> FastAPI:
             ids = _known(prompt, "prompt")
         if not ids:
             raise BadRequest("prompt: is empty, and this vocabulary has no token to begin with", "prompt")
-        return await _answer(server, request, body, server.asked(body, ids))
+        return await _answer(server, request, body, await run_in_threadpool(server.asked, body, ids))
 
     def _known(ids: list[Any], param: str) -> list[int]:
         for token in ids:
@@ -446,16 +448,25 @@ def make_app(server: Server) -> FastAPI:
         data = b"".join(engine.model.piece(token, special=True) for token in _known(body.tokens, "tokens"))
         return _json({"content": data.decode("utf-8", "replace")})
 
+    def entry() -> dict[str, Any]:
+        model = engine.model
+        meta = {"n_vocab": model.n_vocab, "n_ctx_train": model.n_ctx_train, "n_embd": model.n_embd}
+        head = {"id": settings.alias, "object": "model", "created": server.started, "owned_by": "gguf-trim"}
+        return head | {"meta": meta}
+
     @app.get("/v1/models")
     @app.get("/models")
     async def models() -> Response:
-        model = engine.model
-        meta = {"n_vocab": model.n_vocab, "n_ctx_train": model.n_ctx_train, "n_embd": model.n_embd}
-        entry = {"id": settings.alias, "object": "model", "created": server.started, "owned_by": "gguf-trim"}
-        return _json({"object": "list", "data": [entry | {"meta": meta}]})
+        return _json({"object": "list", "data": [entry()]})
 
-    @app.get("/health")
-    @app.get("/v1/health")
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != settings.alias:
+            return _error(404, f"there is no model {name[:100]}; there is {settings.alias}", "model", "model_not_found")
+        return _json(entry())
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.api_route("/v1/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return _json({"status": "ok"})
 
@@ -478,15 +489,15 @@ def make_app(server: Server) -> FastAPI:
             return _error(501, "start the server with --metrics", kind="not_supported_error")
         return Response(prometheus.generate_latest(server.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
         return FileResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
 
-    if settings.cors:
+    app.add_middleware(Guard, key=settings.api_key, most_bytes=settings.most_bytes)
+    if settings.cors:  # the outermost, so that a page can read what the guard says
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["*"], allow_headers=["*"]
         )  # fmt: skip
-    app.add_middleware(Guard, key=settings.api_key, most_bytes=settings.most_bytes)
     return app
 
 

@@ -6,9 +6,9 @@ not have their prompts read anew.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,71 +34,70 @@ def _wanted(job: Job) -> bool:
     return not job.cancelled.is_set()
 
 
-class Full(Exception):
-    """The queue is."""
+class Unavailable(Exception):
+    """Nothing more is taken now: the queue is full, or the server ends."""
 
 
 class Conversations:
-    """The engine's own conversation and, as they are needed, others over its weights, `n` in all."""
+    """The engine's own conversation and, as they are needed, others over its weights, `n` in all.
+
+    At most `waiting` jobs wait; those that nobody wants any more do not count.
+    """
 
     def __init__(self, engine: Engine, n: int, waiting: int) -> None:
-        self.engine, self.n = engine, n
+        self.engine, self.n, self._most = engine, n, waiting
         self._open = [engine]
         self._used = {id(engine): 0.0}
-        self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._jobs: deque[Job] = deque()
         self._running: Job | None = None
-        self._ending = threading.Event()
+        self._ending = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="computing", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        return self._jobs.qsize()
+        with self._changed:
+            return sum(map(_wanted, self._jobs))
 
     @property
     def busy(self) -> bool:
         return self._running is not None
 
     def submit(self, job: Job) -> None:
-        """Raises Full where as many are waiting as may."""
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise Full from None
+        """Raises Unavailable where as many are waiting as may, and once `stop` was called."""
+        with self._changed:
+            self._jobs = deque(filter(_wanted, self._jobs))
+            if self._ending:
+                raise Unavailable("the server ends")
+            if len(self._jobs) >= self._most:
+                raise Unavailable("too many requests are waiting; try again")
+            self._jobs.append(job)
+            self._changed.notify()
 
     def stop(self) -> None:
-        """End what runs at its next batch, and begin nothing more."""
-        self._ending.set()
-        if (running := self._running) is not None:
-            running.cancelled.set()
+        """Begin nothing more, and tell whoever waits or is being answered; what runs ends at its next batch."""
+        with self._changed:
+            self._ending = True
+            for job in (*([] if self._running is None else [self._running]), *self._jobs):
+                job.failed(Unavailable("the server ends"))
+                job.cancelled.set()
+            self._jobs.clear()
+            self._changed.notify()
 
-    def close(self) -> None:
-        """`stop`, and free the models."""
+    def close(self, patience: float | None = None) -> bool:
+        """`stop`, and free the models; False, with nothing freed, where the last batch takes longer than `patience`."""
         self.stop()
-        while True:  # a full queue has no room for the last word
-            try:
-                self._jobs.put(None, timeout=0.05)
-                break
-            except queue.Full:
-                self._drop()
-        self._thread.join()
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            return False
         for other in self._open[:0:-1]:
             other.close()
         self.engine.close()
-
-    def _drop(self) -> None:
-        while not self._jobs.empty():
-            if (job := self._jobs.get_nowait()) is not None:
-                job.failed(Full())
+        return True
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self._ending.is_set():
-                job.failed(Full())
-                continue
-            if job.cancelled.is_set():
-                continue
-            self._running = job
+        while (job := self._next()) is not None:
             try:
                 engine = self._take(job.prompt)
                 engine.heed(partial(_wanted, job))
@@ -107,6 +106,17 @@ class Conversations:
                 job.failed(error)
             finally:
                 self._running = None
+
+    def _next(self) -> Job | None:
+        """The job that came first, once there is one; None at the end."""
+        with self._changed:
+            while not self._ending:
+                while self._jobs:
+                    if _wanted(job := self._jobs.popleft()):
+                        self._running = job
+                        return job
+                self._changed.wait()
+        return None
 
     def _take(self, prompt: Sequence[int]) -> Engine:
         """The conversation that this prompt goes on with: it shares at least half of what that holds. Else a new one,

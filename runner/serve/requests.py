@@ -9,7 +9,16 @@ import json
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llamabase.errors import TrimError
 from llamabase.grammar import schema_grammar
@@ -19,15 +28,29 @@ from ..auto import LONGEST
 from ..drafter import AUTO
 
 MOST_TOKENS = 1 << 31
-MOST_ANSWERS, MOST_LOGPROBS, MOST_STOPS = 16, 20, 64
+MOST_ANSWERS, MOST_LOGPROBS = 16, 20
+MOST_STOPS, LONGEST_STOP = 64, 1000
+MOST_BREAKERS = 16  # of DRY: each is looked for in every token
+MOST_COMPARED = 1000  # tokens among which infill compares each with every other
 
 
 class BadRequest(Exception):
     """An answer of 400: what is wrong, and with which field."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.param, self.code = param, code
+        self.param, self.code, self.status = param, code, status
+
+
+class Body(BaseModel):
+    """Fields of which null is as good as none, as clients send them."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 def _joined(content: Any) -> Any:
@@ -39,20 +62,20 @@ def _joined(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-class Function(BaseModel):
+class Function(Body):
     """A function that the model has called; its arguments are JSON in a string."""
 
     name: str
     arguments: str | dict[str, Any] = "{}"
 
 
-class ToolCall(BaseModel):
+class ToolCall(Body):
     id: str | None = None
     type: str = "function"
     function: Function
 
 
-class Message(BaseModel):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_joined)] = None
     name: str | None = None
@@ -81,28 +104,25 @@ def _object(function: Function) -> Any:
         return function.arguments
 
 
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+class JsonSchema(Body):
     schema_: dict[str, Any] | bool = Field(True, alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")  # llama-server's, of a json_object
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-class Common(BaseModel):
+class Common(Body):
     """What both kinds of completions take. None stands for the default."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -128,11 +148,11 @@ class Common(BaseModel):
     dry_base: Number | None = None
     dry_allowed_length: int | None = Field(None, ge=0, le=MOST_TOKENS)
     dry_penalty_last_n: int | None = Field(None, ge=0, le=MOST_TOKENS)
-    dry_sequence_breakers: tuple[str, ...] | None = None
+    dry_sequence_breakers: tuple[str, ...] | None = Field(None, max_length=MOST_BREAKERS)
     min_keep: int | None = Field(None, ge=0, le=MOST_TOKENS)
     mirostat: int | None = None
     samplers: tuple[str, ...] | str | None = None
-    logit_bias: dict[str, float] | list[tuple[int, float | bool]] | None = None
+    logit_bias: dict[str, float | bool] | list[tuple[int, float | bool]] | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     draft_max: int | None = Field(None, ge=0, validation_alias="speculative.n_max")
@@ -141,8 +161,8 @@ class Common(BaseModel):
     @property
     def stops(self) -> list[str]:
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(found) > MOST_STOPS or "" in found:
-            raise BadRequest(f"stop: at most {MOST_STOPS} strings, none of them empty", "stop")
+        if len(found) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in found):
+            raise BadRequest(f"stop: at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", "stop")
         return found
 
     def limit(self, default: int) -> int:
@@ -186,13 +206,17 @@ class Common(BaseModel):
         elif self.grammar:
             settings["grammar"] = self.grammar
         try:
-            return Sampling(**settings)
+            found = Sampling(**settings)
         except ValueError as error:
             named = next((name for name in settings if str(error).startswith(name)), "samplers")
             raise BadRequest(str(error), named) from error
+        before, infill, _ = ";".join(found.chain).partition("infill")
+        if infill and not ("top_k" in before.split(";") and found.top_k <= MOST_COMPARED):
+            raise BadRequest(f"samplers: infill needs top_k before it, of at most {MOST_COMPARED}", "samplers")
+        return found
 
 
-def _biases(given: dict[str, float] | list[tuple[int, float | bool]], n_vocab: int) -> dict[int, float]:
+def _biases(given: dict[str, float | bool] | list[tuple[int, float | bool]], n_vocab: int) -> dict[int, float]:
     found = {}
     for key, bias in given.items() if isinstance(given, dict) else given:
         if not str(key).isascii() or not str(key).isdigit() or len(str(key)) > 9 or int(key) >= n_vocab:
@@ -240,23 +264,30 @@ class Chat(Common):
 class Completion(Common):
     """A body of /v1/completions: a prompt as text or token ids."""
 
-    prompt: str | list[int] | list[str] = ""
+    prompt: str | list[int] | list[str] | list[list[int]] = ""
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = False
+
+    @field_validator("echo")
+    @classmethod
+    def _no_echo(cls, echo: bool) -> bool:
+        if echo:
+            raise ValueError("the prompt is not given back; leave it out")
+        return echo
 
     @property
     def n_logprobs(self) -> int | None:
         return self.logprobs
 
 
-class Tokenize(BaseModel):
+class Tokenize(Body):
     content: str
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
 
 
-class Detokenize(BaseModel):
+class Detokenize(Body):
     tokens: list[int]
 
 

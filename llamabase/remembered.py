@@ -60,5 +60,5 @@ def _read() -> dict[str, Any]:
         memory = json.loads(costs_file().read_bytes())
         young = {key: found for key, found in memory.items() if time.time() - found["measured"] < DAYS * 86_400}
         return dict(sorted(young.items(), key=lambda entry: entry[1]["measured"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return {}

@@ -44,7 +44,7 @@ def recall_known(key: str) -> Known | None:
         if not 0 <= usual <= 1 or not (drafted or tokens == steps == 0):
             return None
         return Known(usual, tokens, steps, Chances(found["certainties"]), Chances(found["matches"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -57,7 +57,7 @@ def _valid(seconds: Any) -> dict[int, float]:
     """Seconds by number of tokens as they were written; empty where they are damaged."""
     try:
         found = {int(n): float(took) for n, took in seconds.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         return {}
     return found if all(n > 0 and 0 < took < math.inf for n, took in found.items()) else {}
 

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -77,6 +78,10 @@ def engines(toys: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
     yield get
     for engine in opened.values():
         engine.close()
+
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a board may take its time
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -149,7 +149,6 @@ def test_sessions_are_never_slower_and_near_the_best_fixed_length(
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=60), min_size=1, max_size=6),
     st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None)
 def test_wherever_a_session_ends_guesses_have_cost_no_more_than_the_budget(
     costs: dict[int, float], texts: list[list[int]], seed: int
 ) -> None:

@@ -84,7 +84,7 @@ def row(seed: int, n: int) -> np.ndarray:
 @given(
     samplings, st.integers(0, 10**6), st.integers(10, 50), st.lists(st.integers(0, 9), max_size=9), st.integers(0, 9)
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_chain_agrees_with_llama_cpps_own(sampling: Sampling, seed: int, n: int, tokens: list[int], split: int) -> None:
     """Whether the tokens before were there from the beginning or were accepted one by one."""
     logits = row(seed, n)
@@ -97,7 +97,7 @@ def test_chain_agrees_with_llama_cpps_own(sampling: Sampling, seed: int, n: int,
 
 
 @given(samplings, st.integers(0, 10**6), st.lists(st.integers(0, 9), max_size=9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_rows_of_a_trimmed_head_are_biased_and_penalised_by_their_ids(
     sampling: Sampling, seed: int, tokens: list[int]
 ) -> None:
@@ -113,7 +113,7 @@ def test_rows_of_a_trimmed_head_are_biased_and_penalised_by_their_ids(
 
 
 @given(samplings, st.sampled_from(GRAMMARS), st.integers(0, 10**6), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(Sampling(temp=1, top_k=0, top_p=1, min_p=0), GRAMMARS[0], 0, 3)
 def test_grammar_agrees_with_masking_everything(
     model: Model, sampling: Sampling, grammar: str, seed: int, length: int
@@ -154,7 +154,6 @@ def test_the_grammar_is_asked_about_few_tokens_where_few_decide(model: Model, mo
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 300), st.booleans())
-@settings(deadline=None)
 def test_the_likeliest_are_all_there(seed: int, n: int, m: int, ties: bool) -> None:
     """No score that is left out is greater than one that is not, and of m that are looked for none is missing."""
     scores = row(seed, n).round(0 if ties else 6)

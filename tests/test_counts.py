@@ -44,7 +44,7 @@ def run(*args: object) -> Result:
     st.dictionaries(st.integers(0, 999), st.integers(1, (1 << 62) - 1), max_size=20),
     st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_what_was_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, table: dict[int, int], made_from: str
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_counts_file_cut_anywhere_or_damaged_is_refused_or_whole(tmp_path: Pat
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ranked_by_falling_count_then_by_id(dense: list[int]) -> None:
     ids = [i for i, n in enumerate(dense) if n]
     counts = Counts(np.array(ids, np.int32), np.array([dense[i] for i in ids], np.int64), len(dense), "", "")

@@ -19,10 +19,14 @@ from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path
 from gguf_trim.dynamic.rows import top
 from gguf_trim.dynamic.speculator import DOWN, UP, Speculator
+from gguf_trim.pairs.catalog import load_catalog
 from llamabase.errors import FileFormatError
 from llamabase.gguf_file import GGUFFile
+from llamabase.remembered import recall, remember
 from llamabase.vocabulary import Vocabulary
 from runner import Record, SpeculativeLM
+from runner.bench.__main__ import main as bench
+from runner.measured import _valid, recall_known
 
 from .conftest import copy_trimmed
 from .toy import write_model
@@ -234,3 +238,58 @@ def test_a_tokenizer_of_other_types(tmp_path: Path) -> None:
     patched(path, field.value + 4 * 5, (6).to_bytes(4, "little"))  # a letter as a byte
     with pytest.raises(FileFormatError, match="token 5 should be a byte"):
         Vocabulary(GGUFFile(path)).text(5)
+
+
+DIGITS, NESTED = "9" * 5000, "[" * 20_000 + "]" * 20_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a = {DIGITS}",
+        f"a = {NESTED}",
+        "models = 5",
+        '[models.x]\nfile = "x.gguf"\nsize = "big"\nsources = [{ path = "x" }]',
+        '[models.x]\nfile = "../x.gguf"\nsources = [{ path = "x" }]',
+        '[models."../../home"]\nfile = "x.gguf"\nsources = [{ path = "x" }]',
+        '[models.x]\nfile = "x.gguf"\nsources = [{ pypi = { package = "a{}{}", version = "1" } }]',
+        '[models.x]\nfile = "x.gguf"\nsources = [{ pypi = { package = "a", version = "1", parts = "many" } }]',
+    ],
+)
+def test_a_catalog_that_makes_no_sense(tmp_path: Path, text: str) -> None:
+    (tmp_path / "catalog.toml").write_text(text)
+    with pytest.raises(FileFormatError, match=r"catalog\.toml: ") as caught:
+        load_catalog(tmp_path / "catalog.toml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [NESTED, DIGITS, "1" + "0" * 400, '"\\ud800"', "[]", "{}", "1e999", "null"])
+@pytest.mark.parametrize("place", ["measured", "verify", "draft", "known", "type", "whole"])
+def test_a_memory_of_costs_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: str
+) -> None:
+    monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
+    bins = [[1.0, 2.0]] * 16
+    known = {"usual": 0.5, "tokens": 2.0, "steps": 3.0, "certainties": bins, "matches": bins}
+    remember("key", {"verify": {1: 0.1, 2: 0.1}, "draft": {1: 0.1}, "type": "Q8_0", "known": known})
+    facts = recall("key") | {place: "HERE"}
+    damaged = value if place == "whole" else json.dumps({"key": facts}).replace('"HERE"', value)
+    (tmp_path / "costs.json").write_text(damaged)
+    found = recall("key")
+    assert _valid(found.get("verify")) in ({1: 0.1, 2: 0.1}, {}) and _valid(found.get("draft")) in ({1: 0.1}, {})
+    known_ = recall_known("key")
+    assert known_ is None or known_.usual == 0.5
+    remember("key", {"verify": {1: 0.2}})
+    assert recall("key")["verify"] == {"1": 0.2}
+
+
+@pytest.mark.parametrize("value", [NESTED, DIGITS, '"\\ud800"', "[]", "null"])
+@pytest.mark.parametrize("place", ["answers", "machine", "settings", "files", "modes"])
+def test_a_record_that_is_none(tmp_path: Path, place: str, value: str) -> None:
+    path = tmp_path / "r.json"
+    for name, damaged in (("one that is right", "1"), ("and a damaged one", value)):
+        record = {"machine": {"cpu": "x"}, "files": {}, "settings": {"modes": [], "prompts": []}, "answers": []}
+        path.write_text(json.dumps(record | {place: "HERE"}).replace('"HERE"', damaged))
+        code, said = run(bench, "compare", str(path), str(path))
+        assert code in (0, 1), name
+        assert code == 0 or (said.startswith("Error: ") and "r.json" in said and said.count("\n") == 1), said

@@ -82,7 +82,7 @@ def tables(draw: st.DrawFn) -> Table:
     version=st.sampled_from([2, 3]),
     alignment=st.sampled_from([None, 8, 32, 64, 4096]),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @example(metadata={"bytes": (Kind.ARRAY, Kind.UINT8, [1, 2, 255])}, tensors=[], version=3, alignment=None)
 def test_what_was_written_is_read(
     scratch: Path, metadata: dict[str, Any], tensors: list[Table], version: int, alignment: int | None
@@ -155,7 +155,7 @@ def test_a_file_cut_anywhere_is_refused(scratch: Path) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_real_model_cut_anywhere_is_refused(scratch: Path, data: st.DataObject) -> None:
     model = scratch / "model.gguf"
     whole = (model if model.exists() else write_model(model)).read_bytes()
@@ -176,7 +176,7 @@ def use(path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, len(TINY) - 1), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(deadline=1000, max_examples=500)
+@settings(max_examples=500)
 def test_a_damaged_head_is_read_or_refused(scratch: Path, damage: list[tuple[int, int]]) -> None:
     """No byte can make it hang, crash or raise anything but the project's own errors."""
     data = bytearray(TINY)

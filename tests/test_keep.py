@@ -31,7 +31,7 @@ tables = st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_s
 
 
 @given(tables)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_laws_of_the_choice_by_counts(tmp_path_factory: pytest.TempPathFactory, table: list[tuple[bool, int]]) -> None:
     """For every k: k ids, ascending, unique, in range; forced first, then (-count, id); keep(k) within keep(k + 1)."""
     known = small_vocabulary(tmp_path_factory.getbasetemp(), [control for control, _ in table])
@@ -49,7 +49,7 @@ def test_laws_of_the_choice_by_counts(tmp_path_factory: pytest.TempPathFactory, 
 
 
 @given(tables, st.lists(st.integers(0, 13), min_size=1, max_size=20), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_laws_of_a_keep_list(
     tmp_path_factory: pytest.TempPathFactory, table: list[tuple[bool, int]], listed: list[int], data: st.DataObject
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_trim.dynamic.reading import share
@@ -52,7 +52,6 @@ def found_in(case) -> Matches:
 
 
 @given(cases())
-@settings(deadline=None)
 def test_every_k_is_as_brute_force_says(case) -> None:
     logits, targets, order = case
     found = found_in(case)
@@ -65,7 +64,6 @@ def test_every_k_is_as_brute_force_says(case) -> None:
 
 
 @given(cases(), st.integers(1, 6))
-@settings(deadline=None)
 def test_tau_is_the_loops(case, draft_max: int) -> None:
     logits, targets, order = case
     for k in (1, 3, V):

@@ -172,7 +172,7 @@ def test_agreement_is_the_formula(a: list[float], b: list[float], moved: int) ->
 
 
 @given(st.integers(0, 2**32), st.integers(2, 12), st.sampled_from([0.2, 1.0, 5.0]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_agreement_is_how_often_two_draws_are_the_same(seed: int, n: int, spread: float) -> None:
     rng, noise, times = np.random.default_rng(seed), Noise(seed), 4000
     p, q = (dist(np.exp(spread * rng.standard_normal(n)), np.sort(rng.choice(15, n, False))) for _ in range(2))

@@ -124,7 +124,7 @@ def test_token_texts_are_those_of_llama_cpp(model: Path, toy: Vocabulary) -> Non
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_tokens_of_a_text_spell_the_text(model: Path, toy: Vocabulary, text: str) -> None:
     with Model(model, vocab_only=True) as llama:
         ids = llama.tokenize(text, special=False, add_bos=False)
@@ -140,7 +140,7 @@ entries = st.lists(st.tuples(st.text(max_size=5), st.integers(1, 6)), min_size=1
 
 
 @given(entries, st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_fingerprint_knows_every_token_and_type(
     tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, int]], data: st.DataObject
 ) -> None:

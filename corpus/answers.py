@@ -59,7 +59,7 @@ def answered(path: Path) -> set[str]:
                 break
             try:
                 done.add(json.loads(line)["id"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise FileFormatError(
                     f"{path}, line {number}: is not an answer ({error}); choose another -o"
                 ) from error

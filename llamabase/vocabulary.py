@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from collections import Counter
 from enum import IntEnum
 from functools import cached_property, lru_cache
 
@@ -44,10 +45,16 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def _twice(tokens: list[bytes]) -> bytes | None:
+    """A token that llama.cpp finds twice: it reads each up to a NUL, and names empty ones itself."""
+    read = [token.partition(b"\0")[0] for token in tokens]
+    return next((token for token, n in Counter(read).items() if n > 1 and token), None)
+
+
 class Vocabulary:
     """Token texts (as stored) and types in id order, read from a GGUF file or from a companion file.
 
-    Raises FileFormatError where the file has no tokenizer.
+    Raises FileFormatError where the file has no tokenizer, or one that llama.cpp cannot use.
     """
 
     def __init__(self, file: GGUFFile) -> None:
@@ -59,6 +66,8 @@ class Vocabulary:
         self.path = file.path
         self.model: str = file.get("tokenizer.ggml.model", "")
         self.tokens = file.strings("tokenizer.ggml.tokens")
+        if (twice := _twice(self.tokens)) is not None:
+            raise FileFormatError(f"{file.path}: has the token {twice!r} twice, over which llama.cpp ends the process")
         types = file.integers("tokenizer.ggml.token_type")
         self.types = np.ones(len(self.tokens), np.int32) if types is None else types.astype(np.int32)
         if len(self.types) != len(self.tokens):

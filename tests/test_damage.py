@@ -20,8 +20,9 @@ from gguf_trim.cut import companion_path
 from gguf_trim.dynamic.rows import top
 from gguf_trim.dynamic.speculator import DOWN, UP, Speculator
 from gguf_trim.pairs.catalog import load_catalog
-from llamabase.errors import FileFormatError
+from llamabase.errors import FileFormatError, TrimError
 from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Model
 from llamabase.remembered import recall, remember
 from llamabase.vocabulary import Vocabulary
 from runner import Record, SpeculativeLM
@@ -29,6 +30,8 @@ from runner.bench.__main__ import main as bench
 from runner.measured import _valid, recall_known
 
 from .conftest import copy_trimmed
+from .encode import Kind, Table, field, gguf
+from .test_mutants import read_model
 from .toy import write_model
 
 
@@ -293,3 +296,31 @@ def test_a_record_that_is_none(tmp_path: Path, place: str, value: str) -> None:
         code, said = run(bench, "compare", str(path), str(path))
         assert code in (0, 1), name
         assert code == 0 or (said.startswith("Error: ") and "r.json" in said and said.count("\n") == 1), said
+
+
+@pytest.mark.parametrize("key", ["model", "tokens", "token_type", "eos_token_id", "merges", "pre", "add_bos_token"])
+@pytest.mark.parametrize(
+    "other",
+    [(Kind.UINT32, 7, None), (Kind.STRING, "x", None), (Kind.ARRAY, [True], Kind.BOOL), (Kind.FLOAT32, 1.0, None)],
+)
+def test_a_tokenizer_key_of_another_type(tmp_path: Path, key: str, other: tuple[Kind, object, Kind | None]) -> None:
+    """Read where that does no harm, else refused; nothing else."""
+    tokens = [f"t{i}" for i in range(40)]
+    fields = {
+        "model": field("tokenizer.ggml.model", Kind.STRING, "gpt2"),
+        "tokens": field("tokenizer.ggml.tokens", Kind.ARRAY, tokens, Kind.STRING),
+        "token_type": field("tokenizer.ggml.token_type", Kind.ARRAY, [1] * 40, Kind.INT32),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id", Kind.UINT32, 3),
+        "merges": field("tokenizer.ggml.merges", Kind.ARRAY, ["t 1"], Kind.STRING),
+        "pre": field("tokenizer.ggml.pre", Kind.STRING, "gpt-2"),
+        "add_bos_token": field("tokenizer.ggml.add_bos_token", Kind.BOOL, False),
+    }
+    fields[key] = field(f"tokenizer.ggml.{key}", *other)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf([field("general.architecture", Kind.STRING, "llama"), *fields.values()],
+                          [Table("token_embd.weight", (32, 40)), Table("output_norm.weight", (32,))]))  # fmt: skip
+    for read in (read_model, lambda path: Model(path, vocab_only=True).close()):
+        try:
+            read(path)
+        except TrimError as error:
+            assert "m.gguf" in str(error) and "\n" not in str(error)

@@ -7,10 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from gguf_trim.pairs.fetch import PIP
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,6 +56,48 @@ def test_a_script_is_named_in_its_help(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Usage: {script} ")
+
+
+def test_nothing_that_lies_about_is_run(tmp_path: Path) -> None:
+    """The scripts, isolated, in a folder with modules of well-known names; and the pip that downloads wheels."""
+    for name in ("json", "numpy", "llama_cpp", "pip", "zipfile", "click"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the folder was run')")
+    for script in COMMANDS:
+        installed = shutil.which(script, path=str(Path(sys.executable).parent))
+        if installed is None:
+            pytest.skip("the scripts are not installed")
+        command = [sys.executable, "-I", installed, "--help"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = subprocess.run([*PIP, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("pip "), done.stderr
+
+
+def test_what_is_installed_is_locked() -> None:
+    """CI installs from constraints.txt: whatever the project or its tests need is there, with a version."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines()[1:]:
+        pin = Requirement(line)
+        pins[canonicalize_name(pin.name)] = pin
+    wanted = [(Requirement(f"gguf-trim[{extra}]"), extra) for extra in ("dev", "corpus", "plot", "cluster", "serve")]
+    seen: set[tuple[str, str]] = set()
+    while wanted:
+        need, extra = wanted.pop()
+        for more in need.extras or {""}:
+            key = canonicalize_name(need.name), more
+            if key in seen or (need.marker and not need.marker.evaluate({"extra": extra})):
+                continue
+            seen.add(key)
+            name = key[0]
+            if name != "gguf-trim":
+                assert name in pins, f"{name} is not in constraints.txt"
+                assert [each.operator for each in pins[name].specifier] == ["=="], name
+            try:
+                needs = requires(name) or []
+            except PackageNotFoundError:
+                continue
+            wanted += [(Requirement(text), more) for text in needs]
+    assert len(seen) > 40
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from llamabase.progress import progress, stderr
 
 from .catalog import Entry
 
-PIP = [sys.executable, "-m", "pip"]
+PIP = [sys.executable, "-I", "-m", "pip"]  # isolated: a module that lies in the folder one is in is not imported
 
 
 def fetch(entry: Entry) -> Path:

@@ -205,9 +205,9 @@ def sweep(name: str, fault: str, there: bool, folder: Path, inputs: Any, made: A
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_fault_somewhere(name: str, fault: str, inputs, made, tmp_path: Path) -> None:
-    """At one of its first steps and, by chance, at a later one."""
+    """At one of its first steps, or a later one: chance decides, the same every time."""
     rng = random.Random(f"{name} {fault}")
-    sweep(name, fault, bool(rng.randrange(2)), tmp_path, inputs, made, iter([rng.randrange(4), rng.randrange(4, 16)]))
+    sweep(name, fault, bool(rng.randrange(2)), tmp_path, inputs, made, iter([rng.randrange(12)]))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import numpy as np
 from gguf_trim.planning.planner import mbsu
 
 ALL = "all"
+MOST_DRAFTED = 1 << 12  # in a round: no batch is larger
 FEW = 5  # batches of one size; the median of fewer says little
 Answer = dict[str, Any]
 Figures = dict[str, Any]
@@ -123,8 +124,17 @@ def priced(good: Sequence[Answer], everything: Sequence[Answer]) -> dict[str, fl
 
 
 def _rounds(answers: Iterable[Answer]) -> np.ndarray:
-    """All rounds (n x 6): tokens, drafted, accepted, and the seconds of drafting, verifying and Python."""
-    return np.array([round_ for answer in answers for round_ in answer["rounds"]], float).reshape(-1, 6)
+    """All rounds (n x 6): tokens, drafted, accepted, and the seconds of drafting, verifying and Python.
+
+    Raises ValueError for what no round is.
+    """
+    found = np.array([round_ for answer in answers for round_ in answer["rounds"]], float).reshape(-1, 6)
+    tokens, drafted, accepted = found.T[:3]
+    if not (np.isfinite(found).all() and (accepted >= 0).all() and (accepted <= drafted).all()):
+        raise ValueError("a round accepts what was not drafted, or is no numbers")
+    if max(drafted.max(initial=0), tokens.max(initial=0)) > MOST_DRAFTED:
+        raise ValueError("a round has more tokens than any batch")
+    return found
 
 
 def _batches(answers: Iterable[Answer]) -> dict[int, list[float]]:

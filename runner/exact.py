@@ -9,9 +9,9 @@ prompt, greedily or with the noise of a seed:
 3. replay: the kept rounds are decoded again, in the same batch shapes, on an empty cache: every emitted token must be
    the argmax of its row, as the samplers and the noise make it;
 4. one pass: the emitted text is read in one batch: no token may lie further below the maximum than the batch-shape
-   noise, which is measured apart from the loop, on the plain text (how far the lead of the best token over the second
-   moves between one token at a time and one pass); where a filter such as top-p leaves a token out in one shape and not
-   in another, it is counted, too;
+   noise, which is measured apart from the loop, on the plain text (between one token at a time and one pass, how far
+   the lead of the best token over the second moves, and how far it falls below whichever is the best then); where a
+   filter such as top-p leaves a token out in one shape and not in another, it is counted, too;
 5. where the loop's text parts from the plain one, the gap between the two tokens is printed.
 """
 
@@ -164,7 +164,11 @@ def check_prompt(
     one_pass = read(context, prompt, [(plain[:-1], plain)], law)
     for (token, scores), (second, lead) in zip(one_pass, seconds, strict=True):
         moved = abs(lead - (float(scores[token]) - float(scores[second])))
-        noise += [moved] if np.isfinite(moved) else []  # where the samplers leave one token, there is no second
+        below = float(scores.max()) - float(scores[token])
+        if finite := [
+            each for each in (moved, below) if np.isfinite(each)
+        ]:  # samplers may leave out one, or the second
+            noise.append(max(finite))
     gaps, parts_at, parting = [], None, None
     for i, (token, scores) in enumerate(read(context, prompt, [(tokens[:-1], tokens)], law)):
         gaps.append(scores.max() - scores[token])

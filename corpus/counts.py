@@ -136,8 +136,8 @@ class Counts:
                 if not isinstance(data, np.lib.npyio.NpzFile):
                     raise ValueError("a single array")
                 with data:
-                    fields: dict[str, Any] = {key: data[key] for key in _KEYS}
-                    parts = _parts({key: data[key] for key in data.files if key.startswith("part_")})
+                    fields: dict[str, Any] = {key: np.asarray(data[key]) for key in _KEYS}
+                    parts = _parts({key: np.asarray(data[key]) for key in data.files if key.startswith("part_")})
                     for part in parts:
                         _require_counts(part.ids, part.counts, int(fields["n_tokens"]))
         except OSError as error:

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from corpus.counts import MOST_TOKENS
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
 from llamabase.states import RECORDING
@@ -77,7 +78,7 @@ class HangingHead:
         for tensor in (HEAD, EMBEDDING):
             if tensor in file.tensors and file.tensors[tensor].shape[0] != n_embd:
                 raise bad(f"rows of its {tensor} are not {n_embd} wide")
-        if n_vocab < 1 or (EMBEDDING in file.tensors and file.tensors[EMBEDDING].n_rows != n_vocab):
+        if not 0 < n_vocab <= MOST_TOKENS or (EMBEDDING in file.tensors and file.tensors[EMBEDDING].n_rows != n_vocab):
             raise bad(f"it does not say how many tokens its target has ({arch}.vocab_size)")
         ids = _d2t(file, n_vocab, bad)
         if ids is None and HEAD in file.tensors and file.tensors[HEAD].n_rows != n_vocab:

@@ -125,7 +125,8 @@ class GGUFFile:
             raise FileFormatError(f"{self.path}: cannot be read: {error.strerror or error}") from error
 
     def _bad(self, reason: str) -> FileFormatError:
-        return FileFormatError(f"{self.path}: not a usable GGUF: {reason}; download or convert it again")
+        shown = "".join(letter if letter.isprintable() else "?" for letter in reason)  # of damaged names, line ends too
+        return FileFormatError(f"{self.path}: not a usable GGUF: {shown}; download or convert it again")
 
     def _scan(self, buffer: mmap.mmap) -> None:
         if buffer[:4] != MAGIC:

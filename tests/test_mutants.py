@@ -280,7 +280,9 @@ def test_a_million_mutants(toys: dict[str, Path], tmp_path: Path) -> None:
         ]
         for task in tasks:
             name, found, longest, grown, faults = task.result()
-            print(f"MUTANTS {name}: {dict(found)}, slowest {longest:.3f} s, grown {grown >> 10} kB", flush=True)
+            print(
+                f"MUTANTS {name}: {dict(found)}, slowest {longest:.3f} s, grown {grown >> 10} kB", *faults, flush=True
+            )
             slowest, most, seen = max(slowest, longest), max(most, grown), seen + found
             wrong += faults
     print(f"MUTANTS in all {seen}, seeds from {first}, slowest {slowest:.3f} s, grown {most >> 10} kB at most")
@@ -319,7 +321,7 @@ def children(folder: Path, toys: dict[str, Path], seed: int, n: int) -> tuple[Co
     write_model(target, seed=1, n_layer=4)
     wanted = plain_text(target)
     release_threads()
-    rng, seen, wrong = random.Random(seed), Counter[str](), list[str]()
+    rng, seen, wrong, said = random.Random(seed), Counter[str](), list[str](), folder / "said"
     opened = {"trimmed": "t.gguf", "companion": "u.gguf", "uncut": "wrong.gguf", "eagle3": "eagle3.gguf"}
     good = {name: samples[name].path.read_bytes() for name in opened}
     for i in range(n):
@@ -338,7 +340,8 @@ def children(folder: Path, toys: dict[str, Path], seed: int, n: int) -> tuple[Co
             try:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(60)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                os.environ["GGML_NO_BACKTRACE"] = "1"  # or a debugger takes a second for each
+                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
                 drafts(target, folder / opened[name], wanted)
             except SystemExit as end:
                 code = int(str(end.code))
@@ -347,8 +350,7 @@ def children(folder: Path, toys: dict[str, Path], seed: int, n: int) -> tuple[Co
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         seen[{0: "same text", 3: "refused"}.get(ended, "wrong")] += 1
         if ended not in (0, 3):
-            wrong.append(f"seed {seed}, child {i}: {name} ended with {ended}")
-            shutil.copy(sample.path, f"/tmp/wrong-{seed}-{i}-{name}.gguf")
+            wrong.append(f"seed {seed}, child {i}: {name} ended with {ended}: {said.read_bytes()[-300:]!r}")
         with open(sample.path, "r+b", buffering=0) as file:
             os.pwrite(file.fileno(), good[name], 0)
     return seen, wrong

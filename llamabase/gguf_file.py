@@ -28,6 +28,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 
 # Types of whole numbers, and those that only sums in the making have.
+_MOST_LAYERS = 512  # LLAMA_MAX_LAYERS, and LLAMA_MAX_EXPERTS
 _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")}
 _WEIGHT = re.compile(r"(token_embd|output|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)(_exps|_shexp)?))\.weight")
 
@@ -261,7 +262,15 @@ class GGUFFile:
         return out
 
     def require_loadable(self) -> None:
-        """Raise FileFormatError for what llama.cpp loads, and ends the process over at the first decode."""
+        """Raise FileFormatError for what llama.cpp ends the process over, as it loads or at the first decode."""
+        layers, experts, used = (
+            self.integer(f"{self.architecture}.{key}", default)
+            for key, default in (("block_count", 1), ("expert_count", 0), ("expert_used_count", 0))
+        )
+        if not 0 < layers <= _MOST_LAYERS:
+            raise self._bad(f"it says that it has {layers} layers")
+        if not 0 <= used <= experts <= _MOST_LAYERS or (experts > 0) != (used > 0):
+            raise self._bad(f"it says that it has {experts} experts, of which it uses {used}")
         for name, tensor in self.tensors.items():
             if tensor.type in _NO_WEIGHTS and _WEIGHT.fullmatch(name):
                 raise self._bad(f"its {name} is {tensor.type.name}, which no weight can be")

@@ -324,3 +324,24 @@ def test_a_tokenizer_key_of_another_type(tmp_path: Path, key: str, other: tuple[
             read(path)
         except TrimError as error:
             assert "m.gguf" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("key", "number"), [("block_count", 0), ("block_count", 513), ("block_count", 1 << 31)])
+def test_layers_that_no_model_has(tmp_path: Path, key: str, number: int) -> None:
+    """llama.cpp ends the process over them."""
+    path = write_model(tmp_path / "m.gguf")
+    patched(path, GGUFFile(path).fields[f"llama.{key}"].value, number.to_bytes(4, "little"))
+    with pytest.raises(FileFormatError, match=f"it says that it has {number} layers"), SpeculativeLM(path):
+        pass
+
+
+@pytest.mark.parametrize(("experts", "used"), [(0, 2), (4, 0), (4, 5), (600, 2)])
+def test_experts_that_no_model_has(tmp_path: Path, experts: int, used: int) -> None:
+    fields = [
+        field("general.architecture", Kind.STRING, "llama"),
+        field("llama.expert_count", Kind.UINT32, experts),
+        field("llama.expert_used_count", Kind.UINT32, used),
+    ]
+    (tmp_path / "m.gguf").write_bytes(gguf(fields, [Table("norm", (32,))]))
+    with pytest.raises(FileFormatError, match=f"it has {experts} experts, of which it uses {used}"):
+        GGUFFile(tmp_path / "m.gguf").require_loadable()

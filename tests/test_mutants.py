@@ -371,5 +371,5 @@ def test_ten_thousand_children_that_draft(toys: dict[str, Path], tmp_path: Path)
         for task in tasks:
             found, faults = task.result()
             seen, wrong = seen + found, wrong + faults
-            print(f"CHILDREN {dict(seen)}, seeds from {first}, {len(wrong)} wrong", flush=True)
+            print(f"CHILDREN {dict(seen)}, seeds from {first}, {len(wrong)} wrong", *faults, flush=True)
     assert not wrong, wrong[:20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from corpus.counts import Counts
 from gguf_trim.__main__ import main
 from gguf_trim.companion import Trimmed
 from gguf_trim.cut import companion_path, plan, step_bytes, write
-from gguf_trim.keep import keep_listed
+from gguf_trim.keep import MULTIPLE, keep_listed
 from gguf_trim.verify import verify
 from llamabase.gguf_file import GGUFFile
 from llamabase.vocabulary import Vocabulary
@@ -97,6 +98,8 @@ def test_a_cut_is_exact(tmp_path: Path, architecture: str, head_type: Quant) -> 
 @pytest.mark.parametrize("head_type", HEAD_TYPES, ids=lambda kind: kind.name)
 def test_any_k_gives_the_same_logits(tmp_path: Path, k: int, head_type: Quant) -> None:
     """llama.cpp multiplies whole groups of rows; a last group that is not whole may be summed in another order."""
+    if k % MULTIPLE and head_type == Quant.F16 and platform.machine() in ("aarch64", "arm64"):
+        pytest.skip("half-precision arithmetic sums the last group by another kernel, in fewer bits")
     source, out = write_model(tmp_path / "m.gguf", "llama", head_type), tmp_path / "t.gguf"
     write(plan(source, keep_exactly(k)), out)
     result = verify(out, source)

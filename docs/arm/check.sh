@@ -37,7 +37,7 @@ fi
 packages=root/usr/local/lib/python3.11/dist-packages
 for build in dotprod i8mm; do
   ln -sfn lib-$build $packages/llama_cpp/lib
-  holds "$build: toy tests" arm python3 -m pytest -p no:cacheprovider -q $tests
+  holds "$build: toy tests" arm python3 -m pytest -p no:cacheprovider -o "addopts=-m 'not slow'" $tests
   say "$build: $(tail -1 last.log)"
   for kind in F16 Q8_0 Q4_0; do
     rm -f share/arm.gguf share/arm.vocab.gguf

@@ -136,7 +136,8 @@ def test_sentencepiece_and_byte_tokens_as_bytes(tmp_path: Path) -> None:
     assert [v.text(i) for i in range(3)] == [b" the", b"\n", b"<s>"]
 
 
-entries = st.lists(st.tuples(st.text(max_size=5), st.integers(1, 6)), min_size=1, max_size=8)
+words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=5).filter("end".__ne__)
+entries = st.lists(st.tuples(words, st.integers(1, 6)), min_size=1, max_size=8, unique_by=lambda entry: entry[0])
 
 
 @given(entries, st.data())
@@ -155,7 +156,7 @@ def test_the_fingerprint_knows_every_token_and_type(
     assert fingerprint(table) == before
     i = data.draw(st.integers(0, len(table) - 1))
     text, kind = table[i]
-    assert fingerprint([*table[:i], (text + "x", kind), *table[i + 1 :]]) != before
+    assert fingerprint([*table[:i], (f"{text} changed", kind), *table[i + 1 :]]) != before
     assert fingerprint([*table[:i], (text, kind % 4 + 1), *table[i + 1 :]]) != before
     assert fingerprint([*table[:i], *table[i + 1 :]]) != before
     padded = [*table, *((f"[PAD{n}]", UNUSED) for n in range(data.draw(st.integers(1, 5))))]
@@ -191,3 +192,11 @@ def test_require_same_refuses_a_vocabulary_that_only_begins_alike(tmp_path: Path
     require_same(whole, vocabulary(tmp_path / "b.gguf", tokens[:199], None))
     with pytest.raises(VocabularyMismatch, match="token 100 is 't100' in one and nothing in the other"):
         require_same(whole, vocabulary(tmp_path / "c.gguf", tokens[:100], None))
+
+
+def test_a_token_that_is_there_twice(tmp_path: Path) -> None:
+    """llama.cpp ends the process over it; it reads each up to a NUL, and names empty ones itself."""
+    for tokens in (["a", "b", "a"], ["a", "b", "a\0x"]):
+        with pytest.raises(FileFormatError, match=r"v\.gguf: has the token b'a' twice"):
+            vocabulary(tmp_path / "v.gguf", tokens, None)
+    assert len(vocabulary(tmp_path / "v.gguf", ["a", "", ""], None)) == 3

@@ -165,10 +165,8 @@ def check_prompt(
     for (token, scores), (second, lead) in zip(one_pass, seconds, strict=True):
         moved = abs(lead - (float(scores[token]) - float(scores[second])))
         below = float(scores.max()) - float(scores[token])
-        if finite := [
-            each for each in (moved, below) if np.isfinite(each)
-        ]:  # samplers may leave out one, or the second
-            noise.append(max(finite))
+        finite = [each for each in (moved, below) if np.isfinite(each)]  # samplers may leave out one, or the second
+        noise += [max(finite)] if finite else []
     gaps, parts_at, parting = [], None, None
     for i, (token, scores) in enumerate(read(context, prompt, [(tokens[:-1], tokens)], law)):
         gaps.append(scores.max() - scores[token])

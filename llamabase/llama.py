@@ -200,7 +200,7 @@ class Cache:
                 raise SettingError(f"{name}: is no type of a KV cache; there are {', '.join(CACHE_TYPES)}")
 
 
-F16 = Cache()
+F16, F32 = Cache(), Cache("f32", "f32")
 
 
 class Context(Owner):
@@ -238,6 +238,8 @@ class Context(Owner):
         params.n_outputs_max = min(n_outputs, n_batch)
         params.n_seq_max = n_sequences
         params.type_k, params.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
+        if cache == F32:  # flash attention would round it to half precision, differently for one token and for several
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # Apart, attention is cheaper, but batches that mix prompts with single tokens are then cut to pieces.
         params.kv_unified = unified
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from llamabase.llama import Cache
+from llamabase.llama import F32, Cache, Context, Model
 from llamabase.sampling import GREEDY
 from runner.engine import Engine
 from runner.reading import AHEAD
@@ -56,3 +57,14 @@ def test_cache_types(toys: dict[str, Path], types: tuple[str, str]) -> None:
         assert sum(drafted) > 100
     with Engine(toys["target"], None, n_ctx=256, cache=cache) as engine:
         assert len(tokens_and_drafts(engine, 0)[0]) == 220
+
+
+def test_a_cache_in_f32_is_read_in_f32(toys: dict[str, Path]) -> None:
+    """So one token at a time has the logits of many at once, on any processor, and no text parts at a near-tie."""
+    ids = list(range(20, 60))
+    with Model(toys["target"]) as model:
+        with Context(model, 64, n_outputs=40, cache=F32) as context:
+            together = context.decode(ids, 40).copy()
+        with Context(model, 64, cache=F32) as context:
+            alone = np.concatenate([context.decode([token]).copy() for token in ids])
+    assert np.abs(together - alone).max() < 1e-5 * np.ptp(together)

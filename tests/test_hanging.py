@@ -25,7 +25,7 @@ from gguf_trim.verify import verify
 from llamabase import states
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Cache, Context, Model
+from llamabase.llama import F32, Context, Model
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
 from llamabase.vocabulary import Vocabulary
@@ -38,8 +38,6 @@ from runner.exact import main as exact
 
 from .toy import write_head, write_model
 
-# So that what the shape of a batch changes of a number is too little to meet a near-tie, on any processor.
-F32 = Cache("f32", "f32")
 PROMPT = "tea and tea and the sea and tea and the"
 FEW = dict.fromkeys((97, 101, 116, 104, 32), 60.0)  # likely tokens, so that some drafts stand by chance
 SAMPLINGS = {

@@ -37,7 +37,7 @@ from gguf_trim.pairs.catalog import load_catalog
 from llamabase.errors import TrimError
 from llamabase.ggml import release_threads
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Cache, Model
+from llamabase.llama import F32, Model
 from llamabase.remembered import recall
 from llamabase.sampling import Sampling
 from llamabase.template import ChatTemplate
@@ -291,7 +291,7 @@ def test_a_million_mutants(toys: dict[str, Path], tmp_path: Path) -> None:
     assert most < 16 << 20
 
 
-GREEDY, F32, N = Sampling(temp=0), Cache("f32", "f32"), 8
+GREEDY, N = Sampling(temp=0), 8
 
 
 def plain_text(target: Path) -> list[int]:

@@ -24,7 +24,7 @@ import uvicorn
 from click.testing import CliRunner
 from pydantic import BaseModel
 
-from llamabase.llama import Cache, Context, Model
+from llamabase.llama import F32, Context, Model
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
 from runner.engine import Engine
@@ -36,7 +36,6 @@ from runner.serve.app import Server, Settings, make_app
 from .test_soak import handles, own_memory
 
 ROOT = Path(__file__).parent.parent
-F32 = Cache("f32", "f32")
 
 
 @contextlib.contextmanager

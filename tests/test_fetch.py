@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from click.testing import CliRunner
 
 from gguf_trim.__main__ import main
 from gguf_trim.pairs import catalog as catalog_module
+from gguf_trim.pairs import fetch as fetch_module
 from gguf_trim.pairs.catalog import Catalog, Entry, load_catalog
 from gguf_trim.pairs.fetch import fetch
 from llamabase.errors import FetchError, FileFormatError, TrimError
+from llamabase.files import sha256_of
 
 from .servers import Index, running, wheel
 
@@ -233,13 +236,24 @@ def test_the_users_catalog_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert listed.exit_code == 0 and "target new, drafter qwen3-0.6b" in listed.stdout
 
 
-def test_every_shipped_entry_is_whole() -> None:
-    catalog = load_catalog(Path("none"))
-    for pair in catalog.pairs.values():
-        for model in (pair.target, pair.drafter):
-            assert model.sources and model.file.endswith(".gguf"), model.name
-            if "pypi" in model.sources[0]:
-                assert model.size and model.sha256 and len(model.sha256) == 64
+def test_every_shipped_entry_is_pinned() -> None:
+    """A name of the catalog stands for the same bytes for everybody, wherever they come from."""
+    for model in load_catalog(Path("none")).models.values():
+        assert model.file.endswith(".gguf") and model.size and re.fullmatch("[0-9a-f]{64}", model.sha256 or ""), model
+        for source in model.sources:
+            for kind, place in source.items():
+                assert {"hub": "revision", "pypi": "version"}[kind] in place, model
+
+
+def test_a_file_of_ones_own_is_checked_and_hashed_once(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    path, hashed = tmp_path / "mine.gguf", []
+    monkeypatch.setattr(fetch_module, "sha256_of", lambda p, advance: hashed.append(p) or sha256_of(p, advance))
+    path.write_bytes(random_bytes(900))
+    mine = Entry("toy", "mine.gguf", [{"path": str(path)}], 900, sha256_of(path, lambda n: None))
+    assert [fetch(mine), fetch(mine)] == [path, path] and hashed == [path]
+    path.write_bytes(random_bytes(900)[::-1])
+    assert "mine.gguf has SHA-256" in refused(mine, cache)
+    assert path.stat().st_size == 900 and hashed == [path, path]
 
 
 @pytest.mark.parametrize(

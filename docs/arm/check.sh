@@ -9,7 +9,7 @@ record=${2:+$(realpath "$2")}
 cd "${1:?the folder that build.sh made}"
 python=$project/.venv/bin/python
 arm() { "$project/docs/arm/enter.py" . sh -c 'cd /share/project && exec "$@"' sh "$@"; }
-tests=${TESTS:-tests/test_cut.py tests/test_verify.py tests/test_keep.py tests/test_dynamic.py tests/test_hanging.py}
+tests=${TESTS:-tests/test_cut.py tests/test_verify.py tests/test_keep.py tests/test_dynamic.py tests/test_cache.py tests/test_hanging.py}
 results=() failed=0
 say() { printf '%s\n' "$1"; results+=("$1"); }
 holds() {  # holds WHAT COMMAND...: say whether it does
@@ -35,7 +35,7 @@ P
 fi
 
 packages=root/usr/local/lib/python3.11/dist-packages
-for build in dotprod i8mm; do
+for build in ${BUILDS:-dotprod i8mm}; do
   ln -sfn lib-$build $packages/llama_cpp/lib
   holds "$build: toy tests" arm python3 -m pytest -p no:cacheprovider -o "addopts=-m 'not slow'" $tests
   say "$build: $(tail -1 last.log)"

@@ -43,7 +43,7 @@ from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
 from llamabase.quantize import quantize
 from llamabase.sampling import GREEDY
-from llamabase.states import LayerInputs, PairContext
+from llamabase.states import PairContext, Recorded
 from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary
 
@@ -121,7 +121,7 @@ def speak(
     end = model.tokenize(tail, add_bos=False)
     n_each = MOST_PROMPT + MOST_MADE_UP + MOST_ANSWER + 32
     context = Context(model, N_PARALLEL * n_each, threads, n_outputs=N_PARALLEL, n_sequences=N_PARALLEL, unified=False)
-    inputs = LayerInputs.of(context, GGUFFile(target).architecture, layers)
+    inputs = Recorded.of(context, GGUFFile(target).architecture, layers)
     llama_cpp.llama_set_embeddings(context.handle, True)  # the final states, too
     memory = llama_cpp.llama_get_memory(context.handle)
     running: list[Text | None] = [None] * N_PARALLEL
@@ -580,7 +580,7 @@ def check(path: Path, head: Head, target: Target, file: GGUFFile, which: list[Ju
     judge, model = Model(file.path), Model(path)
     context = Context(judge, n_ctx)
     layers = HangingHead.of(GGUFFile(path)).layers
-    inputs = LayerInputs.of(context, file.architecture, layers)
+    inputs = Recorded.of(context, file.architecture, layers)
     pairs = PairContext(model, n_ctx, None, context)
     tally: dict[str, list[int]] = {}
     worst, agree, n_compared, spread = 0.0, 0, 0, []

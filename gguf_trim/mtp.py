@@ -14,7 +14,6 @@ import numpy as np
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.ggml import Backend, Product, Table
 from llamabase.gguf_file import GGUFFile, Tensor
-from llamabase.llama import physical_cores
 from llamabase.vocabulary import Vocabulary
 
 from .layout import EMBEDDING, HEAD, head_tensor
@@ -87,21 +86,8 @@ class MtpBlock:
             raise VocabularyMismatch(f"{both}: it is of another vocabulary; cut it again with --mtp")
 
 
-class KeptRows:
-    """The logits of a trimmed file's own rows, of a hidden state (float32, n_embd): float32 (k), a view until the next.
-
-    ggml multiplies as llama.cpp itself would. `seconds` is the wall time spent inside it so far.
-    """
-
-    def __init__(self, rows: GGUFFile, n_threads: int | None = None) -> None:
-        head = rows.tensors[HEAD]
-        table = np.asarray(np.memmap(rows.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
-        self._backend = Backend(n_threads or physical_cores())
-        self._product = Product(self._backend, Table(table, head.type, head.shape[0], packs=True))
-
-    @property
-    def seconds(self) -> float:
-        return self._backend.seconds
-
-    def __call__(self, hidden: np.ndarray) -> np.ndarray:
-        return self._product(hidden)
+def kept_rows(rows: GGUFFile, n_threads: int | None = None) -> Product:
+    """What makes the logits of a trimmed file's own rows (float32, k) of a hidden state, as llama.cpp itself would."""
+    head = rows.tensors[HEAD]
+    table = np.asarray(np.memmap(rows.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
+    return Product(Backend(n_threads), Table(table, head.type, head.shape[0], packs=True))

@@ -25,7 +25,7 @@ from .companion import Trimmed
 from .cut import why_not
 from .hanging import D2T, EAGLE3, HANGING, HangingHead, row_by_id
 from .layout import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
-from .mtp import MTP, KeptRows, MtpBlock
+from .mtp import MTP, MtpBlock, kept_rows
 
 PAIRS = 24  # that are read with both heads
 PROMPT = (
@@ -187,7 +187,7 @@ def _mtp_logits(cut: Trimmed, block: MtpBlock) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, block.n_vocab, PAIRS).tolist()
     states = rng.standard_normal((PAIRS, block.n_embd)).astype(np.float32)
-    rows, expected, found = KeptRows(cut.file), [], []
+    rows, expected, found = kept_rows(cut.file), [], []
     with Model(block.file.path) as model, PairContext(model, PAIRS + 8, None, mtp=True) as context:
         for i, token in enumerate(tokens):  # one at a time, as drafts are
             logits, made = context.pairs([token], states[i : i + 1], True)

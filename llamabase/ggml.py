@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import EngineError
 from .gguf_file import bytes_of
-from .llama import start
+from .llama import Owner, physical_cores, start
 
 ALIGNMENT = 64  # bytes; ggml asks for 32
 _CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -140,10 +140,10 @@ def quantize_rows(rows: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
     return out
 
 
-class Backend:
-    """ggml's CPU backend with a number of threads. `seconds` adds up the wall time spent in it."""
+class Backend(Owner):
+    """ggml's CPU backend, with a thread a physical core for None. `seconds` adds up the wall time spent in it."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int | None = None) -> None:
         self.handle, self.seconds = None, 0.0
         start()
         ggml = _ggml()
@@ -153,7 +153,7 @@ class Backend:
         self.device = ggml["ggml_backend_get_device"](self.handle)
         registry = ggml["ggml_backend_dev_backend_reg"](self.device)
         if address := ggml["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_set_n_threads"):
-            ctypes.CFUNCTYPE(None, c_void_p, c_int)(address)(self.handle, n_threads)
+            ctypes.CFUNCTYPE(None, c_void_p, c_int)(address)(self.handle, n_threads or physical_cores())
         # Kinds of memory in which the CPU keeps tables rearranged for its matrix kernels.
         self.packings: list[int] = []
         if address := ggml["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts"):
@@ -165,9 +165,6 @@ class Backend:
         if self.handle:
             _ggml()["ggml_backend_free"](self.handle)
             self.handle = None
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class Table:
@@ -185,7 +182,7 @@ class Table:
         self.rows, self.type, self.n_columns, self.packs = rows, type_, n_columns, packs
 
 
-class Product:
+class Product(Owner):
     """tables[-1] @ ... @ tables[0] @ vector, as one ggml graph over the first `n_rows` rows of the last table.
 
     Tables after the first take the product of the one before, so their columns are its rows.
@@ -194,7 +191,7 @@ class Product:
     def __init__(self, backend: Backend, *tables: Table, n_rows: int | None = None) -> None:
         self._buffers: list[Any] = []
         self._context = None
-        self._backend = backend
+        self.backend = backend
         ggml = _ggml()
         n_tensors = 2 * len(tables) + 1 + 2 * len(backend.packings) * sum(table.packs for table in tables)
         size = n_tensors * ggml["ggml_tensor_overhead"]() + ggml["ggml_graph_overhead"]()
@@ -223,7 +220,7 @@ class Product:
     def _packed(self, table: Table, n_rows: int, vector: Any) -> Any:
         """The table's rows rearranged for the matrix kernels; None where there are none for it."""
         ggml = _ggml()
-        for kind in self._backend.packings:
+        for kind in self.backend.packings:
             buffer = ggml["ggml_backend_buft_alloc_buffer"](kind, table.rows[:n_rows].nbytes + ALIGNMENT)
             if not buffer:
                 continue
@@ -232,7 +229,7 @@ class Product:
             ggml["ggml_backend_tensor_alloc"](buffer, tensor, ggml["ggml_backend_buffer_get_base"](buffer))
             # As llama.cpp asks: the answer depends on the processor, the type and the shape.
             if ggml["ggml_backend_dev_supports_op"](
-                self._backend.device, ggml["ggml_mul_mat"](self._context, tensor, vector)
+                self.backend.device, ggml["ggml_mul_mat"](self._context, tensor, vector)
             ):
                 rows = np.ascontiguousarray(table.rows[:n_rows])
                 ggml["ggml_backend_tensor_set"](tensor, rows.ctypes.data, 0, rows.nbytes)
@@ -248,8 +245,8 @@ class Product:
         """float32 (rows of the last table), a view that the next call overwrites."""
         self._vector[:] = vector
         started = time.perf_counter()
-        code = self._compute(self._backend.handle, self._graph)
-        self._backend.seconds += time.perf_counter() - started
+        code = self._compute(self.backend.handle, self._graph)
+        self.backend.seconds += time.perf_counter() - started
         if code:
             raise EngineError(f"ggml could not compute a product ({code})")
         return self._memory[-1]
@@ -261,6 +258,3 @@ class Product:
         if self._context:
             _ggml()["ggml_free"](self._context)
             self._context = None
-
-    def __del__(self) -> None:
-        self.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import llama_cpp
@@ -60,77 +60,46 @@ def _experimental() -> dict[str, Any]:
 class Recorded:
     """States of a target that a drafter hangs on, kept for every token that its context reads.
 
-    `rows[P]` (float32) are those of the token at position P, for P < n.
-    """
+    `rows[P]` (float32) are those of the token at position P, for P < n. With `layers` they are what goes into those,
+    one after another in a row (len(layers) x n_embd), which EAGLE-3 heads read; without, what the head is multiplied by
+    (n_embd), whether or not logits are asked for, which MTP blocks read.
 
-    def __init__(self, context: Context, width: int) -> None:
-        self.n = 0
-        self._context = context
-        self.rows = np.empty((context.n_ctx, width), np.float32)
-        context.rewind(0)  # what was read unrecorded is of no use
-        context.recorders.append(self)
-
-    def take(self, first: int, n: int) -> None:
-        """After n tokens were read from position `first` on."""
-        self.n = min(self.n, first)
-        self._copy(self.rows[first : first + n])
-        self.n = first + n
-
-    def _copy(self, rows: np.ndarray) -> None:
-        raise NotImplementedError
-
-
-class LayerInputs(Recorded):
-    """What goes into some layers, one after another in a row (len(layers) x n_embd): what EAGLE-3 heads read.
-
-    Raises EngineError where the target's graph records none; nothing is decoded then.
+    Raises EngineError where the target's graph records no inputs of layers; nothing is decoded then.
     """
 
     def __init__(self, context: Context, architecture: str, layers: Sequence[int]) -> None:
-        if architecture not in RECORDING:
+        if layers and architecture not in RECORDING:
             raise EngineError(
                 f"{context.model.path}: a drafter that hangs on its target needs the inputs of its layers, and "
                 f"llama.cpp records none for {architecture}; use a drafter that reads the text itself"
             )
         library = _experimental()
-        self.layers = tuple(layers)
-        self._get = library["llama_get_embeddings_layer_inp"]
-        for layer in self.layers:
+        self.n, self.layers = 0, tuple(layers)
+        for layer in layers:
             library["llama_set_embeddings_layer_inp"](context.handle, layer, True)
-        super().__init__(context, len(self.layers) * context.model.n_embd)
+        read = library["llama_get_embeddings_layer_inp"]
+        self._parts = [partial(read, context.handle, layer) for layer in layers]
+        if not layers:
+            library["llama_set_embeddings_nextn"](context.handle, True, False)
+            self._parts = [partial(library["llama_get_embeddings_nextn"], context.handle)]
+        self._n_embd = context.model.n_embd
+        self.rows = np.empty((context.n_ctx, len(self._parts) * self._n_embd), np.float32)
+        context.rewind(0)  # what was read unrecorded is of no use
+        context.recorders.append(self)
 
     @classmethod
-    def of(cls, context: Context, architecture: str, layers: Sequence[int]) -> LayerInputs:
+    def of(cls, context: Context, architecture: str = "", layers: Sequence[int] = ()) -> Recorded:
         """Those of a context, which several drafters may hang on."""
-        for known in context.recorders:
-            if isinstance(known, LayerInputs) and known.layers == tuple(layers):
-                return known
-        return cls(context, architecture, layers)
+        found = next((known for known in context.recorders if known.layers == tuple(layers)), None)
+        return found or cls(context, architecture, layers)
 
-    def _copy(self, rows: np.ndarray) -> None:
-        n_embd = self._context.model.n_embd
-        for i, layer in enumerate(self.layers):
-            columns = slice(i * n_embd, (i + 1) * n_embd)
-            rows[:, columns] = floats(self._get(self._context.handle, layer), len(rows), n_embd)
-
-
-class FinalStates(Recorded):
-    """What the head is multiplied by, of every token, whether or not its logits are asked for: what MTP blocks read."""
-
-    def __init__(self, context: Context) -> None:
-        library = _experimental()
-        self._get = library["llama_get_embeddings_nextn"]
-        library["llama_set_embeddings_nextn"](context.handle, True, False)
-        super().__init__(context, context.model.n_embd)
-
-    @classmethod
-    def of(cls, context: Context) -> FinalStates:
-        """Those of a context, which several drafters may hang on."""
-        found = next((known for known in context.recorders if isinstance(known, FinalStates)), None)
-        return found or cls(context)
-
-    def _copy(self, rows: np.ndarray) -> None:
-        rows[:] = floats(self._get(self._context.handle), *rows.shape)
+    def take(self, first: int, n: int) -> None:
+        """After n tokens were read from position `first` on."""
+        self.n = min(self.n, first)
+        for i, part in enumerate(self._parts):
+            columns = slice(i * self._n_embd, (i + 1) * self._n_embd)
+            self.rows[first : first + n, columns] = floats(part(), n, self._n_embd)
+        self.n = first + n
 
 
 class PairContext(Context):

@@ -15,15 +15,15 @@ from gguf_trim.cut import companion_path
 from gguf_trim.dynamic.rows import NEAR, DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.hanging import DFLASH, EAGLE3, HangingHead
-from gguf_trim.mtp import MTP, KeptRows, MtpBlock
+from gguf_trim.mtp import MTP, MtpBlock, kept_rows
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import F16, Cache, Context, Model, physical_cores
+from llamabase.llama import F16, Cache, Context, Model
 from llamabase.noise import Noise
 from llamabase.samplers import Chain
 from llamabase.sampling import Sampling
-from llamabase.states import FinalStates, LayerInputs, PairContext
+from llamabase.states import PairContext, Recorded
 from llamabase.vocabulary import Vocabulary, require_same
 
 from .reading import HangingReading, OwnReading, Reading
@@ -284,7 +284,7 @@ def _open_hanging(
         raise EngineError(f"{head.file.path}: hangs on its target's states, which only this runner gives it")
     target_file = GGUFFile(target_context.model.path)
     head.require_target(target_file, target)
-    inputs = LayerInputs.of(target_context, target_file.architecture, head.layers)
+    inputs = Recorded.of(target_context, target_file.architecture, head.layers)
     dynamic, path = None, head.file.path
     # Its companion is needed for rows beyond the kept ones only.
     if "gguf_trim.d2t" in head.file.fields and vocab != "trim" and (vocab != AUTO or companion_path(path).exists()):
@@ -314,28 +314,22 @@ def _open_mtp(
         raise EngineError("an MTP block reads its target's states, which only this runner gives it")
     block = MtpBlock.of(GGUFFile(target_context.model.path))
     model, n_ctx = target_context.model, target_context.n_ctx
-    recorded = FinalStates.of(target_context)
+    recorded = Recorded.of(target_context)
     if trimmed is None:
         context = PairContext(model, n_ctx, n_threads, mtp=True, cache=cache)
         return ModelDrafter(None, HangingReading(context, recorded, block))
     block.require_rows(trimmed.file, target)
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if vocab != "trim" else None
-    _require_product(block, trimmed, model, n_threads)
-    context = PairContext(model, n_ctx, n_threads, mtp=True, head=False, cache=cache)
-    reading = HangingReading(context, recorded, block, KeptRows(trimmed.file, n_threads))
-    return ModelDrafter(None, reading, trimmed.d2t, dynamic)
-
-
-def _require_product(block: MtpBlock, trimmed: Trimmed, model: Model, n_threads: int | None) -> None:
-    """Raise EngineError unless rows times the block's state are its logits, as one step of llama.cpp's own shows."""
-    with PairContext(model, 8, n_threads, mtp=True) as context:
-        logits, states = context.pairs([0], np.ones((1, block.n_embd), np.float32), True)
-        expected = logits[0, trimmed.d2t]
-        found = KeptRows(trimmed.file, n_threads)(block.hidden(states[0]))
+    rows = kept_rows(trimmed.file, n_threads)
+    with PairContext(model, 8, n_threads, mtp=True) as probe:  # one step of llama.cpp's own, with its head
+        logits, states = probe.pairs([0], np.ones((1, block.n_embd), np.float32), True)
+        expected, found = logits[0, trimmed.d2t], rows(block.hidden(states[0]))
     if not np.abs(found - expected).max() <= NEAR * np.ptp(expected):
         raise EngineError(
             f"{trimmed.file.path}: its rows are not the head of {block.file.path}; cut it again with --mtp"
         )
+    context = PairContext(model, n_ctx, n_threads, mtp=True, head=False, cache=cache)
+    return ModelDrafter(None, HangingReading(context, recorded, block, rows), trimmed.d2t, dynamic)
 
 
 def _dynamic(trimmed: Trimmed, vocab: str, n_ids: int, n_threads: int | None) -> DynamicHead:
@@ -344,7 +338,7 @@ def _dynamic(trimmed: Trimmed, vocab: str, n_ids: int, n_threads: int | None) ->
         raise EngineError(
             f"{trimmed.companion.path}: holds no speculator; make one with `python -m gguf_trim speculator`"
         )
-    return DynamicHead(trimmed, Backend(n_threads or physical_cores()), speculator, n_ids=n_ids)
+    return DynamicHead(trimmed, Backend(n_threads), speculator, n_ids=n_ids)
 
 
 def _multiplies(dynamic: DynamicHead, context: Context, embeddings: EmbeddingTable) -> bool:

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from gguf_trim.hanging import HangingHead
-from gguf_trim.mtp import KeptRows, MtpBlock
+from gguf_trim.mtp import MtpBlock
+from llamabase.ggml import Product
 from llamabase.llama import Context
 from llamabase.states import PairContext, Recorded
 
@@ -172,7 +173,7 @@ class HangingReading:
     """
 
     def __init__(
-        self, context: PairContext, recorded: Recorded, head: HangingHead | MtpBlock, rows: KeptRows | None = None
+        self, context: PairContext, recorded: Recorded, head: HangingHead | MtpBlock, rows: Product | None = None
     ) -> None:
         self.context: PairContext = context
         self._recorded, self._head, self._rows = recorded, head, rows
@@ -214,7 +215,7 @@ class HangingReading:
 
     @property
     def seconds(self) -> float:
-        return self.context.seconds + (0.0 if self._rows is None else self._rows.seconds)
+        return self.context.seconds + (0.0 if self._rows is None else self._rows.backend.seconds)
 
     def _pairs(self, text: Sequence[int]) -> int:
         """Pairs of the cache that belong to `text`, its last one left out, which a step needs anew."""

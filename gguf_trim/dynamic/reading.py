@@ -11,15 +11,16 @@ import numpy as np
 
 from corpus.answers import TargetAnswer, read_answers, ready_answers
 from corpus.prompts import spread
+from llamabase.ggml import Product
 from llamabase.gguf_file import GGUFFile
 from llamabase.llama import Context, Model
 from llamabase.progress import progress
-from llamabase.states import FinalStates, LayerInputs, PairContext, Recorded
+from llamabase.states import PairContext, Recorded
 from llamabase.vocabulary import Vocabulary
 
 from ..companion import Trimmed
 from ..hanging import EAGLE3, HangingHead
-from ..mtp import MTP, KeptRows, MtpBlock
+from ..mtp import MTP, MtpBlock, kept_rows
 from .speculator import Speculator, fit
 
 CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
@@ -67,7 +68,7 @@ def read_hanging(
     answers: Sequence[TargetAnswer],
     advance: Callable[[int], object],
     n_threads: int | None = None,
-    rows: KeptRows | None = None,
+    rows: Product | None = None,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """`read_through` of whole answers for what hangs on a target: what it makes of the target's states, before it goes
     on from its own. Of a first token nothing is made.
@@ -78,13 +79,12 @@ def read_hanging(
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(Model(target))
         context = stack.enter_context(Context(model, longest, n_threads))
-        recorded: Recorded
         if isinstance(head, MtpBlock):
-            recorded = FinalStates.of(context)
+            recorded = Recorded.of(context)
             pairs = PairContext(model, longest, n_threads, n_outputs=PAIR_ROWS, mtp=True, head=False)
         else:
             head.require_target(GGUFFile(target), Vocabulary(GGUFFile(target)))
-            recorded = LayerInputs.of(context, GGUFFile(target).architecture, head.layers)
+            recorded = Recorded.of(context, GGUFFile(target).architecture, head.layers)
             own = stack.enter_context(Model(head.file.path))
             pairs = PairContext(own, longest, n_threads, context, n_outputs=PAIR_ROWS)
         stack.enter_context(pairs)
@@ -148,7 +148,7 @@ class Reading:
         states, rights = [], [[False] * len(found.answer) for found in answers]
         with progress(title, len(answers), "answers") as advance:
             if target is not None and (file := GGUFFile(drafter)).architecture == MTP:
-                block, kept = MtpBlock.of(GGUFFile(target)), KeptRows(file, n_threads)
+                block, kept = MtpBlock.of(GGUFFile(target)), kept_rows(file, n_threads)
                 steps = read_hanging(block, target, answers, advance, n_threads, kept)
             elif target is not None and file.architecture == EAGLE3:
                 steps = read_hanging(HangingHead.of(file), target, answers, advance, n_threads)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llamabase.ggml import Backend
-from llamabase.llama import physical_cores
 
 from ..dynamic.rows import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
 from ..dynamic.speculator import Speculator
@@ -48,7 +47,7 @@ class AddedRows:
     ) -> None:
         self._rank, self._speculator, self._score, self._ids = rank, speculator, None, ids
         if speculator is not None:
-            self._score = scorer(Backend(n_threads or physical_cores()), speculator)
+            self._score = scorer(Backend(n_threads), speculator)
         self._recents = {k: Recent(rank >= k, CONTEXT_ROWS) for k in CORES if k < len(rank)}
         self._others = {k: np.flatnonzero(rank >= k) for k in self._recents}
         vocabs = ("context",) if speculator is None else ("context", "spec")

@@ -25,7 +25,6 @@ from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked, read_text
 from llamabase.ggml import Backend, Product, Table, quantize_rows
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import physical_cores
 from llamabase.noise import Noise
 from llamabase.sampling import GREEDY
 
@@ -124,7 +123,7 @@ def _heads(files: Files, n_threads: int | None) -> dict[str, Step]:
         file = GGUFFile(files.full)
         head = head_tensor(file)
     rows = np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
-    backend, hidden = Backend(n_threads or physical_cores()), np.ones(head.shape[0], np.float32)
+    backend, hidden = Backend(n_threads), np.ones(head.shape[0], np.float32)
 
     def step(k: int) -> Step:
         product = Product(backend, Table(rows, head.type, head.shape[0]), n_rows=k)

@@ -101,53 +101,60 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
         return _plan_mtp(MtpBlock.of(file), choose)
     if file.architecture in HANGING:
         return _plan_hanging(HangingHead.of(file), choose, target)
-    vocabulary = Vocabulary(file)
+    vocabulary, arch = Vocabulary(file), file.architecture
     embedding = file.tensors[EMBEDDING]
     keep = choose(vocabulary, embedding.n_rows)
-    identity = source_identity(file)
-    arch = file.architecture
     cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
-    scale = float(np.float32(math.sqrt(embedding.shape[0]))) if arch in SCALED_TOKEN_INPUTS else 1.0
-    common = _common(file, identity, vocabulary, embedding.n_rows, scale)
-    kept_keys = [key for key in file.fields if not key.startswith("tokenizer.") and key != f"{arch}.vocab_size"]
-    trimmed_fields = [
-        *(file.raw(key) for key in kept_keys),
+    fields = [
+        *(file.raw(key) for key in file.fields if not key.startswith("tokenizer.") and key != f"{arch}.vocab_size"),
         field(f"{arch}.vocab_size", keep.k),
         field("tokenizer.ggml.model", "none"),
-        *common,
-        *_kept(keep),
     ]
     pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()]
-    companion_keys = [key for key in file.fields if key.startswith(("tokenizer.", "general."))]
-    companion_fields = [*(file.raw(key) for key in companion_keys), *common, field("gguf_trim.companion", True)]
-    companion_pieces = [Piece(file.tensors[name]) for name in sorted(cut_names)]
-    return Cut(
-        source=file,
-        identity=identity,
-        keep=keep,
-        trimmed=Output.of(trimmed_fields, pieces, file.alignment),
-        companion=Output.of(companion_fields, companion_pieces, file.alignment),
-    )
+    whole = [Piece(file.tensors[name]) for name in sorted(cut_names)]
+    scale = float(np.float32(math.sqrt(embedding.shape[0]))) if arch in SCALED_TOKEN_INPUTS else 1.0
+    return _cut(file, keep, vocabulary, embedding.n_rows, fields, pieces, whole, scale=scale)
 
 
-def _common(
-    file: GGUFFile, identity: str, vocabulary: Vocabulary, n_vocab: int, embedding_scale: float = 1.0
-) -> list[bytes]:
-    """What both outputs say."""
-    return [
+def _cut(
+    file: GGUFFile,
+    keep: Keep,
+    vocabulary: Vocabulary,
+    n_vocab: int,
+    fields: list[bytes],
+    pieces: list[Piece],
+    whole: list[Piece],
+    named: GGUFFile | None = None,
+    scale: float = 1.0,
+    mtp: bool = False,
+) -> Cut:
+    """Both outputs: the trimmed file with `fields` and what both say, the companion with the tokenizer of `named` (the
+    file itself for None). `scale` is that of embeddings."""
+    identity = source_identity(file)
+    common = [
         field("gguf_trim.version", FORMAT_VERSION),
         field("gguf_trim.source", file.path.name),
         field("gguf_trim.source_id", identity),
         field("gguf_trim.vocab_size", n_vocab),
         field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
-        field("gguf_trim.embedding_scale", embedding_scale),
+        field("gguf_trim.embedding_scale", scale),
     ]
-
-
-def _kept(keep: Keep) -> list[bytes]:
-    coverage = [] if keep.coverage is None else [field("gguf_trim.coverage", float(keep.coverage))]
-    counts = [field("gguf_trim.k", keep.k), field("gguf_trim.forced", keep.n_forced)]
-    return [*counts, field("gguf_trim.d2t", keep.ids), *coverage]
+    kept = [field("gguf_trim.k", keep.k), field("gguf_trim.forced", keep.n_forced), field("gguf_trim.d2t", keep.ids)]
+    if keep.coverage is not None:
+        kept.append(field("gguf_trim.coverage", float(keep.coverage)))
+    named = named or file
+    words = [
+        *(file.raw(key) for key in file.fields if key.startswith("general.")),
+        *(named.raw(key) for key in named.fields if key.startswith("tokenizer.")),
+    ]
+    return Cut(
+        source=file,
+        identity=identity,
+        keep=keep,
+        trimmed=Output.of([*fields, *common, *kept], pieces, file.alignment),
+        companion=Output.of([*words, *common, field("gguf_trim.companion", True)], whole, file.alignment),
+        mtp=mtp,
+    )
 
 
 def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path | None) -> Cut:
@@ -165,38 +172,17 @@ def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path |
     vocabulary = Vocabulary(named)
     if target_file is not None:
         head.require_target(target_file, Vocabulary(target_file))
-    whole = head_tensor(source)
-    order = np.arange(whole.n_rows) if head.ids is None else head.ids
+    cut_head = replace(head_tensor(source), name=HEAD)
+    order = np.arange(cut_head.n_rows) if head.ids is None else head.ids
     row_of = row_by_id(order, head.n_vocab)
     keep = choose(vocabulary, head.n_vocab, having=row_of >= 0, multiple=MULTIPLE)
-    identity = source_identity(file)
-    common = _common(file, identity, vocabulary, head.n_vocab)
     size_key = f"{file.architecture}.vocab_size"
-    trimmed_fields = [
-        *(file.raw(key) for key in file.fields if key != size_key),
-        field(size_key, head.n_vocab),
-        *common,
-        *_kept(keep),
-    ]
-    cut_head = replace(whole, name=HEAD)
-    pieces = [Piece(tensor) for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
+    fields = [*(file.raw(key) for key in file.fields if key != size_key), field(size_key, head.n_vocab)]
     rows = np.sort(row_of[keep.ids])
+    pieces = [Piece(tensor) for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
     pieces += [Piece(cut_head, rows, source.path), _d2t_piece(order[rows])]
-    companion_keys = [key for key in named.fields if key.startswith("tokenizer.")]
-    companion_fields = [
-        *(file.raw(key) for key in file.fields if key.startswith("general.")),
-        *(named.raw(key) for key in companion_keys),
-        *common,
-        field("gguf_trim.companion", True),
-    ]
-    companion_pieces = [Piece(cut_head, file=source.path)] + ([] if head.ids is None else [_d2t_piece(head.ids)])
-    return Cut(
-        source=file,
-        identity=identity,
-        keep=keep,
-        trimmed=Output.of(trimmed_fields, pieces, file.alignment),
-        companion=Output.of(companion_fields, companion_pieces, file.alignment),
-    )
+    whole = [Piece(cut_head, file=source.path)] + ([] if head.ids is None else [_d2t_piece(head.ids)])
+    return _cut(file, keep, vocabulary, head.n_vocab, fields, pieces, whole, named)
 
 
 def _plan_mtp(block: MtpBlock, choose: Callable[..., Keep]) -> Cut:
@@ -204,27 +190,10 @@ def _plan_mtp(block: MtpBlock, choose: Callable[..., Keep]) -> Cut:
     file = block.file
     vocabulary = Vocabulary(file)
     keep = choose(vocabulary, block.n_vocab, multiple=MULTIPLE)
-    identity = source_identity(file)
-    common = _common(file, identity, vocabulary, block.n_vocab)
     named = [file.raw(key) for key in file.fields if key in ("general.name", "general.license")]
-    whole = replace(block.head, name=HEAD)
-    companion_fields = [
-        *(file.raw(key) for key in file.fields if key.startswith(("tokenizer.", "general."))),
-        *common,
-        field("gguf_trim.companion", True),
-    ]
-    return Cut(
-        source=file,
-        identity=identity,
-        keep=keep,
-        trimmed=Output.of(
-            [field("general.architecture", MTP), *named, *common, *_kept(keep)],
-            [Piece(whole, keep.ids)],
-            file.alignment,
-        ),
-        companion=Output.of(companion_fields, [Piece(whole)], file.alignment),
-        mtp=True,
-    )
+    fields = [field("general.architecture", MTP), *named]
+    head = replace(block.head, name=HEAD)
+    return _cut(file, keep, vocabulary, block.n_vocab, fields, [Piece(head, keep.ids)], [Piece(head)], mtp=True)
 
 
 def _d2t_piece(ids: np.ndarray) -> Piece:

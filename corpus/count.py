@@ -8,7 +8,6 @@ import unicodedata
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def count(
     """
     dense: dict[tuple[str, str, bool], np.ndarray] = {}
     total, started = 0, time.perf_counter()
-    with closing(Counter(tokenizer)) as counter:
+    with Counter(tokenizer) as counter:
         reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), bad)
         for source in map(str, sources):
             begun = total

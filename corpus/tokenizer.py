@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
+from llamabase.llama import Closing, Model
 from llamabase.vocabulary import Vocabulary
 
 # How llama.cpp splits text before merging, by `tokenizer.ggml.pre`: one expression after the other.
@@ -65,7 +65,7 @@ def _fast(file: GGUFFile, vocabulary: Vocabulary) -> Any:
     return tokenizer
 
 
-class Counter:
+class Counter(Closing):
     """Counts tokens of many texts in one vocabulary; `engine` says what tokenizes ("tokenizers" or "llama.cpp")."""
 
     def __init__(self, path: Path) -> None:

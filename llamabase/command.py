@@ -29,50 +29,36 @@ def quantisation(text: str) -> str:
         raise click.BadParameter(str(error)) from None
 
 
-class Commands(click.Group):
-    """A group of commands that reports TrimError as one sentence; click itself reports wrong usage with 2."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        return _reporting(super().main, *args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        return _interruptible(super().invoke, ctx)
-
-
 class OneCommand(click.Command):
-    """The same for a module with a single command."""
+    """A command that reports TrimError as one sentence; click itself reports wrong usage with 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        return _reporting(super().main, *args, **kwargs)
+        take_back()
+        # A stream that was closed is read and written as if it were empty.
+        sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+        sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+        try:
+            return super().main(*args, **kwargs)
+        except TrimError as error:
+            stderr.print(f"Error: {error}", markup=False)
+        except OSError as error:
+            # What no caller could name better: a folder that may not be entered, a name too long, a full stdout.
+            where = "the output" if error.filename is None else error.filename
+            stderr.print(f"Error: {where}: {error.strerror or error}", markup=False)
+            with contextlib.suppress(OSError):
+                sys.stdout.close()  # or Python says it again at exit
+        sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
-        return _interruptible(super().invoke, ctx)
+        """Click itself would exit with 1, as for an error."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            stderr.print("Interrupted")
+            ctx.exit(130)
 
 
-def _reporting(main: Any, *args: Any, **kwargs: Any) -> Any:
-    take_back()
-    # A stream that was closed is read and written as if it were empty.
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
-    try:
-        return main(*args, **kwargs)
-    except TrimError as error:
-        stderr.print(f"Error: {error}", markup=False)
-    except OSError as error:
-        # What no caller could name better: a folder that may not be entered, a name too long, a full stdout.
-        where = "the output" if error.filename is None else error.filename
-        stderr.print(f"Error: {where}: {error.strerror or error}", markup=False)
-        with contextlib.suppress(OSError):
-            sys.stdout.close()  # or Python says it again at exit
-    sys.exit(1)
-
-
-def _interruptible(invoke: Any, ctx: click.Context) -> Any:
-    """Click itself would exit with 1, as for an error."""
-    try:
-        return invoke(ctx)
-    except KeyboardInterrupt:
-        stderr.print("Interrupted")
-        ctx.exit(130)
+class Commands(OneCommand, click.Group):
+    """The same for a group of commands."""

@@ -43,7 +43,7 @@ class Kind:
         if path is not None:
             while not path.parent.exists():  # its folder will be made
                 path = path.parent
-            with _sibling(path, self, keep=False) as file:
+            with write_whole(path, self, keep=False) as file:
                 file.write(bytes(4096))
 
     def require_own(self, path: Path) -> None:
@@ -95,8 +95,13 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _sibling(path: Path, kind: Kind, keep: bool) -> Iterator[BinaryIO]:
-    """A temporary sibling of `path`, open for writing; it ends on the disk, and under that name or gone."""
+def write_whole(path: Path, kind: Kind, keep: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise, or unless `keep`, it is
+    gone.
+
+    Raises TrimError in one sentence where a file of another kind is there, and where the folder is missing, not
+    writable or full.
+    """
     part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         kind.require_own(path)
@@ -117,15 +122,6 @@ def _sibling(path: Path, kind: Kind, keep: bool) -> Iterator[BinaryIO]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TrimError(f"{path}: the disk is full; free some room or write elsewhere") from error
         raise TrimError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def write_whole(path: Path, kind: Kind) -> contextlib.AbstractContextManager[BinaryIO]:
-    """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise it is gone.
-
-    Raises TrimError in one sentence where a file of another kind is there, and where the folder is missing, not
-    writable or full.
-    """
-    return _sibling(Path(path), kind, keep=True)
 
 
 @contextlib.contextmanager

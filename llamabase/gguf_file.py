@@ -35,19 +35,11 @@ _WEIGHT = re.compile(r"(token_embd|output|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
-# numpy's names for the fixed-size value types; a bool is one byte.
+# numpy has the same names for value types of a fixed size; a bool is one byte.
 _SCALARS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
+    kind: np.dtype(kind.name.lower()).newbyteorder("<")
+    for kind in GGUFValueType
+    if kind not in (GGUFValueType.STRING, GGUFValueType.ARRAY)
 }
 
 
@@ -170,7 +162,7 @@ class GGUFFile:
             for _ in range(count):
                 position += 8 + unpack(buffer, position)[0]
         elif kind in _SCALARS:
-            position += count * np.dtype(_SCALARS[kind]).itemsize
+            position += count * _SCALARS[kind].itemsize
         else:
             raise self._bad(f"the key {key} holds an array of arrays")
         if position > self.size:

@@ -59,7 +59,7 @@ class Grammar(Owner):
 
     def accept(self, token: int) -> None:
         """Go on by a token. Raises ValueError for one that is not allowed: llama.cpp would end the process on it."""
-        tokens = Tokens(np.array([token]), np.zeros(1))
+        tokens = Tokens.of(np.array([token]), np.zeros(1))
         tokens.apply(self._sampler)
         if tokens.left["logit"][0] != 0:
             raise ValueError(f"the grammar does not allow token {token} here")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -80,20 +80,27 @@ def backends() -> dict[str, str]:
     return found
 
 
-class Owner:
-    """Something that holds memory of llama.cpp's: closed by `with`, by close(), at the latest by the collector."""
+T = TypeVar("T")
 
-    def __enter__(self) -> Any:
+
+class Closing:
+    """Something that is closed by `with`, or by close()."""
+
+    def __enter__(self: T) -> T:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         raise NotImplementedError
+
+
+class Owner(Closing):
+    """Something that holds memory of llama.cpp's: the collector closes it at the latest."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Model(Owner):
@@ -230,7 +237,7 @@ class Context(Owner):
     ) -> None:
         self._ctx = None
         self._batches: list[Any] = []
-        self.recorders: list[Any] = []  # of what the layers are given, see `states.LayerInputs`
+        self.recorders: list[Any] = []  # of what the layers are given, see `states.Recorded`
         self.model = model
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -441,22 +448,17 @@ _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]) 
 class Tokens:
     """Tokens as llama.cpp's samplers see them: an array in numpy's memory that shrinks and changes as they act."""
 
-    def __init__(self, ids: np.ndarray, logits: np.ndarray) -> None:
-        memory = np.empty(len(logits), _TOKEN)
-        memory["id"], memory["logit"], memory["p"] = ids, logits, 0
-        self._see(memory)
-
-    @classmethod
-    def of(cls, left: np.ndarray) -> Tokens:
-        """A part of what is `left` of others; takes its memory, which no one else may hold."""
-        tokens = cls.__new__(cls)
-        tokens._see(left)
-        return tokens
-
-    def _see(self, memory: np.ndarray) -> None:
+    def __init__(self, memory: np.ndarray) -> None:
+        """`memory`: an array of _TOKEN that no one else may hold."""
         self._memory = memory
         pointer = ctypes.cast(memory.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data))
         self._array = llama_cpp.llama_token_data_array(data=pointer, size=len(memory), selected=-1, sorted=False)
+
+    @classmethod
+    def of(cls, ids: np.ndarray, logits: np.ndarray) -> Tokens:
+        memory = np.empty(len(logits), _TOKEN)
+        memory["id"], memory["logit"], memory["p"] = ids, logits, 0
+        return cls(memory)
 
     def apply(self, sampler: Any) -> None:
         """Let one of llama.cpp's samplers act."""

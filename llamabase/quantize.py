@@ -10,7 +10,7 @@ import llama_cpp
 from gguf.constants import GGMLQuantizationType
 
 from .errors import EngineError
-from .files import require_room
+from .files import CACHED, require_room, write_whole
 from .gguf_file import GGUFFile, bytes_of
 from .interrupt import interruptible
 from .llama import LAST_ERRORS, last_error, physical_cores, start
@@ -50,13 +50,9 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     params.ftype = _FTYPES[type_]
     params.allow_requantize = True
     params.nthread = physical_cores()
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     LAST_ERRORS.clear()
-    try:
+    with write_whole(out, CACHED) as file:
         with interruptible():
-            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
+            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file.name), ctypes.byref(params))
         if code:
             raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {last_error()}")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)

@@ -88,10 +88,10 @@ class Chain(Owner):
             return Distribution(_best(tokens.left)["id"], np.ones(1))
         for name, sampler in self._rest:
             if name == "temperature" and self._sampling.greedy:
-                tokens = Tokens.of(_best(tokens.left))
+                tokens = Tokens(_best(tokens.left))
             elif name == "typ_p":
                 left = tokens.left
-                tokens = Tokens.of(left[left["logit"] > left["logit"].max() - _NOTHING])
+                tokens = Tokens(left[left["logit"] > left["logit"].max() - _NOTHING])
                 tokens.apply(sampler)
             elif name != "xtc" or self._acts():
                 tokens.apply(sampler)
@@ -149,10 +149,10 @@ class Chain(Owner):
                 continue
             places = likeliest(logits, n)
             shown = logits[places]
-            tokens = self._led(Tokens(places if ids is None else ids[places], shown))
+            tokens = self._led(Tokens.of(places if ids is None else ids[places], shown))
             if np.count_nonzero(tokens.left["logit"] >= max(shown.min(), _LEAST)) >= sight:
                 return tokens
-        return self._led(Tokens(np.arange(len(logits)) if ids is None else ids, logits))
+        return self._led(Tokens.of(np.arange(len(logits)) if ids is None else ids, logits))
 
     def _led(self, tokens: Tokens) -> Tokens:
         for sampler in self._first:

@@ -6,25 +6,13 @@ import hashlib
 import re
 import struct
 from collections import Counter
-from enum import IntEnum
 from functools import cached_property, lru_cache
 
 import numpy as np
+from gguf.constants import TokenType
 
 from .errors import FileFormatError, VocabularyMismatch
 from .gguf_file import GGUFFile
-
-
-class TokenType(IntEnum):
-    """llama.cpp's token types (`tokenizer.ggml.token_type`)."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
 
 # Names under which llama.cpp recognises the end of a turn even where the metadata names no such id.
 END_OF_TURN = {

@@ -10,7 +10,6 @@ llm = Llama("target.gguf", n_ctx=2048, logits_all=True, draft_model=draft)
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 from gguf_trim.companion import Trimmed
 from llamabase.errors import EngineError, VocabularyMismatch
 from llamabase.gguf_file import GGUFFile
+from llamabase.llama import Closing
 from llamabase.noise import Noise
 from llamabase.sampling import GREEDY
 from llamabase.vocabulary import Vocabulary
@@ -29,7 +29,7 @@ from .drafter import AUTO, ModelDrafter, open_drafter
 _NO_NOISE = Noise(0)  # greedy drafts have none
 
 
-class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is untyped
+class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the package is untyped
     """Drafts num_pred_tokens tokens greedily from a drafter GGUF; for one `Llama` at a time, in one thread.
 
     With `target`, the path that `Llama` loads, the pair is checked here and VocabularyMismatch raised for a wrong one.
@@ -93,9 +93,3 @@ class TrimmedDraft(LlamaDraftModel):  # type: ignore[misc]  # the package is unt
         if self._drafter is not None:
             self._drafter.close()
             self._drafter = None
-
-    def __enter__(self) -> TrimmedDraft:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from gguf_trim.cut import companion_path
 from llamabase.errors import EngineError
 from llamabase.ggml import release_threads
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import F16, Cache, Context, Model
+from llamabase.llama import F16, Cache, Closing, Context, Model
 from llamabase.noise import Noise
 from llamabase.remembered import key_of
 from llamabase.sampling import Sampling
@@ -109,7 +108,7 @@ class Record:
         return text
 
 
-class Engine:
+class Engine(Closing):
     """A target and, where `draft` is given, a drafter of the same vocabulary; `vocab`: see `open_drafter`.
 
     n_ctx_draft: tokens the drafter remembers, where that is fewer; cache, cache_draft: types of the two KV caches.
@@ -183,12 +182,6 @@ class Engine:
             other.close()
             raise
         return other
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._auto is not None and self._first is None:

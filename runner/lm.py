@@ -17,13 +17,12 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
 from llamabase.errors import EngineError
 from llamabase.grammar import schema_grammar
-from llamabase.llama import F16, Cache
+from llamabase.llama import F16, Cache, Closing
 from llamabase.sampling import Sampling
 
 from .drafter import AUTO
@@ -103,7 +102,7 @@ class _Answer:
         return inspect.getgeneratorstate(self.pieces) == inspect.GEN_RUNNING
 
 
-class SpeculativeLM:
+class SpeculativeLM(Closing):
     """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
 
     The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
@@ -223,12 +222,6 @@ class SpeculativeLM:
         with self._lock:
             if not self._busy:  # else the generation frees them when it ends
                 self._engine.close()
-
-    def __enter__(self) -> SpeculativeLM:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def _require_open(self) -> None:
         if self._closed:

@@ -14,8 +14,8 @@ import click
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
 from llamabase.command import FILE
-from llamabase.errors import FileFormatError, SettingError, TrimError
-from llamabase.files import require_regular
+from llamabase.errors import SettingError, TrimError
+from llamabase.files import read_text
 from llamabase.grammar import schema_grammar
 from llamabase.llama import CACHE_TYPES, F16, Cache
 from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
@@ -200,25 +200,17 @@ def _logit_bias(given: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def _read(path: Path) -> str:
-    require_regular(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path}: is not text in UTF-8: {error.reason} at byte {error.start}") from error
-
-
 def _grammar(grammar: str | None, grammar_file: Path | None, schema: str | None, schema_file: Path | None) -> str:
     if sum(given is not None for given in (grammar, grammar_file, schema, schema_file)) > 1:
         raise click.UsageError("give one of --grammar, --grammar-file, --json-schema and --json-schema-file")
     if schema_file is not None:
-        schema = _read(schema_file)
+        schema = read_text(schema_file, "a JSON schema")
     if schema is not None:
         try:
             return schema_grammar(schema)
         except TrimError as error:
             raise click.UsageError(str(error)) from error
-    return grammar or (_read(grammar_file) if grammar_file is not None else "")
+    return grammar or (read_text(grammar_file, "a grammar") if grammar_file is not None else "")
 
 
 # Flags, the field of Sampling that each sets, and what it does.

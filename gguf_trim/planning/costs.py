@@ -16,7 +16,7 @@ import numpy as np
 
 from llamabase.ggml import Backend
 from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model, physical_cores
+from llamabase.llama import Context, Model
 from llamabase.progress import progress
 from llamabase.quantize import quantize
 from llamabase.states import PairContext
@@ -211,7 +211,7 @@ def _cost_by_k(
         trimmed = Trimmed.open(path)
         steps[k] = (run := step(path, trimmed))(None)
         if speculator is not None and k == core:
-            backend, n_ids = Backend(n_threads or physical_cores()), len(trimmed.row_of)
+            backend, n_ids = Backend(n_threads), len(trimmed.row_of)
             for vocab, using in (("context", None), ("spec", speculator)):
                 head = DynamicHead(trimmed, backend, using)
                 head.follow(np.linspace(core, n_ids - 1, N_CONTEXT // 2).astype(int).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -28,6 +29,7 @@ from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, open_drafter
 from .measured import recall_known, remember_known, step_costs
 from .reading import Reader
 from .speculative import Round, generate
+from .stops import Hold
 
 REWINDS = 7  # drafts of a round that a recurrent target can take back: each costs the memory of its whole state
 
@@ -51,28 +53,18 @@ class Record:
     prompt_seconds: float = 0.0
     finish_reason: str = "cancelled"
     token_ids: list[int] = field(default_factory=list, repr=False)
-    stopped: int = 0  # characters up to the end of a stop string, where there was one
+    stood: list[int] = field(default_factory=list, repr=False)  # drafts accepted, by round that drafted
 
     def add(self, round_: Round) -> None:
-        self.tokens += len(round_.tokens)
-        self.token_ids += round_.tokens
+        """Take a round's figures; its tokens are counted as they are given out."""
         self.rounds += 1
         self.drafted += len(round_.drafted)
         self.accepted += round_.accepted
+        self.stood += [round_.accepted] if round_.drafted else []
         self.draft_seconds += round_.draft_seconds
         self.verify_seconds += round_.verify_seconds
         self.host_seconds += round_.host_seconds
         self.finish_reason = round_.finish or self.finish_reason
-
-    def end_at(self, n: int, piece: Callable[[int], bytes]) -> None:
-        """Leave out the tokens after the one that completes the n-th character: a round may have gone on. 0: none."""
-        decoder, n_read = codecs.getincrementaldecoder("utf-8")("replace"), 0
-        for i, token in enumerate(self.token_ids if n else ()):
-            n_read += len(decoder.decode(piece(token)))
-            if n_read >= n:
-                del self.token_ids[i + 1 :]
-                self.tokens = i + 1
-                return
 
     @property
     def seconds(self) -> float:
@@ -261,31 +253,41 @@ class Engine(Closing):
             look=look,
         )
 
-    def answer(
-        self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
-    ) -> Generator[str, None, None]:
-        """The same as text, piece by piece, each whole in UTF-8; fills `record` as it goes."""
-        return (text for text, _ in self.pieces(prompt, sampling, record, **settings))
-
     def pieces(
+        self, prompt: Sequence[int], sampling: Sampling, record: Record, stops: Sequence[str] = (), **settings: Any
+    ) -> Generator[tuple[str, bool], None, None]:
+        """The same as text, up to a stop string: pieces, each whole in UTF-8, and whether it was drafted and accepted.
+
+        Fills `record` as it goes.
+        """
+        hold = Hold(stops)
+        with contextlib.closing(self.spoken(prompt, sampling, record, **settings)) as spoken:
+            for text, drafted in hold.through(spoken):
+                record.text += text
+                yield text, drafted
+        if hold.stopped:
+            record.finish_reason = "stop"
+
+    def spoken(
         self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
     ) -> Generator[tuple[str, bool], None, None]:
-        """`answer`'s pieces, and of each whether it was drafted and accepted.
+        """Token by token, but for one that ends the answer: its text, and whether it was drafted and accepted.
 
-        A character split over a draft and the target's own token belongs to the one that completes it; one that the
-        answer breaks off in is left out.
+        A character that is split over tokens belongs to the one that completes it; one that the answer breaks off in is
+        left out. Fills `record` but for its text.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)
-        rounds = self.rounds(prompt, sampling, **settings)  # which may measure what steps cost first
+        rounds: Any = self.rounds(prompt, sampling, **settings)  # which may measure what steps cost first
         started = time.perf_counter()
-        for round_ in rounds:
-            if not record.rounds:
-                first = round_.draft_seconds + round_.verify_seconds + round_.host_seconds
-                record.prompt_seconds = time.perf_counter() - started - first
-            record.add(round_)
-            shown = round_.tokens[:-1] if round_.finish == "stop" else round_.tokens
-            for tokens, drafted in ((shown[: round_.accepted], True), (shown[round_.accepted :], False)):
-                if text := decoder.decode(b"".join(self.model.piece(token) for token in tokens)):
-                    record.text += text
-                    yield text, drafted
+        with contextlib.closing(rounds):
+            for round_ in rounds:
+                if not record.rounds:
+                    first = round_.draft_seconds + round_.verify_seconds + round_.host_seconds
+                    record.prompt_seconds = time.perf_counter() - started - first
+                record.add(round_)
+                for i, token in enumerate(round_.tokens, 1):
+                    record.tokens += 1
+                    record.token_ids.append(token)
+                    if round_.finish != "stop" or i < len(round_.tokens):
+                        yield decoder.decode(self.model.piece(token)), i <= round_.accepted

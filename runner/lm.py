@@ -15,7 +15,7 @@ import inspect
 import json
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,41 +46,6 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
             others = ("json_schema", "max_tokens", "stop", "seed", "draft_max")
             raise TypeError(f"there is no setting {name!r}; there are {', '.join([*known, *others])}")
     return Sampling(**{known[name]: value for name, value in settings.items()})
-
-
-def before_stop(held: str, stops: Sequence[str]) -> tuple[int, int]:
-    """(characters before a stop string or what may yet become one, those up to the end of it where it is complete)."""
-    if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
-        end, at = min(found)
-        return at, end
-    begun = (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
-    return len(held) - max(begun, default=0), 0
-
-
-def until(pieces: Iterable[str], stops: Sequence[str], record: Record) -> Generator[str, None, None]:
-    """Pieces up to the stop string that is complete first (of several that end together, the longest).
-
-    What may yet become a stop string waits, so no half of one is given out, however the text is cut into pieces.
-    Sets the record's text to what was given out.
-    """
-    given = held = ""
-    try:
-        for piece in pieces:
-            held += piece
-            end, found = before_stop(held, stops)
-            if found:
-                record.finish_reason, record.stopped = "stop", len(given) + found
-            out, held = held[:end], "" if found else held[end:]
-            given += out
-            if out:
-                yield out
-            if found:
-                return
-        given += held
-        if held:
-            yield held
-    finally:
-        record.text = given
 
 
 class _Answer:
@@ -186,11 +151,11 @@ class SpeculativeLM(Closing):
         if not template and not isinstance(messages, str):
             raise TypeError("without the template the prompt is a string, not messages")
         self._require_open()
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "stops": stops}
         if draft_max not in (None, "auto"):
             settings["draft_max"] = draft_max
         record = Record() if record is None else record
-        answer = _Answer(self._pieces(messages, template, chosen, stops, record, settings))
+        answer = _Answer(self._pieces(messages, template, chosen, record, settings))
         stream = self._run(answer)
         answer.stream = weakref.ref(stream)
         return stream
@@ -236,19 +201,12 @@ class SpeculativeLM(Closing):
         return model.tokenize(messages) or ([] if model.bos is None else [model.bos])
 
     def _pieces(
-        self,
-        messages: Messages,
-        template: bool,
-        sampling: Sampling,
-        stops: Sequence[str],
-        record: Record,
-        settings: dict[str, Any],
+        self, messages: Messages, template: bool, sampling: Sampling, record: Record, settings: dict[str, Any]
     ) -> Generator[str, None, None]:
-        with contextlib.closing(
-            self._engine.answer(self._prompt(messages, template), sampling, record, **settings)
-        ) as pieces:
-            yield from until(pieces, stops, record)
-        record.end_at(record.stopped, self._engine.model.piece)
+        prompt = self._prompt(messages, template)
+        with contextlib.closing(self._engine.pieces(prompt, sampling, record, **settings)) as pieces:
+            for text, _ in pieces:
+                yield text
 
     def _run(self, answer: _Answer) -> Generator[str, None, None]:
         """The pieces of an answer, each computed under the lock; between them others may cancel or close."""

@@ -30,7 +30,6 @@ class Round:
 
     Seconds are wall time; draft and verify count time inside llama.cpp only, host is everything else of the round.
     `finish` is "stop" (an end token, which is the last of `tokens`) or "length" on the last round, else None.
-    `seen` is what was made of the logits before each of `tokens`, where that was asked for.
     """
 
     tokens: list[int]
@@ -40,7 +39,6 @@ class Round:
     verify_seconds: float
     host_seconds: float
     finish: str | None = None
-    seen: Any = None
 
 
 def generate(
@@ -96,7 +94,7 @@ def generate(
             end = next((i for i, token in enumerate(tokens) if is_end(token)), None)
             if end is not None:
                 del tokens[end + 1 :]
-            seen = look(logits[: len(tokens)], tokens)
+            look(logits[: len(tokens)], tokens)
             text += tokens
             left -= len(tokens)
             # What was emitted last has not been read yet.
@@ -114,7 +112,6 @@ def generate(
                 verify_seconds,
                 seconds - draft_seconds - verify_seconds,
                 "stop" if end is not None else "length" if left <= 0 else None,
-                seen,
             )
             if end is not None:
                 return

@@ -224,7 +224,7 @@ def test_characters_split_over_tokens_come_out_whole(bytewise, draft_max: int) -
 
 
 def test_pieces_say_what_was_drafted(toys) -> None:
-    """Of each round first what was accepted, then the target's own token; `answer` is the same text."""
+    """Of each round first what was accepted, then the target's own token."""
     with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
         engine.model.is_end = lambda token: False
         engine.model.piece = lambda token: f"{token} ".encode()
@@ -238,7 +238,6 @@ def test_pieces_say_what_was_drafted(toys) -> None:
         found = [(int(token), drafted) for text, drafted in pieces for token in text.split()]
         assert found == wanted
         assert sum(drafted for _, drafted in found) == record.accepted > 0
-        assert "".join(engine.answer(prompt, GREEDY, Record(), max_tokens=40, draft_max=3)) == record.text
 
 
 def test_ctrl_c_within_a_character_leaves_none_of_it(bytewise) -> None:

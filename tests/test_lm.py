@@ -18,7 +18,7 @@ from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.sampling import Sampling
 from runner import Cache, Record, SpeculativeLM
 from runner.engine import Engine
-from runner.lm import until
+from runner.stops import Hold
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
 
@@ -31,9 +31,9 @@ def test_it_is_the_engines_own_text(toys, lm) -> None:
         engine.model.is_end = lambda token: False
         messages = [{"role": "user", "content": "the king and the sea"}]
         wanted = Record()
-        "".join(engine.answer(engine.prompt(messages), Sampling(temp=0), wanted, max_tokens=40))
+        list(engine.pieces(engine.prompt(messages), Sampling(temp=0), wanted, max_tokens=40))
         raw = Record()
-        "".join(engine.answer(engine.model.tokenize("the king"), Sampling(temp=0), raw, max_tokens=40))
+        list(engine.pieces(engine.model.tokenize("the king"), Sampling(temp=0), raw, max_tokens=40))
     done = lm.chat(messages, draft_max=3, **GREEDY)
     assert (done.text, done.token_ids, done.finish_reason) == (wanted.text, wanted.token_ids, "length")
     assert done.accepted > 0 and done.tau > 1
@@ -92,13 +92,11 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
     ends = [(end, end - len(s)) for s in stops for end in range(len(text) + 1) if text[:end].endswith(s)]
-    record, given_out = Record(), []
-    for piece in until(pieces, stops, record):
-        given_out.append(piece)
-        assert piece
+    hold = Hold(stops)
+    given_out = [piece for piece, _ in hold.through((piece, False) for piece in pieces)]
     wanted = text[: min(ends)[1]] if ends else text
-    assert "".join(given_out) == record.text == wanted
-    assert (record.finish_reason == "stop") == bool(ends)
+    assert "".join(given_out) == wanted and all(given_out)
+    assert (hold.stopped, hold.given) == (bool(ends), len(wanted))
 
 
 def test_stop_strings_end_an_answer(lm) -> None:

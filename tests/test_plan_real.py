@@ -56,9 +56,9 @@ def live(target: Path, drafter: Path, prompts: list[list[dict[str, str]]], n: in
     answers, tokens, rounds = [], 0, 0
     with Engine(target, drafter, n_ctx=1024, vocab=vocab) as engine:
         for i, messages in enumerate(prompts):
-            record = Record()
-            for round_ in engine.rounds(prompt := engine.prompt(messages), GREEDY, max_tokens=n, draft_max=3):
-                record.add(round_)
+            prompt, record = engine.prompt(messages), Record()
+            for _ in engine.pieces(prompt, GREEDY, record, max_tokens=n, draft_max=3):
+                pass
             answers.append(TargetAnswer(str(i), "all", prompt, record.token_ids))
             tokens, rounds = tokens + record.tokens, rounds + record.rounds
     return answers, tokens / rounds

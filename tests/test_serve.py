@@ -30,7 +30,7 @@ from llamabase.sampling import Sampling
 from runner.engine import Engine
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
-from runner.serve.answers import Hold, _calls
+from runner.serve.answers import _calls
 from runner.serve.app import Server, Settings, make_app
 
 from .test_soak import handles, own_memory
@@ -487,24 +487,6 @@ def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None
     finally:
         process.terminate()
         assert ended(process) == 0
-
-
-def test_what_may_become_a_stop_string_waits() -> None:
-    """However the text is cut into pieces."""
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        text = "".join(rng.choice(list("ab"), 30))
-        stops = ["".join(rng.choice(list("ab"), int(rng.integers(1, 5)))) + "b" for _ in range(2)]
-        ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-        wanted = text[: min(ends)[1]] if ends else text
-        hold, found, at = Hold(stops), "", 0
-        while at < len(text) and not hold.stopped:
-            n = int(rng.integers(1, 5))
-            found += "".join(piece for piece, _ in hold.feed(text[at : at + n], False))
-            at += n
-        if not hold.stopped:
-            found += "".join(piece for piece, _ in hold.rest())
-        assert (found, hold.stopped) == (wanted, bool(ends))
 
 
 def fuzzed(rng: np.random.Generator) -> bytes:

@@ -261,7 +261,8 @@ def test_record_adds_up(engines, monkeypatch) -> None:
     engine = engines("good-trimmed")
     never_ends(engine, monkeypatch)
     record = Record()
-    text = "".join(engine.answer(engine.model.tokenize(PROMPTS[0]), GREEDY, record, max_tokens=30, draft_max=3))
+    pieces = engine.pieces(engine.model.tokenize(PROMPTS[0]), GREEDY, record, max_tokens=30, draft_max=3)
+    text = "".join(piece for piece, _ in pieces)
     rounds = run(engine, PROMPTS[0], n=30)
     assert record.text == text
     assert record.token_ids == tokens_of(rounds)

@@ -100,7 +100,7 @@ def answers(found: Models, max_tokens: int, draft_max: int | None) -> list[dict[
         for i, text in enumerate(PROMPTS):
             plain, drafted = Record(), Record()
             for record, n in ((plain, 0), (drafted, draft_max))[:: 1 if i % 2 else -1]:
-                for _ in engine.answer(_asked(engine, text), GREEDY, record, max_tokens=max_tokens, draft_max=n):
+                for _ in engine.pieces(_asked(engine, text), GREEDY, record, max_tokens=max_tokens, draft_max=n):
                     pass
                 advance(1)
             ratio = drafted.tokens_per_second / plain.tokens_per_second

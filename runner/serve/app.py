@@ -84,20 +84,21 @@ class Metrics:
         )  # fmt: skip
 
     def saw(self, answer: Answer) -> None:
-        if answer.rounds:  # else the prompt was not read to its end
-            self.prompt.inc(len(answer.asked.prompt) - answer.n_cached)
-        self.tokens.inc(answer.n_tokens)
-        self.seconds.inc(max(answer.seconds, 0.0))
-        self.requests.labels(answer.finish).inc()
-        self.rounds.inc(answer.rounds)
-        self.drafts.inc(len(answer.accepted))
-        self.drafted.inc(answer.drafted)
-        self.accepted.inc(sum(answer.accepted))
+        record = answer.record
+        if record.rounds:  # else the prompt was not read to its end
+            self.prompt.inc(record.prompt_tokens - answer.n_cached)
+        self.tokens.inc(record.tokens)
+        self.seconds.inc(max(record.seconds, 0.0))
+        self.requests.labels(record.finish_reason).inc()
+        self.rounds.inc(record.rounds)
+        self.drafts.inc(len(record.stood))
+        self.drafted.inc(record.drafted)
+        self.accepted.inc(record.accepted)
         for place in range(POSITIONS):
-            if n := sum(accepted > place for accepted in answer.accepted):
+            if n := sum(accepted > place for accepted in record.stood):
                 self.by_position.labels(str(place)).inc(n)
-        if answer.seconds > 0:
-            self.speed.set(answer.n_tokens / answer.seconds)
+        if record.seconds > 0:
+            self.speed.set(record.tokens_per_second)
 
 
 class Guard:
@@ -218,7 +219,7 @@ class Server:
                         for piece in pieces:
                             tell((i, answer, piece))
                 except BaseException:
-                    answer.finish = "cancelled" if job.cancelled.is_set() else "error"
+                    answer.record.finish_reason = "cancelled" if job.cancelled.is_set() else "error"
                     raise
                 finally:
                     self.metrics.saw(answer)
@@ -246,7 +247,7 @@ class Server:
 
 def _usage(answers: list[Answer]) -> dict[str, Any]:
     prompt = len(answers[0].asked.prompt)
-    said = sum(answer.n_tokens for answer in answers)
+    said = sum(answer.record.tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": said,
@@ -291,14 +292,14 @@ class _Form:
     def whole(self, answers: list[Answer], logprobs: list[list[dict[str, Any]]]) -> dict[str, Any]:
         choices = []
         for i, answer in enumerate(answers):
-            choice = {"index": i, "finish_reason": answer.finish, "logprobs": self._seen(logprobs[i])}
+            choice = {"index": i, "finish_reason": answer.record.finish_reason, "logprobs": self._seen(logprobs[i])}
             if self.chat:
-                message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+                message: dict[str, Any] = {"role": "assistant", "content": answer.record.text}
                 if answer.tool_calls:
-                    message |= {"content": answer.text or None, "tool_calls": answer.tool_calls}
+                    message |= {"content": answer.record.text or None, "tool_calls": answer.tool_calls}
                 choice["message"] = message
             else:
-                choice["text"] = answer.text
+                choice["text"] = answer.record.text
             choices.append(choice)
         last = answers[-1]
         return self._object(choices, False) | {"usage": _usage(answers), "timings": self.timings(last)}
@@ -317,7 +318,7 @@ class _Form:
         if answer.tool_calls:
             delta = {"tool_calls": [{"index": n, **call} for n, call in enumerate(answer.tool_calls)]}
         said = {"delta": delta} if self.chat else {"text": ""}
-        choice = {"index": i, **said, "finish_reason": answer.finish, "logprobs": self._seen(answer.left)}
+        choice = {"index": i, **said, "finish_reason": answer.record.finish_reason, "logprobs": self._seen(answer.left)}
         return self._object([choice], True) | {"timings": self.timings(answer)}
 
     def usage(self, answers: list[Answer]) -> dict[str, Any]:

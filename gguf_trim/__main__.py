@@ -47,7 +47,7 @@ def rows(value: str) -> int | str:
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
-@click.group(cls=Commands)
+@click.group(cls=Commands, commands=[plan_command, *counting_commands.commands.values()])
 def main() -> None:
     """Cut the output head of a drafter's GGUF to the tokens that matter, and prove the cut."""
 
@@ -231,11 +231,6 @@ def prepare_command(
     """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter."""
     ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts), requant)
     click.echo(f"{ready.target}\n{ready.trimmed}")
-
-
-main.add_command(plan_command)
-for counting in counting_commands.commands.values():
-    main.add_command(counting)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from .quantize import require_type
 
 # Whether a file can be read is found out by reading it, in one sentence and with exit code 1.
 FILE = click.Path(path_type=Path, readable=False)
-THREADS = click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: as many as physical cores]")
+THREADS = click.option(
+    "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: as many as physical cores]"
+)
 
 
 def quantisation(text: str) -> str:

@@ -19,15 +19,9 @@ from .exact import main as exact
 from .serve.__main__ import main as serve
 
 
-@click.group(cls=Commands)
+@click.group(cls=Commands, commands={"chat": chat, "serve": serve, "bench": bench, "exact": exact})
 def main() -> None:
     """Run a target with a trimmed drafter ahead of it; the text is exactly the target's."""
-
-
-main.add_command(chat, "chat")
-main.add_command(serve, "serve")
-main.add_command(bench, "bench")
-main.add_command(exact, "exact")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
 
-from .drafter import ModelDrafter, Proposal
+from .drafter import Drafter, ModelDrafter, Proposal
 from .lookup import Lookup
 from .pace import MEMORY, WEIGHT, Chances, StepCost, best_cut, best_fixed
 
@@ -42,7 +42,7 @@ class Known:
     matches: Chances = field(default_factory=Chances)
 
 
-class AutoDrafter:
+class AutoDrafter(Drafter):
     """A model drafter (None: lookup alone) and the text's own suggestions, each used where it pays."""
 
     def __init__(
@@ -179,7 +179,3 @@ class AutoDrafter:
     @property
     def seconds(self) -> float:
         return self._drafter.seconds if self._drafter is not None else 0.0
-
-    def close(self) -> None:
-        if self._drafter is not None:
-            self._drafter.close()

@@ -20,7 +20,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -282,9 +281,5 @@ def _colours() -> bool:
     return sys.stdout.isatty() and console.color_system is not None and not console.no_color
 
 
-def run(arguments: list[str] | None = None) -> Any:
-    return main(arguments, prog_name="python -m runner.chat")
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main(prog_name="python -m runner.chat"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from llamabase.sampling import Sampling
 from llamabase.states import PairContext, Recorded
 from llamabase.vocabulary import Vocabulary, require_same
 
-from .reading import HangingReading, OwnReading, Reading
+from .reading import HangingReading, OwnReading
 
 AUTO = "auto"
 VOCABS = (AUTO, "trim", "context", "spec")
@@ -47,55 +47,33 @@ def _weight(logits: np.ndarray, best: float) -> float:
     return float(np.exp(logits - best).sum())
 
 
-class Drafter(Protocol):
+class Drafter:
     """Proposes tokens; keeps its own cache in step with the text it is given."""
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         """Up to n tokens to follow `text` (the whole of it, target ids); what is drawn is drawn with the noise."""
-        ...
+        return []
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Read a prompt ahead of the first draft; at most `left` tokens will follow."""
-        ...
 
     def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         """Hear what became of a round: tokens it emitted, its seconds in all and those of the target."""
-        ...
 
     def settle(self) -> None:
         """Make the cache agree with what is known of it, after an interruption at any point."""
-        ...
 
     @property
     def seconds(self) -> float:
         """Wall time spent inside llama.cpp so far."""
-        ...
-
-    def close(self) -> None: ...
+        return 0.0
 
 
-class NoDrafter:
+class NoDrafter(Drafter):
     """Plain decoding: the same loop, with nothing to verify."""
 
-    seconds = 0.0
 
-    def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
-        return []
-
-    def prepare(self, text: Sequence[int], left: int) -> None:
-        pass
-
-    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A drafter GGUF, or a block of the target's (`model` None); its model is closed with it where it is `owned`.
 
     `ids` (ascending) are the target ids of its head's rows, None where they agree.
@@ -106,7 +84,7 @@ class ModelDrafter:
     def __init__(
         self,
         model: Model | None,
-        reading: Reading,
+        reading: OwnReading | HangingReading,
         ids: np.ndarray | None = None,
         dynamic: DynamicHead | None = None,
         owned: bool = True,
@@ -188,9 +166,6 @@ class ModelDrafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         self.reading.prepare(text)
 
-    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
-        pass
-
     def settle(self) -> None:
         self.reading.settle()
         if self.dynamic is not None:  # an interruption may have come between a token's slot and its row
@@ -241,34 +216,31 @@ def open_drafter(
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
     owned = model is None
-    model = model or Model(path, n_gpu_layers)
-    try:
+    with contextlib.ExitStack() as opened:  # to be closed where something fails
+        model = model or opened.enter_context(Model(path, n_gpu_layers))
         if model.recurrent:
             raise EngineError(
                 f"{path}: llama.cpp cannot take back what a {file.architecture} model has drafted; use a drafter with "
                 "attention only"
             )
-        context = Context(model, n_ctx, n_threads, n_outputs=HIDDEN_ROWS if dynamic else 1, cache=cache)
+        n_outputs = HIDDEN_ROWS if dynamic else 1
+        context = opened.enter_context(Context(model, n_ctx, n_threads, n_outputs=n_outputs, cache=cache))
         if trimmed is None:
             # Tables of one family are padded to different lengths: an id of one's padding must not reach the other.
-            last = model.n_vocab - 1
-            rows = min(model.n_vocab, len(target))
-            reading = OwnReading(context, rows, lambda ids: np.minimum(ids, last), False)
-            return ModelDrafter(model, reading, owned=owned)
-        embeddings = trimmed.embeddings()
-        if dynamic is not None and not _multiplies(dynamic, context, embeddings):
-            if vocab != AUTO:
-                raise EngineError(
-                    f"{path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
-                )
-            dynamic = None
-        ids = trimmed.d2t[: int(np.searchsorted(trimmed.d2t, len(target)))]
-        reading = OwnReading(context, len(ids), embeddings.rows, dynamic is not None)
-        return ModelDrafter(model, reading, ids, dynamic, owned)
-    except BaseException:
-        if owned:
-            model.close()
-        raise
+            last, ids = model.n_vocab - 1, None
+            reading = OwnReading(context, min(last + 1, len(target)), lambda ids: np.minimum(ids, last), False)
+        else:
+            embeddings = trimmed.embeddings()
+            if dynamic is not None and not _multiplies(dynamic, context, embeddings):
+                if vocab != AUTO:
+                    raise EngineError(
+                        f"{path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
+                    )
+                dynamic = None
+            ids = trimmed.d2t[: int(np.searchsorted(trimmed.d2t, len(target)))]
+            reading = OwnReading(context, len(ids), embeddings.rows, dynamic is not None)
+        opened.pop_all()
+    return ModelDrafter(model, reading, ids, dynamic, owned)
 
 
 def _open_hanging(
@@ -290,15 +262,12 @@ def _open_hanging(
     if "gguf_trim.d2t" in head.file.fields and vocab != "trim" and (vocab != AUTO or companion_path(path).exists()):
         dynamic = _dynamic(Trimmed.open(path), vocab, len(target), n_threads)
     owned = model is None
-    model = model or Model(path, n_gpu_layers)
-    try:
-        context = PairContext(model, target_context.n_ctx, n_threads, target_context)
+    with contextlib.ExitStack() as opened:
+        model = model or opened.enter_context(Model(path, n_gpu_layers))
+        context = opened.enter_context(PairContext(model, target_context.n_ctx, n_threads, target_context))
         reading = HangingReading(context, inputs, head)
-        return ModelDrafter(model, reading, reading.ids, dynamic, owned)
-    except BaseException:
-        if owned:
-            model.close()
-        raise
+        opened.pop_all()
+    return ModelDrafter(model, reading, reading.ids, dynamic, owned)
 
 
 def _open_mtp(

@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
-from llamabase.command import FILE
+from llamabase.command import FILE, THREADS
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
 from llamabase.grammar import schema_grammar
@@ -27,31 +27,25 @@ from .engine import Engine
 FULL = "full"
 
 
-class DraftMax(click.ParamType):  # type: ignore[type-arg]
+def _draft_max(text: str) -> int | None:
     """How many tokens to draft in a round: a number, or auto (None)."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value == AUTO:
-            return None
-        return click.IntRange(0, LONGEST).convert(value, param, ctx)
+    return None if text == AUTO else click.IntRange(0, LONGEST)(text)
 
 
 def draft_max_option(default: str = AUTO) -> Callable[[Any], Any]:
     return click.option(
         "--draft-max",
-        type=DraftMax(),
+        type=_draft_max,
+        metavar="AUTO|N",
         default=default,
         show_default=True,
         help="Tokens to draft in a round; 0 is plain decoding; auto: as many as pay here, by measured costs.",
     )
 
 
-def _stack(command: Any, options: list[Callable[..., Any]]) -> Any:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several as one, in this order."""
+    return lambda command: reduce(lambda found, option: option(found), reversed(options), command)
 
 
 @dataclass(frozen=True)
@@ -69,19 +63,9 @@ class Models:
     cache: Cache = F16
     cache_draft: Cache = F16
 
-    def open(self, draft: Path | None = None) -> Engine:
-        """The engine these options describe; `draft` overrides its drafter."""
-        return Engine(
-            self.target,
-            draft or self.draft,
-            n_ctx=self.n_ctx,
-            n_threads=self.n_threads,
-            n_gpu_layers=self.n_gpu_layers,
-            vocab=self.vocab,
-            n_ctx_draft=self.n_ctx_draft,
-            cache=self.cache,
-            cache_draft=self.cache_draft,
-        )
+    def open(self) -> Engine:
+        """The engine these options describe."""
+        return Engine(**{name: value for name, value in vars(self).items() if name != "prepared"})
 
 
 def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
@@ -105,6 +89,37 @@ def model_options(command: Any) -> Any:
     A pair of the catalog is fetched, trimmed and verified where that has not been done yet.
     """
 
+    @click.option("-m", "--model", metavar="NAME", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
+    @click.option("--target", type=FILE, help="The target's GGUF, instead of --model.")
+    @click.option(
+        "-md",
+        "--model-draft",
+        "--draft",
+        "draft",
+        type=FILE,
+        help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
+    )
+    @click.option("-ngl", "--n-gpu-layers", type=int, help="Layers on the GPU.  [default: llama.cpp's]")
+    @THREADS
+    @click.option(
+        "-c", "--ctx-size", type=click.IntRange(8), default=4096, show_default=True, help="Tokens of context."
+    )
+    @click.option(
+        "-cd",
+        "--draft-ctx",
+        "--ctx-size-draft",
+        type=click.IntRange(64),
+        help="Tokens that the drafter remembers, to save memory.  [default: --ctx-size]",
+    )
+    @_options(*_cache_options("", "the target's"), *_cache_options("-draft", "the drafter's"))
+    @click.option(
+        "--vocab",
+        type=click.Choice([FULL, *VOCABS]),
+        default=AUTO,
+        show_default=True,
+        help="What the drafter drafts from: its whole head, the kept rows, those and the tokens of the text, "
+        "or the speculator's candidates too. auto: the last its files allow.",
+    )
     @wraps(command)
     def with_models(
         model: str | None,
@@ -131,55 +146,15 @@ def model_options(command: Any) -> Any:
 
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
-            if instead is not None:
-                return Models(instead, None, None, ctx_size, threads, n_gpu_layers, vocab, *caches)
-            prepared = prepare(model or DEFAULT_MODEL) if target is None else None
-            files = (target, draft)
-            if prepared:
-                files = (prepared.target, prepared.drafter if vocab == FULL else prepared.trimmed)
-            return Models(Path(str(files[0])), files[1], prepared, ctx_size, threads, n_gpu_layers, vocab, *caches)
+            how = ctx_size, threads, n_gpu_layers, vocab, *caches
+            if (given := instead or target) is not None:
+                return Models(given, None if instead else draft, None, *how)
+            prepared = prepare(model or DEFAULT_MODEL)
+            return Models(prepared.target, prepared.drafter if vocab == FULL else prepared.trimmed, prepared, *how)
 
         return command(models=find, **others)
 
-    return _stack(
-        with_models,
-        [
-            click.option("-m", "--model", metavar="NAME", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]"),
-            click.option("--target", type=FILE, help="The target's GGUF, instead of --model."),
-            click.option(
-                "-md",
-                "--model-draft",
-                "--draft",
-                "draft",
-                type=FILE,
-                help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
-            ),
-            click.option("-ngl", "--n-gpu-layers", type=int, help="Layers on the GPU.  [default: llama.cpp's]"),
-            click.option(
-                "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: as many as physical cores]"
-            ),
-            click.option(
-                "-c", "--ctx-size", type=click.IntRange(8), default=4096, show_default=True, help="Tokens of context."
-            ),
-            click.option(
-                "-cd",
-                "--draft-ctx",
-                "--ctx-size-draft",
-                type=click.IntRange(64),
-                help="Tokens that the drafter remembers, to save memory.  [default: --ctx-size]",
-            ),
-            *_cache_options("", "the target's"),
-            *_cache_options("-draft", "the drafter's"),
-            click.option(
-                "--vocab",
-                type=click.Choice([FULL, *VOCABS]),
-                default=AUTO,
-                show_default=True,
-                help="What the drafter drafts from: its whole head, the kept rows, those and the tokens of the text, "
-                "or the speculator's candidates too. auto: the last its files allow.",
-            ),
-        ],
-    )
+    return with_models
 
 
 _BIAS = re.compile(r"(\d+)([+-])(.+)", re.ASCII)
@@ -258,6 +233,35 @@ def _breakers(given: Sequence[str]) -> tuple[str, ...]:
 def sampling_options(command: Any) -> Any:
     """The samplers, the seed and the draft length; the command receives `sampling`, `seed` and `draft_max`."""
 
+    @_options(*(_setting(*flags, name=name, help=text) for flags, name, text in SETTINGS))
+    @click.option(
+        "--dry-sequence-breaker",
+        "dry_sequence_breakers",
+        multiple=True,
+        metavar="STRING",
+        help="Where a repetition ends, instead of those known; can be repeated; none: nowhere.",
+    )
+    @click.option("--samplers", metavar="A;B;...", help="Which samplers, in this order: top_k;temp, say.")
+    @click.option(
+        "--sampler-seq",
+        "--sampling-seq",
+        "sampler_seq",
+        metavar="LETTERS",
+        help=f"The same in letters.  [default: {''.join(LETTERS[name] for name in DEFAULT)}]",
+    )
+    @click.option(
+        "-l",
+        "--logit-bias",
+        multiple=True,
+        metavar="TOKEN_ID(+/-)BIAS",
+        help="Make a token likelier or rarer: 15043+1, 15043-inf. Can be repeated.",
+    )
+    @click.option("--grammar", metavar="GBNF", help="Constrain the answer to a grammar.")
+    @click.option("--grammar-file", type=FILE, help="The grammar in a file.")
+    @click.option("-j", "--json-schema", metavar="SCHEMA", help="Constrain the answer to JSON of a schema.")
+    @click.option("-jf", "--json-schema-file", type=FILE, help="The schema in a file.")
+    @click.option("-s", "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: random]")
+    @draft_max_option()
     @wraps(command)
     def with_sampling(
         grammar: str | None,
@@ -286,37 +290,4 @@ def sampling_options(command: Any) -> Any:
             raise click.UsageError(str(error)) from error
         return command(sampling=sampling, **others)
 
-    return _stack(
-        with_sampling,
-        [
-            *(_setting(*flags, name=name, help=text) for flags, name, text in SETTINGS),
-            click.option(
-                "--dry-sequence-breaker",
-                "dry_sequence_breakers",
-                multiple=True,
-                metavar="STRING",
-                help="Where a repetition ends, instead of those known; can be repeated; none: nowhere.",
-            ),
-            click.option("--samplers", metavar="A;B;...", help="Which samplers, in this order: top_k;temp, say."),
-            click.option(
-                "--sampler-seq",
-                "--sampling-seq",
-                "sampler_seq",
-                metavar="LETTERS",
-                help=f"The same in letters.  [default: {''.join(LETTERS[name] for name in DEFAULT)}]",
-            ),
-            click.option(
-                "-l",
-                "--logit-bias",
-                multiple=True,
-                metavar="TOKEN_ID(+/-)BIAS",
-                help="Make a token likelier or rarer: 15043+1, 15043-inf. Can be repeated.",
-            ),
-            click.option("--grammar", metavar="GBNF", help="Constrain the answer to a grammar."),
-            click.option("--grammar-file", type=FILE, help="The grammar in a file."),
-            click.option("-j", "--json-schema", metavar="SCHEMA", help="Constrain the answer to JSON of a schema."),
-            click.option("-jf", "--json-schema-file", type=FILE, help="The schema in a file."),
-            click.option("-s", "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: random]"),
-            draft_max_option(),
-        ],
-    )
+    return with_sampling

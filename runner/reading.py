@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -63,45 +62,11 @@ class Reader:
 Step = tuple[np.ndarray, np.ndarray]  # logits (float32, a view) by row of the head, and the final hidden state
 
 
-class Reading(Protocol):
-    """What a drafter makes of a text: one step after another, from its cache."""
-
-    @property
-    def context(self) -> Context: ...
-
-    def room(self, text: Sequence[int]) -> int:
-        """How many steps can be taken after `text`."""
-        ...
-
-    def unread(self, text: Sequence[int]) -> int:
-        """How many tokens of `text` the first step has to read."""
-        ...
-
-    def begin(self, text: Sequence[int]) -> Step:
-        """Read on to the end of `text`."""
-        ...
-
-    def follow(self, token: int) -> Step:
-        """Go on by a token that the step before made likely."""
-        ...
-
-    def prepare(self, text: Sequence[int]) -> None:
-        """Read `text` but for what a step reads anyway; forget what does not belong to it."""
-        ...
-
-    def settle(self) -> None:
-        """Make the cache agree with what is known of it, after an interruption at any point."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """Wall time spent inside llama.cpp and ggml so far."""
-        ...
-
-
 class OwnReading:
-    """A model that reads the text itself; its first `rows` rows give logits. `feed`: see Reader; `hidden`: whether the
-    state is wanted, for which the context has some outputs to spare."""
+    """What a drafter makes of a text that it reads itself, one step after another; its first `rows` rows give logits.
+
+    `feed`: see Reader; `hidden`: whether the state is wanted, for which the context has some outputs to spare.
+    """
 
     def __init__(
         self,
@@ -114,32 +79,39 @@ class OwnReading:
         self._rows, self._hidden = rows, hidden
 
     def room(self, text: Sequence[int]) -> int:
+        """How many steps can be taken after `text`."""
         return self.context.n_ctx - len(self._seen(text))
 
     def unread(self, text: Sequence[int]) -> int:
+        """How many tokens of `text` the first step has to read."""
         seen = self._seen(text)
         return len(seen) - shared(self.reader.held, seen, len(seen) - 1)
 
     def begin(self, text: Sequence[int]) -> Step:
+        """Read on to the end of `text`."""
         # The token whose logits are wanted must be read now, so the last one is never taken from the cache.
         seen = self._seen(text)
         self.reader.keep(seen, len(seen) - 1)
         return self._step(seen[len(self.reader.held) :])
 
     def follow(self, token: int) -> Step:
+        """Go on by a token that the step before made likely."""
         return self._step([token])
 
     def prepare(self, text: Sequence[int]) -> None:
+        """Read `text` but for what a step reads anyway; forget what does not belong to it."""
         seen = self._seen(text)
         self.reader.keep(seen, len(seen) - 1)
         if (rest := seen[len(self.reader.held) : -1]) and len(seen) <= self.context.n_ctx:
             self.reader.read(rest, 0)
 
     def settle(self) -> None:
+        """Make the cache agree with what is known of it, after an interruption at any point."""
         self.reader.settle()
 
     @property
     def seconds(self) -> float:
+        """Wall time spent inside llama.cpp and ggml so far."""
         return self.context.seconds
 
     def _step(self, pending: Sequence[int]) -> Step:
@@ -165,8 +137,8 @@ class OwnReading:
 
 
 class HangingReading:
-    """An EAGLE-3 head (arXiv 2503.01840) or a target's MTP block: they read pairs of a token and what the target made
-    of the one before.
+    """The same of an EAGLE-3 head (arXiv 2503.01840) or a target's MTP block: they read pairs of a token and what the
+    target made of the one before. Its methods are those of OwnReading.
 
     A text can be drafted for as far as the target has read it: all but its last token. `rows` make the logits where
     llama.cpp computes none. `ids`: ascending, of the logits that there are; None for all.

@@ -154,7 +154,7 @@ def test_characters_that_stdout_lacks(pair, env) -> None:
 def test_a_reader_that_leaves_ends_it_quietly(pair) -> None:
     """As `| head -1` does, after the first byte."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW + f"c.run({[*pair, '-n', '100', '-p', 'the']!r})"],
+        [sys.executable, "-c", SLOW + f"c.main({[*pair, '-n', '100', '-p', 'the']!r})"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -385,7 +385,7 @@ def test_wrong_pair_and_trimmed_target(toys) -> None:
 def test_real_sigint_in_a_one_shot_run(pair) -> None:
     """What was written stays, the closing line comes, and the exit code is 130."""
     arguments = [*pair, "-c", "512", "-n", "400", "--prompt", "the", "--draft-max", "0"]
-    code = SLOW + f"c.run({arguments!r})"
+    code = SLOW + f"c.main({arguments!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.DEVNULL,

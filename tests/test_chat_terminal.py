@@ -176,7 +176,7 @@ def test_json_needs_a_prompt(pair, tmp_path) -> None:
 
 
 def test_ctrl_c_ends_the_answer_then_the_line_and_ctrl_d_the_session(pair, tmp_path) -> None:
-    code = SLOW + f"c.run({[*pair[2:], '-n', '200']!r})"
+    code = SLOW + f"c.main({[*pair[2:], '-n', '200']!r})"
     with Terminal("-c", code, home=tmp_path) as chat:
         chat.until("> ").type("the sea\n").until("the sea\n")
         chat.interrupt().until("tok/s").until("> ")

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
@@ -51,12 +51,8 @@ def main(
     seed: int | None,
     host: str,
     port: int,
-    api_key: str,
     alias: str | None,
-    parallel: int,
-    waiting: int,
-    metrics: bool,
-    cors: tuple[str, ...],
+    **serving: Any,
 ) -> None:
     """Serve a pair: OpenAI's chat and text completions at /v1, a page at /.
 
@@ -76,7 +72,7 @@ def main(
         name = alias or found.target.stem
         if draft_max != 0:
             engine.measure()
-        server = Server(engine, Settings(name, sampling, draft_max, api_key, parallel, waiting, metrics, cors))
+        server = Server(engine, Settings(name, sampling, draft_max, **serving))
         config = uvicorn.Config(
             make_app(server), log_level="warning", timeout_graceful_shutdown=int(PATIENCE) + 1, lifespan="off"
         )
@@ -99,15 +95,10 @@ async def _serve(http: Any, server: Any, listening: socket.socket) -> None:
         http.should_exit = True
         loop.call_later(PATIENCE, server.conversations.stop)
 
-    http.capture_signals = _uncaught  # uvicorn would end the process by the signal
+    http.capture_signals = nullcontext  # uvicorn would end the process by the signal
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     await http.serve(sockets=[listening])
-
-
-@contextmanager
-def _uncaught() -> Iterator[None]:
-    yield
 
 
 @contextmanager

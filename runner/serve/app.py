@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
@@ -30,11 +31,12 @@ from ..drafter import AUTO
 from ..engine import Engine
 from .answers import Answer, Asked, Piece
 from .conversations import Conversations, Job, Unavailable
-from .requests import BadRequest, Chat, Common, Completion, Detokenize, Tokenize, read
+from .requests import BadRequest, Chat, Completion, Detokenize, Tokenize, read
 
 PAGE = Path(__file__).parent / "page.html"
 OPEN = {"/", "/health", "/v1/health"}  # without a key
 PATIENCE = 0.25  # seconds between looking whether a client is still there
+ENDPOINT = {404: "there is no such endpoint", 405: "this endpoint takes another method"}
 POSITIONS = 16  # of drafts, that are counted apart
 log = logging.getLogger("uvicorn.error")
 
@@ -150,6 +152,10 @@ def _failure(error: BaseException) -> JSONResponse:
         return _error(error.status, str(error), error.param, error.code)
     if isinstance(error, Unavailable):
         return _error(503, str(error), kind="server_error", code="unavailable")
+    if isinstance(error, HTTPException):  # of the router's, whose headers say which methods there are
+        found = _error(error.status_code, ENDPOINT.get(error.status_code, error.detail))
+        found.headers.update(error.headers or {})
+        return found
     if isinstance(error, ClientDisconnect):
         return _error(499, "the client went away while it sent")
     if isinstance(error, SettingError | FileFormatError):
@@ -167,9 +173,8 @@ class Server:
         self.metrics = Metrics(self.conversations)
         self.started = int(time.time())
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
-        self._defaults = settings.sampling
 
-    def asked(self, body: Common, prompt: list[int], tools: bool = False) -> list[Asked]:
+    def asked(self, body: Chat | Completion, prompt: list[int], tools: bool = False) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""
         n_ctx = self.engine.context.n_ctx
         if len(prompt) > n_ctx:
@@ -181,11 +186,11 @@ class Server:
         n_vocab = self.engine.model.n_vocab
         if body.vocab not in self.vocabs:
             raise BadRequest(f"speculative.vocab: is one of {', '.join(self.vocabs)}", "speculative.vocab")
-        n_logprobs = body.n_logprobs if isinstance(body, Chat | Completion) else None
+        n_logprobs = body.n_logprobs
         draft_max = self.settings.draft_max if body.draft_max is None else body.rounds_of()
         first = Asked(
             prompt=prompt,
-            sampling=body.sampling(self._defaults, n_vocab),
+            sampling=body.sampling(self.settings.sampling, n_vocab),
             limit=body.limit(n_ctx - len(prompt) + 1),
             seed=body.seed_of(0),
             draft_max=draft_max,
@@ -259,7 +264,7 @@ def _usage(answers: list[Answer]) -> dict[str, Any]:
 class _Form:
     """How answers look: one of the two kinds of completions."""
 
-    def __init__(self, server: Server, body: Common) -> None:
+    def __init__(self, server: Server, body: Chat | Completion) -> None:
         self.chat = isinstance(body, Chat)
         self._head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
@@ -269,7 +274,7 @@ class _Form:
         }
         draft = server.engine.drafter
         self._kind = "none" if draft is None else "auto" if body.draft_max is None else "fixed"
-        self._logprobs = body.n_logprobs is not None if isinstance(body, Chat | Completion) else False
+        self._logprobs = body.n_logprobs is not None
 
     def _object(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
         kind = ("chat.completion" if self.chat else "text_completion") + (".chunk" if chunk and self.chat else "")
@@ -325,21 +330,18 @@ class _Form:
         return self._object([], True) | {"usage": _usage(answers)}
 
 
-async def _answer(server: Server, request: Request, body: Common, asked: list[Asked]) -> Response:
+async def _answer(server: Server, request: Request, body: Chat | Completion, asked: list[Asked]) -> Response:
     form, events = _Form(server, body), server.compute(request, asked)
-    first = await anext(events, None)  # what is wrong with a request shows before anything is sent
     if not body.stream:
         answers: dict[int, Answer] = {}
         logprobs: list[list[dict[str, Any]]] = [[] for _ in asked]
-        event = first
-        while event is not None:
-            i, answer, piece = event
+        async for i, answer, piece in events:
             answers[i] = answer
             logprobs[i] += answer.left if piece is None else piece.logprobs
-            event = await anext(events, None)
         if len(answers) < len(asked):
             return Response(status_code=499)  # nobody waits for it
         return _json(form.whole([answers[i] for i in range(len(asked))], logprobs))
+    first = await anext(events, None)  # what is wrong with a request shows before anything is sent
 
     async def stream() -> AsyncIterator[bytes]:
         ended: dict[int, Answer] = {}
@@ -389,17 +391,8 @@ def make_app(server: Server) -> FastAPI:
     async def failed(request: Request, error: Exception) -> Response:
         return _failure(error)
 
-    for kind in (BadRequest, Unavailable, ClientDisconnect, EngineError, FileFormatError):
+    for kind in (BadRequest, Unavailable, HTTPException, ClientDisconnect, EngineError, FileFormatError):
         app.add_exception_handler(kind, failed)
-    for status, said in ((404, "there is no such endpoint"), (405, "this endpoint takes another method")):
-
-        async def other(request: Request, error: Exception, status: int = status, said: str = said) -> Response:
-            found = _error(status, said)
-            if headers := getattr(error, "headers", None):  # which methods
-                found.headers.update(headers)
-            return found
-
-        app.add_exception_handler(status, other)
 
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions")

@@ -265,7 +265,7 @@ class Completion(Common):
     """A body of /v1/completions: a prompt as text or token ids."""
 
     prompt: str | list[int] | list[str] | list[list[int]] = ""
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    n_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, validation_alias="logprobs")
     echo: bool = False
 
     @field_validator("echo")
@@ -274,10 +274,6 @@ class Completion(Common):
         if echo:
             raise ValueError("the prompt is not given back; leave it out")
         return echo
-
-    @property
-    def n_logprobs(self) -> int | None:
-        return self.logprobs
 
 
 class Tokenize(Body):

@@ -165,7 +165,8 @@ def read_text(path: Path | Traversable, kind: str = "") -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path}: cannot be read{kind and ' as '}{kind}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FileFormatError(f"{path}: cannot be read{kind and ' as '}{kind}: {reason}") from error
 
 
 def require_room(path: Path, n_bytes: int) -> None:

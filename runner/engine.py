@@ -56,7 +56,7 @@ class Record:
     stood: list[int] = field(default_factory=list, repr=False)  # drafts accepted, by round that drafted
 
     def add(self, round_: Round) -> None:
-        """Take a round's figures; its tokens are counted as they are given out."""
+        """Take a round's figures; its tokens, and whether it ends the answer, count as they are given out."""
         self.rounds += 1
         self.drafted += len(round_.drafted)
         self.accepted += round_.accepted
@@ -64,7 +64,6 @@ class Record:
         self.draft_seconds += round_.draft_seconds
         self.verify_seconds += round_.verify_seconds
         self.host_seconds += round_.host_seconds
-        self.finish_reason = round_.finish or self.finish_reason
 
     @property
     def seconds(self) -> float:
@@ -261,12 +260,14 @@ class Engine(Closing):
         Fills `record` as it goes.
         """
         hold = Hold(stops)
-        with contextlib.closing(self.spoken(prompt, sampling, record, **settings)) as spoken:
-            for text, drafted in hold.through(spoken):
-                record.text += text
-                yield text, drafted
-        if hold.stopped:
-            record.finish_reason = "stop"
+        try:
+            with contextlib.closing(self.spoken(prompt, sampling, record, **settings)) as spoken:
+                for text, drafted in hold.through(spoken):
+                    record.text += text
+                    yield text, drafted
+        finally:
+            if hold.stopped:
+                record.finish_reason = "stop"
 
     def spoken(
         self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
@@ -289,5 +290,7 @@ class Engine(Closing):
                 for i, token in enumerate(round_.tokens, 1):
                     record.tokens += 1
                     record.token_ids.append(token)
+                    if i == len(round_.tokens):
+                        record.finish_reason = round_.finish or record.finish_reason
                     if round_.finish != "stop" or i < len(round_.tokens):
                         yield decoder.decode(self.model.piece(token)), i <= round_.accepted

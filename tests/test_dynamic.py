@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,8 +283,17 @@ def test_vocab_needs_what_it_names(toys: dict[str, Path], spec: Path) -> None:
 def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, monkeypatch) -> None:
     """Where the logits are not head times hidden state, rows cannot be added: refused, or left out by auto."""
     monkeypatch.setattr(dynamic.DynamicHead, "agrees", lambda *_: False)
-    with pytest.raises(EngineError, match="does more than multiply"):
+    closed: list[str] = []
+    for kind in (Context, Model):
+
+        def close(self: Context | Model, honest: Any = kind.close) -> None:
+            closed.append(type(self).__name__)
+            honest(self)
+
+        monkeypatch.setattr(kind, "close", close)
+    with pytest.raises(EngineError, match="does more than multiply") as refused:
         open_with(toys, spec, "spec")
+    assert closed[:2] == ["Context", "Model"] and refused.tb  # which keeps the context from the collector
     drafter = open_with(toys, spec, "auto")
     assert drafter.dynamic is None
     drafter.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 import re
 import zipfile
@@ -242,7 +243,8 @@ def test_every_shipped_entry_is_pinned() -> None:
         assert model.file.endswith(".gguf") and model.size and re.fullmatch("[0-9a-f]{64}", model.sha256 or ""), model
         for source in model.sources:
             for kind, place in source.items():
-                assert {"hub": "revision", "pypi": "version"}[kind] in place, model
+                named = {"hub": ("revision", "[0-9a-f]{40}"), "pypi": ("version", r"[0-9.]+")}[kind]
+                assert re.fullmatch(named[1], place[named[0]]), model
 
 
 def test_a_file_of_ones_own_is_checked_and_hashed_once(cache: Path, tmp_path: Path, monkeypatch) -> None:
@@ -251,9 +253,22 @@ def test_a_file_of_ones_own_is_checked_and_hashed_once(cache: Path, tmp_path: Pa
     path.write_bytes(random_bytes(900))
     mine = Entry("toy", "mine.gguf", [{"path": str(path)}], 900, sha256_of(path, lambda n: None))
     assert [fetch(mine), fetch(mine)] == [path, path] and hashed == [path]
+    before = path.stat()
     path.write_bytes(random_bytes(900)[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and tar do
     assert "mine.gguf has SHA-256" in refused(mine, cache)
     assert path.stat().st_size == 900 and hashed == [path, path]
+
+
+def test_what_lies_in_the_cache_is_checked(index: Index, cache: Path) -> None:
+    """A file of the right name and size is not yet the right one."""
+    data = random_bytes(900)
+    (cache / "models").mkdir(parents=True)
+    (cache / "models" / "toy.gguf").write_bytes(b"x" * 900)
+    part(index, 1, data)
+    assert fetch(entry(data, 1)).read_bytes() == data
+    index.stop()
+    assert fetch(entry(data, 1)).read_bytes() == data
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +94,19 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[s
     text = "".join(pieces)
     ends = [(end, end - len(s)) for s in stops for end in range(len(text) + 1) if text[:end].endswith(s)]
     hold = Hold(stops)
-    given_out = [piece for piece, _ in hold.through((piece, False) for piece in pieces)]
+
+    def spoken() -> Iterator[tuple[str, bool]]:
+        for n, piece in enumerate(pieces, 1):
+            yield piece, n % 2 == 0
+            seen = "".join(pieces[:n])
+            waits = max((k for s in stops for k in range(1, len(s)) if seen.endswith(s[:k])), default=0)
+            assert hold.given == len(seen) - waits  # all else was given out before this went on
+
+    given_out = list(hold.through(spoken()))
     wanted = text[: min(ends)[1]] if ends else text
-    assert "".join(given_out) == wanted and all(given_out)
+    flags = [n % 2 == 0 for n, piece in enumerate(pieces, 1) for _ in piece]
+    assert all(piece for piece, _ in given_out)
+    assert [(c, drafted) for piece, drafted in given_out for c in piece] == list(zip(wanted, flags, strict=False))
     assert (hold.stopped, hold.given) == (bool(ends), len(wanted))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -156,6 +157,22 @@ def test_the_watch_sees_a_context_closed_under_a_decode(lm, slowly) -> None:
     assert slowly["closed under one"] > 0
     lm.cancel()
     thread.join()
+
+
+def test_a_stream_that_is_left_says_how_far_it_was_read(lm) -> None:
+    whole = lm.chat("the king", draft_max=3, **GREEDY)
+    for n in (1, 2, 5, 9):
+        record = Record()
+        with contextlib.closing(lm.stream("the king", draft_max=3, record=record, **GREEDY)) as stream:
+            read = "".join(next(stream) for _ in range(n))
+        assert (record.text, record.finish_reason) == (read, "cancelled") and record.tokens < whole.tokens
+        assert record.token_ids == whole.token_ids[: record.tokens]
+    lm._engine.spoken = lambda *_, **__: (piece for piece in [("helloSTOP", False)])
+    record = Record()
+    with contextlib.closing(lm.stream("x", stop="STOP", record=record)) as stream:
+        assert next(stream) == "hello"
+    assert (record.text, record.finish_reason) == ("hello", "stop")
+    del lm._engine.spoken
 
 
 def test_close_ends_a_stream_that_nobody_reads_just_now(toys) -> None:

@@ -110,7 +110,7 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
         (["-j", "{"], 2, "the JSON schema is not JSON"),
         (["-j", '{"type": "circle"}'], 2, "has no grammar"),
-        (["--grammar-file", "absent"], 1, "absent: cannot be read as a grammar: "),
+        (["--grammar-file", "absent"], 1, "absent: cannot be read as a grammar: No such file"),
         (["--grammar", "root ::= ("], 1, "the grammar cannot be used: expecting"),
         (["-l", "600+1"], 1, "has no token 600"),
         (["-l", "9" * 20 + "+1"], 1, f"has no token {'9' * 20}"),

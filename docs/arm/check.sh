@@ -58,9 +58,10 @@ done
 
 if [ -n "$record" ]; then
   printf '%s\n' "${results[@]}" | "$python" -c '
-import datetime, json, platform, sys
+import datetime, json, platform, subprocess, sys
 from importlib.metadata import version
-print(json.dumps({"date": str(datetime.date.today()), "recipe": "docs/arm", "emulated_by": "qemu-aarch64 on " + platform.machine(),
+commit = subprocess.check_output(["git", "-C", "share/project", "rev-parse", "--short", "HEAD"], text=True).strip()
+print(json.dumps({"date": str(datetime.date.today()), "recipe": "docs/arm", "commit": commit, "emulated_by": "qemu-aarch64 on " + platform.machine(),
                   "llama_cpp_python": version("llama-cpp-python"), "results": sys.stdin.read().splitlines()}, indent=1))' > "$record"
 fi
 exit $failed

@@ -1,4 +1,4 @@
-"""Who proposes tokens: nobody, a stock GGUF drafter, or a trimmed one. All behind one small protocol."""
+"""Who proposes tokens: nobody, a stock GGUF drafter, or a trimmed one. All behind one small base class."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def open_drafter(
         context = opened.enter_context(Context(model, n_ctx, n_threads, n_outputs=n_outputs, cache=cache))
         if trimmed is None:
             # Tables of one family are padded to different lengths: an id of one's padding must not reach the other.
-            last, ids = model.n_vocab - 1, None
-            reading = OwnReading(context, min(last + 1, len(target)), lambda ids: np.minimum(ids, last), False)
+            ids, rows, last = None, min(model.n_vocab, len(target)), model.n_vocab - 1
+            reading = OwnReading(context, rows, lambda ids: np.minimum(ids, last), False)
         else:
             embeddings = trimmed.embeddings()
             if dynamic is not None and not _multiplies(dynamic, context, embeddings):

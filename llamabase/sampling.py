@@ -74,8 +74,8 @@ class Sampling:
     temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1, min_p <= 0, top_n_sigma <= 0, xtc_probability 0 and
     dynatemp_range 0 switch theirs off. The penalties look at the last repeat_last_n tokens (0: none, -1: all);
     repeat_penalty 1 and the others 0 switch them off. dry_multiplier 0 switches DRY off. logit_bias is added to the
-    logits of its token ids, -inf bans one. grammar is a GBNF, empty for none. Grammar and bias come first, then
-    `samplers` in their order.
+    logits of its token ids, -inf bans one. grammar is a GBNF, guide what `llamabase.guidance` makes of a JSON schema;
+    empty for none. Those and the bias come first, then `samplers` in their order.
 
     Raises SettingError, which is a ValueError, for what is no number or too large to reckon with, and for samplers that
     are none of LETTERS or that draw tokens themselves.
@@ -92,6 +92,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str = ""
+    guide: str = ""
     top_n_sigma: float = -1.0
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
@@ -115,6 +116,8 @@ class Sampling:
                 raise SettingError(f"{name}={value} is not a number to sample with")
         if self.repeat_penalty < 1 / LARGEST:
             raise SettingError(f"repeat_penalty={self.repeat_penalty} must be greater than 0; 1 switches it off")
+        if self.grammar and self.guide:
+            raise SettingError("grammar: give a grammar or a JSON schema, not both")
         if self.mirostat:
             raise SettingError(f"mirostat={self.mirostat} is not to be had: Mirostat {_OWN_DRAWS}")
         if self.adaptive_target >= 0 or "adaptive_p" in self.samplers:
@@ -159,7 +162,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is that of the greatest logit as the model has it, but for a grammar."""
+        """Whether the next token is that of the greatest logit as the model has it, but for a grammar or a schema."""
         return self.sight == 1 and not self.leading and not self.logit_bias
 
     @property

@@ -157,8 +157,10 @@ class AutoDrafter(Drafter):
             unread, before = 1, self.seconds
         return drafts, chances
 
-    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
-        self._verify.saw(drafted + 1, verify_seconds)
+    def learn(
+        self, drafted: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
+    ) -> None:
+        self._verify.saw(verified + 1, verify_seconds)
         plain = self._verify.of(1)
         self._emitted += tokens
         self._left -= tokens

@@ -57,8 +57,12 @@ class Drafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Read a prompt ahead of the first draft; at most `left` tokens will follow."""
 
-    def learn(self, drafted: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
-        """Hear what became of a round: tokens it emitted, its seconds in all and those of the target."""
+    def learn(
+        self, drafted: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
+    ) -> None:
+        """Hear what became of a round: how many drafts it made, verified and accepted, the tokens it emitted, its
+        seconds in all and those of the target.
+        """
 
     def settle(self) -> None:
         """Make the cache agree with what is known of it, after an interruption at any point."""

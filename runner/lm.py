@@ -21,7 +21,7 @@ from typing import Any
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
 from llamabase.errors import EngineError
-from llamabase.grammar import schema_grammar
+from llamabase.guidance import schema_guide
 from llamabase.llama import F16, Cache, Closing
 from llamabase.sampling import Sampling
 
@@ -32,12 +32,10 @@ Messages = str | Sequence[Mapping[str, str]]
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a grammar."""
+    """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a guide."""
     settings = dict(settings)
     if (schema := settings.pop("json_schema", None)) is not None:
-        if settings.get("grammar"):
-            raise ValueError("give grammar or json_schema, not both")
-        settings["grammar"] = schema_grammar(schema if isinstance(schema, str) else json.dumps(schema))
+        settings["guide"] = schema_guide(schema if isinstance(schema, str) else json.dumps(schema))
     known = {
         "temperature" if field.name == "temp" else field.name: field.name for field in dataclasses.fields(Sampling)
     }
@@ -141,8 +139,8 @@ class SpeculativeLM(Closing):
         text, instead of a grammar.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
-        settings, ValueError for impossible ones, FileFormatError for a schema that has no grammar, and EngineError when
-        it is closed, busy, or the context too small.
+        settings, ValueError for impossible ones, FileFormatError for a schema that cannot be obeyed, and EngineError
+        when it is closed, busy, or the context too small.
         """
         chosen = _sampling(sampling)
         stops = [stop] if isinstance(stop, str) else list(stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
 from llamabase.command import FILE, THREADS
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
-from llamabase.grammar import schema_grammar
+from llamabase.guidance import schema_guide
 from llamabase.llama import CACHE_TYPES, F16, Cache
 from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 
@@ -175,17 +175,18 @@ def _logit_bias(given: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def _grammar(grammar: str | None, grammar_file: Path | None, schema: str | None, schema_file: Path | None) -> str:
+def _form(grammar: str | None, grammar_file: Path | None, schema: str | None, schema_file: Path | None) -> Sampling:
+    """Sampling with the grammar or the schema that these four options give, if any."""
     if sum(given is not None for given in (grammar, grammar_file, schema, schema_file)) > 1:
         raise click.UsageError("give one of --grammar, --grammar-file, --json-schema and --json-schema-file")
     if schema_file is not None:
         schema = read_text(schema_file, "a JSON schema")
     if schema is not None:
         try:
-            return schema_grammar(schema)
+            return Sampling(guide=schema_guide(schema))
         except TrimError as error:
             raise click.UsageError(str(error)) from error
-    return grammar or (read_text(grammar_file, "a grammar") if grammar_file is not None else "")
+    return Sampling(grammar=grammar or ("" if grammar_file is None else read_text(grammar_file, "a grammar")))
 
 
 # Flags, the field of Sampling that each sets, and what it does.
@@ -283,9 +284,9 @@ def sampling_options(command: Any) -> Any:
             values["samplers"] = samplers_lettered(sampler_seq)
         if dry_sequence_breakers:
             values["dry_sequence_breakers"] = _breakers(dry_sequence_breakers)
-        chosen = _grammar(grammar, grammar_file, json_schema, json_schema_file)
+        form = _form(grammar, grammar_file, json_schema, json_schema_file)
         try:
-            sampling = Sampling(**values, logit_bias=_logit_bias(logit_bias), grammar=chosen)
+            sampling = replace(form, **values, logit_bias=_logit_bias(logit_bias))
         except SettingError as error:
             raise click.UsageError(str(error)) from error
         return command(sampling=sampling, **others)

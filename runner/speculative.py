@@ -26,7 +26,8 @@ from .reading import Reader
 
 @dataclass(frozen=True)
 class Round:
-    """One target call. `tokens` is what it emitted: the accepted drafts and the token after them.
+    """One target call. `tokens` is what it emitted: the accepted drafts and the token after them. `drafted` are the
+    drafts that it verified: those that a schema forbids are not among them.
 
     Seconds are wall time; draft and verify count time inside llama.cpp only, host is everything else of the round.
     `finish` is "stop" (an end token, which is the last of `tokens`) or "length" on the last round, else None.
@@ -87,6 +88,8 @@ def generate(
             # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
             n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
             drafts = drafter.draft(text, n, sampling, noise)
+            n_drafted = len(drafts)
+            del drafts[chain.fitting(drafts) :]  # those after a draft that may not come fall without being verified
             logits = target.read([text[-1], *drafts], len(drafts) + 1)
             accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
             chain.accept(following)
@@ -103,7 +106,7 @@ def generate(
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
             accepted = min(accepted, len(tokens))
             seconds = time.perf_counter() - started
-            drafter.learn(len(drafts), accepted, len(tokens), seconds, verify_seconds)
+            drafter.learn(n_drafted, len(drafts), accepted, len(tokens), seconds, verify_seconds)
             yield Round(
                 tokens,
                 drafts,

@@ -104,7 +104,7 @@ def seconds_of(world: World, auto: AutoDrafter | None, fixed: int = 0) -> float:
         seconds = verify + drafter.seconds - before
         total += seconds
         if auto is not None:
-            auto.learn(len(tokens), accepted, accepted + 1, seconds, verify)
+            auto.learn(len(tokens), len(tokens), accepted, accepted + 1, seconds, verify)
     return total
 
 
@@ -166,7 +166,7 @@ def test_wherever_a_session_ends_guesses_have_cost_no_more_than_the_budget(
             accepted = next((i for i, (a, b) in enumerate(zip(guess, rest, strict=False)) if a != b), len(guess))
             tokens = rest[: accepted + 1]
             took = verify.of(len(guess) + 1)
-            auto.learn(len(guess), min(accepted, len(tokens)), len(tokens), took, took)
+            auto.learn(len(guess), len(guess), min(accepted, len(tokens)), len(tokens), took, took)
             text, seconds, emitted = [*text, *tokens], seconds + took, emitted + len(tokens)
             assert seconds <= plain * ((1 + LOSS) * emitted + BUDGET) + 1e-9
 

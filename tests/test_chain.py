@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamabase import samplers as samplers_module
-from llamabase.errors import EngineError, FileFormatError
-from llamabase.grammar import Grammar, schema_grammar
-from llamabase.llama import Model, Tokens
+from llamabase.errors import EngineError
+from llamabase.grammar import Grammar
+from llamabase.llama import Model
 from llamabase.noise import Noise
 from llamabase.samplers import Chain, likeliest
 from llamabase.sampling import DEFAULT, LETTERS, Distribution, Sampling
@@ -135,20 +130,18 @@ def test_grammar_agrees_with_masking_everything(
 
 
 def test_the_grammar_is_asked_about_few_tokens_where_few_decide(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, honest = [], Tokens.apply
+    asked, honest = [], Grammar.allowed
     logits = row(0, model.n_vocab)
     logits[64] = 99
+
+    def allowed(self: Grammar, ids: np.ndarray) -> np.ndarray:
+        asked.append(len(ids))
+        return honest(self, ids)
+
+    monkeypatch.setattr(Grammar, "allowed", allowed)
     for top_k, temp, expected in ((40, 0.0, [1]), (1, 1.0, [1]), (40, 1.0, [64, 600]), (0, 1.0, [600])):
         asked.clear()
-        chain = Chain(Sampling(temp, top_k, grammar="root ::= [a-z]+"), [], model)
-
-        def apply(self: Tokens, sampler: object, chain: Chain = chain) -> None:
-            if sampler is chain._grammar.handle:
-                asked.append(len(self.left))
-            honest(self, sampler)
-
-        monkeypatch.setattr(Tokens, "apply", apply)
-        chain.distribution(logits)
+        Chain(Sampling(temp, top_k, grammar="root ::= [a-z]+"), [], model).distribution(logits)
         assert len(asked) == len(expected)
         assert all(n <= found <= 1.5 * n for found, n in zip(asked, expected, strict=True))
 
@@ -194,77 +187,6 @@ def test_a_complete_grammar_allows_only_ends_and_a_token_against_it_is_refused(m
         chain.accept(ends[0])
 
 
-@pytest.mark.parametrize(
-    ("grammar", "reason"),
-    [
-        ("root ::= (", "expecting"),
-        ("root ::= x", "Undefined rule identifier 'x'"),
-        ('x ::= "a"', "does not contain a 'root' symbol"),
-        ('root ::= root "a" | "b"', "left recursion"),
-        ('root ::= "a" }', "expecting newline or end"),
-    ],
-)
-def test_a_grammar_that_does_not_parse(model: Model, grammar: str, reason: str, capfd) -> None:
-    with pytest.raises(EngineError, match=f"the grammar cannot be used: .*{reason}.*; correct it"):
-        Chain(Sampling(grammar=grammar), [], model)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(("letter", "reason"), [("\0", "NUL"), ("\udcff", "not text in UTF-8")])
-def test_a_grammar_that_llama_cpp_would_not_get_whole(model: Model, letter: str, reason: str) -> None:
-    with pytest.raises(EngineError, match=f"the grammar cannot be used: .*{reason}"):
-        Grammar(model, f'root ::= "a" # {letter} \n | "b"')
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "string", "maxLength": 65535},
-        {"items": {"type": "null"}, "maxItems": 40000},
-        {"items": {"type": "null"}, "minItems": 200_000_000},  # which would take gigabytes to write out
-    ],
-)
-def test_a_schema_that_repeats_too_much(schema: dict) -> None:
-    with pytest.raises(FileFormatError, match="is more than 4000"):
-        schema_grammar(json.dumps(schema))
-
-
-def test_a_grammar_that_would_overflow_llama_cpps_stack(model: Model) -> None:
-    """It would end the process. What looks like nesting inside literals, classes and comments is none."""
-    with pytest.raises(EngineError, match="nest more than 4000 deep"):
-        Grammar(model, f'root ::= {"(" * 4001}"a"{")" * 4001}')
-    braces = "(" * 5000
-    Grammar(model, f'root ::= "\\"{braces}" | # {braces}\n [\\]"{braces}]').close()
-
-
-def test_grammars_of_two_threads_leave_stderr_as_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both redirect it while llama.cpp says there what is wrong; the first waits inside for the second to begin."""
-    parse, inside = llama_cpp.llama_sampler_init_grammar, threading.Event()
-
-    def slow(*arguments: object) -> object:
-        inside.set()
-        time.sleep(0.05)
-        return parse(*arguments)
-
-    monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", slow)
-    before, reasons = os.fstat(2), []
-
-    def refused() -> None:
-        with pytest.raises(EngineError, match="expecting") as error:
-            Grammar(model, "root ::= (")
-        reasons.append(error)
-
-    threads = [threading.Thread(target=refused) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-        inside.wait()
-        time.sleep(0.02)
-    for thread in threads:
-        thread.join()
-    assert os.path.samestat(os.fstat(2), before)
-    assert len(reasons) == 2
-
-
 def test_nothing_left_and_a_bias_of_no_token(model: Model) -> None:
     letter = model.tokenize("a")[0]
     chain = Chain(Sampling(grammar='root ::= "a"', logit_bias={letter: -np.inf}), [], model)
@@ -272,83 +194,3 @@ def test_nothing_left_and_a_bias_of_no_token(model: Model) -> None:
         chain.distribution(row(0, model.n_vocab))
     with pytest.raises(EngineError, match="has no token 600"):
         Chain(Sampling(logit_bias={600: 1.0}), [], model)
-
-
-SCHEMAS = (
-    {
-        "type": "object",
-        "properties": {"a": {"enum": ['say "hi"', "é\\n"]}, 'q"': {"type": "integer"}},
-        "required": ["a"],
-    },
-    {"type": "array", "items": {"anyOf": [{"type": "null"}, {"const": {"x": "\\"}}]}, "maxItems": 3},
-    {"type": "string", "maxLength": 5},
-    # As pydantic writes a model that holds itself.
-    {
-        "$ref": "#/$defs/N",
-        "$defs": {"N": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/$defs/N"}}]}},
-    },
-)
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_a_schema_makes_json(model: Model, schema: dict) -> None:
-    """Names and constants with quotes and backslashes too, and no raw control character inside a string."""
-    # llama.cpp's grammars take bytes for letters that are no UTF-8, which random logits would make of a free string.
-    free = range(model.n_vocab if schema.get("type") == "string" else 0)
-    no_text = {i: -np.inf for i in free if any(byte > 127 for byte in model.piece(i))}
-    sampling = Sampling(2.0, 0, 1, 0, grammar=schema_grammar(json.dumps(schema)), logit_bias=no_text)
-    for seed in range(8):
-        rng, noise = np.random.default_rng(seed), Noise(seed)
-        chain, answer = Chain(sampling, [], model), b""
-        for position in range(300):
-            logits = rng.normal(0, 1, model.n_vocab).astype(np.float32)
-            token = chain.distribution(logits).draw(noise, position)
-            if model.is_end(token):
-                break
-            chain.accept(token)
-            answer += model.piece(token)
-        assert obeys(json.loads(answer), schema), answer
-
-
-def obeys(value: object, schema: dict) -> bool:
-    """As much of JSON schema as these tests use."""
-    if "$ref" in schema:
-        return value is None or (isinstance(value, list) and all(obeys(item, schema) for item in value))
-    if "anyOf" in schema:
-        return any(obeys(value, one) for one in schema["anyOf"])
-    if "const" in schema or "enum" in schema:
-        return value in schema.get("enum", [schema.get("const")])
-    if schema["type"] == "object":
-        properties = schema["properties"]
-        return (
-            isinstance(value, dict)
-            and set(schema.get("required", [])) <= value.keys() <= properties.keys()
-            and all(obeys(each, properties[name]) for name, each in value.items())
-        )
-    if schema["type"] == "array":
-        return (
-            isinstance(value, list)
-            and len(value) <= schema.get("maxItems", len(value))
-            and all(obeys(each, schema["items"]) for each in value)
-        )
-    kind = {"null": type(None), "integer": int, "string": str, "boolean": bool}[schema["type"]]
-    return type(value) is kind and (kind is not str or len(value) <= schema.get("maxLength", len(value)))
-
-
-@pytest.mark.parametrize(
-    ("schema", "reason"),
-    [
-        ("{", "is not JSON"),
-        ("[1]", "has no grammar"),
-        ('{"type": "circle"}', "Unrecognized schema"),
-        ('{"$ref": "https://a.b"}', "remote"),
-        ('{"type": "string", "pattern": "a"}', "Pattern must start"),
-        ('{"type": "integer", "minimum": 0, "maximum": 9}', "cannot express maximum, minimum"),
-        ('{"properties": {"a": {"items": {"multipleOf": 2}}}, "type": "object"}', "cannot express multipleOf"),
-        ('{"$ref": "#/$defs/a", "$defs": {"a": {"not": {}}}}', "cannot express not"),
-        ('{"type": "string", "minLength": 3, "maxLength": 2}', "minLength is greater than maxLength"),
-    ],
-)
-def test_a_schema_that_cannot_be_used(schema: str, reason: str) -> None:
-    with pytest.raises(FileFormatError, match=reason):
-        schema_grammar(schema)

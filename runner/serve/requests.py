@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from llamabase.errors import TrimError
-from llamabase.grammar import schema_grammar
+from llamabase.guidance import schema_guide
 from llamabase.sampling import Sampling, samplers_named
 
 from ..auto import LONGEST
@@ -111,7 +111,7 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")  # llama-server's, of a json_object
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # llama-server's: without json_schema between
 
 
 class StreamOptions(Body):
@@ -154,7 +154,7 @@ class Common(Body):
     samplers: tuple[str, ...] | str | None = None
     logit_bias: dict[str, float | bool] | list[tuple[int, float | bool]] | None = None
     grammar: str | None = None
-    json_schema: dict[str, Any] | None = None
+    json_schema: dict[str, Any] | bool | None = None
     draft_max: int | None = Field(None, ge=0, validation_alias="speculative.n_max")
     vocab: str = Field(AUTO, validation_alias="speculative.vocab")
 
@@ -180,9 +180,9 @@ class Common(Body):
     def rounds_of(self) -> int | None:
         return None if self.draft_max is None else min(self.draft_max, LONGEST)
 
-    def wanted_schema(self) -> Any:
-        """The JSON schema that the answer must obey, or None."""
-        return self.json_schema
+    def wanted_schema(self) -> tuple[str, Any]:
+        """The field that asks for a JSON schema, and the schema that the answer must obey, or None."""
+        return "json_schema", self.json_schema
 
     def sampling(self, defaults: Sampling, n_vocab: int) -> Sampling:
         settings = {field.name: getattr(defaults, field.name) for field in fields(Sampling)}
@@ -195,16 +195,16 @@ class Common(Body):
             settings["samplers"] = samplers_named(";".join(self.samplers))
         if self.logit_bias is not None:
             settings["logit_bias"] = _biases(self.logit_bias, n_vocab)
-        schema = self.wanted_schema()
-        if schema is not None and self.grammar:
-            raise BadRequest("grammar: give a grammar or a JSON schema, not both", "grammar")
+        param, schema = self.wanted_schema()
         if schema is not None:
             try:
-                settings["grammar"] = schema_grammar(json.dumps(schema))
-            except (TrimError, ValueError, RecursionError) as error:
-                raise BadRequest(f"json_schema: {error}", "json_schema") from error
-        elif self.grammar:
+                settings["guide"], settings["grammar"] = schema_guide(json.dumps(schema)), ""
+            except (TrimError, RecursionError) as error:
+                raise BadRequest(f"{param}: {error}", param) from error
+        if self.grammar:
             settings["grammar"] = self.grammar
+            if schema is None:
+                settings["guide"] = ""
         try:
             found = Sampling(**settings)
         except ValueError as error:
@@ -250,15 +250,14 @@ class Chat(Common):
     def n_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def wanted_schema(self) -> Any:
+    def wanted_schema(self) -> tuple[str, Any]:
         form = self.response_format
         if form is None or form.type == "text":
-            return self.json_schema
-        if form.type == "json_object":
-            return form.schema_ or {"type": "object"}
-        if form.json_schema is None:
+            return super().wanted_schema()
+        schema = form.schema_ if form.json_schema is None else form.json_schema.schema_
+        if schema is None and form.type == "json_schema":
             raise BadRequest("response_format: a json_schema names its schema", "response_format")
-        return form.json_schema.schema_
+        return "response_format", {"type": "object"} if schema is None else schema
 
 
 class Completion(Common):

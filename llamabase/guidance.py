@@ -42,6 +42,7 @@ def schema_guide(schema: str) -> str:
     """
     try:
         found = json.loads(schema)
+        json.dumps(found, allow_nan=False)  # Python reads numbers that JSON has not
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"the JSON schema is not JSON: {error}") from error
     if not isinstance(found, dict | bool):

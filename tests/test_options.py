@@ -80,8 +80,8 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
     assert parsed("--grammar-file", str(tmp_path / "g.gbnf")).grammar == 'root ::= "é"'
     schemas = [parsed("-jf", str(tmp_path / "s.json")), parsed("--json-schema-file", str(tmp_path / "s.json"))]
     schemas += [parsed("-j", '{"type": "boolean"}'), parsed("--json-schema", '{"type": "boolean"}')]
-    assert len({found.grammar for found in schemas}) == 1
-    assert "true" in schemas[0].grammar
+    assert len({found.guide for found in schemas}) == 1
+    assert "boolean" in schemas[0].guide
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["--dry-multiplier", "1", "--dry-allowed-length", "9" * 20, "-n", "1"], 0, "1 token,"),
         (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
         (["-j", "{"], 2, "the JSON schema is not JSON"),
-        (["-j", '{"type": "circle"}'], 2, "has no grammar"),
+        (["-j", '{"type": "circle"}'], 2, "cannot be obeyed"),
         (["--grammar-file", "absent"], 1, "absent: cannot be read as a grammar: No such file"),
         (["--grammar", "root ::= ("], 1, "the grammar cannot be used: expecting"),
         (["-l", "600+1"], 1, "has no token 600"),

@@ -131,7 +131,8 @@ def _embedding_scale(file: GGUFFile) -> float:
         return float(np.float32(math.sqrt(file.tensors[EMBEDDING].shape[0])))
     layers = file.integers(f"{arch}.deepstack_mapping")  # of Granite: -1 for a layer that takes no features of an image
     scale = file.get(f"{arch}.embedding_scale")
-    return scale if layers is not None and max(layers) >= 0 and isinstance(scale, float) and scale else 1.0
+    deepstack = layers is not None and bool((layers >= 0).any())
+    return scale if deepstack and isinstance(scale, float) and scale else 1.0
 
 
 def _cut(

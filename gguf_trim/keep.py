@@ -84,7 +84,7 @@ def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None
     Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
     """
     n_rows = len(order)
-    seen = np.zeros(max(n_rows, counts.n_tokens), np.int64)
+    seen = np.zeros(max(int(order.max()) + 1, counts.n_tokens), np.int64)
     seen[counts.ids] = counts.counts
     if top_p is not None:
         covered = np.cumsum(seen[order]) / max(1, counts.total)

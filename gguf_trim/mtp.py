@@ -57,7 +57,7 @@ class MtpBlock:
             )
         if arch == "glm4moe" and has_mrope(file):
             raise FileFormatError(
-                f"{file.path}: its MTP block cannot draft: llama.cpp ends the process over the M-RoPE of a glm4moe block"
+                f"{file.path}: its MTP block cannot draft: llama.cpp ends the process over the M-RoPE of such a block"
             )
         if EMBEDDING not in file.tensors:
             raise FileFormatError(f"{file.path}: has no {EMBEDDING}: not a language model")

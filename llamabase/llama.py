@@ -431,7 +431,8 @@ class _Batch:
             "embd" if model else "token": whole, "pos": self.positions, "logits": self.wanted,
             "n_seq_id": self._lengths, "seq_id": self._addresses,
         }  # fmt: skip
-        self.struct = llama_cpp.llama_batch(**{name: array.ctypes.data_as(types[name]) for name, array in arrays.items()})
+        pointers = {name: array.ctypes.data_as(types[name]) for name, array in arrays.items()}
+        self.struct = llama_cpp.llama_batch(**pointers)
 
     def fill(self, inputs: Sequence[int] | np.ndarray, position: int, outputs: int) -> None:
         n = len(inputs)

@@ -117,7 +117,7 @@ def write_model(
     if name == "qwen3vlmoe":
         more |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}
     if name == "granite":
-        more |= {"logit_scale": 2.0, "rope.dimension_count": head_dim}
+        more |= {"logit_scale": 1.0, "rope.dimension_count": head_dim}
     for key, value in (more | dict(keys or {})).items():
         if isinstance(value, list):
             writer.add_array(f"{name}.{key}", value)  # an empty one is left out

@@ -26,7 +26,7 @@ from llamabase.vocabulary import Vocabulary
 
 from .hanging import D2T, HANGING, HangingHead, row_by_id
 from .keep import MULTIPLE, Keep
-from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field, head_tensor
+from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field, has_mrope, head_tensor
 from .mtp import MTP, MtpBlock
 
 FORMAT_VERSION = 1
@@ -34,16 +34,20 @@ _FOREIGN = "was not made by this program"
 TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
 COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))
 
-# Graphs that scale token inputs by sqrt(n_embd) and leave vectors as they are: the runner scales for them.
+# Graphs that scale token inputs by sqrt(n_embd) and leave vectors as they are.
 SCALED_TOKEN_INPUTS = {"gemma3"}
-# Graphs that look at the token ids themselves, beyond the embedding table.
+# Graphs that look at the token ids themselves, beyond the embedding table, or take embeddings for an image's.
 NEEDS_TOKEN_IDS = {
+    "cogvlm": "it reads embeddings with the weights for images",
+    "deepseek4": "it chooses experts by token id",
     "gemma3n": "it looks up per-layer embeddings by token id",
     "gemma4": "it looks up per-layer embeddings by token id",
-    "granite-switch": "its graph needs token ids",
+    "gemma4-assistant": "it reads its target's states, which only llama-server gives it",
+    "graniteswitch": "it chooses adapters by token id",
     "t5": "it is an encoder-decoder",
     "t5encoder": "it is an encoder",
 }
+EMBEDDINGS_NEED_MROPE = {"glm4", "glm4moe"}
 
 
 def companion_path(trimmed: Path) -> Path:
@@ -69,6 +73,11 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
         return f"it has no {EMBEDDING}: not a language model"
     if (reason := NEEDS_TOKEN_IDS.get(file.architecture)) is not None:
         return f"architecture {file.architecture} cannot be trimmed: {reason}"
+    if file.architecture in EMBEDDINGS_NEED_MROPE and not has_mrope(file):
+        return (
+            f"architecture {file.architecture} cannot be trimmed: llama.cpp ends the process if it is given embeddings "
+            "without M-RoPE"
+        )
     embedding = file.tensors[EMBEDDING]
     n_rows = embedding.n_rows
     head = file.tensors.get(HEAD)
@@ -112,8 +121,18 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
     ]
     pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()]
     whole = [Piece(file.tensors[name]) for name in sorted(cut_names)]
-    scale = float(np.float32(math.sqrt(embedding.shape[0]))) if arch in SCALED_TOKEN_INPUTS else 1.0
-    return _cut(file, keep, vocabulary, embedding.n_rows, fields, pieces, whole, scale=scale)
+    return _cut(file, keep, vocabulary, embedding.n_rows, fields, pieces, whole, scale=_embedding_scale(file))
+
+
+def _embedding_scale(file: GGUFFile) -> float:
+    """What the runner multiplies embeddings by, as llama.cpp does with those of token ids only."""
+    arch = file.architecture
+    if arch in SCALED_TOKEN_INPUTS:
+        return float(np.float32(math.sqrt(file.tensors[EMBEDDING].shape[0])))
+    layers = file.integers(f"{arch}.deepstack_mapping")  # of Granite: -1 for a layer that takes no features of an image
+    scale = file.get(f"{arch}.embedding_scale")
+    deepstack = layers is not None and bool((layers >= 0).any())
+    return scale if deepstack and isinstance(scale, float) and scale else 1.0
 
 
 def _cut(

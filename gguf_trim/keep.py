@@ -69,9 +69,12 @@ def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) ->
     return _first(vocabulary, n_rows, keep_order(vocabulary, n_rows, counts), k, counts)
 
 
-def keep_listed(vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None) -> Keep:
-    """Keep every forced token and the listed ids; of these in this order the first k."""
+def keep_listed(
+    vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None, having: np.ndarray | None = None
+) -> Keep:
+    """Keep every forced token and the listed ids; of these in this order the first k. `having`: see `keep_order`."""
     order = np.array(list(dict.fromkeys([*(i for i in vocabulary.forced if i < n_rows), *listed])))
+    order = order if having is None else order[having[order]]
     return _first(vocabulary, n_rows, order, len(order) if k is None else k)
 
 
@@ -81,7 +84,7 @@ def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None
     Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
     """
     n_rows = len(order)
-    seen = np.zeros(max(n_rows, counts.n_tokens), np.int64)
+    seen = np.zeros(max(int(order.max()) + 1, counts.n_tokens), np.int64)
     seen[counts.ids] = counts.counts
     if top_p is not None:
         covered = np.cumsum(seen[order]) / max(1, counts.total)
@@ -125,14 +128,17 @@ def choose_rows(
     """
     listed = None
     if keep_file is not None:
-        listed = keep_listed(vocabulary, n_rows, read_keep_list(keep_file, n_rows), k)
-        if listed.k % multiple == 0 and having is None:
+        ids = read_keep_list(keep_file, n_rows)
+        if having is not None and not having[ids].any():
+            raise TrimError(f"{keep_file}: the head to be cut has a row for none of these ids; list ids that it has")
+        listed = keep_listed(vocabulary, n_rows, ids, k, having)
+        if listed.k % multiple == 0:
             return listed
     counted = ranking_counts(vocabulary, counts)
     order = keep_order(vocabulary, n_rows, counted, having)
     if listed is not None:
         held = np.isin(order, listed.ids)
-        order, k = np.append(order[held], order[~held]), int(held.sum())
+        order, k = np.append(order[held], order[~held]), listed.k
     elif top_p is not None or min_count is not None:
-        k = _k_for(order, len(vocabulary.forced), counted, top_p, min_count)
+        k = _k_for(order, int(np.isin(vocabulary.forced, order).sum()), counted, top_p, min_count)
     return _first(vocabulary, n_rows, order, DEFAULT_K if k is None else k, counted, multiple)

@@ -16,7 +16,7 @@ from llamabase.ggml import Backend, Product, Table
 from llamabase.gguf_file import GGUFFile, Tensor
 from llamabase.vocabulary import Vocabulary
 
-from .layout import EMBEDDING, HEAD, head_tensor
+from .layout import EMBEDDING, HEAD, has_mrope, head_tensor
 
 MTP = "mtp"  # the target's own block, where a drafter is named; the architecture of files that hold rows for one
 # Whose graphs, as llama.cpp of `states.KNOWN` has them, hand on the normed state of a single block. Others hand on what
@@ -54,6 +54,10 @@ class MtpBlock:
             raise FileFormatError(
                 f"{file.path}: its MTP block cannot draft here: {why}; that is known to work for one block of "
                 f"{', '.join(sorted(POST_NORM))}"
+            )
+        if arch == "glm4moe" and has_mrope(file):
+            raise FileFormatError(
+                f"{file.path}: its MTP block cannot draft: llama.cpp ends the process over the M-RoPE of such a block"
             )
         if EMBEDDING not in file.tensors:
             raise FileFormatError(f"{file.path}: has no {EMBEDDING}: not a language model")

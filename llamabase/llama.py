@@ -30,6 +30,7 @@ from .interrupt import interruptible
 
 LAST_ERRORS: deque[str] = deque(maxlen=8)
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_MROPE = (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -138,6 +139,9 @@ class Model(Owner):
         self.samplers: dict[Any, Any] = {}  # of llama.cpp's that take long to make, to be cloned
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
+        # Numbers of an input embedding, more than n_embd with DeepStack, and its positions, four with M-RoPE.
+        self.n_embd_inp: int = llama_cpp.llama_model_n_embd_inp(self._model)
+        self.n_pos: int = 4 if llama_cpp.llama_model_rope_type(self._model) in _MROPE else 1
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
         # Whether its cache is a state that goes on from token to token, wholly or in part.
         self.recurrent: bool = llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(
@@ -236,7 +240,6 @@ class Context(Owner):
         mtp: bool = False,
     ) -> None:
         self._ctx = None
-        self._batches: list[Any] = []
         self.recorders: list[Any] = []  # of what the layers are given, see `states.Recorded`
         self.model = model
         params = llama_cpp.llama_context_default_params()
@@ -275,13 +278,8 @@ class Context(Owner):
         self.go_on: Callable[[], bool] = lambda: True
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._with_hidden = False
-        self._ids = self._batch(0)
+        self._ids = _Batch(self.n_batch)
         self._vectors: _Batch | None = None
-
-    def _batch(self, n_embd: int) -> _Batch:
-        batch = _Batch(self.n_batch, n_embd)
-        self._batches.append(batch)
-        return batch
 
     @property
     def handle(self) -> Any:
@@ -290,7 +288,7 @@ class Context(Owner):
         return self._ctx
 
     def decode(self, inputs: Sequence[int] | np.ndarray, outputs: int = 1, hidden: bool = False) -> np.ndarray:
-        """Append token ids (n) or input embeddings (n x n_embd, float32) and return the logits of the last `outputs`.
+        """Append token ids (n) or embeddings of tokens (n x n_embd, float32): the logits of the last `outputs`.
 
         Returns a view, rows x n_vocab, valid until the next decode. With `hidden`, `hidden_states` gives what the head
         was multiplied by; llama.cpp then needs all n rows as outputs. Raises EngineError where the context is full; the
@@ -310,7 +308,7 @@ class Context(Owner):
             llama_cpp.llama_set_embeddings(handle, hidden)
             self._with_hidden = hidden
         if isinstance(inputs, np.ndarray) and inputs.ndim == 2:
-            batch = self._vectors = self._vectors or self._batch(self.model.n_embd)
+            batch = self._vectors = self._vectors or _Batch(self.n_batch, self.model)
         else:
             batch = self._ids
         started = time.perf_counter()
@@ -354,8 +352,7 @@ class Context(Owner):
         self._ids.fill(tokens, 0, 0)
         self._ids.positions[:n] = positions
         self._ids.wanted[:n] = outputs
-        for i, sequence in enumerate(sequences):
-            self._ids.struct.seq_id[i][0] = sequence
+        self._ids.sequences[:n] = sequences
         started = time.perf_counter()
         self._decode(self._ids)
         pointer = llama_cpp.llama_get_logits(self.handle)
@@ -404,8 +401,6 @@ class Context(Owner):
         if self._ctx is not None:
             llama_cpp.llama_free(self._ctx)
             self._ctx = None
-            for batch in self._batches:
-                batch.free()
 
 
 def floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
@@ -415,31 +410,39 @@ def floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
 
 
 class _Batch:
-    """A llama_batch whose arrays are seen through numpy: filling one costs microseconds."""
+    """A llama_batch over arrays of numpy's, for `size` token ids or for embeddings of a model: filling one costs
+    microseconds.
 
-    def __init__(self, size: int, n_embd: int) -> None:
-        self.struct = llama_cpp.llama_batch_init(size, n_embd, 1)
+    llama.cpp gives token ids the positions of M-RoPE and the features of DeepStack by itself, and reads past the end of
+    arrays without them for embeddings: those get here what ids would get, three equal positions and a 0, and zeros.
+    """
 
-        def view(pointer: Any, shape: tuple[int, ...]) -> np.ndarray:
-            return np.ctypeslib.as_array(pointer, shape=shape)
-
-        self.inputs = view(self.struct.embd, (size, n_embd)) if n_embd else view(self.struct.token, (size,))
-        self.positions = view(self.struct.pos, (size,))
-        self.wanted = view(self.struct.logits, (size,))
-        view(self.struct.n_seq_id, (size,))[:] = 1
-        for i in range(size):
-            self.struct.seq_id[i][0] = 0
+    def __init__(self, size: int, model: Model | None = None) -> None:
+        self._n_pos = model.n_pos if model else 1
+        whole = np.zeros((size, model.n_embd_inp), np.float32) if model else np.zeros(size, np.int32)
+        self.inputs = whole[:, : model.n_embd] if model else whole
+        self.positions = np.zeros(self._n_pos * size, np.int32)
+        self.wanted = np.zeros(size, np.int8)
+        # A token may belong to several sequences; here each belongs to one.
+        self.sequences, self._lengths = np.zeros(size, np.int32), np.ones(size, np.int32)
+        self._addresses = self.sequences.ctypes.data + np.arange(size, dtype=np.uintp) * self.sequences.itemsize
+        types = dict(llama_cpp.llama_batch._fields_)
+        arrays = {
+            "embd" if model else "token": whole, "pos": self.positions, "logits": self.wanted,
+            "n_seq_id": self._lengths, "seq_id": self._addresses,
+        }  # fmt: skip
+        pointers = {name: array.ctypes.data_as(types[name]) for name, array in arrays.items()}
+        self.struct = llama_cpp.llama_batch(**pointers)
 
     def fill(self, inputs: Sequence[int] | np.ndarray, position: int, outputs: int) -> None:
         n = len(inputs)
         self.struct.n_tokens = n
         self.inputs[:n] = inputs
-        self.positions[:n] = np.arange(position, position + n)
+        positions = self.positions[: self._n_pos * n].reshape(self._n_pos, n)
+        positions[:3] = np.arange(position, position + n)
+        positions[3:] = 0
         self.wanted[:n] = 0
         self.wanted[n - outputs : n] = 1
-
-    def free(self) -> None:
-        llama_cpp.llama_batch_free(self.struct)
 
 
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data

@@ -471,6 +471,15 @@ def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
     )
     run("trim", head, "-o", cut, "--keep", str(ids), *target)
     assert "difference 0 over" in run("verify", cut, "--source", head, *target).stdout
+    ids.write_text("\n".join(map(str, range(600))))  # of which this head lacks half
+    mapped, had = ["trim", str(heads["mapped"]), *target], HangingHead.of(GGUFFile(heads["mapped"])).ids
+    run(*mapped, "-o", str(tmp_path / "few.gguf"), "--keep", str(ids), "-k", "160")
+    kept = HangingHead.of(GGUFFile(tmp_path / "few.gguf")).ids
+    order = [i for i in dict.fromkeys([*Vocabulary(GGUFFile(heads["target"])).forced, *range(600)]) if i in had]
+    assert sorted(kept.tolist()) == sorted(order[:160])
+    ids.write_text("\n".join(str(i) for i in range(600) if i not in had))
+    none = run(*mapped, "-o", str(tmp_path / "none.gguf"), "--keep", str(ids), code=1)
+    assert "ids.txt: the head to be cut has a row for none of these ids" in none.stderr
     said = json.loads(run("inspect", cut, "--json").stdout)
     assert (said["kind"], said["k"] % 16, said["head"]["rows"]) == ("trimmed", 0, said["k"])
     said = json.loads(run("inspect", head, "--json").stdout)

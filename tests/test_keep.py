@@ -53,7 +53,10 @@ def test_laws_of_the_choice_by_counts(tmp_path_factory: pytest.TempPathFactory, 
 def test_laws_of_a_keep_list(
     tmp_path_factory: pytest.TempPathFactory, table: list[tuple[bool, int]], listed: list[int], data: st.DataObject
 ) -> None:
-    """Everything listed and everything forced; with k, forced tokens come first and the list fills up the rest."""
+    """Everything listed and everything forced; with k, forced tokens come first and the list fills up the rest.
+
+    Ids that the head has no row of count as if they were neither listed nor forced.
+    """
     known = small_vocabulary(tmp_path_factory.getbasetemp(), [control for control, _ in table])
     n = len(table)
     listed = [i % n for i in listed]
@@ -65,6 +68,12 @@ def test_laws_of_a_keep_list(
     keep = keep_listed(known, n, listed, k)
     assert keep.ids.tolist() == sorted(first) and keep.k <= k
     assert (keep.n_forced, keep.n_forced_left_out) == (min(k, len(forced)), max(0, len(forced) - k))
+    had = data.draw(st.sets(st.integers(0, n - 1), min_size=1))
+    having = np.isin(np.arange(n), list(had))
+    order = [i for i in dict.fromkeys([*sorted(forced), *listed]) if i in had]
+    keep = keep_listed(known, n, listed, k, having)
+    assert keep.ids.tolist() == sorted(order[:k]) and keep.k == min(k, len(order))
+    assert keep.n_forced == min(k, len(forced & had)) and keep.n_forced_left_out == len(forced & had) - keep.n_forced
 
 
 @pytest.mark.parametrize("k", [0, -1, 4])
@@ -99,6 +108,34 @@ def test_the_rows_chosen_from_the_ready_counts_reach_k(tmp_path: Path) -> None:
     keep = choose_rows(known, 600, 320)
     assert keep.k == 320 and set(known.forced) <= set(keep.ids.tolist())
     assert keep.coverage is not None and 0.5 < keep.coverage < 1
+
+
+@pytest.mark.parametrize(("k", "kept"), [(100, 112), (96, 96), (None, 256)])
+def test_k_of_a_keep_list_counts_the_rows_that_the_head_has(tmp_path: Path, k: int | None, kept: int) -> None:
+    """A list of all ids, backwards, for a head of 256 of them: the first k that it has, filled up to a multiple."""
+    known = Vocabulary(GGUFFile(write_model(tmp_path / "m.gguf")))
+    had = np.sort(np.random.default_rng(1).permutation(600)[:256])
+    path = tmp_path / "keep.txt"
+    path.write_text("\n".join(map(str, range(599, -1, -1))))
+    keep = choose_rows(known, 600, k, keep_file=path, having=np.isin(np.arange(600), had), multiple=16)
+    order = [i for i in dict.fromkeys([*known.forced, *range(599, -1, -1)]) if i in had]
+    assert keep.k == kept and set(order[:k]) <= set(keep.ids.tolist()) <= set(had.tolist())
+    assert keep.n_forced == min(kept, len(set(known.forced) & set(had.tolist())))
+    path.write_text("\n".join(str(i) for i in range(600) if i not in had))
+    with pytest.raises(TrimError, match=r"keep\.txt: the head to be cut has a row for none of these ids"):
+        choose_rows(known, 600, k, keep_file=path, having=np.isin(np.arange(600), had))
+
+
+def test_forced_tokens_that_a_head_lacks_leave_no_room_to_others(tmp_path: Path) -> None:
+    """Where nothing was counted often enough, the rows are the forced ones that the head has."""
+    known = Vocabulary(GGUFFile(write_model(tmp_path / "m.gguf")))
+    had = np.array([*known.forced[:64], *range(300, 500)])
+    Counts.of(np.ones(600, np.int64), known, "x").save(tmp_path / "c.npz")
+    having = np.isin(np.arange(600), had)
+    keep = choose_rows(known, 600, counts=tmp_path / "c.npz", min_count=2, having=having, multiple=16)
+    assert keep.ids.tolist() == sorted(known.forced[:64]) and keep.n_forced == 64
+    keep = choose_rows(known, 600, counts=tmp_path / "c.npz", top_p=1, having=having, multiple=16)
+    assert set(keep.ids.tolist()) >= {i for i in had if i < known.n_real}  # and no padding
 
 
 def test_a_keep_list_with_comments_and_empty_lines(tmp_path: Path) -> None:

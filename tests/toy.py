@@ -6,6 +6,7 @@ every special type. Weights are random; nothing about them is meant, except that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,8 @@ from llamabase.ggml import quantize_rows
 
 N_EMBD, N_FF, N_HEAD, N_LAYER = 256, 256, 4, 1
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3")
+MROPE = ("qwen2vl", "qwen3vl", "qwen3vlmoe", "paddleocr", "hunyuan_vl", "glm4")
+SECTIONS = [11, 11, 10, 0]  # of the 32 angles of a head: those that turn by time, by height and by width
 HEAD_TYPES = (Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_K, Quant.Q6_K)
 
 CHAT_TEMPLATE = (
@@ -79,9 +82,11 @@ def write_model(
     n_ctx: int = 512,
     letters: str = "etaoinshrdlu",
     n_layer: int = N_LAYER,
+    keys: Mapping[str, int | float | list[int]] | None = None,
 ) -> Path:
-    """Write a loadable model. `llama-tied` and `gemma3` have no head of their own.
+    """Write a loadable model. `llama-tied` and `gemma3` have no head of their own; those of MROPE have its sections.
 
+    `keys`: metadata of the architecture beside, or instead of, what its toys have; an empty list leaves it out.
     sharpness scales the head, so that the best token is well ahead and floating point cannot change it.
     """
     name = architecture.removesuffix("-tied")
@@ -106,6 +111,20 @@ def write_model(
         writer.add_rope_dimension_count(head_dim)
     if name == "gemma3":
         writer.add_sliding_window(32)
+    more: dict[str, int | float | list[int]] = {}
+    if name in MROPE:
+        more |= {"rope.dimension_sections": SECTIONS}
+    if name == "qwen3vlmoe":
+        more |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    if name == "granite":
+        more |= {"logit_scale": 1.0, "rope.dimension_count": head_dim}
+    for key, value in (more | dict(keys or {})).items():
+        if isinstance(value, list):
+            writer.add_array(f"{name}.{key}", value)  # an empty one is left out
+        elif isinstance(value, float):
+            writer.add_float32(f"{name}.{key}", value)
+        else:
+            writer.add_uint32(f"{name}.{key}", value)
     tokens, types, merges = vocabulary(n_tokens, letters)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -139,16 +158,22 @@ def write_model(
         add(prefix + "ffn_norm.weight", np.ones(N_EMBD, np.float32))
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             add(prefix + part + ".weight", normal(N_EMBD, N_EMBD))
-            if name == "qwen2" and part != "attn_output":
+            if name in ("qwen2", "qwen2vl") and part != "attn_output":
                 add(prefix + part + ".bias", normal(N_EMBD))
-        if name in ("qwen3", "gemma3"):
+        if name in ("qwen3", "gemma3", "qwen3vl", "qwen3vlmoe", "hunyuan_vl"):
             for part in ("attn_q_norm", "attn_k_norm"):
                 add(prefix + part + ".weight", np.ones(head_dim, np.float32))
-        if name == "gemma3":
+        if name in ("gemma3", "glm4"):
             for part in ("post_attention_norm", "post_ffw_norm"):
                 add(prefix + part + ".weight", np.ones(N_EMBD, np.float32))
-        add(prefix + "ffn_gate.weight", normal(N_FF, N_EMBD))
-        add(prefix + "ffn_up.weight", normal(N_FF, N_EMBD))
+        if name == "qwen3vlmoe":
+            add(prefix + "ffn_gate_inp.weight", normal(4, N_EMBD))
+            for part, shape in (("gate", (4, 64, N_EMBD)), ("up", (4, 64, N_EMBD)), ("down", (4, N_EMBD, 64))):
+                add(prefix + f"ffn_{part}_exps.weight", normal(*shape))
+            continue
+        if name != "glm4":
+            add(prefix + "ffn_gate.weight", normal(N_FF, N_EMBD))
+        add(prefix + "ffn_up.weight", normal(2 * N_FF if name == "glm4" else N_FF, N_EMBD))
         add(prefix + "ffn_down.weight", normal(N_EMBD, N_FF))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -251,10 +276,12 @@ def write_mtp(
     without: tuple[str, ...] = (),
     sharpness: float = 4.0,
     n_ctx: int = 512,
+    mrope: bool | None = None,
 ) -> Path:
     """Write a loadable model of two layers with an MTP block: `qwen35` (whose first layer is recurrent) or `glm4moe`.
 
-    `own_head`: the block has a head that is not the target's. `without`: tensors left out.
+    `own_head`: the block has a head that is not the target's. `without`: tensors left out. `mrope`: whether it has the
+    sections of M-RoPE, for None if it is `qwen35`.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
@@ -270,13 +297,14 @@ def write_mtp(
             "full_attention_interval": 2, "ssm.conv_kernel": 4, "ssm.inner_size": 256, "ssm.state_size": 64,
             "ssm.time_step_rank": 4, "ssm.group_count": 2,
         }  # fmt: skip
-        writer.add_array(f"{architecture}.rope.dimension_sections", [11, 11, 10, 0])
     else:
         numbers |= {
             "expert_feed_forward_length": 64, "expert_count": n_expert, "expert_used_count": 2,
             "expert_shared_count": 1, "leading_dense_block_count": 1,
         }  # fmt: skip
         writer.add_bool(f"{architecture}.expert_weights_norm", True)
+    if mrope or (mrope is None and architecture == "qwen35"):
+        writer.add_array(f"{architecture}.rope.dimension_sections", SECTIONS)
     for key, value in numbers.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)

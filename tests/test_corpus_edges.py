@@ -87,6 +87,13 @@ PAIRS = """\
 Q: {{ messages[loop.index0 * 2].content }} A: {{ m.content }};
 {%- endfor -%}"""
 SYSTEM_LAST = CHAT_TEMPLATE.replace("{% endfor %}", "{% endfor %}{{ messages[0]['content'] }}")
+CLOSED_THINK = """\
+{%- for m in messages if m.role == 'user' %}Q: {{ m.content }}{% endfor -%}
+{%- for m in messages if m.role == 'assistant' -%}
+<a>{{ '<think>' + m.reasoning_content if m.reasoning_content }}</think>{{ m.content }}</a>
+{%- endfor -%}
+{%- if add_generation_prompt %}<a></think>{% endif -%}"""
+ADVISED = "{% if messages %}Be helpful.{% endif %}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 TEMPLATES = {
     "chatml": CHAT_TEMPLATE,
     "default system": DEFAULT_SYSTEM,
@@ -96,6 +103,8 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "pairs": PAIRS,
     "system last": SYSTEM_LAST,
+    "closed think": CLOSED_THINK,
+    "advised": ADVISED,
     "none": None,
 }
 
@@ -158,6 +167,17 @@ def test_reasoning_is_what_the_assistant_says(texts: Texts) -> None:
     assert texts("deepseek r1", inside)[0] == ["<think>\na queen\n</think>\n\nthe king<|endoftext|>"] * 2
     beside = [say("user", "who?"), say("assistant", "the king", reasoning_content="a queen")] * 2
     assert texts("qwen3.5", inside) == texts("qwen3.5", beside) == (["a queen\n</think>\n\nthe king<|im_end|>"] * 2, [])
+
+
+def test_a_tag_is_not_cut_in_two(texts: Texts) -> None:
+    """The prompt's tag and the answer's begin alike."""
+    talk = [say("user", "who?"), say("assistant", "the king", reasoning_content="a queen")]
+    assert texts("closed think", talk) == (["<think>a queen</think>the king</a>"], [])
+
+
+def test_what_the_template_itself_says_first_is_not_the_assistants(texts: Texts) -> None:
+    """It writes nothing at all for a prompt without messages."""
+    assert texts("advised", [say("assistant", "the king"), say("user", "who?")]) == (["the king"], [])
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Paris", "days": 3}', {"city": "Paris", "days": 3}])

@@ -57,12 +57,11 @@ def count_command(
 ) -> None:
     """Count the tokens of SOURCES.
 
-    A source is a text file, a folder of them, a .jsonl, .parquet or .csv file (--field), a chat file in the OpenAI
-    messages form (what the assistant says is counted), or hf:DATASET[:CONFIG[:SPLIT]].
+    A source is a text file, a folder of them, a .jsonl, .json, .parquet or .csv file (--field), a chat file in the form
+    of OpenAI or ShareGPT (what the assistant says is counted), or hf:DATASET[:CONFIG[:SPLIT]].
     """
     if dask is not None and (max_tokens is not None or any(source.startswith("hf:") for source in sources)):
         raise click.UsageError("--dask counts whole files: no --max-tokens, no hf:")
-    bad: list[str] = []
     files = files_of(list(sources))
     for path in (tokenizer, *(Path(file) for file, _ in files)):
         if output.exists() and path.exists() and output.samefile(path):
@@ -70,19 +69,32 @@ def count_command(
     COUNTS.require(output)
     total = sum(Path(file).stat().st_size for file, _ in files if not file.startswith("hf:"))
     started = time.perf_counter()
-    if dask is not None:
-        from .cluster import count_on
+    bad: list[str] | None = [] if skip_bad else None
+    left_out: list[str] = []
+    try:
+        if dask is not None:
+            from .cluster import count_on
 
-        counts = count_on(dask, list(sources), tokenizer, field, skip_bad)
-    else:
-        with progress("counting", total or None, "B") as advance:
-            rows = bad if skip_bad else None
-            counts = count(list(sources), tokenizer, field, max_tokens=max_tokens, bad=rows, advance=advance)
+            counts = count_on(dask, list(sources), tokenizer, field, bad, left_out)
+        else:
+            with progress("counting", total or None, "B") as advance:
+                counts = count(
+                    list(sources),
+                    tokenizer,
+                    field,
+                    max_tokens=max_tokens,
+                    bad=bad,
+                    left_out=left_out,
+                    advance=advance,
+                )
+    finally:  # also if nothing was left to count
+        for what, lines in (("file", left_out), ("row", bad or [])):
+            if lines:
+                were = f"1 {what} was" if len(lines) == 1 else f"{len(lines)} {what}s were"
+                stderr.print(f"Warning: {were} left out; the first: {lines[0]}", markup=False)
     if not counts.total:
         counts = counts.with_held_out()
     counts.save(output)
-    if bad:
-        stderr.print(f"Warning: {len(bad)} rows were left out; the first: {bad[0]}", markup=False)
     seconds = time.perf_counter() - started
     stderr.print(f"{counts.total} tokens, {len(counts.ids)} different ones, {counts.total / seconds:,.0f} tok/s")
     click.echo(str(output))

@@ -61,19 +61,21 @@ def count(
     name: str | None = None,
     max_tokens: int | None = None,
     bad: list[str] | None = None,
+    left_out: list[str] | None = None,
     advance: Advance = lambda amount, note="": None,
 ) -> Counts:
     """Count the documents of the sources in the vocabulary of `tokenizer` (a GGUF).
 
     Special tokens that stand in a plain text are read as text. Tables group by source, or by `name`: that of the
     folder a file was found in. About max_tokens of each source are read. What is said of bad rows is added to `bad`;
-    None refuses them. `advance` is told the characters of every batch. A corpus so small that all of it is held out
-    gives counts with a total of 0; see `Counts.with_held_out`. Raises NothingToCount where there was no text.
+    None refuses them. What is said of files of a folder that are not text is added to `left_out`. `advance` is told the
+    characters of every batch. A corpus so small that all of it is held out gives counts with a total of 0; see
+    `Counts.with_held_out`. Raises NothingToCount where there was no text.
     """
     dense: dict[tuple[str, str, bool], np.ndarray] = {}
     total, started = 0, time.perf_counter()
     with Counter(tokenizer) as counter:
-        reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), bad)
+        reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), bad, left_out)
         for source in map(str, sources):
             begun = total
             named = name in (None, name_of(source))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -159,11 +161,25 @@ def require_regular(path: Path | Traversable) -> None:
         raise FileFormatError(f"{path}: is not a regular file")
 
 
+def encoding_of(begins: bytes) -> str:
+    """The encoding of a text by its first bytes: UTF-16 if it has that byte order mark, else UTF-8, with a mark or not.
+
+    Python reads over the mark in either.
+    """
+    return "utf-16" if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def decoded(data: bytes, errors: str = "strict") -> str:
+    r"""The text of a whole file, its lines ending in \n alone. `errors`: as for bytes.decode."""
+    with io.TextIOWrapper(io.BytesIO(data), encoding_of(data), errors) as file:
+        return file.read()
+
+
 def read_text(path: Path | Traversable, kind: str = "") -> str:
     """All of a text file; raises FileFormatError, saying as what `kind` it cannot be read."""
     require_regular(path)
     try:
-        return path.read_text("utf-8")
+        return decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FileFormatError(f"{path}: cannot be read{kind and ' as '}{kind}: {reason}") from error

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from llamabase.command import FILE, OneCommand
 from llamabase.errors import TrimError
-from llamabase.files import expand
+from llamabase.files import decoded, expand
 from llamabase.progress import stderr
 from llamabase.sampling import Sampling
 
@@ -198,7 +198,7 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
         raise click.UsageError("give --prompt or --file, not both")
     if file is not None:
         try:
-            prompt = file.read_text("utf-8", "replace")
+            prompt = decoded(file.read_bytes(), "replace")
         except OSError as error:
             raise TrimError(f"{file}: cannot be read: {error.strerror or error}") from error
     if sys.stdin.isatty():
@@ -206,7 +206,7 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
             return None
         piped = ""
     else:
-        piped = sys.stdin.read()
+        piped = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
     text = "\n\n".join(part.rstrip() for part in (prompt or "", piped) if part.strip())
     if not text:
         raise click.UsageError("the prompt is empty: type in a terminal, pipe a text in, or give --prompt or --file")

@@ -223,7 +223,7 @@ GOOD = b'{"text": "the"}\n'
         ("x.jsonl", GOOD + b"[" * 100_000 + b"\n", "x.jsonl, line 2: is not a JSON object"),
         ("x.jsonl", GOOD + b'{"text": ' + b"1" * 10_000 + b"}\n", "x.jsonl, line 2: is not a JSON object"),
         ("x.jsonl", GOOD + b'{"text": "\xff"}\n', "x.jsonl: is not UTF-8 text"),
-        ("x.bin", b"\x89PNG\xff", "x.bin: is not UTF-8 text (byte 0)"),
+        ("x.bin", b"\x89PNG\xff", "x.bin: is not UTF-8 text (byte 0x89)"),
         ("x.txt", b"", "x.txt: no text to count"),
         ("x.jsonl", b'{"text": ""}\n', "x.jsonl: no text to count"),
     ],

@@ -176,7 +176,7 @@ def test_a_json_schema(lm) -> None:
         assert answer.text in ('"te', '"se')
     with pytest.raises(ValueError, match="not both"):
         lm.chat("the king", grammar='root ::= "a"', json_schema=schema)
-    with pytest.raises(FileFormatError, match="cannot be obeyed: .*circle"):
+    with pytest.raises(FileFormatError, match=r"cannot be obeyed: .*circle"):
         lm.chat("the king", json_schema={"type": "circle"})
 
 

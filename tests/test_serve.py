@@ -174,12 +174,11 @@ def test_openai_json_schema_into_a_model(client: openai.OpenAI) -> None:
         found = client.chat.completions.create(
             model="any",
             messages=SAY,
-            max_tokens=400,
+            max_tokens=100,
             seed=seed,
             response_format={"type": "json_schema", "json_schema": {"name": "river", "schema": schema}},
         )
-        text = found.choices[0].message.content or ""
-        assert set(json.loads(text.rstrip() if text.rstrip().endswith("}") else "{}")) <= {"name", "long"}
+        assert len(River.model_validate_json(found.choices[0].message.content or "").name) <= 6
 
 
 def test_calls_of_tools_are_read() -> None:

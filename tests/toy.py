@@ -79,6 +79,7 @@ def write_model(
     n_ctx: int = 512,
     letters: str = "etaoinshrdlu",
     n_layer: int = N_LAYER,
+    pre: str = "gpt-2",
 ) -> Path:
     """Write a loadable model. `llama-tied` and `gemma3` have no head of their own.
 
@@ -108,7 +109,7 @@ def write_model(
         writer.add_sliding_window(32)
     tokens, types, merges = vocabulary(n_tokens, letters)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

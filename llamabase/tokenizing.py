@@ -269,7 +269,7 @@ class Tokenizer:
             starts = {text[:1] for text in map(self._unescaped, range(len(self._texts))) if text}
             lone = {text for text in map(self._unescaped, range(len(self._texts))) if len(text) == 1}
             if starts - lone:
-                return f"its vocabulary has no token for the byte 0x{min(starts - lone).hex()}"
+                return f"its vocabulary has no token for the byte 0x{min(starts - lone).hex().upper()}"
         return ""
 
     def _unescaped(self, token: int) -> bytes:

@@ -226,3 +226,9 @@ def test_counting_a_file_of_long_runs(files: dict[str, Path], tmp_path: Path, pr
     command = [sys.executable, "-m", "corpus", "count", str(text), "--tokenizer", str(files[pre]), "-o"]
     done = subprocess.run([*command, str(tmp_path / "counts.npz")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_byte_may_be_several_tokens(files: dict[str, Path]) -> None:
+    """Without a token of its own a space is three bytes of its sign."""
+    with Model(files["gemma4"], vocab_only=True) as model:
+        assert len(model.tokenize(" " * 100, add_bos=False)) == 300

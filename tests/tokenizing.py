@@ -6,6 +6,7 @@ answers each: {"n": tokens}, {"refused": why} or {"differs": [ours, llama.cpp's]
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -84,7 +85,11 @@ class Child:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            code, self._process = self._process.wait(), None
+            code = self._process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
             raise AssertionError(f"{path.name}: the process ended with {code}")
         found: dict[str, Any] = json.loads(line)
         assert "differs" not in found, found

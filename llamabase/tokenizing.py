@@ -31,9 +31,11 @@ MOST = 10_000  # control tokens of a text: the expressions are compiled anew for
 STEPS = 50_000_000  # of an expression that looks through a run again from each of its characters: 3 to 6 s
 _BEGUN = 100  # characters of a run whose square does not matter
 
-# What one match can span. No expression goes on over white space to another word, but EXAONE's does over single
-# spaces. Only ASCII white space is certain to end a word, and any that Python knows may go on with it.
+# What one match can span: a word, then white space, or the line ends and slashes of `[\r\n/]*`. No expression goes on
+# to another word, but EXAONE's does over single spaces. Only ASCII white space is certain to end a word, and any that
+# Python knows may go on with it.
 _WORD, _LINE, _SPACE = re.compile(r"[^ \t\n\v\f\r]+"), re.compile(r"[^\r\n]+"), re.compile(r"\s+")
+_ENDS = re.compile(r"[\r\n/]+")
 _SPANS = {"exaone-moe": _LINE}
 # Runs that an expression looks through again from each of their characters, by `tokenizer.ggml.pre`: `\s+$`,
 # `\s*[\r\n]+` before `\s{512}`, and `(?=(\d{3})+(?!\d))`.
@@ -137,16 +139,16 @@ class Tokenizer:
 
     def _depth(self, text: str) -> int:
         """Characters that one match may span, at most. Raises TextError for more than any stack is made for."""
-        (word, start), (space, gap) = _longest(self._word, text), _longest(_SPACE, text)
-        if word + space > DEEPEST:
-            what = "white space" if space > word else "a line" if self._word is _LINE else "a word"
-            place = gap if space > word else start
+        named = ("a line" if self._word is _LINE else "a word", self._word), ("white space", _SPACE)
+        found = [(what, *_longest(pattern, text)) for what, pattern in (*named, ("line ends", _ENDS))]
+        depth = sum(length for _, length, _ in found)
+        if depth > DEEPEST:
+            what, length, start = max(found, key=lambda each: each[1])
             raise TextError(
-                f"{self._path}: {what} of {max(word, space)} characters, which begins with "
-                f"{text[place : place + 20]!r} at character {place}, is longer than the {DEEPEST} that can be split; "
-                "break it up"
+                f"{self._path}: {what} of {length} characters, which begins with {text[start : start + 20]!r} at "
+                f"character {start}, is longer than the {DEEPEST} that can be split; break it up"
             )
-        return word + space
+        return depth
 
     def _require_quick(self, text: str) -> None:
         if self._slow is None:

@@ -60,7 +60,7 @@ ANY = st.one_of(st.sampled_from(UNITS), st.text(CLASSES, min_size=1, max_size=4)
 TEXTS = st.lists(st.tuples(ANY, st.one_of(st.integers(1, 3_000), st.just(LONG))), max_size=5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from([*PRE_TOKENIZERS, *OTHERS]), text=TEXTS, special=st.booleans(), add_bos=st.booleans())
 def test_ids_are_llama_cpps(
     files: dict[str, Path], child: Child, name: str, text: list[tuple[str, int]], special: bool, add_bos: bool

@@ -26,3 +26,11 @@ class EngineError(TrimError):
 
 class SettingError(EngineError, ValueError):
     """A setting that nothing can be computed with, such as a grammar that does not parse or that lets no token come."""
+
+
+class TextError(SettingError):
+    """A text that cannot be tokenized: llama.cpp would end the process over it, or hold everybody up."""
+
+
+class PromptTooLong(TextError):
+    """A prompt that cannot be read in the context, whatever its tokens are."""

@@ -27,6 +27,7 @@ from gguf.constants import GGMLQuantizationType
 from .errors import EngineError, FileFormatError, SettingError
 from .gguf_file import GGUFFile
 from .interrupt import interruptible
+from .tokenizing import Tokenizer
 
 LAST_ERRORS: deque[str] = deque(maxlen=8)
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
@@ -136,6 +137,7 @@ class Model(Owner):
         if self._model is None:
             raise EngineError(f"{self.path}: llama.cpp cannot load it: {last_error()}")
         self.vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._tokenizer = Tokenizer(self.path, self._model, self.vocab)
         self.samplers: dict[Any, Any] = {}  # of llama.cpp's that take long to make, to be cloned
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
@@ -164,15 +166,13 @@ class Model(Owner):
         token = llama_cpp.llama_vocab_bos(self.vocab)
         return token if token >= 0 else None
 
-    def tokenize(self, text: str, special: bool = True, add_bos: bool = True) -> list[int]:
-        """Token ids of a text; `special` reads `<|im_end|>` and its like as tokens, `add_bos` as the model wants it."""
-        data = text.encode("utf-8", "replace")  # bytes of an argument that were no UTF-8
-        room = len(data) + 8
-        ids = (llama_cpp.llama_token * room)()
-        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_bos, special)
-        if n < 0:
-            raise EngineError(f"{self.path}: llama.cpp could not tokenize a text of {len(data)} bytes")
-        return list(ids[:n])
+    def tokenize(self, text: str, special: bool = True, add_bos: bool = True, n_ctx: int | None = None) -> list[int]:
+        """Token ids of a text; `special` reads `<|im_end|>` and its like as tokens, `add_bos` as the model wants it.
+
+        Raises TextError for a text that llama.cpp cannot split, and PromptTooLong before a large one is split that
+        n_ctx tokens cannot hold; see `llamabase.tokenizing`.
+        """
+        return self._tokenizer.ids(text, special, add_bos, n_ctx)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of a token: possibly a part of a character. Control tokens are empty unless `special`."""

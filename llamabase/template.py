@@ -49,9 +49,14 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             raise FileFormatError(f"{self._path}: its chat template refuses these messages: {error}") from error
 
-    def ids(self, model: Model, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:
-        """Token ids of `text`, with BOS where the model wants one and the template has not written it; never empty."""
+    def ids(
+        self, model: Model, messages: Sequence[dict[str, Any]], tools: Any = None, n_ctx: int | None = None
+    ) -> list[int]:
+        """Token ids of `text`, with BOS where the model wants one and the template has not written it; never empty.
+
+        n_ctx: raise PromptTooLong for a large text that this context cannot hold, before it is split.
+        """
         text = self.text(messages, tools)
         begun = bool(self._bos) and text.startswith(self._bos)
-        tokens = model.tokenize(text, special=True, add_bos=not begun)
+        tokens = model.tokenize(text, special=True, add_bos=not begun, n_ctx=n_ctx)
         return tokens or ([model.bos] if model.bos is not None else [])

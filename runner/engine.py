@@ -215,7 +215,7 @@ class Engine(Closing):
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:
         """Token ids of a conversation through the GGUF's own chat template; see `llamabase.template`."""
-        return self._template.ids(self.model, messages, tools)
+        return self._template.ids(self.model, messages, tools, self.context.n_ctx)
 
     def prompt_text(self, messages: Sequence[dict[str, str]]) -> str:
         """The text that the template makes of a conversation, for other programs to read."""

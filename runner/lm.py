@@ -196,7 +196,7 @@ class SpeculativeLM(Closing):
         if template:
             return self._engine.prompt([{"role": "user", "content": messages}])
         model = self._engine.model
-        return model.tokenize(messages) or ([] if model.bos is None else [model.bos])
+        return model.tokenize(messages, n_ctx=self._engine.context.n_ctx) or ([] if model.bos is None else [model.bos])
 
     def _pieces(
         self, messages: Messages, template: bool, sampling: Sampling, record: Record, settings: dict[str, Any]

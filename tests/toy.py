@@ -83,6 +83,7 @@ def write_model(
     letters: str = "etaoinshrdlu",
     n_layer: int = N_LAYER,
     keys: Mapping[str, int | float | list[int]] | None = None,
+    pre: str = "gpt-2",
 ) -> Path:
     """Write a loadable model. `llama-tied` and `gemma3` have no head of their own; those of MROPE have its sections.
 
@@ -127,7 +128,7 @@ def write_model(
             writer.add_uint32(f"{name}.{key}", value)
     tokens, types, merges = vocabulary(n_tokens, letters)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

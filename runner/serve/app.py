@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from llamabase.errors import EngineError, FileFormatError, SettingError
+from llamabase.errors import EngineError, FileFormatError, PromptTooLong, SettingError
 from llamabase.sampling import Sampling
 
 from ..drafter import AUTO
@@ -203,7 +203,7 @@ class Server:
 
     def ids(self, text: str) -> list[int]:
         model = self.engine.model
-        return model.tokenize(text) or ([] if model.bos is None else [model.bos])
+        return model.tokenize(text, n_ctx=self.engine.context.n_ctx) or ([] if model.bos is None else [model.bos])
 
     async def compute(self, request: Request, asked: list[Asked]) -> AsyncIterator[tuple[int, Answer, Piece | None]]:
         """(number, answer, piece) as they come, None at the end of each answer; ends with its client.
@@ -389,6 +389,9 @@ def make_app(server: Server) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, PromptTooLong):
+            param = "messages" if "chat" in request.url.path else "prompt"
+            error = BadRequest(str(error).rpartition(".gguf: ")[2], param, "context_length_exceeded")
         return _failure(error)
 
     for kind in (BadRequest, Unavailable, HTTPException, ClientDisconnect, EngineError, FileFormatError):

@@ -455,6 +455,11 @@ def test_a_dflash_head_is_cut_and_not_run(heads, tmp_path: Path) -> None:
         Engine(heads["target"], cut)
 
 
+def test_an_assistant_of_gemma_4_is_not_run(heads, tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="hangs on its Gemma 4 target"):
+        Engine(heads["target"], write_head(tmp_path / "a.gguf", architecture="gemma4-assistant"))
+
+
 def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
     head, cut, ids = str(heads["whole"]), str(tmp_path / "cut.gguf"), tmp_path / "ids.txt"
     ids.write_text("\n".join(map(str, range(90, 130))))

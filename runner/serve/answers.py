@@ -41,6 +41,10 @@ class Asked:
     tools: bool
     vocab: str
 
+    def answer(self) -> Answer:
+        """One that is still to be computed."""
+        return Answer(self)
+
 
 @dataclass
 class Piece:
@@ -49,6 +53,7 @@ class Piece:
     text: str
     drafted: bool
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # those computed since the piece before
 
 
 class Answer:

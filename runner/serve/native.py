@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -20,8 +20,7 @@ from ..stops import Hold
 from .answers import Answer, Asked, Piece
 from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, read
 
-if TYPE_CHECKING:
-    from .app import Server
+Server = Any  # `app.Server`, which itself needs this module
 
 ANSWER = 4  # an infill leaves at least one token in so many of the context to the answer
 BLANKS = " \t"

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -413,3 +414,14 @@ def test_the_scheme_of_a_key_knows_no_case(toys: dict[str, Path], scheme: str) -
         assert status(authorization=f"{scheme} Secret".strip()) == 401
         assert status(authorization="Basic secret") == 401
         assert status(**{"x-api-key": "secret"}) == 200
+
+
+def test_bos_belongs_before_a_text_that_comes_first() -> None:
+    """And before no other part of a mixed prompt, nor before ids."""
+    server: Any = object.__new__(Server)
+    tokenize = lambda text, special, add_bos: [1, len(text)] if add_bos else [len(text)]  # noqa: E731
+    server.engine = SimpleNamespace(model=SimpleNamespace(n_vocab=9, bos=1, tokenize=tokenize))
+    assert server.prompts(["ab", 5, "abc"]) == [[1, 2, 5, 3]]
+    assert server.prompts([5, "abc"]) == [[5, 3]]
+    assert server.prompts(["ab", [5, "a"]]) == [[1, 2], [5, 1]]
+    assert server.mixed("ab", "content", True, False) == [2]

@@ -419,8 +419,10 @@ def test_the_scheme_of_a_key_knows_no_case(toys: dict[str, Path], scheme: str) -
 def test_bos_belongs_before_a_text_that_comes_first() -> None:
     """And before no other part of a mixed prompt, nor before ids."""
     server: Any = object.__new__(Server)
-    tokenize = lambda text, special, add_bos: [1, len(text)] if add_bos else [len(text)]  # noqa: E731
-    server.engine = SimpleNamespace(model=SimpleNamespace(n_vocab=9, bos=1, tokenize=tokenize))
+    tokenize = lambda text, special, add_bos, n_ctx: [1, len(text)] if add_bos else [len(text)]  # noqa: E731
+    server.engine = SimpleNamespace(
+        model=SimpleNamespace(n_vocab=9, bos=1, tokenize=tokenize), context=SimpleNamespace(n_ctx=9)
+    )
     assert server.prompts(["ab", 5, "abc"]) == [[1, 2, 5, 3]]
     assert server.prompts([5, "abc"]) == [[5, 3]]
     assert server.prompts(["ab", [5, "a"]]) == [[1, 2], [5, 1]]

@@ -21,6 +21,12 @@ from .layout import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from .mtp import MTP
 
 
+def companion_of(trimmed: Path) -> Path:
+    """The companion beside a trimmed file, or beside the file that a symbolic link leads to where that one is there."""
+    beside, real = companion_path(trimmed), companion_path(trimmed.resolve())
+    return real if real.exists() and not beside.exists() else beside
+
+
 @dataclass(frozen=True)
 class Trimmed:
     """A trimmed drafter and its companion, opened and checked to belong together.
@@ -42,7 +48,7 @@ class Trimmed:
                 f"{file.path}: was trimmed by another version of this program (format {version}, "
                 f"known: {FORMAT_VERSION}); trim the original drafter again"
             )
-        beside = companion_path(file.path)
+        beside = companion_of(file.path)
         if not beside.exists():
             raise FileFormatError(f"{beside}: is missing and belongs beside {file.path.name}: move it or trim again")
         companion = GGUFFile(beside)

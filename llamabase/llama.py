@@ -199,11 +199,14 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq
 class Cache:
     """Types of a KV cache's keys and values, as llama.cpp's --cache-type-k and -v name them.
 
-    Raises SettingError, which is a ValueError, for a type that llama.cpp keeps no cache in.
+    `flash`: read by flash attention always (True) or never (False); None lets llama.cpp decide, but for F32: flash
+    attention would round it to half precision, differently for one token and for several. Raises SettingError, which
+    is a ValueError, for a type that llama.cpp keeps no cache in.
     """
 
     keys: str = "f16"
     values: str = "f16"
+    flash: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (self.keys, self.values):
@@ -248,8 +251,10 @@ class Context(Owner):
         params.n_outputs_max = min(n_outputs, n_batch)
         params.n_seq_max = n_sequences
         params.type_k, params.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
-        if cache == F32:  # flash attention would round it to half precision, differently for one token and for several
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if cache.flash is not None or cache == F32:
+            params.flash_attn_type = (
+                llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if cache.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
         # Apart, attention is cheaper, but batches that mix prompts with single tokens are then cut to pieces.
         params.kv_unified = unified
         params.n_threads = params.n_threads_batch = n_threads or physical_cores()

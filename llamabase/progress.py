@@ -18,10 +18,44 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.status import Status
 from rich.table import Column
 from rich.text import Text
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+# What goes on now, the innermost last, each with the spinner that shows it; a bar has none.
+_now: list[tuple[str, Status | None]] = []
+
+
+def doing() -> str:
+    """What goes on now, in a few words; empty where nothing takes long. Any thread may ask."""
+    now = _now[-1:]
+    return now[0][0] if now else ""
+
+
+@contextlib.contextmanager
+def _in_front(title: str, spinner: Status | None = None) -> Iterator[None]:
+    """Let this be what goes on; an outer spinner stands still meanwhile, for a terminal shows one at a time."""
+    outer = _now[-1][1] if _now else None
+    if outer is not None:
+        outer.stop()
+    _now.append((title, spinner))
+    try:
+        yield
+    finally:
+        _now.pop()
+        if outer is not None:
+            outer.start()
+
+
+@contextlib.contextmanager
+def step(title: str) -> Iterator[None]:
+    """Show a spinner for work whose length nobody knows; bars inside it take its place while they last."""
+    spinner = stderr.status(Text(title), spinner_style="dim")
+    with _in_front(title, spinner), spinner:
+        yield
 
 
 class Advance(Protocol):
@@ -47,7 +81,7 @@ def progress(title: str, total: float | None, unit: str = "") -> Iterator[Advanc
     else:
         columns += [MofNCompleteColumn(table_column=whole), TextColumn(unit)]
     columns += [TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(table_column=whole)]
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal) as bar:
+    with _in_front(title), Progress(*columns, console=stderr, transient=stderr.is_terminal) as bar:
         task = bar.add_task(title, total=total, note="")
 
         def advance(amount: float, note: str = "") -> None:

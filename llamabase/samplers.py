@@ -82,7 +82,7 @@ class Chain(Owner):
         )
         self._remembering = [sampler for name, sampler in self._samplers if name in ("penalties", "dry")]
         if self._remembering:
-            for token in text[-max(_last(sampling.repeat_last_n), sampling.dry_penalty_last_n) :]:
+            for token in text[-max(_last(sampling.repeat_last_n), _last(sampling.dry_penalty_last_n)) :]:
                 self._remember(token)
 
     def distribution(self, logits: np.ndarray, ids: np.ndarray | None = None) -> Distribution:

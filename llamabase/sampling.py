@@ -25,6 +25,7 @@ LETTERS = {
     "temperature": "t",
     "infill": "i",
 }
+OFF = "adaptive_p"  # a sampler that llama.cpp has; it does nothing as long as its target is negative
 DEFAULT = tuple(name for name in LETTERS if name != "infill")
 _OTHER_NAMES = {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"}
 _OWN_DRAWS = "follows what it has drawn itself, and here the target draws with noise that it shares with the drafter"
@@ -73,9 +74,10 @@ class Sampling:
 
     temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1, min_p <= 0, top_n_sigma <= 0, xtc_probability 0 and
     dynatemp_range 0 switch theirs off. The penalties look at the last repeat_last_n tokens (0: none, -1: all);
-    repeat_penalty 1 and the others 0 switch them off. dry_multiplier 0 switches DRY off. logit_bias is added to the
-    logits of its token ids, -inf bans one. grammar is a GBNF, guide what `llamabase.guidance` makes of a JSON schema;
-    empty for none. Those and the bias come first, then `samplers` in their order.
+    repeat_penalty 1 and the others 0 switch them off. dry_multiplier 0 switches DRY off, which looks at the last
+    dry_penalty_last_n tokens likewise. logit_bias is added to the logits of its token ids, -inf bans one. grammar is a
+    GBNF, guide what `llamabase.guidance` makes of a JSON schema; empty for none. Those and the bias come first, then
+    `samplers` in their order.
 
     Raises SettingError, which is a ValueError, for what is no number or too large to reckon with, and for samplers that
     are none of LETTERS or that draw tokens themselves.
@@ -120,10 +122,10 @@ class Sampling:
             raise SettingError("grammar: give a grammar or a JSON schema, not both")
         if self.mirostat:
             raise SettingError(f"mirostat={self.mirostat} is not to be had: Mirostat {_OWN_DRAWS}")
-        if self.adaptive_target >= 0 or "adaptive_p" in self.samplers:
-            raise SettingError(f"adaptive_p is not to be had: it {_OWN_DRAWS}")
+        if self.adaptive_target >= 0:
+            raise SettingError(f"adaptive_target={self.adaptive_target} is not to be had: adaptive_p {_OWN_DRAWS}")
         for name in self.samplers:
-            if name not in LETTERS:
+            if name not in (*LETTERS, OFF):
                 raise SettingError(f"{name}: is no sampler; there are {', '.join(LETTERS)}")
 
     def does(self, sampler: str) -> bool:
@@ -133,7 +135,7 @@ class Sampling:
                 on = self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
                 return on and self.repeat_last_n != 0
             case "dry":
-                return self.dry_multiplier != 0 and self.dry_base >= 1 and self.dry_penalty_last_n > 0
+                return self.dry_multiplier != 0 and self.dry_base >= 1 and self.dry_penalty_last_n != 0
             case "top_n_sigma":
                 return self.top_n_sigma > 0
             case "top_k":
@@ -146,6 +148,8 @@ class Sampling:
                 return self.min_p > 0
             case "xtc":
                 return self.xtc_probability > 0 and self.xtc_threshold <= 0.5
+            case "adaptive_p":
+                return False
             case "temperature":
                 return self.temp != 1 or self.dynatemp_range > 0
         return True
@@ -186,12 +190,12 @@ GREEDY = Sampling(temp=0)
 
 def samplers_named(names: str) -> tuple[str, ...]:
     """The value of --samplers: names with semicolons between, each in the forms that llama.cpp takes."""
-    known = {form: name for name in (*LETTERS, "adaptive_p") for form in (name, name.replace("_", "-"))}
+    known = {form: name for name in (*LETTERS, OFF) for form in (name, name.replace("_", "-"))}
     known |= {name.replace("_", ""): name for name in known.values()} | _OTHER_NAMES
     return tuple(known.get(name.strip().lower(), name) for name in names.split(";") if name.strip())
 
 
 def samplers_lettered(letters: str) -> tuple[str, ...]:
     """The value of --sampler-seq: one letter each."""
-    known = {letter: name for name, letter in LETTERS.items()} | {"a": "adaptive_p"}
+    known = {letter: name for name, letter in LETTERS.items()} | {"a": OFF}
     return tuple(known.get(letter, letter) for letter in letters)

@@ -33,7 +33,7 @@ from llamabase.sampling import Sampling
 from .conversation import Messages, load, save
 from .drafter import NoDrafter
 from .engine import Engine, Record
-from .options import Models, model_options, sampling_options
+from .options import Models, limit_of, model_options, open_measured, sampling_options
 from .prompt_line import PromptLine, said
 
 COMMANDS = {  # with what they do, no line longer than 40 columns
@@ -224,10 +224,11 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
     "--n-predict",
     "--max-tokens",
     "max_tokens",
-    type=click.IntRange(1),
-    default=1024,
+    type=limit_of,
+    metavar="N",
+    default="1024",
     show_default=True,
-    help="Most per answer.",
+    help="Most per answer; -1: as many as the context holds.",
 )
 @click.option("--show-draft", is_flag=True, help="On a terminal: show in green what the drafter has drafted.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record as the last line.")
@@ -253,13 +254,8 @@ def main(
     if as_json and text is None:
         raise click.UsageError("--json needs --prompt")
     show_draft = show_draft and _colours()
-    found = models()
     with contextlib.ExitStack() as opened:
-        with stderr.status("loading the models", spinner_style="dim") as status:
-            engine = opened.enter_context(found.open())
-            if draft_max is None:
-                status.update("measuring what drafting costs here")
-                engine.measure()  # now, rather than while the user waits for an answer
+        engine = opened.enter_context(open_measured(models, draft_max is None))
         chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft)
         if system_prompt:
             chat.set_system(system_prompt)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_trim.companion import EmbeddingTable, Trimmed
-from gguf_trim.cut import companion_path
+from gguf_trim.companion import EmbeddingTable, Trimmed, companion_of
 from gguf_trim.dynamic.rows import NEAR, DynamicHead
 from gguf_trim.dynamic.speculator import Speculator
 from gguf_trim.hanging import DFLASH, EAGLE3, HangingHead
@@ -265,7 +264,7 @@ def _open_hanging(
     inputs = Recorded.of(target_context, target_file.architecture, head.layers)
     dynamic, path = None, head.file.path
     # Its companion is needed for rows beyond the kept ones only.
-    if "gguf_trim.d2t" in head.file.fields and vocab != "trim" and (vocab != AUTO or companion_path(path).exists()):
+    if "gguf_trim.d2t" in head.file.fields and vocab != "trim" and (vocab != AUTO or companion_of(path).exists()):
         dynamic = _dynamic(Trimmed.open(path), vocab, len(target), n_threads)
     owned = model is None
     with contextlib.ExitStack() as opened:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_trim.cut import companion_path
+from gguf_trim.companion import companion_of
 from llamabase.errors import EngineError
 from llamabase.ggml import release_threads
 from llamabase.gguf_file import GGUFFile
@@ -102,7 +102,9 @@ class Record:
 class Engine(Closing):
     """A target and, where `draft` is given, a drafter of the same vocabulary; `vocab`: see `open_drafter`.
 
-    n_ctx_draft: tokens the drafter remembers, where that is fewer; cache, cache_draft: types of the two KV caches.
+    n_ctx: 0 takes as many tokens as the model was trained on. n_ctx_draft: tokens the drafter remembers, where that is
+    fewer; n_threads_draft, n_gpu_layers_draft: the drafter's own, None for the target's; cache, cache_draft: types of
+    the two KV caches.
 
     Raises EngineError or FileFormatError where a file does not load and VocabularyMismatch for a wrong pair.
     """
@@ -119,12 +121,15 @@ class Engine(Closing):
         n_ctx_draft: int | None = None,
         cache: Cache = F16,
         cache_draft: Cache = F16,
+        n_threads_draft: int | None = None,
+        n_gpu_layers_draft: int | None = None,
     ) -> None:
         self.drafter: ModelDrafter | None = None
         self._auto: AutoDrafter | None = None
         self._first: Engine | None = None  # whose weights these are
         self._draft = draft
         self._settings = (n_ctx, n_threads, n_gpu_layers, vocab, n_ctx_draft, cache, cache_draft)
+        self._own = (n_threads_draft or n_threads, n_gpu_layers if n_gpu_layers_draft is None else n_gpu_layers_draft)
         file = GGUFFile(target)
         if "gguf_trim.d2t" in file.fields:
             raise EngineError(f"{target}: is a trimmed drafter and cannot be the target; give it as the drafter")
@@ -141,9 +146,9 @@ class Engine(Closing):
 
     def _begin(self) -> None:
         """Open what holds a conversation."""
-        n_ctx, n_threads, n_gpu_layers, vocab, n_ctx_draft, cache, cache_draft = self._settings
+        n_ctx, n_threads, _, vocab, n_ctx_draft, cache, cache_draft = self._settings
         outputs = REWINDS + 1 if self.model.recurrent else 32  # tokens of a round
-        n_ctx = min(n_ctx, self.model.n_ctx_train)
+        n_ctx = min(n_ctx or self.model.n_ctx_train, self.model.n_ctx_train)
         self.context = Context(self.model, n_ctx, n_threads, n_outputs=outputs, cache=cache, rewinds=REWINDS)
         if self.model.recurrent and not self.context.rewinds:
             if self._draft is not None:
@@ -156,7 +161,7 @@ class Engine(Closing):
         self.reader = Reader(self.context)
         if self._draft is not None:
             n_ctx = min(n_ctx_draft or self.context.n_ctx, self.context.n_ctx)
-            limits = n_ctx, n_threads, n_gpu_layers, vocab, cache_draft
+            limits = n_ctx, *self._own, vocab, cache_draft
             weights = None if self._first is None or self._first.drafter is None else self._first.drafter.model
             self.drafter = open_drafter(
                 self._draft, self._vocabulary, *limits, target_context=self.context, model=weights
@@ -207,8 +212,8 @@ class Engine(Closing):
         if self._first is not None:
             self._auto = self._first.auto.twin(self.drafter)
             return
-        draft = [] if self._draft is None else [self._draft, companion_path(self._draft)]
-        self._key = key_of([self.model.path, *draft], self._settings)
+        draft = [] if self._draft is None else [self._draft, companion_of(self._draft)]
+        self._key = key_of([self.model.path, *draft], (*self._settings, *self._own))
         costs = step_costs(self.reader, self.drafter, self._key)
         release_threads()
         self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
@@ -217,9 +222,9 @@ class Engine(Closing):
         """Token ids of a conversation through the GGUF's own chat template; see `llamabase.template`."""
         return self._template.ids(self.model, messages, tools, self.context.n_ctx)
 
-    def prompt_text(self, messages: Sequence[dict[str, str]]) -> str:
+    def prompt_text(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
         """The text that the template makes of a conversation, for other programs to read."""
-        return self._template.text(messages)
+        return self._template.text(messages, tools)
 
     def rounds(
         self,
@@ -294,3 +299,5 @@ class Engine(Closing):
                         record.finish_reason = round_.finish or record.finish_reason
                     if round_.finish != "stop" or i < len(round_.tokens):
                         yield decoder.decode(self.model.piece(token)), i <= round_.accepted
+        if not record.rounds:  # only the prompt was to be read
+            record.prompt_seconds = time.perf_counter() - started

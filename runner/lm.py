@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
-from llamabase.errors import EngineError
+from llamabase.errors import EngineError, SettingError
 from llamabase.guidance import schema_guide
 from llamabase.llama import F16, Cache, Closing
-from llamabase.sampling import Sampling
+from llamabase.sampling import Sampling, samplers_named
 
 from .drafter import AUTO
 from .engine import Engine, Record
@@ -31,9 +32,43 @@ from .engine import Engine, Record
 Messages = str | Sequence[Mapping[str, str]]
 
 
+def _whole(name: str, value: Any) -> int:
+    """A whole number in any of Python's forms: 40, 40.0, numpy's. Raises SettingError, which names the setting."""
+    try:
+        if (found := int(value)) == value:
+            return found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise SettingError(f"{name}={value!r} is not a whole number")
+
+
+def _plain(name: str, value: Any, default: Any) -> Any:
+    """A setting as its default's type has it, so that llama.cpp gets what it asks for. Raises SettingError."""
+    if isinstance(default, int):
+        return _whole(name, value)
+    if isinstance(default, float):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise SettingError(f"{name}={value!r} is not a number") from None
+    if isinstance(default, tuple):
+        return tuple(value) if not isinstance(value, str) else samplers_named(value) if name == "samplers" else (value,)
+    if name == "logit_bias":
+        return {_whole("a token of logit_bias", _number(token)): float(bias) for token, bias in value.items()}
+    return value
+
+
+def _number(token: Any) -> Any:
+    """A token's id, which OpenAI's clients give as text."""
+    return int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
+
+
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a guide."""
-    settings = dict(settings)
+    """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a guide.
+
+    None stands for the default, as for OpenAI's library.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
     if (schema := settings.pop("json_schema", None)) is not None:
         settings["guide"] = schema_guide(schema if isinstance(schema, str) else json.dumps(schema))
     known = {
@@ -43,7 +78,10 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
         if name not in known:
             others = ("json_schema", "max_tokens", "stop", "seed", "draft_max")
             raise TypeError(f"there is no setting {name!r}; there are {', '.join([*known, *others])}")
-    return Sampling(**{known[name]: value for name, value in settings.items()})
+    defaults = Sampling()
+    return Sampling(**{
+        known[name]: _plain(name, value, getattr(defaults, known[name])) for name, value in settings.items()
+    })  # fmt: skip
 
 
 class _Answer:
@@ -69,9 +107,10 @@ class SpeculativeLM(Closing):
     """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
 
     The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
-    `runner.drafter.open_drafter`. n_threads None: as many as physical cores; n_gpu_layers None: llama.cpp's default;
-    n_ctx_draft: tokens that the drafter remembers, where that is fewer; cache and cache_draft: types of the KV caches,
-    such as Cache("q8_0", "q8_0"). Raises EngineError or FileFormatError where a file does not load and
+    `runner.drafter.open_drafter`. n_ctx 0: as many tokens as the model was trained on; n_threads None: as many as
+    physical cores; n_gpu_layers None: llama.cpp's default; n_ctx_draft: tokens that the drafter remembers, where that
+    is fewer; n_threads_draft and n_gpu_layers_draft: its own, None for the target's; cache and cache_draft: types of
+    the KV caches, such as Cache("q8_0", "q8_0"). Raises EngineError or FileFormatError where a file does not load and
     VocabularyMismatch for a wrong pair.
 
     Threads: any thread may use it, one generation at a time. A generation runs from the first chunk of a stream to its
@@ -90,6 +129,8 @@ class SpeculativeLM(Closing):
         n_ctx_draft: int | None = None,
         cache: Cache = F16,
         cache_draft: Cache = F16,
+        n_threads_draft: int | None = None,
+        n_gpu_layers_draft: int | None = None,
     ) -> None:
         self._closed = False
         self._current: _Answer | None = None
@@ -105,6 +146,8 @@ class SpeculativeLM(Closing):
             n_ctx_draft=n_ctx_draft,
             cache=cache,
             cache_draft=cache_draft,
+            n_threads_draft=n_threads_draft,
+            n_gpu_layers_draft=n_gpu_layers_draft,
         )
 
     @classmethod
@@ -120,8 +163,8 @@ class SpeculativeLM(Closing):
         self,
         messages: Messages,
         *,
-        max_tokens: int = 1024,
-        stop: str | Sequence[str] = (),
+        max_tokens: int | None = 1024,
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         draft_max: int | str | None = None,
         template: bool = True,
@@ -132,26 +175,29 @@ class SpeculativeLM(Closing):
 
         messages: {"role": ..., "content": ...} one after the other, or a string, which is a user's message; it goes
         through the model's chat template, or with template=False, as a string, to the model as it is (`<|im_end|>` and
-        its like read as tokens). stop: the text ends before the first of these strings. seed: same seed, same text.
-        draft_max: tokens to draft per round, 0 for plain decoding, None or "auto" for as many as pay. record: filled as
-        the answer goes; its tokens are the target's, those of the stop string included. sampling: temperature (0 is
-        greedy) and the other fields of `llamabase.sampling.Sampling` under their own names; json_schema: a dict or its
-        text, instead of a grammar.
+        its like read as tokens). max_tokens: None for as many as the context holds. stop: the text ends before the
+        first of these strings. seed: same seed, same text; -1 or None draws one. draft_max: tokens to draft a round, 0
+        for plain decoding, None or "auto" for as many as pay. record: filled as the answer goes; its tokens are the
+        target's, those of the stop string included. sampling: temperature (0 is greedy) and the other fields of
+        `llamabase.sampling.Sampling` under their own names; json_schema: a dict or its text, instead of a grammar. None
+        stands for a setting's default, and numbers may be numpy's.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
         settings, ValueError for impossible ones, FileFormatError for a schema that cannot be obeyed, and EngineError
         when it is closed, busy, or the context too small.
         """
         chosen = _sampling(sampling)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if max_tokens < 1 or "" in stops:
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        limit = sys.maxsize if max_tokens is None else _whole("max_tokens", max_tokens)
+        if limit < 1 or "" in stops:
             raise ValueError(f"max_tokens={max_tokens}, stop={stops}: at least one token, and no empty stop string")
         if not template and not isinstance(messages, str):
             raise TypeError("without the template the prompt is a string, not messages")
         self._require_open()
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "stops": stops}
+        seed = None if seed is None or _whole("seed", seed) < 0 else _whole("seed", seed)
+        settings: dict[str, Any] = {"max_tokens": limit, "seed": seed, "stops": stops}
         if draft_max not in (None, "auto"):
-            settings["draft_max"] = draft_max
+            settings["draft_max"] = _whole("draft_max", draft_max)
         record = Record() if record is None else record
         answer = _Answer(self._pieces(messages, template, chosen, record, settings))
         stream = self._run(answer)

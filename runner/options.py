@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
@@ -18,6 +19,7 @@ from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
 from llamabase.guidance import schema_guide
 from llamabase.llama import CACHE_TYPES, F16, Cache
+from llamabase.progress import step
 from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 
 from .auto import LONGEST
@@ -32,9 +34,41 @@ def _draft_max(text: str) -> int | None:
     return None if text == AUTO else click.IntRange(0, LONGEST)(text)
 
 
+def _layers(text: str) -> int | None:
+    """Layers on the GPU: a number, all (-1 to llama.cpp), or auto (None), which is llama.cpp's default."""
+    named = {"auto": None, "all": -1}
+    return named[text] if text in named else int(text)
+
+
+def _context(text: str) -> int:
+    """Tokens of context: at least 8, or 0 for as many as the model was trained on."""
+    return 0 if text == "0" else int(click.IntRange(8)(text))
+
+
+def _flash(text: str) -> bool | None:
+    """Flash attention in llama.cpp's words: on, off, or auto (None)."""
+    words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False, "auto": None, "-1": None}
+    if text not in words:
+        raise click.BadParameter(f"{text} is not on, off or auto")
+    return words[text]
+
+
+def _seed(text: str) -> int | None:
+    """-1 draws a seed, as leaving it out does."""
+    seed = int(click.IntRange(-1)(text))
+    return None if seed < 0 else seed
+
+
+def limit_of(text: str) -> int:
+    """Most tokens of an answer; llama.cpp's -1 and -2 are no limit but the context, which no answer outgrows."""
+    return sys.maxsize if text in ("-1", "-2") else int(click.IntRange(1)(text))
+
+
 def draft_max_option(default: str = AUTO) -> Callable[[Any], Any]:
     return click.option(
         "--draft-max",
+        "--spec-draft-n-max",
+        "draft_max",
         type=_draft_max,
         metavar="AUTO|N",
         default=default,
@@ -62,10 +96,37 @@ class Models:
     n_ctx_draft: int | None = None
     cache: Cache = F16
     cache_draft: Cache = F16
+    n_threads_draft: int | None = None
+    n_gpu_layers_draft: int | None = None
+
+    @property
+    def own(self) -> tuple[int | None, int | None]:
+        """The drafter's threads and layers on the GPU."""
+        layers = self.n_gpu_layers if self.n_gpu_layers_draft is None else self.n_gpu_layers_draft
+        return self.n_threads_draft or self.n_threads, layers
 
     def open(self) -> Engine:
         """The engine these options describe."""
         return Engine(**{name: value for name, value in vars(self).items() if name != "prepared"})
+
+
+def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
+    """The engine of the models that are found, which may have to be prepared first; says what it is doing.
+
+    `measure`: what drafting costs here too, rather than while somebody waits for an answer.
+    """
+    with step("preparing the models"):
+        found = models()
+    with step("loading the models"):
+        engine = found.open()
+    if measure:
+        try:
+            with step("measuring what drafting costs here"):
+                engine.measure()
+        except BaseException:
+            engine.close()
+            raise
+    return engine
 
 
 def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
@@ -74,6 +135,8 @@ def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
         click.option(
             f"-ct{letter}{which[1:2]}",
             f"--cache-type-{letter}{which}",
+            *([f"--spec-draft-type-{letter}"] if which else []),
+            f"cache_type_{letter}{which.replace('-', '_')}",
             type=click.Choice(CACHE_TYPES),
             default="f16",
             show_default=True,
@@ -81,6 +144,27 @@ def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
         )
         for letter, name in (("k", "keys"), ("v", "values"))
     ]
+
+
+# Flags of llama.cpp's drafting that have no counterpart here, and why.
+_UNLIKE = {
+    ("--spec-draft-p-min", "--draft-p-min", "--spec-draft-p-split", "--draft-p-split"): (
+        "a draft is worth its time or not by measured cost, whatever its probability"
+    ),
+    ("--spec-draft-n-min", "--draft-min", "--draft-n-min"): "a round drafts as few tokens as pay, down to none",
+    ("--spec-type",): "the file given as --model-draft says what kind of drafter it is",
+    ("--spec-draft-device", "-devd", "--device-draft"): "both models run on the same devices",
+}
+
+
+def _refused(flags: Sequence[str], why: str) -> Callable[[Any], Any]:
+    """A hidden option that says why it is not taken."""
+
+    def refuse(ctx: click.Context, option: click.Parameter, given: Any) -> None:
+        if given is not None:
+            raise click.UsageError(f"{flags[0]} is not taken: {why}; leave it out")
+
+    return click.option(*flags, hidden=True, expose_value=False, callback=refuse)
 
 
 def model_options(command: Any) -> Any:
@@ -94,15 +178,57 @@ def model_options(command: Any) -> Any:
     @click.option(
         "-md",
         "--model-draft",
+        "--spec-draft-model",
         "--draft",
         "draft",
         type=FILE,
         help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
     )
-    @click.option("-ngl", "--n-gpu-layers", type=int, help="Layers on the GPU.  [default: llama.cpp's]")
+    @click.option(
+        "-ngl",
+        "--n-gpu-layers",
+        "--gpu-layers",
+        "n_gpu_layers",
+        type=_layers,
+        metavar="N|all|auto",
+        help="Layers on the GPU.  [default: llama.cpp's]",
+    )
+    @click.option(
+        "-ngld",
+        "--n-gpu-layers-draft",
+        "--gpu-layers-draft",
+        "--spec-draft-ngl",
+        "n_gpu_layers_draft",
+        type=_layers,
+        metavar="N|all|auto",
+        help="The drafter's.  [default: --n-gpu-layers]",
+    )
     @THREADS
     @click.option(
-        "-c", "--ctx-size", type=click.IntRange(8), default=4096, show_default=True, help="Tokens of context."
+        "-td",
+        "--threads-draft",
+        "--spec-draft-threads",
+        "threads_draft",
+        type=click.IntRange(1, 512),
+        help="The drafter's.  [default: --threads]",
+    )
+    @click.option(
+        "-c",
+        "--ctx-size",
+        type=_context,
+        metavar="N",
+        default="4096",
+        show_default=True,
+        help="Tokens of context; 0: as many as the model was trained on.",
+    )
+    @click.option(
+        "-fa",
+        "--flash-attn",
+        type=_flash,
+        metavar="on|off|auto",
+        default="auto",
+        show_default=True,
+        help="Flash attention.",
     )
     @click.option(
         "-cd",
@@ -120,14 +246,18 @@ def model_options(command: Any) -> Any:
         help="What the drafter drafts from: its whole head, the kept rows, those and the tokens of the text, "
         "or the speculator's candidates too. auto: the last its files allow.",
     )
+    @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
     @wraps(command)
     def with_models(
         model: str | None,
         target: Path | None,
         draft: Path | None,
         n_gpu_layers: int | None,
+        n_gpu_layers_draft: int | None,
         threads: int | None,
+        threads_draft: int | None,
         ctx_size: int,
+        flash_attn: bool | None,
         vocab: str,
         draft_ctx: int | None,
         cache_type_k: str,
@@ -136,7 +266,9 @@ def model_options(command: Any) -> Any:
         cache_type_v_draft: str,
         **others: Any,
     ) -> Any:
-        caches = draft_ctx, Cache(cache_type_k, cache_type_v), Cache(cache_type_k_draft, cache_type_v_draft)
+        cache = Cache(cache_type_k, cache_type_v, flash_attn)
+        cache_draft = Cache(cache_type_k_draft, cache_type_v_draft, flash_attn)
+        drafting = draft_ctx, cache, cache_draft, threads_draft, n_gpu_layers_draft
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, a pair of the catalog, or --target with --draft, not both")
         if draft is not None and target is None:
@@ -146,7 +278,7 @@ def model_options(command: Any) -> Any:
 
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
-            how = ctx_size, threads, n_gpu_layers, vocab, *caches
+            how = ctx_size, threads, n_gpu_layers, vocab, *drafting
             if (given := instead or target) is not None:
                 return Models(given, None if instead else draft, None, *how)
             prepared = prepare(model or DEFAULT_MODEL)
@@ -208,7 +340,7 @@ SETTINGS = (
     (("--dry-multiplier",), "dry_multiplier", "DRY, for tokens that go on with a repetition; 0 switches it off."),
     (("--dry-base",), "dry_base", "By how much it grows with each token repeated."),
     (("--dry-allowed-length",), "dry_allowed_length", "Tokens repeated that cost nothing."),
-    (("--dry-penalty-last-n",), "dry_penalty_last_n", "Tokens DRY looks back at; 0 switches it off."),
+    (("--dry-penalty-last-n",), "dry_penalty_last_n", "Tokens DRY looks back at; 0: none, -1: all."),
     (("--mirostat",), "mirostat", "Refused: it cannot be drawn with shared noise."),
     (("--adaptive-target",), "adaptive_target", "Refused likewise."),
 )
@@ -216,7 +348,7 @@ SETTINGS = (
 
 def _setting(*flags: str, name: str, help: str) -> Callable[[Any], Any]:
     default = getattr(Sampling(), name)
-    least = {"repeat_last_n": -1, "dry_penalty_last_n": 0}.get(name)
+    least = {"repeat_last_n": -1, "dry_penalty_last_n": -1}.get(name)
     kind = type(default) if least is None else click.IntRange(least)
     hidden = help.startswith("Refused")
     return click.option(*flags, name, type=kind, default=default, show_default=True, help=help, hidden=hidden)
@@ -261,7 +393,7 @@ def sampling_options(command: Any) -> Any:
     @click.option("--grammar-file", type=FILE, help="The grammar in a file.")
     @click.option("-j", "--json-schema", metavar="SCHEMA", help="Constrain the answer to JSON of a schema.")
     @click.option("-jf", "--json-schema-file", type=FILE, help="The schema in a file.")
-    @click.option("-s", "--seed", type=click.IntRange(0), help="Same seed, same text.  [default: random]")
+    @click.option("-s", "--seed", type=_seed, metavar="N", help="Same seed, same text; -1: random.  [default: random]")
     @draft_max_option()
     @wraps(command)
     def with_sampling(

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import llama_cpp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import runner.engine
 import runner.lm
+from gguf_trim.cut import companion_path
 from gguf_trim.pairs.prepare import Prepared
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.sampling import Sampling
 from runner import Cache, Record, SpeculativeLM
+from runner.drafter import open_drafter
 from runner.engine import Engine
 from runner.stops import Hold
 
@@ -81,6 +87,32 @@ def test_every_field_of_sampling_is_a_setting(lm, monkeypatch) -> None:
         lm.chat("x", stop="")
     with pytest.raises(TypeError, match="a string"):
         lm.stream([{"role": "user", "content": "x"}], template=False)
+
+
+def test_none_stands_for_the_default(lm) -> None:
+    """As for OpenAI's library; without a limit the context is."""
+    usual = lm.chat("tea", seed=3, max_tokens=12).text
+    nothing = dict.fromkeys(("temperature", "top_k", "stop", "grammar", "json_schema", "logit_bias", "samplers"))
+    assert lm.chat("tea", seed=3, max_tokens=12, **nothing).text == usual
+    full = lm.chat("tea", seed=3, max_tokens=None)
+    assert (full.prompt_tokens + full.tokens, full.finish_reason) == (513, "length")
+    assert full.text.startswith(usual)
+    assert len({lm.chat("tea", temperature=1.5, seed=seed, max_tokens=12).text for seed in (None, -1, -1)}) == 3
+
+
+def test_numbers_of_any_kind(lm) -> None:
+    wanted = lm.chat("tea", seed=3, top_k=5, temperature=1.5, max_tokens=12, draft_max=2, logit_bias={5: -100.0}).text
+    for kind in (float, np.int64, np.int8, np.float64):
+        settings = {name: kind(n) for name, n in (("seed", 3), ("top_k", 5), ("max_tokens", 12), ("draft_max", 2))}
+        assert lm.chat("tea", temperature=np.float32(1.5), logit_bias={"5": kind(-100)}, **settings).text == wanted
+    assert runner.lm._sampling({"samplers": "top_k;temp"}).samplers == ("top_k", "temperature")
+    assert runner.lm._sampling({"samplers": ["top_k"]}).samplers == ("top_k",)
+    assert runner.lm._sampling({"dry_sequence_breakers": "and"}).dry_sequence_breakers == ("and",)
+    for wrong in ({"top_k": 40.5}, {"max_tokens": "many"}, {"seed": 1.5}, {"draft_max": 0.5}, {"repeat_last_n": "x"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* is not a whole number"):
+            lm.chat("tea", **wrong)
+    with pytest.raises(ValueError, match=r"temperature='hot' is not a number"):
+        lm.chat("tea", temperature="hot")
 
 
 # --- stop strings
@@ -152,6 +184,53 @@ def test_the_default_pair_by_name() -> None:
     with SpeculativeLM.from_pair("qwen2.5-coder-1.5b") as lm:
         done = lm.chat("Name the largest planet.", temperature=0, max_tokens=30, draft_max=3)
         assert "Jupiter" in done.text and done.accepted > 0
+
+
+def test_the_drafters_own_threads(toys, monkeypatch) -> None:
+    """And its layers on the GPU; both are the target's where they are not given. n_ctx=0 is the model's own."""
+    opened = []
+
+    def noted(path, vocabulary, n_ctx, n_threads, n_gpu_layers, *others, **more):
+        opened.append((n_ctx, n_threads, n_gpu_layers))
+        return open_drafter(path, vocabulary, n_ctx, n_threads, n_gpu_layers, *others, **more)
+
+    monkeypatch.setattr(runner.engine, "open_drafter", noted)
+    pair = toys["target"], toys["good-trimmed"]
+    SpeculativeLM(*pair, n_ctx=0, n_threads=2, n_threads_draft=1, n_gpu_layers=3, n_gpu_layers_draft=0).close()
+    SpeculativeLM(*pair, n_ctx=64, n_threads=2, n_gpu_layers=0).close()
+    assert opened == [(512, 1, 0), (64, 2, 0)]
+
+
+def test_flash_attention_is_as_it_was_asked_for(toys, monkeypatch) -> None:
+    asked = []
+    make = llama_cpp.llama_init_from_model
+
+    def noted(model, params):
+        asked.append(params.flash_attn_type)
+        return make(model, params)
+
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", noted)
+    for flash in (True, False, None):
+        caches = {"cache": Cache(flash=flash), "cache_draft": Cache("f32", "f32", flash)}
+        SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=64, **caches).close()
+    on, off, auto = (getattr(llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{name}") for name in ("ENABLED", "DISABLED", "AUTO"))
+    assert asked == [on, on, off, off, auto, off]
+
+
+def test_a_link_to_a_trimmed_file(toys, tmp_path) -> None:
+    """Its companion is beside the link, or else beside the file that the link leads to."""
+    link = tmp_path / "link.gguf"
+    link.symlink_to(toys["good-trimmed"])
+    with SpeculativeLM(toys["target"], link, n_ctx=256) as lm:
+        assert lm.chat("the king", draft_max=3, **GREEDY).accepted > 0
+    (tmp_path / "blobs").mkdir()  # as in the Hub's cache, where every file is a link to a name that says nothing
+    for name, blob in ((toys["good-trimmed"], "1f"), (companion_path(toys["good-trimmed"]), "2f")):
+        shutil.copy(name, tmp_path / "blobs" / blob)
+    (tmp_path / "d.gguf").symlink_to(tmp_path / "blobs" / "1f")
+    with pytest.raises(FileFormatError, match=r"d\.vocab\.gguf: is missing"):
+        SpeculativeLM(toys["target"], tmp_path / "d.gguf")
+    (tmp_path / "d.vocab.gguf").symlink_to(tmp_path / "blobs" / "2f")
+    SpeculativeLM(toys["target"], tmp_path / "d.gguf", n_ctx=64).close()
 
 
 def test_importing_the_package_loads_nothing() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -11,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from llamabase.command import OneCommand
+from llamabase.llama import Cache, Model
 from llamabase.sampling import Sampling
 from runner.chat import main as chat
-from runner.options import sampling_options
+from runner.options import Models, limit_of, model_options, sampling_options
 
 
 def parsed(*arguments: str) -> Sampling:
@@ -23,6 +26,20 @@ def parsed(*arguments: str) -> Sampling:
     @sampling_options
     def command(sampling: Sampling, seed: int | None, draft_max: int) -> None:
         found.append(sampling)
+
+    done = CliRunner().invoke(command, list(arguments))
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def seed_of(*arguments: str) -> tuple[int | None, int | None]:
+    """The seed and the draft length."""
+    found = []
+
+    @click.command(cls=OneCommand)
+    @sampling_options
+    def command(sampling: Sampling, seed: int | None, draft_max: int | None) -> None:
+        found.append((seed, draft_max))
 
     done = CliRunner().invoke(command, list(arguments))
     assert done.exit_code == 0, done.output
@@ -67,6 +84,72 @@ def test_the_samplers_of_llama_cpp_by_its_flags() -> None:
     assert parsed(*breakers, "--dry-sequence-breaker", "none").dry_sequence_breakers == ()
 
 
+def found_by(*arguments: str) -> Models:
+    """The models that model options describe."""
+    found: list[Models] = []
+
+    @click.command(cls=OneCommand)
+    @model_options
+    def command(models: Callable[[], Models]) -> None:
+        found.append(models())
+
+    done = CliRunner().invoke(command, ["--target", "t.gguf", "--draft", "d.gguf", *arguments])
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def test_the_models_in_llama_cpps_words() -> None:
+    """Each flag by every name it has there, old and new; what is said of the drafter alone is the drafter's."""
+    usual = found_by()
+    assert (usual.n_ctx, usual.cache.flash, usual.own) == (4096, None, (None, None))
+    assert found_by("-c", "0").n_ctx == 0
+    for layers, n in (("all", -1), ("auto", None), ("7", 7)):
+        for flag in ("-ngl", "--gpu-layers", "--n-gpu-layers"):
+            assert found_by(flag, layers).own == (None, n)
+        for flag in ("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl"):
+            assert found_by(flag, layers, "-ngl", "5").own == (None, 5 if n is None else n)
+    for flag in ("-td", "--threads-draft", "--spec-draft-threads"):
+        assert found_by("-t", "3", flag, "2").own == (2, None)
+    assert found_by("-t", "3").own == (3, None)
+    for word, wanted in (("on", True), ("1", True), ("off", False), ("false", False), ("auto", None)):
+        found = found_by("-fa", word)
+        assert found.cache.flash is found.cache_draft.flash is wanted
+    for letter in "kv":
+        for flag in (f"-ct{letter}d", f"--cache-type-{letter}-draft", f"--spec-draft-type-{letter}"):
+            found = found_by(flag, "q8_0")
+            assert (found.cache, vars(found.cache_draft)[{"k": "keys", "v": "values"}[letter]]) == (Cache(), "q8_0")
+    assert found_by("--spec-draft-model", "other.gguf").draft == Path("other.gguf")
+
+
+def test_numbers_that_stand_for_none() -> None:
+    assert (limit_of("-1"), limit_of("-2"), limit_of("5")) == (sys.maxsize, sys.maxsize, 5)
+    assert (seed_of("-s", "-1"), seed_of("-s", "7"), seed_of()) == ((None, None), (7, None), (None, None))
+    assert seed_of("--spec-draft-n-max", "3") == seed_of("--draft-max", "3") == (None, 3)
+
+
+def test_without_a_limit_an_answer_fills_the_context(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """-c 0 is the model's 512 tokens, and -n -1 lets it say as many as are left of them."""
+    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
+    asked = ["--target", str(toys["target"]), "--draft-max", "0", "--prompt", "x", "--json", "-fa", "off"]
+    for limit in ("-1", "-2"):
+        done = CliRunner().invoke(chat, [*asked, "-c", "0", "-n", limit])
+        assert done.exit_code == 0, done.output
+        record = json.loads(done.stdout.splitlines()[-1])
+        assert (record["prompt_tokens"] + record["tokens"], record["finish_reason"]) == (513, "length")
+
+
+def test_adaptive_p_does_nothing_while_its_target_is_negative() -> None:
+    """As in llama.cpp; front-ends send it in every list of samplers."""
+    found = parsed("--samplers", "top_k;adaptive-p;temperature")
+    assert found.chain == ("top_k", "temperature")
+    assert parsed("--sampler-seq", "kat").chain == ("top_k", "temperature")
+
+
+def test_dry_looks_at_all_tokens_for_minus_one() -> None:
+    assert "dry" in parsed("--dry-multiplier", "1", "--dry-penalty-last-n", "-1").chain
+    assert "dry" not in parsed("--dry-multiplier", "1", "--dry-penalty-last-n", "0").chain
+
+
 def test_the_order_of_samplers_by_names_and_letters() -> None:
     assert parsed("--samplers", "top-k;TYP;minp;Temp").samplers == ("top_k", "typ_p", "min_p", "temperature")
     assert parsed("--samplers", "").samplers == ()
@@ -100,12 +183,24 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["-l", "5+inf"], 2, "or -inf to ban"),
         (["-l", "5+nan"], 2, "or -inf to ban"),
         (["--mirostat", "2"], 2, "mirostat=2 is not to be had: Mirostat follows what it has drawn itself"),
-        (["--adaptive-target", "0.5"], 2, "adaptive_p is not to be had"),
-        (["--samplers", "top_k;adaptive-p"], 2, "adaptive_p is not to be had"),
+        (["--adaptive-target", "0.5"], 2, "adaptive_target=0.5 is not to be had: adaptive_p follows what it has drawn"),
         (["--samplers", "top_k;topp;heat"], 2, "heat: is no sampler; there are penalties, dry"),
         (["--sampler-seq", "kz"], 2, "z: is no sampler"),
         (["--samplers", "top_k", "--sampler-seq", "k"], 2, "give --samplers or --sampler-seq, not both"),
-        (["--dry-penalty-last-n", "-1"], 2, "-1"),
+        (["--dry-penalty-last-n", "-2"], 2, "-2"),
+        (["-fa", "maybe"], 2, "maybe is not on, off or auto"),
+        (["-ngl", "many"], 2, "many"),
+        (["-c", "7"], 2, "7"),
+        (["-n", "0"], 2, "0"),
+        (["-s", "-2"], 2, "-2"),
+        (
+            ["--spec-draft-p-min", "0.5"],
+            2,
+            "--spec-draft-p-min is not taken: a draft is worth its time or not by measured",
+        ),
+        (["--draft-min", "1"], 2, "--spec-draft-n-min is not taken: a round drafts as few tokens as pay"),
+        (["--spec-type", "draft"], 2, "--spec-type is not taken: the file given as --model-draft"),
+        (["-devd", "none"], 2, "is not taken: both models run on the same devices"),
         (["--dry-multiplier", "1", "--dry-allowed-length", "9" * 20, "-n", "1"], 0, "1 token,"),
         (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
         (["-j", "{"], 2, "the JSON schema is not JSON"),

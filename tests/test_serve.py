@@ -234,7 +234,7 @@ WRONG: list[tuple[str, dict[str, Any] | str, str | None]] = [
     ("chat", {"messages": SAY, "top_p": float("nan")}, "top_p"),
     ("chat", {"messages": SAY, "max_tokens": 0}, "max_tokens"),
     ("chat", {"messages": SAY, "n": 1000}, "n"),
-    ("chat", {"messages": SAY, "stop": [""]}, "stop"),
+    ("chat", {"messages": SAY, "stop": ["x" * 2000]}, "stop"),
     ("chat", {"messages": SAY, "logit_bias": {"100000": 1}}, "logit_bias"),
     ("chat", {"messages": SAY, "logit_bias": {"king": 1}}, "logit_bias"),
     ("chat", {"messages": SAY, "mirostat": 2}, "mirostat"),

@@ -156,7 +156,7 @@ def open_modes(
             before, model = resident(), None
             if path is not None:
                 n_ctx, vocab = found.n_ctx_draft or engine.context.n_ctx, kind if kind in CUT else found.vocab
-                limits = n_ctx, found.n_threads, found.n_gpu_layers, vocab, found.cache_draft
+                limits = n_ctx, *found.own, vocab, found.cache_draft
                 model = open_drafter(path, vocabulary, *limits, target_context=engine.context)
                 stack.callback(model.close)
             drafter: Drafter = model or LookupDrafter()

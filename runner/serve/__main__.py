@@ -12,18 +12,19 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
 from llamabase.command import OneCommand
 from llamabase.errors import TrimError
-from llamabase.progress import stderr
+from llamabase.progress import doing, stderr
 from llamabase.sampling import Sampling
 
-from ..options import Models, model_options, sampling_options
+from ..options import Models, model_options, open_measured, sampling_options
 
 PATIENCE = 2.0  # seconds that what runs may take to end when the server is told to
 BATCH = 1.5  # and those that its last batch may take then
@@ -62,43 +63,93 @@ def main(
         import uvicorn
 
         from .app import Server, Settings, make_app
+        from .loading import Door
     except ImportError as error:
         raise TrimError(f"serving needs the extra: pip install 'gguf-trim[serve]' ({error})") from error
     if seed is not None:
         raise click.UsageError("--seed is for each request to give")
-    found = models()
     with _bound(host, port) as listening:
-        engine = found.open()
-        name = alias or found.target.stem
-        if draft_max != 0:
-            engine.measure()
-        server = Server(engine, Settings(name, sampling, draft_max, **serving))
-        config = uvicorn.Config(
-            make_app(server), log_level="warning", timeout_graceful_shutdown=int(PATIENCE) + 1, lifespan="off"
-        )
         at, taken = listening.getsockname()[:2]
-        stderr.print(f"{name} listens on http://{at if ':' not in at else f'[{at}]'}:{taken}", markup=False)
-        try:
-            asyncio.run(_serve(uvicorn.Server(config), server, listening))
-        finally:
-            ended = server.conversations.close(BATCH)
-        if not ended:  # the system frees everything
-            sys.stderr.flush()
-            os._exit(0)
+        url = f"http://{at if ':' not in at else f'[{at}]'}:{taken}"
+        door = Door(doing)
+        with _Signals() as signals, _Http(uvicorn.Config(door, log_level="warning", lifespan="off"), listening) as http:
+            stderr.print(f"{url} says what is being done until the model is ready", markup=False)
+            engine = open_measured(models, draft_max != 0)
+            name = alias or engine.model.path.stem
+            server = Server(engine, Settings(name, sampling, draft_max, **serving))
+            try:
+                door.open(make_app(server))
+                stderr.print(f"{name} listens on {url}", markup=False)
+                with suppress(KeyboardInterrupt):  # one that came before it was waited for
+                    signals.wait_for_one()
+                http.end(server.conversations.stop)
+            finally:
+                ended = server.conversations.close(BATCH)
+            if not ended:  # the system frees everything
+                sys.stderr.flush()
+                os._exit(0)
 
 
-async def _serve(http: Any, server: Any, listening: socket.socket) -> None:
-    """Until SIGTERM or Ctrl-C; what runs then may end, for a while."""
-    loop = asyncio.get_running_loop()
+class _Signals:
+    """SIGTERM and Ctrl-C, the latter also where the shell has had it ignored.
 
-    def end() -> None:
-        http.should_exit = True
-        loop.call_later(PATIENCE, server.conversations.stop)
+    At first both raise KeyboardInterrupt, which removes what was begun, and the process ends with 130 for Ctrl-C and
+    with 0 for SIGTERM, which is no failure. After `wait_for_one` was called they raise nothing.
+    """
 
-    http.capture_signals = nullcontext  # uvicorn would end the process by the signal
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
-    await http.serve(sockets=[listening])
+    def __init__(self) -> None:
+        self._terminated = False
+
+    def __enter__(self) -> _Signals:
+        # Python's own handler, with which `interruptible` ends the loading of a model.
+        handlers: dict[int, Any] = {signal.SIGTERM: self._terminate, signal.SIGINT: signal.default_int_handler}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt and self._terminated:
+            sys.exit(0)
+
+    def _terminate(self, *_: object) -> None:
+        self._terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    def wait_for_one(self) -> None:
+        came = threading.Event()
+        signal.signal(signal.SIGINT, lambda *_: came.set())
+        came.wait()
+
+
+class _Http:
+    """uvicorn in a thread of its own, since the main one loads models and is where signals arrive."""
+
+    def __init__(self, config: Any, listening: socket.socket) -> None:
+        import uvicorn
+
+        config.timeout_graceful_shutdown = int(PATIENCE) + 1
+        self._http, self._listening = uvicorn.Server(config), listening
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def _run(self) -> None:
+        asyncio.run(self._http.serve(sockets=[self._listening]))
+
+    def end(self, stop: Callable[[], object]) -> None:
+        """Take no more requests; what runs may end, for a while, before it is told to `stop`."""
+        later = threading.Timer(PATIENCE, stop)
+        later.daemon = True
+        later.start()
+        self.__exit__()
+        later.cancel()
+
+    def __enter__(self) -> _Http:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.should_exit = True
+        self._thread.join()
 
 
 @contextmanager

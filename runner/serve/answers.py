@@ -41,6 +41,10 @@ class Asked:
     tools: bool
     vocab: str
 
+    def answer(self) -> Answer:
+        """One that is still to be computed."""
+        return Answer(self)
+
 
 @dataclass
 class Piece:
@@ -49,6 +53,7 @@ class Piece:
     text: str
     drafted: bool
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # those computed since the piece before
 
 
 class Answer:
@@ -125,9 +130,11 @@ class Answer:
             "cache_n": self.n_cached,
             "prompt_n": read,
             "prompt_ms": 1000 * record.prompt_seconds,
+            "prompt_per_token_ms": 1000 * record.prompt_seconds / read,
             "prompt_per_second": read / record.prompt_seconds if record.prompt_seconds else 0.0,
             "predicted_n": record.tokens,
             "predicted_ms": 1000 * record.seconds,
+            "predicted_per_token_ms": 1000 * record.seconds / record.tokens if record.tokens else 0.0,
             "predicted_per_second": record.tokens_per_second,
             "draft_n": record.drafted,
             "draft_n_accepted": record.accepted,

@@ -7,12 +7,13 @@ import contextlib
 import hmac
 import json
 import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import prometheus_client as prometheus
@@ -25,19 +26,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from llamabase.errors import EngineError, FileFormatError, PromptTooLong, SettingError
+from llamabase.infill import infill_prompt
 from llamabase.sampling import Sampling
 
 from ..drafter import AUTO
 from ..engine import Engine
 from .answers import Answer, Asked, Piece
 from .conversations import Conversations, Job, Unavailable
-from .requests import BadRequest, Chat, Completion, Detokenize, Tokenize, read
+from .native import NativeForm, add_native
+from .page import HEADERS, PAGE
+from .requests import BadRequest, Chat, Completion, Detokenize, Native, Tokenize, read
 
-PAGE = Path(__file__).parent / "page.html"
 OPEN = {"/", "/health", "/v1/health"}  # without a key
 PATIENCE = 0.25  # seconds between looking whether a client is still there
 ENDPOINT = {404: "there is no such endpoint", 405: "this endpoint takes another method"}
 POSITIONS = 16  # of drafts, that are counted apart
+Body = Chat | Completion | Native  # of a request that asks for an answer
 log = logging.getLogger("uvicorn.error")
 
 
@@ -115,7 +119,9 @@ class Guard:
             return
         headers = dict(scope["headers"])
         if self._key and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
+            scheme, _, given = headers.get(b"authorization", b"").strip().partition(b" ")
+            given = given.strip() if scheme.lower() == b"bearer" else scheme  # HTTP's schemes know no case
+            given = given or headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given, self._key):
                 await _error(401, "the API key is missing or wrong", kind="authentication_error")(scope, receive, send)
                 return
@@ -174,7 +180,7 @@ class Server:
         self.started = int(time.time())
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
 
-    def asked(self, body: Chat | Completion, prompt: list[int], tools: bool = False) -> list[Asked]:
+    def asked(self, body: Body, prompt: list[int], tools: bool = False) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""
         n_ctx = self.engine.context.n_ctx
         if len(prompt) > n_ctx:
@@ -186,11 +192,17 @@ class Server:
         n_vocab = self.engine.model.n_vocab
         if body.vocab not in self.vocabs:
             raise BadRequest(f"speculative.vocab: is one of {', '.join(self.vocabs)}", "speculative.vocab")
-        n_logprobs = body.n_logprobs
+        if body.min_tokens:
+            raise BadRequest(
+                "min_tokens: no answer can be kept from ending here; ignore_eos lets none end", "min_tokens"
+            )
+        sampling, n_logprobs = body.sampling(self.settings.sampling, n_vocab), body.n_logprobs
+        if body.ignore_eos:
+            sampling = replace(sampling, logit_bias=dict(sampling.logit_bias) | dict.fromkeys(self.ends, -math.inf))
         draft_max = self.settings.draft_max if body.draft_max is None else body.rounds_of()
         first = Asked(
             prompt=prompt,
-            sampling=body.sampling(self.settings.sampling, n_vocab),
+            sampling=sampling,
             limit=body.limit(n_ctx - len(prompt) + 1),
             seed=body.seed_of(0),
             draft_max=draft_max,
@@ -201,11 +213,59 @@ class Server:
         )
         return [replace(first, seed=body.seed_of(i)) for i in range(body.n)]
 
-    def ids(self, text: str) -> list[int]:
+    @cached_property
+    def ends(self) -> list[int]:
+        """Every token that ends an answer."""
         model = self.engine.model
-        return model.tokenize(text, n_ctx=self.engine.context.n_ctx) or ([] if model.bos is None else [model.bos])
+        return [token for token in range(model.n_vocab) if model.is_end(token)]
 
-    async def compute(self, request: Request, asked: list[Asked]) -> AsyncIterator[tuple[int, Answer, Piece | None]]:
+    def known(self, ids: Sequence[Any], param: str) -> list[int]:
+        """Token ids of this vocabulary. Raises BadRequest for others."""
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.engine.model.n_vocab:
+                raise BadRequest(f"{param}: there is no token {str(token)[:20]}", param)
+        return list(ids)
+
+    def mixed(
+        self, given: str | list[Any], param: str, special: bool = True, add_bos: bool = True, n_ctx: int | None = None
+    ) -> list[int]:
+        """Token ids of a text, or of a list of texts and ids; BOS belongs before a text that comes first only.
+
+        Raises BadRequest, and what `Model.tokenize` raises.
+        """
+        ids: list[int] = []
+        for i, part in enumerate([given] if isinstance(given, str) else given):
+            if isinstance(part, str):
+                ids += self.engine.model.tokenize(part, special, add_bos and i == 0, n_ctx)
+            else:
+                ids += self.known([part], param)
+        return ids
+
+    def prompts(self, given: Any) -> list[list[int]]:
+        """Token ids of one prompt or several, each a text, a list of ids and texts, or {"prompt_string": ...}.
+
+        An empty one is BOS. Raises BadRequest.
+        """
+        if isinstance(given, list) and given and not any(isinstance(part, int) for part in given):
+            return [self._prompt(part) for part in given]
+        return [self._prompt(given)]
+
+    def _prompt(self, given: Any) -> list[int]:
+        if isinstance(given, dict) and "prompt_string" in given:
+            if given.get("multimodal_data"):
+                raise BadRequest("prompt: this server reads text only; leave multimodal_data out", "prompt")
+            given = given["prompt_string"]
+        if not isinstance(given, str | list):
+            raise BadRequest('prompt: is a text, a list of token ids and texts, or {"prompt_string": ...}', "prompt")
+        bos = self.engine.model.bos
+        ids = self.mixed(given, "prompt", n_ctx=self.engine.context.n_ctx) or ([] if bos is None else [bos])
+        if not ids:
+            raise BadRequest("prompt: is empty, and this vocabulary has no token to begin with", "prompt")
+        return ids
+
+    async def compute(
+        self, request: Request, asked: Sequence[Asked]
+    ) -> AsyncIterator[tuple[int, Answer, Piece | None]]:
         """(number, answer, piece) as they come, None at the end of each answer; ends with its client.
 
         Raises what the computing raised.
@@ -218,7 +278,7 @@ class Server:
 
         def run(engine: Engine) -> None:
             for i, each in enumerate(asked):
-                answer = Answer(each)
+                answer = each.answer()
                 try:
                     with contextlib.closing(answer.pieces(engine)) as pieces:
                         for piece in pieces:
@@ -330,8 +390,9 @@ class _Form:
         return self._object([], True) | {"usage": _usage(answers)}
 
 
-async def _answer(server: Server, request: Request, body: Chat | Completion, asked: list[Asked]) -> Response:
-    form, events = _Form(server, body), server.compute(request, asked)
+async def _answer(server: Server, request: Request, body: Body, asked: Sequence[Asked]) -> Response:
+    form: Any = NativeForm(server, body) if isinstance(body, Native) else _Form(server, body)
+    events = server.compute(request, asked)
     if not body.stream:
         answers: dict[int, Answer] = {}
         logprobs: list[list[dict[str, Any]]] = [[] for _ in asked]
@@ -361,9 +422,10 @@ async def _answer(server: Server, request: Request, body: Chat | Completion, ask
                 event = await anext(events, None)
         except Exception as error:
             yield _event(bytes(_failure(error).body))
-        if body.stream_options is not None and body.stream_options.include_usage and ended:
-            yield _event(_dumped(form.usage([ended[i] for i in sorted(ended)])))
-        yield _event(b"[DONE]")
+        if not isinstance(form, NativeForm):
+            if body.stream_options is not None and body.stream_options.include_usage and ended:
+                yield _event(_dumped(form.usage([ended[i] for i in sorted(ended)])))
+            yield _event(b"[DONE]")
         await events.aclose()  # type: ignore[attr-defined]
 
     return EventSourceResponse(stream())
@@ -407,33 +469,23 @@ def make_app(server: Server) -> FastAPI:
         return await _answer(server, request, body, asked)
 
     @app.post("/v1/completions")
-    @app.post("/completions")
     async def completion(request: Request) -> Response:
         body: Completion = read(Completion, await request.body())
-        prompt = body.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise BadRequest("prompt: one at a time", "prompt")
-            prompt = prompt[0]
-        if isinstance(prompt, str):
-            ids = await run_in_threadpool(server.ids, prompt)
+        if body.suffix:
+            if not isinstance(body.prompt, str):
+                raise BadRequest("prompt: is one text where a suffix follows", "prompt")
+            ids = await run_in_threadpool(infill_prompt, engine.model, body.prompt, body.suffix)
         else:
-            ids = _known(prompt, "prompt")
-        if not ids:
-            raise BadRequest("prompt: is empty, and this vocabulary has no token to begin with", "prompt")
+            ids, *others = await run_in_threadpool(server.prompts, body.prompt)
+            if others:
+                raise BadRequest("prompt: one at a time", "prompt")
         return await _answer(server, request, body, await run_in_threadpool(server.asked, body, ids))
-
-    def _known(ids: list[Any], param: str) -> list[int]:
-        for token in ids:
-            if not isinstance(token, int) or not 0 <= token < engine.model.n_vocab:
-                raise BadRequest(f"{param}: there is no token {str(token)[:20]}", param)
-        return ids
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body: Tokenize = read(Tokenize, await request.body())
-        model = engine.model
-        ids = await run_in_threadpool(model.tokenize, body.content, body.parse_special, body.add_special)
+        model, how = engine.model, (body.parse_special, body.add_special)
+        ids = await run_in_threadpool(server.mixed, body.content, "content", *how)
         if not body.with_pieces:
             return _json({"tokens": ids})
         pieces = [model.piece(token, special=True) for token in ids]
@@ -442,7 +494,7 @@ def make_app(server: Server) -> FastAPI:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body: Detokenize = read(Detokenize, await request.body())
-        data = b"".join(engine.model.piece(token, special=True) for token in _known(body.tokens, "tokens"))
+        data = b"".join(engine.model.piece(token, special=True) for token in server.known(body.tokens, "tokens"))
         return _json({"content": data.decode("utf-8", "replace")})
 
     def entry() -> dict[str, Any]:
@@ -467,18 +519,7 @@ def make_app(server: Server) -> FastAPI:
     async def health() -> Response:
         return _json({"status": "ok"})
 
-    @app.get("/props")
-    async def props() -> Response:
-        chosen = {name: value for name, value in vars(settings.sampling).items() if name != "logit_bias"}
-        return _json({
-            "default_generation_settings": {"n_ctx": engine.context.n_ctx, "params": chosen},
-            "total_slots": settings.parallel,
-            "model_alias": settings.alias,
-            "draft": engine.drafter is not None,
-            "vocabularies": server.vocabs,
-            "speculative.n_max": settings.draft_max,
-            "build_info": f"llama-cpp-python {version('llama-cpp-python')}",
-        })  # fmt: skip
+    add_native(app, server, _answer)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -488,7 +529,7 @@ def make_app(server: Server) -> FastAPI:
 
     @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
-        return FileResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
+        return FileResponse(PAGE, headers=HEADERS)
 
     app.add_middleware(Guard, key=settings.api_key, most_bytes=settings.most_bytes)
     if settings.cors:  # the outermost, so that a page can read what the guard says

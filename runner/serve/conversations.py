@@ -50,6 +50,7 @@ class Conversations:
         self._used = {id(engine): 0.0}
         self._jobs: deque[Job] = deque()
         self._running: Job | None = None
+        self._computing: Engine | None = None
         self._ending = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="computing", daemon=True)
@@ -63,6 +64,12 @@ class Conversations:
     @property
     def busy(self) -> bool:
         return self._running is not None
+
+    @property
+    def slots(self) -> list[tuple[int, bool]]:
+        """Of each conversation that may be remembered: tokens it holds, and whether it is being computed."""
+        found = [(len(engine.reader.held), engine is self._computing) for engine in tuple(self._open)]
+        return found + [(0, False)] * (self.n - len(found))
 
     def submit(self, job: Job) -> None:
         """Raises Unavailable where as many are waiting as may, and once `stop` was called."""
@@ -99,13 +106,13 @@ class Conversations:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
-                engine = self._take(job.prompt)
+                self._computing = engine = self._take(job.prompt)
                 engine.heed(partial(_wanted, job))
                 job.run(engine)
             except Exception as error:
                 job.failed(error)
             finally:
-                self._running = None
+                self._running = self._computing = None
 
     def _next(self) -> Job | None:
         """The job that came first, once there is one; None at the end."""

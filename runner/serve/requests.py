@@ -6,7 +6,9 @@ Unknown fields are ignored, as OpenAI's clients expect; impossible values raise 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import fields
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -22,10 +24,12 @@ from pydantic import (
 
 from llamabase.errors import TrimError
 from llamabase.guidance import schema_guide
-from llamabase.sampling import Sampling, samplers_named
+from llamabase.sampling import LETTERS, Sampling, samplers_lettered, samplers_named
 
 from ..auto import LONGEST
 from ..drafter import AUTO
+
+log = logging.getLogger("uvicorn.error")
 
 MOST_TOKENS = 1 << 31
 MOST_ANSWERS, MOST_LOGPROBS = 16, 20
@@ -121,6 +125,41 @@ class StreamOptions(Body):
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
+def _strings(given: Any) -> Any:
+    """DRY's breakers where they come as one string: JSON, with brackets or without, or a single breaker."""
+    if not isinstance(given, str):
+        return given
+    for text in (given, f"[{given}]"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, list) and all(isinstance(each, str) for each in found):
+            return found
+    return [given]
+
+
+class Adapter(Body):
+    id: int = 0
+    scale: Number = 1.0
+
+
+# Fields of llama-server that change nothing of a text here, and the values with which they ask for nothing.
+IGNORED = {
+    "cache_prompt": True,
+    "id_slot": -1,
+    "n_keep": 0,
+    "n_discard": 0,
+    "n_cache_reuse": 0,
+    "return_progress": False,
+}
+
+
+@cache
+def _warn(name: str) -> None:
+    log.warning("%s is ignored: this server has nothing of the kind (said once)", name)
+
+
 class Common(Body):
     """What both kinds of completions take. None stands for the default."""
 
@@ -147,22 +186,37 @@ class Common(Body):
     dry_multiplier: Number | None = None
     dry_base: Number | None = None
     dry_allowed_length: int | None = Field(None, ge=0, le=MOST_TOKENS)
-    dry_penalty_last_n: int | None = Field(None, ge=0, le=MOST_TOKENS)
-    dry_sequence_breakers: tuple[str, ...] | None = Field(None, max_length=MOST_BREAKERS)
+    dry_penalty_last_n: int | None = Field(None, ge=-1, le=MOST_TOKENS)
+    dry_sequence_breakers: Annotated[tuple[str, ...] | None, BeforeValidator(_strings)] = Field(
+        None, max_length=MOST_BREAKERS
+    )
+    adaptive_target: Number | None = None
     min_keep: int | None = Field(None, ge=0, le=MOST_TOKENS)
     mirostat: int | None = None
     samplers: tuple[str, ...] | str | None = None
     logit_bias: dict[str, float | bool] | list[tuple[int, float | bool]] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
+    n_probs: int = Field(0, ge=0, le=MOST_LOGPROBS)
+    lora: list[Adapter] = Field(default_factory=list)
     grammar: str | None = None
     json_schema: dict[str, Any] | bool | None = None
     draft_max: int | None = Field(None, ge=0, validation_alias="speculative.n_max")
     vocab: str = Field(AUTO, validation_alias="speculative.vocab")
 
+    @field_validator("lora")
+    @classmethod
+    def _no_adapters(cls, given: list[Adapter]) -> list[Adapter]:
+        if any(adapter.scale for adapter in given):
+            raise ValueError("no adapter is loaded here; leave it out")
+        return given
+
     @property
     def stops(self) -> list[str]:
-        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(found) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in found):
-            raise BadRequest(f"stop: at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", "stop")
+        """Empty ones, which clients send for none, end nothing."""
+        found = [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
+        if len(found) > MOST_STOPS or not all(len(stop) <= LONGEST_STOP for stop in found):
+            raise BadRequest(f"stop: at most {MOST_STOPS} strings of up to {LONGEST_STOP} characters", "stop")
         return found
 
     def limit(self, default: int) -> int:
@@ -189,8 +243,9 @@ class Common(Body):
         for name in settings.keys() & Common.model_fields.keys() - {"samplers", "logit_bias", "grammar"}:
             if (value := getattr(self, name)) is not None:
                 settings[name] = value
-        if isinstance(self.samplers, str):
-            settings["samplers"] = samplers_named(self.samplers)
+        if isinstance(self.samplers, str):  # llama-server's are letters, as --sampler-seq has them; here names, too
+            lettered = set(self.samplers) <= {*LETTERS.values(), "a"}
+            settings["samplers"] = (samplers_lettered if lettered else samplers_named)(self.samplers)
         elif self.samplers is not None:
             settings["samplers"] = samplers_named(";".join(self.samplers))
         if self.logit_bias is not None:
@@ -248,7 +303,7 @@ class Chat(Common):
 
     @property
     def n_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return (self.top_logprobs or 0) if self.logprobs else self.n_probs or None
 
     def wanted_schema(self) -> tuple[str, Any]:
         form = self.response_format
@@ -261,11 +316,16 @@ class Chat(Common):
 
 
 class Completion(Common):
-    """A body of /v1/completions: a prompt as text or token ids."""
+    """A body of /v1/completions: a prompt in one of llama-server's forms, see `Server.prompts`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = ""
-    n_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, validation_alias="logprobs")
+    prompt: Any = ""
+    suffix: str = ""
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = False
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.n_probs or None if self.logprobs is None else self.logprobs
 
     @field_validator("echo")
     @classmethod
@@ -275,8 +335,54 @@ class Completion(Common):
         return echo
 
 
+class Native(Common):
+    """A body of llama-server's own /completion."""
+
+    prompt: Any = ""
+    n: int = Field(1, ge=1, le=MOST_ANSWERS, validation_alias=AliasChoices("n_cmpl", "n"))
+    max_tokens: int | None = Field(
+        None, ge=-2, le=MOST_TOKENS, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
+    )
+    n_probs: int = Field(0, ge=0, le=MOST_LOGPROBS, validation_alias=AliasChoices("n_probs", "logprobs"))
+    post_sampling_probs: bool = False
+    n_indent: int = Field(0, ge=0, le=MOST_TOKENS)
+    t_max_predict_ms: Number = 0.0
+    return_tokens: bool = False
+    timings_per_token: bool = False
+    response_fields: list[str] = Field(default_factory=list)
+
+    @field_validator("post_sampling_probs")
+    @classmethod
+    def _before_samplers(cls, given: bool) -> bool:
+        if given:
+            raise ValueError("probabilities are the target's own here, before the samplers; leave it out")
+        return given
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.n_probs or None
+
+    def limit(self, default: int) -> int:
+        """0 reads the prompt alone, so that it is remembered."""
+        return default if self.max_tokens is None or self.max_tokens < 0 else min(self.max_tokens, default)
+
+
+class Chunk(Body):
+    text: str
+    filename: str = "tmp"
+
+
+class Infill(Native):
+    """A body of llama-server's /infill: the texts around a gap, what is known besides, and how the answer begins."""
+
+    prompt: str = ""
+    input_prefix: str
+    input_suffix: str
+    input_extra: list[Chunk] = Field(default_factory=list)
+
+
 class Tokenize(Body):
-    content: str
+    content: str | list[str | int]
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
@@ -295,7 +401,11 @@ def read(kind: type[BaseModel], body: bytes) -> Any:
     if not isinstance(found, dict):
         raise BadRequest("the body is no JSON object")
     try:
-        return kind.model_validate(found)
+        valid = kind.model_validate(found)
+        for name in IGNORED.keys() & found.keys():
+            if found[name] not in (None, IGNORED[name]):
+                _warn(name)
+        return valid
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[")))

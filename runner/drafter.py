@@ -215,7 +215,9 @@ def open_drafter(
     if file.architecture == DFLASH:
         raise FileFormatError(f"{path}: is a DFlash drafter, which llama-server runs and this runner does not")
     if file.architecture == "gemma4-assistant":  # llama.cpp would end the process
-        raise FileFormatError(f"{path}: is an assistant that hangs on its Gemma 4 target, which this runner does not run")
+        raise FileFormatError(
+            f"{path}: is an assistant that hangs on its Gemma 4 target, which this runner does not run"
+        )
     if file.architecture == EAGLE3:
         return _open_hanging(HangingHead.of(file), target, target_context, n_threads, n_gpu_layers, vocab, model)
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None

@@ -49,22 +49,29 @@ def schema_guide(schema: str) -> str:
         raise FileFormatError("the JSON schema is not an object, true or false")
     if found is False:
         raise FileFormatError("the JSON schema is false, which no answer obeys")
-    form = {} if found is True else found
+    form = prepared({} if found is True else found)
+    return _tried(json.dumps({"grammars": [{"json_schema": form}]}), "the JSON schema")
+
+
+def prepared(form: dict[str, Any]) -> dict[str, Any]:
+    """A schema, changed in place, in which objects and white space are bounded."""
     schemas = list(_schemas(form))
     if not any(_combines(each) for each in schemas):
         for each in schemas:
             _close(each)
     # Of the schema's own settings none may loosen it.
     form["x-guidance"] = {"whitespace_pattern": WHITESPACE}
-    return _tried(json.dumps({"grammars": [{"json_schema": form}]}), "the JSON schema")
+    return form
 
 
-def lark_guide(lark: str) -> str:
+def lark_guide(lark: str, tried: str = "") -> str:
     """The guide of a grammar in llguidance's dialect of Lark, which may hold JSON schemas.
 
-    Raises FileFormatError as `schema_guide` does.
+    tried: the same with text in place of control tokens, which only the model's own vocabulary knows; it is what is
+    compiled first. Raises FileFormatError as `schema_guide` does.
     """
-    return _tried(json.dumps({"grammars": [{"lark_grammar": lark}]}), "the form of the answer")
+    _tried(json.dumps({"grammars": [{"lark_grammar": tried or lark}]}), "the form of the answer")
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
@@ -190,12 +197,14 @@ class Guide:
         self._mask: np.ndarray | None = None
         self._require()
 
+    whole = True
+
     def allowed(self, ids: np.ndarray) -> np.ndarray:
         """Which of these tokens may come next (bool). An end may where the text is complete."""
         if self._mask is None:
             self._mask = np.frombuffer(self._matcher.compute_logit_bias(), bool)[: self._n_vocab]
             self._require()
-        masked: np.ndarray = self._mask[ids]
+        masked: np.ndarray = self._mask if len(ids) == self._n_vocab else self._mask[ids]
         return masked
 
     def fitting(self, drafts: list[int]) -> int:

@@ -18,8 +18,9 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -33,7 +34,7 @@ from llamabase.sampling import Sampling
 from .conversation import Messages, load, save
 from .drafter import NoDrafter
 from .engine import Engine, Record
-from .options import Models, limit_of, model_options, open_measured, sampling_options
+from .options import Models, limit_of, model_options, open_measured, sampling_options, template_kwargs_option
 from .prompt_line import PromptLine, said
 
 COMMANDS = {  # with what they do, no line longer than 40 columns
@@ -62,6 +63,7 @@ class Chat:
         draft_max: int | None,
         max_tokens: int,
         show_draft: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine = engine
         self.messages: Messages = []
@@ -69,6 +71,7 @@ class Chat:
         self.total = Record()
         self._sampling, self._seed, self._draft_max, self._max_tokens = sampling, seed, draft_max, max_tokens
         self._show_draft = show_draft
+        self._template_kwargs = template_kwargs
 
     def ask(self, text: str, write: Callable[[str], object]) -> Record:
         """Answer `text`, writing pieces as they come. Ctrl-C ends the answer; what was said of it stays said."""
@@ -76,7 +79,7 @@ class Chat:
         record = Record()
         try:
             pieces = self.engine.pieces(
-                self.engine.prompt(asked),
+                self.engine.prompt(asked, variables=self._template_kwargs),
                 self._sampling,
                 record,
                 max_tokens=self._max_tokens,
@@ -101,7 +104,7 @@ class Chat:
 
     def take(self, messages: Messages) -> None:
         """Go on from these messages. Raises FileFormatError, and changes nothing, where the template refuses them."""
-        self.engine.prompt([*messages, {"role": "user", "content": "?"}])
+        self.engine.prompt([*messages, {"role": "user", "content": "?"}], variables=self._template_kwargs)
         self.messages = messages
 
     def set_system(self, text: str) -> None:
@@ -219,6 +222,7 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
 @click.option("-p", "--prompt", help="Answer this once on stdout and exit; what is piped in follows it.")
 @click.option("-f", "--file", type=FILE, help="The same, with the prompt's text from a file.")
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="The system message.")
+@template_kwargs_option
 @click.option(
     "-n",
     "--n-predict",
@@ -240,6 +244,7 @@ def main(
     prompt: str | None,
     file: Path | None,
     system_prompt: str | None,
+    template_kwargs: dict[str, Any],
     max_tokens: int,
     show_draft: bool,
     as_json: bool,
@@ -256,7 +261,7 @@ def main(
     show_draft = show_draft and _colours()
     with contextlib.ExitStack() as opened:
         engine = opened.enter_context(open_measured(models, draft_max is None))
-        chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft)
+        chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft, template_kwargs)
         if system_prompt:
             chat.set_system(system_prompt)
         if text is None:

@@ -6,12 +6,14 @@ import codecs
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import TokenType
 
 from gguf_trim.companion import companion_of
 from llamabase.errors import EngineError
@@ -25,6 +27,7 @@ from llamabase.template import ChatTemplate
 from llamabase.vocabulary import Vocabulary
 
 from .auto import LONGEST, AutoDrafter
+from .calls import Form, control_tokens, form_of
 from .drafter import AUTO, Drafter, ModelDrafter, NoDrafter, open_drafter
 from .measured import recall_known, remember_known, step_costs
 from .reading import Reader
@@ -218,13 +221,38 @@ class Engine(Closing):
         release_threads()
         self._auto = AutoDrafter(self.drafter, *costs, recall_known(self._key))
 
-    def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:
-        """Token ids of a conversation through the GGUF's own chat template; see `llamabase.template`."""
-        return self._template.ids(self.model, messages, tools, self.context.n_ctx)
+    def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None, **how: Any) -> list[int]:
+        """Token ids of `prompt_text`, which takes the same."""
+        return self._template.tokens(self.model, self.prompt_text(messages, tools, **how), self.context.n_ctx)
 
-    def prompt_text(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
-        """The text that the template makes of a conversation, for other programs to read."""
-        return self._template.text(messages, tools)
+    def prompt_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Any = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        continued: bool | None = None,
+        answered: bool = False,
+    ) -> str:
+        """What the GGUF's own chat template makes of a conversation; see `ChatTemplate.text`.
+
+        continued None: the answer goes on from the last message if that is the assistant's, as llama-server has it.
+        """
+        if continued is None:
+            continued = bool(messages) and not answered and messages[-1].get("role") == "assistant"
+        return self._template.text(messages, tools, answered, continued=continued, variables=variables)
+
+    @cached_property
+    def form(self) -> Form:
+        """How this model writes calls of tools."""
+        return form_of(self._template)
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the control tokens that this model writes calls with, by name: they stand for no text elsewhere."""
+        controls = np.flatnonzero(self._vocabulary.types == TokenType.CONTROL).tolist()
+        names = {self._vocabulary.tokens[i].decode("utf-8", "replace"): i for i in controls}
+        return control_tokens(self.form, names)
 
     def rounds(
         self,
@@ -275,12 +303,17 @@ class Engine(Closing):
                 record.finish_reason = "stop"
 
     def spoken(
-        self, prompt: Sequence[int], sampling: Sampling, record: Record, **settings: Any
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        record: Record,
+        shown: Collection[int] = (),
+        **settings: Any,
     ) -> Generator[tuple[str, bool], None, None]:
         """Token by token, but for one that ends the answer: its text, and whether it was drafted and accepted.
 
         A character that is split over tokens belongs to the one that completes it; one that the answer breaks off in is
-        left out. Fills `record` but for its text.
+        left out. shown: control tokens whose names are text here. Fills `record` but for its text.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)
@@ -298,6 +331,7 @@ class Engine(Closing):
                     if i == len(round_.tokens):
                         record.finish_reason = round_.finish or record.finish_reason
                     if round_.finish != "stop" or i < len(round_.tokens):
-                        yield decoder.decode(self.model.piece(token)), i <= round_.accepted
+                        piece = self.model.piece(token, special=token in shown)
+                        yield decoder.decode(piece), i <= round_.accepted
         if not record.rounds:  # only the prompt was to be read
             record.prompt_seconds = time.perf_counter() - started

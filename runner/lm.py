@@ -29,7 +29,7 @@ from llamabase.sampling import Sampling, samplers_named
 from .drafter import AUTO
 from .engine import Engine, Record
 
-Messages = str | Sequence[Mapping[str, str]]
+Messages = str | Sequence[Mapping[str, Any]]
 
 
 def _whole(name: str, value: Any) -> int:
@@ -168,6 +168,8 @@ class SpeculativeLM(Closing):
         seed: int | None = None,
         draft_max: int | str | None = None,
         template: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         record: Record | None = None,
         **sampling: Any,
     ) -> Generator[str, None, None]:
@@ -175,7 +177,9 @@ class SpeculativeLM(Closing):
 
         messages: {"role": ..., "content": ...} one after the other, or a string, which is a user's message; it goes
         through the model's chat template, or with template=False, as a string, to the model as it is (`<|im_end|>` and
-        its like read as tokens). max_tokens: None for as many as the context holds. stop: the text ends before the
+        its like read as tokens). A last message of the assistant's is the beginning of the answer. tools: functions in
+        OpenAI's form, of which the template is told. chat_template_kwargs: further names for the template, such as
+        {"enable_thinking": False}. max_tokens: None for as many as the context holds. stop: the text ends before the
         first of these strings. seed: same seed, same text; -1 or None draws one. draft_max: tokens to draft a round, 0
         for plain decoding, None or "auto" for as many as pay. record: filled as the answer goes; its tokens are the
         target's, those of the stop string included. sampling: temperature (0 is greedy) and the other fields of
@@ -199,7 +203,8 @@ class SpeculativeLM(Closing):
         if draft_max not in (None, "auto"):
             settings["draft_max"] = _whole("draft_max", draft_max)
         record = Record() if record is None else record
-        answer = _Answer(self._pieces(messages, template, chosen, record, settings))
+        how = {"tools": None if tools is None else [dict(tool) for tool in tools], "variables": chat_template_kwargs}
+        answer = _Answer(self._pieces(messages, how if template else None, chosen, record, settings))
         stream = self._run(answer)
         answer.stream = weakref.ref(stream)
         return stream
@@ -236,18 +241,22 @@ class SpeculativeLM(Closing):
         if self._closed:
             raise EngineError(f"{self._engine.model.path}: used after it was closed")
 
-    def _prompt(self, messages: Messages, template: bool) -> list[int]:
-        if not isinstance(messages, str):
-            return self._engine.prompt([dict(message) for message in messages])
-        if template:
-            return self._engine.prompt([{"role": "user", "content": messages}])
+    def _prompt(self, messages: Messages, how: dict[str, Any] | None) -> list[int]:
+        if how is not None or not isinstance(messages, str):
+            said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+            return self._engine.prompt([dict(message) for message in said], **(how or {}))
         model = self._engine.model
         return model.tokenize(messages, n_ctx=self._engine.context.n_ctx) or ([] if model.bos is None else [model.bos])
 
     def _pieces(
-        self, messages: Messages, template: bool, sampling: Sampling, record: Record, settings: dict[str, Any]
+        self,
+        messages: Messages,
+        how: dict[str, Any] | None,
+        sampling: Sampling,
+        record: Record,
+        settings: dict[str, Any],
     ) -> Generator[str, None, None]:
-        prompt = self._prompt(messages, template)
+        prompt = self._prompt(messages, how)
         with contextlib.closing(self._engine.pieces(prompt, sampling, record, **settings)) as pieces:
             for text, _ in pieces:
                 yield text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -21,6 +22,7 @@ from llamabase.guidance import schema_guide
 from llamabase.llama import CACHE_TYPES, F16, Cache
 from llamabase.progress import step
 from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
+from llamabase.template import RESERVED
 
 from .auto import LONGEST
 from .drafter import AUTO, VOCABS
@@ -287,6 +289,27 @@ def model_options(command: Any) -> Any:
         return command(models=find, **others)
 
     return with_models
+
+
+def _template_kwargs(context: Any, option: Any, text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter('is not a JSON object, such as {"enable_thinking": false}')
+    if taken := sorted(RESERVED & found.keys()):
+        raise click.BadParameter(f"{taken[0]} is set by the conversation itself; leave it out")
+    return found
+
+
+template_kwargs_option = click.option(
+    "--chat-template-kwargs",
+    "template_kwargs",
+    metavar="JSON",
+    callback=_template_kwargs,
+    help='Further names for the chat template, as a JSON object: {"enable_thinking": false}.',
+)
 
 
 _BIAS = re.compile(r"(\d+)([+-])(.+)", re.ASCII)

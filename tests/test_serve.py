@@ -28,10 +28,11 @@ from pydantic import BaseModel
 from llamabase.llama import F32, Context, Model
 from llamabase.noise import Noise
 from llamabase.sampling import Sampling
+from runner.calls import Tools
 from runner.engine import Engine
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
-from runner.serve.answers import Answer, Asked, _calls
+from runner.serve.answers import Answer, Asked
 from runner.serve.app import Server, Settings, make_app
 
 from .test_soak import handles, own_memory
@@ -179,15 +180,6 @@ def test_openai_json_schema_into_a_model(client: openai.OpenAI) -> None:
             response_format={"type": "json_schema", "json_schema": {"name": "river", "schema": schema}},
         )
         assert len(River.model_validate_json(found.choices[0].message.content or "").name) <= 6
-
-
-def test_calls_of_tools_are_read() -> None:
-    call = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "}"]}}\n</tool_call>'
-    calls, left = _calls(f"{call}\n{call}")
-    assert [each["function"] for each in calls] == [{"name": "f", "arguments": '{"a": [1, "}"]}'}] * 2
-    assert left == ""
-    assert _calls("<tool_call>nothing</tool_call>") == ([], "<tool_call>nothing</tool_call>")
-    assert _calls('<tool_call>{"name": "f"}')[0][0]["function"]["arguments"] == "{}"
 
 
 def test_tools_through_the_template_and_back(toys: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
@@ -501,7 +493,7 @@ def test_a_stop_string_that_comes_with_a_call_ends_the_answer(pieces: list[str],
     left = ((piece, False) for piece in pieces)
     engine: Any = SimpleNamespace(drafter=None, model=None, reader=SimpleNamespace(held=[]))
     engine.spoken = lambda *_, **__: (piece for piece in left)
-    answer = Answer(Asked([1], Sampling(temp=0), 9, None, 0, ["STOP"], None, True, "auto"))
+    answer = Answer(Asked([1], Sampling(temp=0), 9, None, 0, ["STOP"], None, Tools({"f": {}}), "auto"))
     said = "".join(piece.text for piece in answer.pieces(engine))
     assert (said, answer.record.text, answer.record.finish_reason) == (wanted, wanted, "stop")
     assert list(left) == [("c", False)]  # nothing is decoded after it

@@ -24,7 +24,7 @@ from llamabase.errors import TrimError
 from llamabase.progress import doing, stderr
 from llamabase.sampling import Sampling
 
-from ..options import Models, model_options, open_measured, sampling_options
+from ..options import Models, model_options, open_measured, sampling_options, template_kwargs_option
 
 PATIENCE = 2.0  # seconds that what runs may take to end when the server is told to
 BATCH = 1.5  # and those that its last batch may take then
@@ -44,6 +44,7 @@ BATCH = 1.5  # and those that its last batch may take then
 )
 @click.option("--metrics", is_flag=True, help="Give figures at /metrics, for Prometheus.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages from there ask; * for all. Can be repeated.")
+@template_kwargs_option
 @sampling_options
 def main(
     models: Callable[[], Models],

@@ -1,15 +1,13 @@
 """One answer as it is computed: pieces of text, what was drafted of them, log probabilities, calls, figures.
 
-The text ends before the first stop string; what may yet become one waits. Hermes' and Qwen's `<tool_call>` blocks
-become calls where tools were offered; other models' calls stay text.
+The text ends before the first stop string; a possible prefix of one is held back. Calls of tools are taken out of the
+text as `runner.calls` reads them, if tools were offered.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
-import uuid
+import secrets
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,17 +17,20 @@ import numpy as np
 
 from llamabase.llama import Model
 from llamabase.sampling import Sampling
+from llamabase.template import ALPHABET, LETTERS_OF_ID
 
+from ..calls import HERMES, Call, CallReader, Form, Tools
 from ..engine import Engine, Record
 from ..reading import shared
 from ..stops import Hold
 
-CALL, CALLED = "<tool_call>", re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-
 
 @dataclass(frozen=True)
 class Asked:
-    """What an answer is to be like. `n_logprobs`: of how many alternatives; None for no log probabilities."""
+    """What an answer is to be like. `n_logprobs`: of how many alternatives; None for no log probabilities.
+
+    tools: those that may be called, in the model's `form`; None if none may. shown: control tokens that are text.
+    """
 
     prompt: Sequence[int]
     sampling: Sampling
@@ -38,8 +39,10 @@ class Asked:
     draft_max: int | None
     stops: Sequence[str]
     n_logprobs: int | None
-    tools: bool
+    tools: Tools | None
     vocab: str
+    form: Form = HERMES
+    shown: frozenset[int] = frozenset()
 
     def answer(self) -> Answer:
         """One that is still to be computed."""
@@ -73,25 +76,28 @@ class Answer:
             yield from self._pieces(steps)
 
     def _pieces(self, steps: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
-        hold, outer = Hold(self.asked.stops), Hold([CALL] if self.asked.tools else [])
+        hold = Hold(self.asked.stops)
         said = hold.through(steps)
-        for piece in outer.through(said):
-            yield self._given(*piece)
-        called = "".join(text for text, _ in (*outer.rest(), *said))
+        if self.asked.tools is None:
+            for text, drafted in said:
+                yield self._given(text, drafted, hold.given)
+        else:
+            reader = CallReader(self.asked.form, self.asked.tools)
+            for text, drafted in reader.through(said):
+                yield self._given(text, drafted, reader.reached)
+            self.tool_calls = [_as_openai(call) for call in reader.calls]
         if hold.stopped:
             self.record.finish_reason = "stop"
             while self._logprobs and self._logprobs[-1][0] >= hold.given:  # of what is not given out
                 self._logprobs.pop()
-        self.tool_calls, left = _calls(called)
         if self.tool_calls:
             self.record.finish_reason = "tool_calls"
-        if left:
-            yield self._given(left, False)
 
-    def _given(self, text: str, drafted: bool) -> Piece:
+    def _given(self, text: str, drafted: bool, reached: int) -> Piece:
+        """A piece of text that ends after so many characters of the answer, calls included."""
         self.record.text += text
         found = []
-        while self._logprobs and self._logprobs[0][0] < len(self.record.text):
+        while self._logprobs and self._logprobs[0][0] < reached:
             found.append(self._logprobs.popleft()[1])
         return Piece(text, drafted, found)
 
@@ -114,7 +120,7 @@ class Answer:
 
         limits = {"max_tokens": asked.limit, "draft_max": asked.draft_max, "seed": asked.seed}
         with contextlib.closing(
-            engine.spoken(asked.prompt, asked.sampling, self.record, **limits, look=look)
+            engine.spoken(asked.prompt, asked.sampling, self.record, shown=asked.shown, **limits, look=look)
         ) as spoken:
             for text, drafted in spoken:
                 if seen:
@@ -158,25 +164,7 @@ def _logprob(model: Model, row: np.ndarray, token: int, n: int) -> dict[str, Any
     return entry(token) | {"top_logprobs": [entry(i) for i in top]}
 
 
-def _calls(text: str) -> tuple[list[dict[str, Any]], str]:
-    """(calls, what else there is): blocks that are no calls stay text."""
-    calls, left, end = [], "", 0
-    for block in CALLED.finditer(text):
-        left += text[end : block.start()]
-        end = block.end()
-        try:
-            said = json.loads(block[1])
-            name, arguments = said["name"], said.get("arguments", {})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            left += block[0]
-            continue
-        calls.append({
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {
-                "name": str(name),
-                "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-            },
-        })  # fmt: skip
-    left += text[end:]
-    return calls, left.strip() if calls else left
+def _as_openai(call: Call) -> dict[str, Any]:
+    """A call as OpenAI's clients expect it. Its id is one that every template takes."""
+    id_ = "".join(secrets.choice(ALPHABET) for _ in range(LETTERS_OF_ID))
+    return {"id": id_, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

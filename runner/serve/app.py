@@ -10,8 +10,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +29,7 @@ from llamabase.errors import EngineError, FileFormatError, PromptTooLong, Settin
 from llamabase.infill import infill_prompt
 from llamabase.sampling import Sampling
 
+from ..calls import HERMES, Tools, guide_of
 from ..drafter import AUTO
 from ..engine import Engine
 from .answers import Answer, Asked, Piece
@@ -58,6 +59,7 @@ class Settings:
     metrics: bool = False
     cors: tuple[str, ...] = ()
     most_bytes: int = 16 << 20
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Metrics:
@@ -180,7 +182,7 @@ class Server:
         self.started = int(time.time())
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
 
-    def asked(self, body: Body, prompt: list[int], tools: bool = False) -> list[Asked]:
+    def asked(self, body: Body, prompt: list[int], tools: Tools | None = None) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""
         n_ctx = self.engine.context.n_ctx
         if len(prompt) > n_ctx:
@@ -200,6 +202,8 @@ class Server:
         if body.ignore_eos:
             sampling = replace(sampling, logit_bias=dict(sampling.logit_bias) | dict.fromkeys(self.ends, -math.inf))
         draft_max = self.settings.draft_max if body.draft_max is None else body.rounds_of()
+        if tools is not None:
+            sampling = self._guided(sampling, tools, prompt)
         first = Asked(
             prompt=prompt,
             sampling=sampling,
@@ -210,8 +214,35 @@ class Server:
             n_logprobs=None if n_logprobs is None else min(n_logprobs, n_vocab),
             tools=tools,
             vocab=body.vocab,
+            form=HERMES if tools is None else self.engine.form,
+            shown=frozenset() if tools is None else frozenset(self.engine.control_tokens.values()),
         )
         return [replace(first, seed=body.seed_of(i)) for i in range(body.n)]
+
+    def conversation(self, body: Chat) -> dict[str, Any]:
+        """What the template is given of a body: the arguments of `Engine.prompt` and `prompt_text`."""
+        return {
+            "messages": [message.for_template() for message in body.messages],
+            "tools": body.offered,
+            "variables": {**self.settings.template_kwargs, **body.chat_template_kwargs},
+            **body.how,
+        }
+
+    def _guided(self, sampling: Sampling, tools: Tools, prompt: list[int]) -> Sampling:
+        """Settings under which a forced call comes, and calls of strict functions obey. Raises BadRequest."""
+        if not tools.forced and not tools.strict:
+            return sampling
+        if sampling.grammar or sampling.guide:
+            param = "tool_choice" if tools.forced else "tools"
+            raise BadRequest(f"{param}: a call cannot obey its own schema and another grammar; leave one out", param)
+        model = self.engine.model
+        end = b"".join(model.piece(token, special=True) for token in prompt[-8:])  # tokens that may spell <think>
+        thinking = end.rstrip().endswith(b"<think>")
+        try:
+            guide = guide_of(self.engine.form, tools, self.engine.control_tokens, thinking)
+        except FileFormatError as error:
+            raise BadRequest(f"tools: {error}", "tools") from error
+        return replace(sampling, guide=guide)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -463,9 +494,11 @@ def make_app(server: Server) -> FastAPI:
     @app.post("/chat/completions")
     async def chat(request: Request) -> Response:
         body: Chat = read(Chat, await request.body())
-        messages, tools = [message.for_template() for message in body.messages], body.offered
-        prompt = await run_in_threadpool(engine.prompt, messages, tools)
-        asked = await run_in_threadpool(server.asked, body, prompt, bool(tools))
+        try:
+            prompt = await run_in_threadpool(engine.prompt, **server.conversation(body))
+        except SettingError as error:
+            raise BadRequest(str(error), "chat_template_kwargs") from error
+        asked = await run_in_threadpool(server.asked, body, prompt, body.callable_tools)
         return await _answer(server, request, body, asked)
 
     @app.post("/v1/completions")

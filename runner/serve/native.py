@@ -47,8 +47,8 @@ class NativeAnswer(Answer):
 
     def _pieces(self, steps: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
         hold, limit = Hold(self.asked.stops), _Lines(self._limits.n_indent, self._limits.ms)
-        for piece in limit.through(hold.through(steps)):
-            yield self._given(*piece)
+        for text, drafted in limit.through(hold.through(steps)):
+            yield self._given(text, drafted, len(self.record.text) + len(text))
         if hold.stopped or limit.reached:
             while self._logprobs and self._logprobs[-1][0] >= len(self.record.text):  # of what is not given out
                 self._logprobs.pop()
@@ -61,8 +61,8 @@ class NativeAnswer(Answer):
         elif self.record.finish_reason == "stop":
             self.stop_type = "eos"
 
-    def _given(self, text: str, drafted: bool) -> Piece:
-        piece = super()._given(text, drafted)
+    def _given(self, text: str, drafted: bool, reached: int) -> Piece:
+        piece = super()._given(text, drafted, reached)
         piece.tokens = self.record.token_ids[self._told :]
         self._told = len(self.record.token_ids)
         return piece
@@ -227,8 +227,8 @@ def add_native(app: FastAPI, server: Server, answer: Callable[..., Awaitable[Res
     @app.post("/apply-template")
     async def apply_template(request: Request) -> Response:
         body: Chat = read(Chat, await request.body())
-        messages = [message.for_template() for message in body.messages]
-        return JSONResponse({"prompt": await run_in_threadpool(engine.prompt_text, messages, body.offered)})
+        prompt = await run_in_threadpool(lambda: engine.prompt_text(**server.conversation(body)))
+        return JSONResponse({"prompt": prompt})
 
     @app.get("/slots")
     async def slots(request: Request) -> Response:

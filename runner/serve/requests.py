@@ -27,6 +27,7 @@ from llamabase.guidance import schema_guide
 from llamabase.sampling import LETTERS, Sampling, samplers_lettered, samplers_named
 
 from ..auto import LONGEST
+from ..calls import Tools
 from ..drafter import AUTO
 
 log = logging.getLogger("uvicorn.error")
@@ -78,11 +79,16 @@ class ToolCall(Body):
     type: str = "function"
     function: Function
 
+    def for_template(self) -> dict[str, Any]:
+        function = {"name": self.function.name, "arguments": _object(self.function)}
+        return ({} if self.id is None else {"id": self.id}) | {"type": "function", "function": function}
+
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_joined)] = None
     name: str | None = None
+    reasoning_content: str | None = Field(None, validation_alias=AliasChoices("reasoning_content", "reasoning"))
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
@@ -90,12 +96,11 @@ class Message(Body):
         """As chat templates expect it: a content always, and arguments as an object where they are one."""
         role = "system" if self.role == "developer" else self.role
         found: dict[str, Any] = {"role": role, "content": self.content or ""}
-        found |= {} if self.name is None else {"name": self.name}
+        for field in ("name", "reasoning_content", "tool_call_id"):
+            if (value := getattr(self, field)) is not None:
+                found[field] = value
         if self.tool_calls:
-            found["tool_calls"] = [
-                {"type": "function", "function": {"name": call.function.name, "arguments": _object(call.function)}}
-                for call in self.tool_calls
-            ]
+            found["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return found
 
 
@@ -293,13 +298,65 @@ class Chat(Common):
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:
         """The tools that the template is told of."""
-        if self.tool_choice not in (None, "auto", "none"):
-            raise BadRequest("tool_choice: is auto or none here; no call can be forced", "tool_choice")
         return self.tools if self.tools and self.tool_choice != "none" else None
+
+    @property
+    def callable_tools(self) -> Tools | None:
+        """The functions that may, or must, be called. Raises BadRequest."""
+        functions = {}
+        for tool in self.offered or ():
+            function = tool.get("function", tool)
+            if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+                functions[name] = function
+        forced: tuple[str, ...] = ()
+        match self.tool_choice:
+            case None | "auto" | "none":
+                pass
+            case "required":
+                forced = tuple(functions)
+            case {"type": "function", "function": {"name": str(name)}}:
+                if name not in functions:
+                    raise BadRequest(f"tool_choice: no function {name[:100]} is offered in tools", "tool_choice")
+                forced = (name,)
+            case _:
+                raise BadRequest("tool_choice: is auto, none, required or a function by name", "tool_choice")
+        if self.tool_choice == "required" and not forced:
+            raise BadRequest("tool_choice: required, and tools offers no function by name", "tool_choice")
+        if not self.offered:
+            return None
+        schemas = {name: function.get("parameters") or {} for name, function in functions.items()}
+        strict = frozenset(name for name, function in functions.items() if function.get("strict") is True)
+        return Tools(schemas, forced, strict, self.parallel_tool_calls)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the template is to end the conversation; see `Engine.prompt_text`. Raises BadRequest."""
+        last, wanted = self.messages[-1], self.continue_final_message
+        if wanted and last.role != "assistant":
+            raise BadRequest(
+                "continue_final_message: the last message is not the assistant's", "continue_final_message"
+            )
+        goes_on = last.role == "assistant" and wanted is not False and self.add_generation_prompt
+        if wanted or goes_on:
+            if wanted and "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
+                raise BadRequest(
+                    "continue_final_message: the answer cannot both go on and begin; leave add_generation_prompt out",
+                    "continue_final_message",
+                )
+            if last.tool_calls:
+                raise BadRequest("messages: an answer cannot go on after its calls; add their results", "messages")
+            if len(self.messages) > 1 and self.messages[-2].role == "assistant":
+                raise BadRequest("messages: two of the assistant's at the end; join them to go on from", "messages")
+            return {"continued": True}
+        return {"continued": False, "answered": not self.add_generation_prompt}
 
     @property
     def n_logprobs(self) -> int | None:

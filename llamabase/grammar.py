@@ -47,8 +47,6 @@ class Grammar:
         if reason := self._call(_begin, path, source, ended):
             raise SettingError(f"the grammar cannot be used: {reason}; correct it")
 
-    whole = False
-
     def allowed(self, ids: np.ndarray) -> np.ndarray:
         """Which of these tokens may come next (bool). An end may where the text is complete."""
         asked = ALL if len(ids) == self._n_vocab else ids.astype(np.int32).tobytes()

@@ -31,10 +31,6 @@ _NOTHING = 87.0  # logits below the best: e to the minus this is nothing in floa
 class Constraint(Protocol):
     """What an answer must obey, and the place that it has reached in it: a `Grammar` or a `Guide`."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether it knows of every token at once, so that asking about few saves nothing."""
-
     def allowed(self, ids: np.ndarray) -> np.ndarray:
         """Which of these tokens (int, n) may come next (bool, n)."""
 
@@ -96,9 +92,7 @@ class Chain(Owner):
         left.
         """
         logits = self._with_bias(logits, ids)
-        if self._whole:
-            logits = self._permitted(np.arange(len(logits)) if ids is None else ids, logits)
-        if self._sight == 1 and not self._first and (self._constraint is None or self._whole):
+        if self._sight == 1 and not self._first and self._constraint is None:
             best = int(logits.argmax())
             _require_one(logits[best])
             return Distribution(np.array([best if ids is None else ids[best]]), np.ones(1))
@@ -119,10 +113,7 @@ class Chain(Owner):
 
     def logits(self, logits: np.ndarray) -> np.ndarray:
         """The row (float32, n_vocab) as bias, constraint and leading samplers make it, -inf for what may not come."""
-        logits = self._with_bias(logits, None)
-        if self._whole:
-            logits = self._permitted(np.arange(len(logits)), logits)
-        found = self._shown(logits, None, None).left
+        found = self._shown(self._with_bias(logits, None), None, None).left
         row = np.empty(len(logits), np.float32)
         row[found["id"]] = found["logit"]
         return row
@@ -167,34 +158,35 @@ class Chain(Owner):
         """What constraint and leading samplers make of as few of the likeliest tokens as hold the `sight` likeliest.
 
         Those that were not shown had lesser logits, which nothing raises. So if as many as are wanted still reach the
-        least that was shown, or that may not come at all, no other can come in.
+        least that was shown, or that one may not come itself, no other can come in.
         """
-        for n in STEPS:
-            if sight is None or self._raises or not sight <= n < len(logits):
-                continue
+        wanted = len(logits) if sight is None or self._raises else sight
+        steps = [n for n in STEPS if wanted <= n < len(logits)]
+        for n in steps:  # asking the constraint about these alone, which mostly does
             places = likeliest(logits, n)
-            shown = logits[places]
-            tokens = self._led(places if ids is None else ids[places], shown)
-            least = shown.min()
-            if least == -np.inf or np.count_nonzero(tokens.left["logit"] >= max(least, _LEAST)) >= sight:
+            of = places if ids is None else ids[places]
+            tokens, least = self._led(of, self._permitted(of, logits[places])), logits[places].min()
+            if np.count_nonzero(tokens.left["logit"] >= max(least, _LEAST)) >= wanted:
                 return tokens
-        return self._led(np.arange(len(logits)) if ids is None else ids, logits)
+        ids = np.arange(len(logits)) if ids is None else ids
+        logits = self._permitted(ids, logits)
+        for n in steps if self._constraint is not None else ():
+            places = likeliest(logits, n)
+            tokens, least = self._led(ids[places], logits[places]), logits[places].min()
+            if least == -np.inf or np.count_nonzero(tokens.left["logit"] >= least) >= wanted:
+                return tokens
+        return self._led(ids, logits)
 
     def _led(self, ids: np.ndarray, logits: np.ndarray) -> Tokens:
-        if self._constraint is not None and not self._whole:
-            logits = self._permitted(ids, logits)
         tokens = Tokens.of(ids, logits)
         for sampler in self._first:
             tokens.apply(sampler)
         return tokens
 
-    @property
-    def _whole(self) -> bool:
-        return self._constraint is not None and self._constraint.whole
-
     def _permitted(self, ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """The logits of these tokens, -inf where the constraint forbids one."""
-        assert self._constraint is not None
+        if self._constraint is None:
+            return logits
         return np.where(self._constraint.allowed(ids), logits, np.float32(-np.inf))
 
 

@@ -74,6 +74,26 @@ def test_an_end_token_inside_a_draft_ends_a_grammar(engines) -> None:
     assert (only.tokens, only.finish) == ([letter, end], "stop")
 
 
+def test_a_draft_that_a_schema_forbids_is_not_verified(engines, monkeypatch) -> None:
+    """Nor those after it; the drafter hears that it fell, and the text is the plain one."""
+    engine = engines(None)
+    prompt, tea = engine.model.tokenize(PROMPT), engine.model.tokenize('"tea"', special=False)
+    sampling = Sampling(temp=0, guide=schema_guide('{"enum": ["tea", "tea and the sea"]}'))
+    plain = tokens_of(engine, prompt, sampling, 12, draft_max=0)
+    heard = []
+
+    class Drafts(NoDrafter):
+        def draft(self, text, n, sampling, noise) -> list[int]:
+            return [*tea[:2], tea[0], tea[0]][:n] if len(text) == len(prompt) else []
+
+        def learn(self, drafted, verified, accepted, *_) -> None:
+            heard.append((drafted, verified, accepted))
+
+    first, *rest = engine.rounds(prompt, sampling, max_tokens=12, draft_max=4, drafter=Drafts())
+    assert (first.drafted, first.accepted, heard[0]) == (tea[:2], 2, (4, 2, 2))
+    assert [token for round_ in (first, *rest) for token in round_.tokens] == plain
+
+
 SCHEMA = {
     "type": "object",
     "properties": {

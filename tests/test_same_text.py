@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from .chains import llama_cpp_chain
 
 PROMPT = "tea and tea and the sea and tea and the"  # of which something may be looked up
 N = 30
+SCHEMA = {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{2,4}[0-9]$"}}
 SAMPLINGS = {
     "all ids": Sampling(temp=1.2, top_k=0, top_p=1, min_p=0),
     "filters": Sampling(temp=1.2, top_k=20, top_p=0.9, min_p=0.02, typical_p=0.95),
@@ -34,6 +36,7 @@ SAMPLINGS = {
         logit_bias={32: 2.0},
     ),
     "grammar": Sampling(temp=1.5, top_k=8, grammar="root ::= ([a-z]+ [ ,.] [0-9])+"),
+    "schema": Sampling(temp=1.5, top_k=8, guide=json.dumps({"grammars": [{"json_schema": SCHEMA}]})),
     "XTC and dynamic temperature": Sampling(
         temp=1.0, dynatemp_range=0.8, dynatemp_exponent=1.5, xtc_probability=0.5, xtc_threshold=0.05, top_n_sigma=3.0
     ),
@@ -142,7 +145,7 @@ def test_goes_on_as_it_would_have(engines, plain, kind: str) -> None:
     next(stopped)
     stopped.close()
     assert text_of(engine, sampling, seed=SEEDS[0]) == plain(kind, SEEDS[0])
-    if not sampling.grammar:
+    if not sampling.grammar and not sampling.guide:
         rest = engine.rounds(
             [*prompt, *plain(kind, SEEDS[0])[:7]], sampling, max_tokens=N - 7, draft_max=3, seed=SEEDS[0]
         )
@@ -209,7 +212,7 @@ class HalfRight(NoDrafter):
     ("fault", "kind"),
     [
         *((fault, "all ids") for fault in (*ACCEPT, mix_rows_up)),
-        *((fault, kind) for fault in STATE for kind in ("penalties", "grammar")),
+        *((fault, kind) for fault in STATE for kind in ("penalties", "grammar", "schema")),
         (forget_the_grammar_on_the_bonus_token, "grammar"),
         *((fault, "DRY") for fault in STATE),
         (tell_the_chain_of_none, "XTC and dynamic temperature"),  # whose coin is the position's

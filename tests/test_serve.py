@@ -205,7 +205,7 @@ def test_tools_through_the_template_and_back(toys: dict[str, Path], tmp_path: Pa
         assert (call.function.name, set(json.loads(call.function.arguments))) == ("f", {"a"})
         assert (found.message.content or "").strip() == "so"
         chunks = list(client.chat.completions.create(**asked, stream=True, extra_body={"grammar": grammar}))
-        assert chunks[-1].choices[0].delta.tool_calls[0].function.arguments == call.function.arguments
+        assert chunks[-2].choices[0].delta.tool_calls[0].function.arguments == call.function.arguments
         assert "".join(c.choices[0].delta.content or "" for c in chunks).strip() == "so"
         back: Any = [*SAY, found.message, {"role": "tool", "tool_call_id": call.id, "content": "12"}]
         again = client.chat.completions.create(model="any", messages=back, max_tokens=4)

@@ -401,7 +401,13 @@ class _Form:
         return self._object(choices, False) | {"usage": _usage(answers), "timings": self.timings(last)}
 
     def begin(self, i: int) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
+        return self._delta(i, {"role": "assistant", "content": ""})
+
+    def calls(self, i: int, answer: Answer) -> dict[str, Any]:
+        """The calls of an answer, before its end: OpenAI's client expects a reason, and nothing else, in the last chunk."""
+        return self._delta(i, {"tool_calls": [{"index": n, **call} for n, call in enumerate(answer.tool_calls)]})
+
+    def _delta(self, i: int, delta: dict[str, Any]) -> dict[str, Any]:
         return self._object([{"index": i, "delta": delta, "finish_reason": None, "logprobs": None}], True)
 
     def chunk(self, i: int, piece: Piece) -> dict[str, Any]:
@@ -410,10 +416,7 @@ class _Form:
         return self._object([choice], True) | {"drafted": piece.drafted}
 
     def end(self, i: int, answer: Answer) -> dict[str, Any]:
-        delta: dict[str, Any] = {}
-        if answer.tool_calls:
-            delta = {"tool_calls": [{"index": n, **call} for n, call in enumerate(answer.tool_calls)]}
-        said = {"delta": delta} if self.chat else {"text": ""}
+        said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         choice = {"index": i, **said, "finish_reason": answer.record.finish_reason, "logprobs": self._seen(answer.left)}
         return self._object([choice], True) | {"timings": self.timings(answer)}
 
@@ -447,6 +450,8 @@ async def _answer(server: Server, request: Request, body: Body, asked: Sequence[
                     yield _event(_dumped(form.begin(i)))
                 if piece is None:
                     ended[i] = answer
+                    if answer.tool_calls:
+                        yield _event(_dumped(form.calls(i, answer)))
                     yield _event(_dumped(form.end(i, answer)))
                 else:
                     yield _event(_dumped(form.chunk(i, piece)))

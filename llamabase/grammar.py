@@ -41,16 +41,27 @@ class Grammar:
         # The collector may come in the middle of a call, so the worker hears of it with the next grammar.
         weakref.finalize(self, _ENDED.append, self._number)
         self._n_vocab = model.n_vocab
-        path = str(model.path.resolve())
-        _WORKER.call(_open, path, bounded=False)
-        ended = [_ENDED.popleft() for _ in range(len(_ENDED))]
-        if reason := self._call(_begin, path, source, ended):
+        self._said: list[int] = []  # since the worker was last asked
+        self._answer = np.empty(0, np.int64), np.empty(0, bool)  # ids (ascending) it was asked about, and what it said
+        path, ended = str(model.path.resolve()), [_ENDED.popleft() for _ in range(len(_ENDED))]
+        try:
+            reason = self._call(_begin, path, source, ended)
+        except KeyError:  # the worker is new, or has closed this vocabulary for others
+            _WORKER.call(_open, path, bounded=False)
+            reason = self._call(_begin, path, source, ended)
+        if reason:
             raise SettingError(f"the grammar cannot be used: {reason}; correct it")
 
     def allowed(self, ids: np.ndarray) -> np.ndarray:
-        """Which of these tokens may come next (bool). An end may where the text is complete."""
+        """Which of these tokens (ascending) may come next (bool). An end may where the text is complete."""
+        said, self._said = self._said, []
         asked = ALL if len(ids) == self._n_vocab else ids.astype(np.int32).tobytes()
-        return np.frombuffer(self._call(_allowed, asked), bool)
+        try:
+            masked = np.frombuffer(self._call(_allowed, said, asked), bool)
+        except KeyError as error:
+            raise SettingError("the grammar was lost with another that ended llama.cpp; ask again") from error
+        self._answer = ids, masked
+        return masked
 
     def fitting(self, drafts: list[int]) -> int:
         """How many of the drafts are worth verifying: all, since llama.cpp's sampler cannot be taken back."""
@@ -58,8 +69,13 @@ class Grammar:
 
     def accept(self, token: int) -> None:
         """Go on by a token. Raises ValueError for one that is not allowed: llama.cpp would end the process on it."""
-        if not self._call(_accept, token):
+        ids, masked = self._answer
+        place = int(np.searchsorted(ids, token))
+        known = place < len(ids) and ids[place] == token
+        if not (masked[place] if known else self.allowed(np.array([token]))[0]):
             raise ValueError(f"the grammar does not allow token {token} here")
+        self._said.append(token)  # told with the next question
+        self._answer = ids[:0], masked[:0]
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         try:
@@ -68,8 +84,6 @@ class Grammar:
             raise SettingError(
                 f"the grammar cannot be used: llama.cpp took over {LIMITS} for it, or ended; simplify it"
             ) from error
-        except KeyError as error:
-            raise SettingError("the grammar was lost with another that ended llama.cpp; ask again") from error
 
 
 _NUMBERS = itertools.count()
@@ -94,31 +108,25 @@ def _begin(number: int, path: str, source: bytes, ended: list[int]) -> str:
     for other in ended:
         if other in _samplers:
             llama_cpp.llama_sampler_free(_samplers.pop(other)[1])
-    LAST_ERRORS.clear()
-    with stderr_lines() as said:
-        sampler = llama_cpp.llama_sampler_init_grammar(_models[path].vocab, source, b"root")
-    if sampler:
+    vocab = _models[path].vocab
+    if sampler := llama_cpp.llama_sampler_init_grammar(vocab, source, b"root"):
         _samplers[number] = _models[path], sampler
         return ""
+    LAST_ERRORS.clear()
+    with stderr_lines() as said:  # again, to hear why
+        llama_cpp.llama_sampler_init_grammar(vocab, source, b"root")
     # llama.cpp prints `parse: error parsing grammar: REASON`, a blank line and the whole grammar.
     reason = said[0].partition("error parsing grammar: ")[2].strip() if said else ""
     return f"it takes over {LIMITS}" if reason == "std::bad_alloc" else reason or last_error()
 
 
-def _mask(number: int, ids: np.ndarray) -> np.ndarray:
-    tokens = Tokens.of(ids, np.zeros(len(ids)))
-    tokens.apply(_samplers[number][1])
+def _allowed(number: int, said: list[int], ids: bytes | None) -> bytes:
+    """In the worker: go on by the tokens that were said, and then whether each of these may come."""
+    model, sampler = _samplers[number]
+    for token in said:
+        llama_cpp.llama_sampler_accept(sampler, token)
+    asked = np.arange(model.n_vocab) if ids is ALL else np.frombuffer(ids, np.int32)
+    tokens = Tokens.of(asked, np.zeros(len(asked)))
+    tokens.apply(sampler)
     masked: np.ndarray = tokens.left["logit"] == 0
-    return masked
-
-
-def _allowed(number: int, ids: bytes | None) -> bytes:
-    model = _samplers[number][0]
-    return _mask(number, np.arange(model.n_vocab) if ids is ALL else np.frombuffer(ids, np.int32)).tobytes()
-
-
-def _accept(number: int, token: int) -> bool:
-    if not _mask(number, np.array([token]))[0]:
-        return False
-    llama_cpp.llama_sampler_accept(_samplers[number][1], token)
-    return True
+    return masked.tobytes()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import pickle
 import subprocess
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 SECONDS = 2.0  # that a call may take: forty times a step of llama.cpp's grammar for JSON over 150,000 tokens
-MEMORY = 500 << 20  # bytes that a call may add to the worker
+MEMORY = 500 << 20  # bytes that calls may add to what the worker has loaded
+TICK = 0.1  # seconds between looking whether a call takes too long
 START = 60.0  # seconds in which the worker has to start and to import what a call needs
 LIMITS = f"{SECONDS:g} s or {MEMORY >> 20} MB"
 
@@ -40,6 +42,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._deadline = math.inf  # of the call that runs
         self._modules: set[str] = set()
         self._lock = threading.RLock()
 
@@ -63,9 +66,7 @@ class Worker:
     def _ask(self, function: Callable[..., T], arguments: tuple[Any, ...], bounded: bool) -> T:
         assert self._process is not None
         ended = False
-        timer = threading.Timer(SECONDS if bounded else START, self._process.kill)
-        timer.daemon = True
-        timer.start()
+        self._deadline = time.monotonic() + (SECONDS if bounded else START)
         try:
             pickle.dump((function, arguments, bounded), self._process.stdin)  # type: ignore[arg-type]
             self._process.stdin.flush()  # type: ignore[union-attr]
@@ -73,7 +74,7 @@ class Worker:
             raised, found = pickle.load(self._process.stdout)  # type: ignore[arg-type]
             ended = True
         finally:
-            timer.cancel()
+            self._deadline = math.inf
             if not ended:  # an interruption may have come between question and answer
                 self.end()
         if raised:
@@ -93,6 +94,14 @@ class Worker:
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         atexit.register(self.end)
+        threading.Thread(target=self._watch, args=(self._process,), name="worker", daemon=True).start()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """End a process that a call takes too long in. Looking now and then costs a call nothing."""
+        while process.poll() is None:
+            time.sleep(TICK)
+            if time.monotonic() > self._deadline and process is self._process:
+                process.kill()
 
     def end(self) -> None:
         """End the process; what it kept is lost."""
@@ -113,12 +122,18 @@ def work() -> None:
     answers: BinaryIO = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _limit("RLIMIT_CORE", 0)
+    was_bounded, renewed = False, -START
     while True:
         try:
             function, arguments, bounded = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        _limit_call(bounded)
+        if bounded != was_bounded:
+            _limit_memory(bounded)
+            was_bounded = bounded
+        if time.process_time() > renewed + START:  # ends a call if nobody is left to do that
+            renewed = time.process_time()
+            _limit("RLIMIT_CPU", int(renewed + 2 * START) + 1)
         try:
             answer = False, function(*arguments)
         except Exception as error:
@@ -132,9 +147,8 @@ def _load(module: str) -> None:
     import_module(module)
 
 
-def _limit_call(bounded: bool) -> None:
-    """Bound the memory of a call, where the system does that, and its seconds if nobody is left to end it."""
-    _limit("RLIMIT_CPU", int(time.process_time() + START) + 1)
+def _limit_memory(bounded: bool) -> None:
+    """Bound what calls may take beside what is loaded, where the system does that."""
     if not bounded:
         _limit("RLIMIT_AS", None)
         return

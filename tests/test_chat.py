@@ -118,7 +118,7 @@ def test_prompt_and_pipe_and_file_come_together(pair, tmp_path, monkeypatch) -> 
     asked = []
     honest = Engine.prompt
 
-    def prompt(self, messages):
+    def prompt(self, messages, **how):
         asked.append([(message["role"], message["content"]) for message in messages])
         return honest(self, messages)
 
@@ -203,7 +203,7 @@ def bytewise(toys, monkeypatch):
     """A target whose tokens are the single bytes of TEXT, again and again, and a drafter it always agrees with."""
     with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
         pieces = itertools.cycle(bytes([byte]) for byte in TEXT.encode())
-        monkeypatch.setattr(engine.model, "piece", lambda token: next(pieces))
+        monkeypatch.setattr(engine.model, "piece", lambda token, special=False: next(pieces))
         engine.model.is_end = lambda token: False
         yield engine
 
@@ -227,7 +227,7 @@ def test_pieces_say_what_was_drafted(toys) -> None:
     """Of each round first what was accepted, then the target's own token."""
     with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
         engine.model.is_end = lambda token: False
-        engine.model.piece = lambda token: f"{token} ".encode()
+        engine.model.piece = lambda token, special=False: f"{token} ".encode()
         prompt, record = engine.model.tokenize("the king and the sea"), Record()
         rounds = list(engine.rounds(prompt, GREEDY, max_tokens=40, draft_max=3))
         wanted = []
@@ -245,7 +245,7 @@ def test_ctrl_c_within_a_character_leaves_none_of_it(bytewise) -> None:
     shown: list[str] = []
     honest, left = bytewise.model.piece, [4]  # n, a, and of the third character one byte of two
 
-    def piece(token: int) -> bytes:
+    def piece(token: int, special: bool = False) -> bytes:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt

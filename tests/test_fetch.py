@@ -296,7 +296,7 @@ def test_a_broken_catalog_is_one_sentence(tmp_path: Path, text: str, reason: str
 
 
 def test_a_catalog_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "catalog.toml").write_bytes(b"\xff\xfe[models]")
+    (tmp_path / "catalog.toml").write_bytes(b"\xff[models]")
     with pytest.raises(FileFormatError, match=r"catalog\.toml: cannot be read"):
         load_catalog(tmp_path / "catalog.toml")
     assert Catalog().models == {}

@@ -23,7 +23,10 @@ from .chains import llama_cpp_chain
 
 PROMPT = "tea and tea and the sea and tea and the"  # of which something may be looked up
 N = 30
-SCHEMA = {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{2,4}[0-9]$"}}
+SCHEMA = {
+    "type": "array", "minItems": 20, "items": {"type": "string", "pattern": "^[a-z]{2,4}[0-9]$"},
+    "x-guidance": {"whitespace_flexible": False},
+}  # fmt: skip
 SAMPLINGS = {
     "all ids": Sampling(temp=1.2, top_k=0, top_p=1, min_p=0),
     "filters": Sampling(temp=1.2, top_k=20, top_p=0.9, min_p=0.02, typical_p=0.95),

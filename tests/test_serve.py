@@ -465,7 +465,7 @@ def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None
     process, url = started(["--target", str(toys["target"]), "-c", "512"], GGUF_TRIM_CACHE=str(tmp_path))
     try:
         curls = [line.replace("http://127.0.0.1:8080", url) for line in lines if line.startswith("curl ")]
-        assert len(curls) == 4
+        assert len(curls) == 5
         for line in curls:
             done = subprocess.run(["bash", "-c", f"{line} -sS --fail"], capture_output=True, text=True)
             assert done.returncode == 0, (line, done.stderr)

@@ -404,7 +404,7 @@ class _Form:
         return self._delta(i, {"role": "assistant", "content": ""})
 
     def calls(self, i: int, answer: Answer) -> dict[str, Any]:
-        """The calls of an answer, before its end: OpenAI's client expects a reason, and nothing else, in the last chunk."""
+        """The calls of an answer: OpenAI's client expects them before the chunk that says why it ended."""
         return self._delta(i, {"tool_calls": [{"index": n, **call} for n, call in enumerate(answer.tool_calls)]})
 
     def _delta(self, i: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from runner.engine import Engine
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
 from runner.serve.answers import Answer, Asked
-from runner.serve.app import Server, Settings, make_app
+from runner.serve.app import make_app
+from runner.serve.server import Server, Settings
 
 from .test_soak import handles, own_memory
 

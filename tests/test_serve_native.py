@@ -19,9 +19,9 @@ from llamabase.infill import infill_prompt
 from llamabase.llama import F32, Model
 from runner.engine import Engine
 from runner.serve import requests
-from runner.serve.app import Server
 from runner.serve.native import _Lines
 from runner.serve.requests import Common
+from runner.serve.server import Server
 
 from . import toy
 from .test_serve import serving

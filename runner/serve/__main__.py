@@ -63,8 +63,9 @@ def main(
     try:
         import uvicorn
 
-        from .app import Server, Settings, make_app
+        from .app import make_app
         from .loading import Door
+        from .server import Server, Settings
     except ImportError as error:
         raise TrimError(f"serving needs the extra: pip install 'gguf-trim[serve]' ({error})") from error
     if seed is not None:

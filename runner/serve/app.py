@@ -1,18 +1,13 @@
-"""The HTTP side: OpenAI's endpoints and llama-server's, errors in OpenAI's form, metrics in Prometheus'."""
+"""The HTTP side: OpenAI's endpoints and those that both have, errors in OpenAI's form, metrics in Prometheus'."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hmac
 import json
 import logging
-import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -27,86 +22,17 @@ from starlette.requests import ClientDisconnect
 
 from llamabase.errors import EngineError, FileFormatError, PromptTooLong, SettingError
 from llamabase.infill import infill_prompt
-from llamabase.sampling import Sampling
 
-from ..calls import HERMES, Tools, guide_of
-from ..drafter import AUTO
-from ..engine import Engine
 from .answers import Answer, Asked, Piece
-from .conversations import Conversations, Job, Unavailable
+from .conversations import Unavailable
 from .native import NativeForm, add_native
 from .page import HEADERS, PAGE
 from .requests import BadRequest, Chat, Completion, Detokenize, Native, Tokenize, read
+from .server import Body, Server
 
 OPEN = {"/", "/health", "/v1/health"}  # without a key
-PATIENCE = 0.25  # seconds between looking whether a client is still there
 ENDPOINT = {404: "there is no such endpoint", 405: "this endpoint takes another method"}
-POSITIONS = 16  # of drafts, that are counted apart
-Body = Chat | Completion | Native  # of a request that asks for an answer
 log = logging.getLogger("uvicorn.error")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to serve. `sampling` and `draft_max` are what a request gets that asks for nothing else."""
-
-    alias: str
-    sampling: Sampling
-    draft_max: int | None = None
-    api_key: str = ""
-    parallel: int = 4
-    waiting: int = 64
-    metrics: bool = False
-    cors: tuple[str, ...] = ()
-    most_bytes: int = 16 << 20
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Metrics:
-    """Counters, with vLLM's names for what speculation does."""
-
-    def __init__(self, conversations: Conversations) -> None:
-        self.registry = prometheus.CollectorRegistry()
-
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> prometheus.Counter:
-            return prometheus.Counter(f"gguf_run_{name}", text, labels, registry=self.registry)
-
-        self.prompt = counter("prompt_tokens", "Tokens of prompts that were read.")
-        self.tokens = counter("generation_tokens", "Tokens that were emitted.")
-        self.seconds = counter("generation_seconds", "Seconds that this took.")
-        self.requests = counter("requests", "Answers, by how they ended.", ("finish_reason",))
-        self.rounds = counter("spec_decode_num_rounds", "Calls of the target.")
-        self.drafts = counter("spec_decode_num_drafts", "Rounds that drafted.")
-        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens that were drafted.")
-        self.accepted = counter("spec_decode_num_accepted_tokens", "Of these, those that stood.")
-        self.by_position = counter(
-            "spec_decode_num_accepted_tokens_per_pos", "Drafts that stood, by their place in a round.", ("position",)
-        )
-        for name, text, value in (
-            ("num_requests_running", "Requests that are being computed.", lambda: float(conversations.busy)),
-            ("num_requests_waiting", "Requests that wait.", lambda: float(conversations.waiting)),
-        ):
-            prometheus.Gauge(f"gguf_run_{name}", text, registry=self.registry).set_function(value)
-        self.speed = prometheus.Gauge(
-            "gguf_run_tokens_per_second", "Of the last answer.", registry=self.registry
-        )  # fmt: skip
-
-    def saw(self, answer: Answer) -> None:
-        record = answer.record
-        if record.rounds:  # else the prompt was not read to its end
-            self.prompt.inc(record.prompt_tokens - answer.n_cached)
-        self.tokens.inc(record.tokens)
-        self.seconds.inc(max(record.seconds, 0.0))
-        self.requests.labels(record.finish_reason).inc()
-        self.rounds.inc(record.rounds)
-        self.drafts.inc(len(record.stood))
-        self.drafted.inc(record.drafted)
-        self.accepted.inc(record.accepted)
-        for place in range(POSITIONS):
-            if n := sum(accepted > place for accepted in record.stood):
-                self.by_position.labels(str(place)).inc(n)
-        if record.seconds > 0:
-            self.speed.set(record.tokens_per_second)
 
 
 class Guard:
@@ -170,175 +96,6 @@ def _failure(error: BaseException) -> JSONResponse:
         return _error(400, str(error).rpartition(".gguf: ")[2])
     log.error("a request failed", exc_info=error)
     return _error(500, "the model could not go on; the server's log says why", kind="server_error")
-
-
-class Server:
-    """Everything that the endpoints share."""
-
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self.engine, self.settings = engine, settings
-        self.conversations = Conversations(engine, settings.parallel, settings.waiting)
-        self.metrics = Metrics(self.conversations)
-        self.started = int(time.time())
-        self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
-
-    def asked(self, body: Body, prompt: list[int], tools: Tools | None = None) -> list[Asked]:
-        """Each of the answers that a body asks for. Raises BadRequest."""
-        n_ctx = self.engine.context.n_ctx
-        if len(prompt) > n_ctx:
-            raise BadRequest(
-                f"the prompt has {len(prompt)} tokens, {len(prompt) - n_ctx} more than the context of {n_ctx}",
-                "messages" if isinstance(body, Chat) else "prompt",
-                "context_length_exceeded",
-            )
-        n_vocab = self.engine.model.n_vocab
-        if body.vocab not in self.vocabs:
-            raise BadRequest(f"speculative.vocab: is one of {', '.join(self.vocabs)}", "speculative.vocab")
-        if body.min_tokens:
-            raise BadRequest(
-                "min_tokens: no answer can be kept from ending here; ignore_eos lets none end", "min_tokens"
-            )
-        sampling, n_logprobs = body.sampling(self.settings.sampling, n_vocab), body.n_logprobs
-        if body.ignore_eos:
-            sampling = replace(sampling, logit_bias=dict(sampling.logit_bias) | dict.fromkeys(self.ends, -math.inf))
-        draft_max = self.settings.draft_max if body.draft_max is None else body.rounds_of()
-        if tools is not None:
-            sampling = self._guided(sampling, tools, prompt)
-        first = Asked(
-            prompt=prompt,
-            sampling=sampling,
-            limit=body.limit(n_ctx - len(prompt) + 1),
-            seed=body.seed_of(0),
-            draft_max=draft_max,
-            stops=body.stops,
-            n_logprobs=None if n_logprobs is None else min(n_logprobs, n_vocab),
-            tools=tools,
-            vocab=body.vocab,
-            form=HERMES if tools is None else self.engine.form,
-            shown=frozenset() if tools is None else frozenset(self.engine.control_tokens.values()),
-        )
-        return [replace(first, seed=body.seed_of(i)) for i in range(body.n)]
-
-    def conversation(self, body: Chat) -> dict[str, Any]:
-        """What the template is given of a body: the arguments of `Engine.prompt` and `prompt_text`."""
-        return {
-            "messages": [message.for_template() for message in body.messages],
-            "tools": body.offered,
-            "variables": {**self.settings.template_kwargs, **body.chat_template_kwargs},
-            **body.how,
-        }
-
-    def _guided(self, sampling: Sampling, tools: Tools, prompt: list[int]) -> Sampling:
-        """Settings under which a forced call comes, and calls of strict functions obey. Raises BadRequest."""
-        if not tools.forced and not tools.strict:
-            return sampling
-        if sampling.grammar or sampling.guide:
-            param = "tool_choice" if tools.forced else "tools"
-            raise BadRequest(f"{param}: a call cannot obey its own schema and another grammar; leave one out", param)
-        model = self.engine.model
-        end = b"".join(model.piece(token, special=True) for token in prompt[-8:])  # tokens that may spell <think>
-        thinking = end.rstrip().endswith(b"<think>")
-        try:
-            guide = guide_of(self.engine.form, tools, self.engine.control_tokens, thinking)
-        except FileFormatError as error:
-            raise BadRequest(f"tools: {error}", "tools") from error
-        return replace(sampling, guide=guide)
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Every token that ends an answer."""
-        model = self.engine.model
-        return [token for token in range(model.n_vocab) if model.is_end(token)]
-
-    def known(self, ids: Sequence[Any], param: str) -> list[int]:
-        """Token ids of this vocabulary. Raises BadRequest for others."""
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.engine.model.n_vocab:
-                raise BadRequest(f"{param}: there is no token {str(token)[:20]}", param)
-        return list(ids)
-
-    def mixed(
-        self, given: str | list[Any], param: str, special: bool = True, add_bos: bool = True, n_ctx: int | None = None
-    ) -> list[int]:
-        """Token ids of a text, or of a list of texts and ids; BOS belongs before a text that comes first only.
-
-        Raises BadRequest, and what `Model.tokenize` raises.
-        """
-        ids: list[int] = []
-        for i, part in enumerate([given] if isinstance(given, str) else given):
-            if isinstance(part, str):
-                ids += self.engine.model.tokenize(part, special, add_bos and i == 0, n_ctx)
-            else:
-                ids += self.known([part], param)
-        return ids
-
-    def prompts(self, given: Any) -> list[list[int]]:
-        """Token ids of one prompt or several, each a text, a list of ids and texts, or {"prompt_string": ...}.
-
-        An empty one is BOS. Raises BadRequest.
-        """
-        if isinstance(given, list) and given and not any(isinstance(part, int) for part in given):
-            return [self._prompt(part) for part in given]
-        return [self._prompt(given)]
-
-    def _prompt(self, given: Any) -> list[int]:
-        if isinstance(given, dict) and "prompt_string" in given:
-            if given.get("multimodal_data"):
-                raise BadRequest("prompt: this server reads text only; leave multimodal_data out", "prompt")
-            given = given["prompt_string"]
-        if not isinstance(given, str | list):
-            raise BadRequest('prompt: is a text, a list of token ids and texts, or {"prompt_string": ...}', "prompt")
-        bos = self.engine.model.bos
-        ids = self.mixed(given, "prompt", n_ctx=self.engine.context.n_ctx) or ([] if bos is None else [bos])
-        if not ids:
-            raise BadRequest("prompt: is empty, and this vocabulary has no token to begin with", "prompt")
-        return ids
-
-    async def compute(
-        self, request: Request, asked: Sequence[Asked]
-    ) -> AsyncIterator[tuple[int, Answer, Piece | None]]:
-        """(number, answer, piece) as they come, None at the end of each answer; ends with its client.
-
-        Raises what the computing raised.
-        """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-
-        def tell(event: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        def run(engine: Engine) -> None:
-            for i, each in enumerate(asked):
-                answer = each.answer()
-                try:
-                    with contextlib.closing(answer.pieces(engine)) as pieces:
-                        for piece in pieces:
-                            tell((i, answer, piece))
-                except BaseException:
-                    answer.record.finish_reason = "cancelled" if job.cancelled.is_set() else "error"
-                    raise
-                finally:
-                    self.metrics.saw(answer)
-                tell((i, answer, None))
-
-        async def watch() -> None:
-            while not await request.is_disconnected():
-                await asyncio.sleep(PATIENCE)
-            events.put_nowait(None)
-
-        job = Job(asked[0].prompt, run, tell)
-        self.conversations.submit(job)
-        watching = asyncio.create_task(watch())
-        ended = 0
-        try:
-            while ended < len(asked) and (event := await events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                ended += event[2] is None
-                yield event
-        finally:
-            watching.cancel()
-            job.cancelled.set()
 
 
 def _usage(answers: list[Answer]) -> dict[str, Any]:

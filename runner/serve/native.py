@@ -19,8 +19,7 @@ from llamabase.sampling import Sampling
 from ..stops import Hold
 from .answers import Answer, Asked, Piece
 from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, read
-
-Server = Any  # `app.Server`, which itself needs this module
+from .server import Server
 
 ANSWER = 4  # an infill leaves at least one token in so many of the context to the answer
 BLANKS = " \t"

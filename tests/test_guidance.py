@@ -306,7 +306,8 @@ def test_no_answer_breaks_its_schema(model: Model, n: int, answers: int) -> None
             refused += 1
             continue
         used += 1
-        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        judge = jsonschema.Draft202012Validator
+        validator = judge(schema, format_checker=judge.FORMAT_CHECKER)
         for seed in range(answers):
             if (text := answer(model, guide, seed)) is None:
                 continue

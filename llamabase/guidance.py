@@ -7,7 +7,6 @@ llguidance is imported when it is first needed: it adds some 8 MB and 20 ms.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary
 import llama_cpp
 import numpy as np
 
+from .compiling import limits, reason_against
 from .errors import FileFormatError, SettingError
 from .llama import Model
 from .worker import LIMITS, Worker, WorkerEnded
@@ -24,7 +24,6 @@ from .worker import LIMITS, Worker, WorkerEnded
 # schemas: a model that may write any white space may write it for ever.
 WHITESPACE = r" |\n{1,2}[ \t]{0,20}"
 _WORKER = Worker()  # not that of grammars, which is lost with a schema that ends it
-_STATES = 50_000  # of a lexer, each 1 to 2 kB
 
 # Keywords by which several schemas describe one object, and those that say which properties it has.
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "dependentSchemas", "unevaluatedProperties"}
@@ -107,46 +106,12 @@ def _close(schema: dict[str, Any]) -> None:
 def _tried(guide: str, what: str) -> str:
     """The guide itself, if it compiles and some first token is possible. Raises FileFormatError with the reason."""
     try:
-        reason = _WORKER.call(_reason_against, guide)
+        reason = _WORKER.call(reason_against, guide)
     except WorkerEnded as error:
         raise FileFormatError(f"{what} takes over {LIMITS} to compile; simplify it") from error
     if reason:
         raise FileFormatError(f"{what} cannot be obeyed: {reason}")
     return guide
-
-
-def _reason_against(guide: str) -> str:
-    """In the worker: why a guide cannot be used, "" if it can."""
-    from llguidance import LLMatcher, LLTokenizer
-
-    bytes_ = LLTokenizer("byte")
-    wrong, said = LLMatcher.validate_grammar_with_warnings(guide, bytes_, limits=_limits())
-    if wrong or said:
-        return _plain(said[0])
-    matcher = LLMatcher(bytes_, guide, log_level=0, limits=_limits())
-    matcher.compute_logit_bias()
-    if matcher.is_error():
-        first = matcher.get_error().partition("\n")[0]
-        return "no answer obeys it" if first.startswith("NoExtension") else _plain(first)
-    return ""
-
-
-def _plain(reason: str) -> str:
-    """llguidance's reason in our words, where those name the keyword better."""
-    if (unknown := re.fullmatch(r"Unimplemented keys: \[(.*)\]", reason)) is not None:
-        return f"{unknown[1].replace(chr(34), '')} cannot be enforced; leave it out"
-    if reason.startswith("oneOf constraints are not supported"):
-        return "oneOf cannot be enforced where a value may match several of its schemas; use anyOf"
-    if reason.startswith("regex parse error"):
-        reason = f"pattern: {reason.rpartition('error: ')[2]}"
-    reason = re.sub(r"\s*\n\s*", " ", reason).strip()
-    return f"{reason[:300]}; simplify it" if "too big" in reason or "too large" in reason else reason[:300]
-
-
-def _limits() -> Any:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
 
 
 class _Tokens:
@@ -193,7 +158,7 @@ class Guide:
 
         tokenizer, self._ends = _tokenizer(model)
         self._n_vocab = model.n_vocab
-        self._matcher = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
+        self._matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits())
         self._mask: np.ndarray | None = None  # a bit for each token
         self._require()
 

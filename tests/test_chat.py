@@ -137,6 +137,18 @@ def test_prompt_and_pipe_and_file_come_together(pair, tmp_path, monkeypatch) -> 
     assert asked.pop() == [("system", "Be brief."), ("user", "x")]
 
 
+def test_names_for_the_template(tmp_path) -> None:
+    """They reach the template: it refuses the conversation in their words. What is no object is wrong usage."""
+    source = "{% if mood == 'sad' %}{{ raise_exception('the mood is ' ~ mood) }}{% endif %}x"
+    target = ["--target", str(write_model(tmp_path / "t.gguf", seed=1, template=source))]
+    assert invoke(*target, "-n", "1", "-p", "x", "--chat-template-kwargs", '{"mood": "glad"}').exit_code == 0
+    done = invoke(*target, "-n", "1", "-p", "x", "--chat-template-kwargs", '{"mood": "sad"}')
+    assert done.exit_code == 1 and "the mood is sad" in done.stderr
+    for given, said in (("{", "is not JSON"), ("[1]", "is not a JSON object"), ('{"messages": 1}', "set by the conv")):
+        done = invoke(*target, "-p", "x", "--chat-template-kwargs", given)
+        assert done.exit_code == 2 and said in done.stderr
+
+
 def test_bytes_that_are_no_utf8_are_read(pair) -> None:
     done = program(*pair, "-n", "2", input=b"na\xefve\n", env={"LANG": "C.UTF-8"})
     assert done.returncode == 0, done.stderr

@@ -32,6 +32,8 @@ def _plain(reason: str) -> str:
         return "oneOf cannot be enforced where a value may match several of its schemas; use anyOf"
     if reason.startswith("regex parse error"):
         reason = f"pattern: {reason.rpartition('error: ')[2]}"
+    if "range" in reason and "minimum" not in reason:
+        reason = f"minimum and maximum: {reason}"
     reason = re.sub(r"\s*\n\s*", " ", reason).strip()
     return f"{reason[:300]}; simplify it" if "too big" in reason or "too large" in reason else reason[:300]
 

@@ -23,6 +23,9 @@ from .worker import LIMITS, Worker, WorkerEnded
 # Between two parts of JSON there may be a space, or a line's end and an indent, as in llama.cpp's own grammars of
 # schemas: a model that may write any white space may write it for ever.
 WHITESPACE = r" |\n{1,2}[ \t]{0,20}"
+# Letters after a backslash. There is one way to write each character: spelt otherwise, the name of a listed property
+# would pass for another one.
+ESCAPES = '"\\bfnrt'
 _WORKER = Worker()  # not that of grammars, which is lost with a schema that ends it
 
 # Keywords by which several schemas describe one object, and those that say which properties it has.
@@ -59,7 +62,7 @@ def prepared(form: dict[str, Any]) -> dict[str, Any]:
         for each in schemas:
             _close(each)
     # Of the schema's own settings none may loosen it.
-    form["x-guidance"] = {"whitespace_pattern": WHITESPACE}
+    form["x-guidance"] = {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": ESCAPES}
     return form
 
 
@@ -89,7 +92,10 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
 def _combines(schema: dict[str, Any]) -> bool:
     """Whether another schema may name more properties of the same object."""
     found = _COMBINING & schema.keys()
-    alone = found <= {"anyOf", "oneOf", "$ref"} or (found == {"allOf"} and len(schema["allOf"]) == 1)
+    all_of = schema.get("allOf")
+    alone = found <= {"anyOf", "oneOf", "$ref"} or (
+        found == {"allOf"} and isinstance(all_of, list) and len(all_of) == 1
+    )
     return bool(found) and not (alone and len(found) == 1 and not _LISTING & schema.keys())
 
 
@@ -98,7 +104,8 @@ def _close(schema: dict[str, Any]) -> None:
     listed, required = schema.get("properties"), schema.get("required", [])
     if not _LISTING & schema.keys() <= {"properties", "required"}:
         return
-    if isinstance(listed, dict) and listed and isinstance(required, list) and all(name in listed for name in required):
+    named = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    if isinstance(listed, dict) and listed and named and set(required) <= listed.keys():
         schema["additionalProperties"] = False
 
 

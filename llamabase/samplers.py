@@ -226,7 +226,10 @@ def _law(left: np.ndarray) -> Distribution:
         order = np.argsort(ids)
         ids, values = ids[order], values[order]
     weights = np.exp(values - values.max())
-    return Distribution(ids, weights / weights.sum())
+    total = weights.sum()
+    if not total < np.inf:  # nor is NaN
+        raise SettingError("samplers: what they leave is no law; choose milder settings")
+    return Distribution(ids, weights / total)
 
 
 def _last(n: int) -> int:

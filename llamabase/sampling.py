@@ -10,6 +10,7 @@ import numpy as np
 from .errors import SettingError
 from .noise import Noise
 
+MOST_SAMPLERS = 32  # of a chain: penalties take 4 MB each
 LARGEST = 1e30  # of a setting: float32 holds what penalties and bias make of logits, however often they are added up
 
 # llama.cpp's samplers in its order, by the names that --samplers takes, and the letter of each in --sampler-seq.
@@ -124,6 +125,8 @@ class Sampling:
             raise SettingError(f"mirostat={self.mirostat} is not to be had: Mirostat {_OWN_DRAWS}")
         if self.adaptive_target >= 0:
             raise SettingError(f"adaptive_target={self.adaptive_target} is not to be had: adaptive_p {_OWN_DRAWS}")
+        if len(self.samplers) > MOST_SAMPLERS:
+            raise SettingError(f"samplers: {len(self.samplers)} are more than the {MOST_SAMPLERS} that may be chained")
         for name in self.samplers:
             if name not in (*LETTERS, OFF):
                 raise SettingError(f"{name}: is no sampler; there are {', '.join(LETTERS)}")

@@ -72,9 +72,11 @@ class ObjectSchema:
             return None
         schema = self._resolved(schema)
         if (given := schema.get("type")) is not None:
-            return {given} if isinstance(given, str) else {each for each in given if isinstance(each, str)}
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            return set().union(*map(types_of, schema.get("enum", [schema.get("const")])))
+            listed = [given] if isinstance(given, str) else given
+            return {each for each in listed if isinstance(each, str)} if isinstance(listed, list) else None
+        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if isinstance(values, list):
+            return set().union(*map(types_of, values))
         for several in ("anyOf", "oneOf"):
             if isinstance(schema.get(several), list):
                 found = [self._types(each, depth + 1) for each in schema[several]]

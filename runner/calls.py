@@ -18,6 +18,7 @@ from llamabase.template import ChatTemplate
 
 from .call_grammar import ObjectSchema, Writer, types_of
 
+GROWTH = 16  # What may become a call is read again once it has grown by this part of its length.
 PARTIAL = 8  # characters: the longest unfinished JSON token, `-Infinit`, of which more text may still make a value
 NAME = re.compile(r"[\w.-]+")
 
@@ -81,9 +82,8 @@ class _Reader:
         for i, part in enumerate(literal.split("\n")):
             if i:
                 self.skip()
-            rest = self.text[self.at :]
-            if not rest.startswith(part):
-                if part.startswith(rest):
+            if not self.text.startswith(part, self.at):
+                if part.startswith(self.text[self.at : self.at + len(part)]) and self.at + len(part) > len(self.text):
                     self.missing()
                 self.at = start
                 return False
@@ -106,7 +106,7 @@ class _Reader:
     def past(self, pattern: re.Pattern[str]) -> bool:
         """Go past a pattern that stands before the brace of an object; False if it does not."""
         if (found := pattern.match(self.text, self.at)) is None:
-            if "{" not in self.text[self.at :]:
+            if self.text.find("{", self.at) < 0:
                 self.missing()
             return False
         self.at = found.end()
@@ -395,6 +395,11 @@ class TaggedForm:
             schema = ObjectSchema(tools.schemas[name])
             schema.require_listed()
             parts = [writer.literal(self.name[0] + name + self.name[1])]
+            if (bad := next((key for key in schema.keys if not _KEY.fullmatch(key)), None)) is not None:
+                raise FileFormatError(
+                    f"the property {bad!r} of {name} cannot be written in the form in which this model writes calls; "
+                    "rename it"
+                )
             for key in schema.keys:
                 head = writer.literal(self.key[0] + key + self.key[1] + self.pad)
                 part = f"{head} {writer.value(schema, key, self.pad + self.value)}"
@@ -528,7 +533,7 @@ def lark_of(form: Form, tools: Tools, controls: Mapping[str, int], thinking: boo
     else:
         many = "*" if tools.several else "?"
         if writer.is_control(opening):
-            text = writer.text("(?s:.*)")
+            text = writer.free(form.openings)  # nor may it spell the token out
             start = f"{text} ({writer.literal(opening)} {block} {text}){many}"
         else:
             start = f"({writer.free(form.openings, opening)} {block}){many} {writer.free(form.openings)}"
@@ -560,13 +565,20 @@ class CallReader:
         self._beginnings = {each[:n] for each in openings for n in range(1, len(each))}
         self._longest = max(map(len, openings))
         self._spoken = False  # whether anything but white space was given out
+        self._enough = 0  # characters held back at which what may be a call is read again
         self._held = list[tuple[str, bool]]()
 
     def through(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
         """The text of an answer; after the one call that is allowed the rest is left unread."""
+        size = 0
         for piece in pieces:
             self._held += [piece] if piece[0] else []
+            size += len(piece[0])
+            if size < self._enough:
+                continue
             yield from self._read(ended=False)
+            size = sum(len(text) for text, _ in self._held)
+            self._enough = size + size // GROWTH  # so that a long one takes a time that grows with its length
             if self.full:
                 return
         yield from self._read(ended=True)

@@ -260,7 +260,9 @@ def make_app(server: Server) -> FastAPI:
             prompt = await run_in_threadpool(engine.prompt, **server.conversation(body))
         except SettingError as error:
             raise BadRequest(str(error), "chat_template_kwargs") from error
-        asked = await run_in_threadpool(server.asked, body, prompt, body.callable_tools)
+        tools = body.callable_tools
+        compiles = body.has_schema or (tools is not None and bool(tools.forced or tools.strict))
+        asked = await server.settle(compiles, lambda: server.asked(body, prompt, tools))
         return await _answer(server, request, body, asked)
 
     @app.post("/v1/completions")
@@ -274,23 +276,29 @@ def make_app(server: Server) -> FastAPI:
             ids, *others = await run_in_threadpool(server.prompts, body.prompt)
             if others:
                 raise BadRequest("prompt: one at a time", "prompt")
-        return await _answer(server, request, body, await run_in_threadpool(server.asked, body, ids))
+        asked = await server.settle(body.has_schema, lambda: server.asked(body, ids))
+        return await _answer(server, request, body, asked)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body: Tokenize = read(Tokenize, await request.body())
-        model, how = engine.model, (body.parse_special, body.add_special)
-        ids = await run_in_threadpool(server.mixed, body.content, "content", *how)
-        if not body.with_pieces:
-            return _json({"tokens": ids})
-        pieces = [model.piece(token, special=True) for token in ids]
-        return _json({"tokens": [{"id": i, "piece": _shown(piece)} for i, piece in zip(ids, pieces, strict=True)]})
+
+        def tokens() -> list[Any]:
+            ids = server.mixed(body.content, "content", body.parse_special, body.add_special)
+            if not body.with_pieces:
+                return ids
+            return [{"id": i, "piece": _shown(piece)} for i, piece in zip(ids, server.pieces(ids), strict=True)]
+
+        return await run_in_threadpool(lambda: _json({"tokens": tokens()}))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body: Detokenize = read(Detokenize, await request.body())
-        data = b"".join(engine.model.piece(token, special=True) for token in server.known(body.tokens, "tokens"))
-        return _json({"content": data.decode("utf-8", "replace")})
+
+        def text() -> str:
+            return b"".join(server.pieces(server.known(body.tokens, "tokens"))).decode("utf-8", "replace")
+
+        return await run_in_threadpool(lambda: _json({"content": text()}))
 
     def entry() -> dict[str, Any]:
         model = engine.model

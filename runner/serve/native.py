@@ -211,7 +211,7 @@ def add_native(app: FastAPI, server: Server, answer: Callable[..., Awaitable[Res
     async def completion(request: Request) -> Response:
         body: Native = read(Native, await request.body())
         prompts = await run_in_threadpool(server.prompts, body.prompt)
-        return await answer(server, request, body, await run_in_threadpool(asked, body, prompts))
+        return await answer(server, request, body, await server.settle(body.has_schema, lambda: asked(body, prompts)))
 
     @app.post("/infill")
     async def infill(request: Request) -> Response:
@@ -221,7 +221,7 @@ def add_native(app: FastAPI, server: Server, answer: Callable[..., Awaitable[Res
         files = [(chunk.filename, chunk.text) for chunk in body.input_extra]
         texts = body.input_prefix, body.input_suffix, body.prompt
         prompt = await run_in_threadpool(infill_prompt, engine.model, *texts, files, room)
-        return await answer(server, request, body, await run_in_threadpool(asked, body, [prompt]))
+        return await answer(server, request, body, await server.settle(body.has_schema, lambda: asked(body, [prompt])))
 
     @app.post("/apply-template")
     async def apply_template(request: Request) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ from llamabase.guidance import schema_guide
 from llamabase.sampling import LETTERS, Sampling, samplers_lettered, samplers_named
 
 from ..auto import LONGEST
-from ..calls import Tools
+from ..calls import NAME, Tools
 from ..drafter import AUTO
 
 log = logging.getLogger("uvicorn.error")
@@ -206,6 +207,7 @@ class Common(Body):
     lora: list[Adapter] = Field(default_factory=list)
     grammar: str | None = None
     json_schema: dict[str, Any] | bool | None = None
+    response_format: ResponseFormat | None = None
     draft_max: int | None = Field(None, ge=0, validation_alias="speculative.n_max")
     vocab: str = Field(AUTO, validation_alias="speculative.vocab")
 
@@ -241,7 +243,17 @@ class Common(Body):
 
     def wanted_schema(self) -> tuple[str, Any]:
         """The field that asks for a JSON schema, and the schema that the answer must obey, or None."""
-        return "json_schema", self.json_schema
+        form = self.response_format
+        if form is None or form.type == "text":
+            return "json_schema", self.json_schema
+        schema = form.schema_ if form.json_schema is None else form.json_schema.schema_
+        if schema is None and form.type == "json_schema":
+            raise BadRequest("response_format: a json_schema names its schema", "response_format")
+        return "response_format", {"type": "object"} if schema is None else schema
+
+    @property
+    def has_schema(self) -> bool:
+        return self.wanted_schema()[1] is not None
 
     def sampling(self, defaults: Sampling, n_vocab: int) -> Sampling:
         settings = {field.name: getattr(defaults, field.name) for field in fields(Sampling)}
@@ -269,6 +281,7 @@ class Common(Body):
             found = Sampling(**settings)
         except ValueError as error:
             named = next((name for name in settings if str(error).startswith(name)), "samplers")
+            named = "temperature" if named == "temp" else named
             raise BadRequest(str(error), named) from error
         before, infill, _ = ";".join(found.chain).partition("infill")
         if infill and not ("top_k" in before.split(";") and found.top_k <= MOST_COMPARED):
@@ -295,7 +308,6 @@ class Chat(Common):
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -315,6 +327,11 @@ class Chat(Common):
         for tool in self.offered or ():
             function = tool.get("function", tool)
             if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+                if not NAME.fullmatch(name):
+                    raise BadRequest(
+                        f"tools: {name[:100]!r} is no name of a function; use letters, digits, dots and - and _",
+                        "tools",
+                    )
                 functions[name] = function
         forced: tuple[str, ...] = ()
         match self.tool_choice:
@@ -361,15 +378,6 @@ class Chat(Common):
     @property
     def n_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else self.n_probs or None
-
-    def wanted_schema(self) -> tuple[str, Any]:
-        form = self.response_format
-        if form is None or form.type == "text":
-            return super().wanted_schema()
-        schema = form.schema_ if form.json_schema is None else form.json_schema.schema_
-        if schema is None and form.type == "json_schema":
-            raise BadRequest("response_format: a json_schema names its schema", "response_format")
-        return "response_format", {"type": "object"} if schema is None else schema
 
 
 class Completion(Common):
@@ -449,6 +457,9 @@ class Detokenize(Body):
     tokens: list[int]
 
 
+_KIND = re.compile(r"function-.*|\w+\[.*|str|bool|int|float")  # what pydantic names beside fields
+
+
 def read(kind: type[BaseModel], body: bytes) -> Any:
     """A body as one of these; raises BadRequest."""
     try:
@@ -465,7 +476,7 @@ def read(kind: type[BaseModel], body: bytes) -> Any:
         return valid
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[")))
+        place = ".".join(str(part) for part in first["loc"] if not _KIND.fullmatch(str(part)))
         raise BadRequest(f"{place}: {first['msg']}", place.partition(".")[0] or None) from error
     except RecursionError as error:
         raise BadRequest("the body nests too deep") from error

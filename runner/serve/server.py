@@ -6,26 +6,31 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
+import anyio.to_thread
 import prometheus_client as prometheus
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 
-from llamabase.errors import FileFormatError
+from llamabase.errors import FileFormatError, PromptTooLong
 from llamabase.sampling import Sampling
 
 from ..calls import HERMES, Tools, guide_of
 from ..drafter import AUTO
 from ..engine import Engine
 from .answers import Answer, Asked, Piece
-from .conversations import Conversations, Job
+from .conversations import Conversations, Job, Unavailable
 from .requests import BadRequest, Chat, Completion, Native
 
 PATIENCE = 0.25  # seconds between looking whether a client is still there
 POSITIONS = 16  # of drafts, that are counted apart
+COMPILING = 8  # schemas that may wait to be compiled, each for up to 2 s
+T = TypeVar("T")
 Body = Chat | Completion | Native  # of a request that asks for an answer
 
 
@@ -100,7 +105,19 @@ class Server:
         self.conversations = Conversations(engine, settings.parallel, settings.waiting)
         self.metrics = Metrics(self.conversations)
         self.started = int(time.time())
+        self._compiling = anyio.CapacityLimiter(1)
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
+
+    async def settle(self, compiles: bool, settled: Callable[[], T]) -> T:
+        """What `settled` gives, in a thread. If it compiles a schema, it waits for others that do; nobody else waits.
+
+        Raises Unavailable if too many wait.
+        """
+        if not compiles:
+            return await run_in_threadpool(settled)
+        if self._compiling.statistics().tasks_waiting >= COMPILING:
+            raise Unavailable("too many schemas wait to be compiled; try again")
+        return await anyio.to_thread.run_sync(settled, limiter=self._compiling)
 
     def asked(self, body: Body, prompt: list[int], tools: Tools | None = None) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""
@@ -170,6 +187,11 @@ class Server:
         model = self.engine.model
         return [token for token in range(model.n_vocab) if model.is_end(token)]
 
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """What each token stands for, control tokens included."""
+        found = {token: self.engine.model.piece(token, special=True) for token in set(ids)}
+        return [found[token] for token in ids]
+
     def known(self, ids: Sequence[Any], param: str) -> list[int]:
         """Token ids of this vocabulary. Raises BadRequest for others."""
         for token in ids:
@@ -186,6 +208,8 @@ class Server:
         """
         ids: list[int] = []
         for i, part in enumerate([given] if isinstance(given, str) else given):
+            if n_ctx is not None and len(ids) > n_ctx:
+                raise PromptTooLong(f"the prompt has more than the context's {n_ctx} tokens; shorten it")
             if isinstance(part, str):
                 ids += self.engine.model.tokenize(part, special, add_bos and i == 0, n_ctx)
             else:

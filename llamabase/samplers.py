@@ -225,11 +225,11 @@ def _law(left: np.ndarray) -> Distribution:
     if (np.diff(ids) < 0).any():
         order = np.argsort(ids)
         ids, values = ids[order], values[order]
-    weights = np.exp(values - values.max())
-    total = weights.sum()
-    if not total < np.inf:  # nor is NaN
+    best = values.max()
+    if not best < np.inf:  # nor is NaN
         raise SettingError("samplers: what they leave is no law; choose milder settings")
-    return Distribution(ids, weights / total)
+    weights = np.exp(values - best)
+    return Distribution(ids, weights / weights.sum())
 
 
 def _last(n: int) -> int:

@@ -132,6 +132,16 @@ class _Reader:
 _DECODER = json.JSONDecoder(strict=False)
 
 
+def _require_readable(pattern: re.Pattern[str], names: Iterable[str], what: str) -> None:
+    """Raise FileFormatError for a name that could be written in a form, and not be read back from it."""
+    for name in names:
+        if not pattern.fullmatch(name):
+            raise FileFormatError(
+                f"{name[:100]!r}, the name of {what}, cannot be read back in the form in which this model writes "
+                "calls; rename it"
+            )
+
+
 def _call(name: Any, arguments: Any) -> Call | None:
     """A call of arguments as models give them: an object, an object as text, or null for none."""
     if not isinstance(name, str) or not name:
@@ -311,6 +321,7 @@ class NamedForm:
         return found, reader.at
 
     def block(self, writer: Writer, tools: Tools, names: Sequence[str]) -> str:
+        _require_readable(NAME, names, "a function")
         one = writer.one_of(
             f"{writer.literal(self.before + name + self.between)} {writer.arguments(tools.schemas[name])} "
             + writer.literal(self.after)
@@ -390,16 +401,13 @@ class TaggedForm:
             reader.at = end.start() + len(self.value)
 
     def block(self, writer: Writer, tools: Tools, names: Sequence[str]) -> str:
+        _require_readable(NAME, names, "a function")
         functions = []
         for name in names:
             schema = ObjectSchema(tools.schemas[name])
             schema.require_listed()
             parts = [writer.literal(self.name[0] + name + self.name[1])]
-            if (bad := next((key for key in schema.keys if not _KEY.fullmatch(key)), None)) is not None:
-                raise FileFormatError(
-                    f"the property {bad!r} of {name} cannot be written in the form in which this model writes calls; "
-                    "rename it"
-                )
+            _require_readable(_KEY, schema.keys, f"a property of {name}")
             for key in schema.keys:
                 head = writer.literal(self.key[0] + key + self.key[1] + self.pad)
                 part = f"{head} {writer.value(schema, key, self.pad + self.value)}"

@@ -261,6 +261,45 @@ def test_control_tokens_and_thinking_in_grammars() -> None:
     found = matcher(lark_of(HERMES, Tools({"f": {}}, forced=("f",)), {}, True))
     said = Bytes()('hm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
     assert found.try_consume_tokens(said) == len(said)
+    strict = Tools({"f": {}}, strict=frozenset({"f"}))
+    found = matcher(lark_of(form, strict, {"[TOOL_CALLS]": 257}, False))
+    spelt = Bytes()("so [TOOL_CALLS]")  # by letters, after which anything might follow
+    assert found.try_consume_tokens(spelt) == len(spelt) - 1
+
+
+def test_what_is_almost_a_call_is_read_in_a_time_that_grows_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece of a call that never ends may be its last."""
+    form, seen = FORMS[list(TEMPLATES).index("qwen3-coder")], [0]
+    honest = type(form).read
+
+    def read(self: Any, text: str, *rest: Any) -> Any:
+        seen[0] += len(text)
+        return honest(self, text, *rest)
+
+    monkeypatch.setattr(type(form), "read", read)
+    text = "<function=f>\n" + "<parameter=a>\nx\n</parameter>\n" * 1000
+    reader = CallReader(form, Tools({"f": {}}))
+    said = "".join(part for part, _ in reader.through((text[i : i + 4], False) for i in range(0, len(text), 4)))
+    assert said == text
+    assert seen[0] < 40 * len(text)
+
+
+def test_a_name_that_cannot_be_read_back_is_refused() -> None:
+    for family in ("qwen3-coder", "glm", "mistral-small", "functionary"):
+        form = FORMS[list(TEMPLATES).index(family)]
+        with pytest.raises(FileFormatError, match=r"'a b', the name of a function, cannot be read back"):
+            guide_of(form, Tools({"a b": {}}, forced=("a b",)), {}, False)
+    tools = Tools({"f": {"properties": {"a<b": {"type": "string"}}}}, forced=("f",))
+    with pytest.raises(FileFormatError, match=r"'a<b', the name of a property of f,"):
+        guide_of(FORMS[list(TEMPLATES).index("qwen3-coder")], tools, {}, False)
+    assert guide_of(HERMES, Tools({"a b": {}}, forced=("a b",)), {}, False)
+
+
+@pytest.mark.parametrize("schema", [{"type": 5}, {"enum": 5, "const": 1}, {"anyOf": [{"type": 7}]}, {"type": None}])
+def test_a_schema_of_wrong_types_allows_any(schema: Any) -> None:
+    tools = Tools({"f": {"properties": {"a": schema}}})
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>"
+    assert read(FORMS[list(TEMPLATES).index("qwen3-coder")], tools, [text]) == ([Call("f", '{"a": 5}')], "")
 
 
 @pytest.mark.parametrize(

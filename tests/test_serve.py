@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import contextlib
 import json
@@ -34,7 +35,8 @@ from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
 from runner.serve.answers import Answer, Asked
 from runner.serve.app import make_app
-from runner.serve.server import Server, Settings
+from runner.serve.conversations import Unavailable
+from runner.serve.server import COMPILING, Server, Settings
 
 from .test_soak import handles, own_memory
 
@@ -616,6 +618,9 @@ def test_null_is_as_good_as_nothing(client: openai.OpenAI, toy: tuple[str, Serve
         ({"stop": ["a" * 200_000] * 64}, "stop: at most"),
         ({"logit_bias": {str(i): False for i in range(600)}}, "no token is left"),
         ({"echo": True}, "echo: "),
+        ({"samplers": "e" * 300, "repeat_last_n": -1, "repeat_penalty": 1.1}, "samplers: 300 are more than"),
+        ({"samplers": "t" * 32, "temperature": 1e-6}, "no law"),
+        ({"response_format": {"type": "json_object", "schema": {"required": [["a"]]}}}, "response_format: "),
     ],
 )
 def test_what_would_hold_everybody_up_is_refused(toy: tuple[str, Server], body: dict[str, Any], said: str) -> None:
@@ -626,6 +631,37 @@ def test_what_would_hold_everybody_up_is_refused(toy: tuple[str, Server], body: 
     assert time.monotonic() - began < 2
     usual = {"prompt": "the", "max_tokens": 2, "dry_multiplier": 1, "samplers": "dry;top_k;infill"}
     assert httpx.post(f"{toy[0]}/v1/completions", json=usual).status_code == 200
+
+
+def test_schemas_that_compile_hold_up_nobody_else(toy: tuple[str, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, few may wait, and who asks for none does not wait at all."""
+    server, go, running = toy[1], threading.Event(), []
+
+    def slow() -> int:
+        running.append(1)
+        go.wait()
+        return 1
+
+    async def ask() -> tuple[list[Any], int]:
+        waiting = [asyncio.create_task(server.settle(True, slow)) for _ in range(COMPILING + 4)]
+        await asyncio.sleep(0.2)
+        one = len(running)
+        assert await server.settle(False, lambda: 2) == 2
+        go.set()
+        return await asyncio.gather(*waiting, return_exceptions=True), one
+
+    found, one = asyncio.run(ask())
+    assert one == 1
+    assert [each for each in found if each == 1] == [1] * (COMPILING + 1)
+    assert all(each == 1 or isinstance(each, Unavailable) for each in found)
+
+
+def test_a_prompt_of_many_parts_is_refused_early(toy: tuple[str, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, honest = [], Model.tokenize
+    monkeypatch.setattr(Model, "tokenize", lambda self, *how, **more: (parts.append(1), honest(self, *how, **more))[1])
+    answer = httpx.post(f"{toy[0]}/v1/completions", json={"prompt": [65, *["the "] * 20_000]}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert len(parts) < 600
 
 
 def test_clients_that_went_keep_no_places(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from llamabase.guidance import schema_guide
 from llamabase.sampling import LETTERS, Sampling, samplers_lettered, samplers_named
 
 from ..auto import LONGEST
-from ..calls import NAME, Tools
+from ..calls import Tools
 from ..drafter import AUTO
 
 log = logging.getLogger("uvicorn.error")
@@ -327,11 +327,6 @@ class Chat(Common):
         for tool in self.offered or ():
             function = tool.get("function", tool)
             if isinstance(function, dict) and isinstance(name := function.get("name"), str):
-                if not NAME.fullmatch(name):
-                    raise BadRequest(
-                        f"tools: {name[:100]!r} is no name of a function; use letters, digits, dots and - and _",
-                        "tools",
-                    )
                 functions[name] = function
         forced: tuple[str, ...] = ()
         match self.tool_choice:

@@ -105,7 +105,7 @@ class Server:
         self.conversations = Conversations(engine, settings.parallel, settings.waiting)
         self.metrics = Metrics(self.conversations)
         self.started = int(time.time())
-        self._compiling = anyio.CapacityLimiter(1)
+        self._compiling, self._to_compile = anyio.CapacityLimiter(1), 0
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
 
     async def settle(self, compiles: bool, settled: Callable[[], T]) -> T:
@@ -115,9 +115,13 @@ class Server:
         """
         if not compiles:
             return await run_in_threadpool(settled)
-        if self._compiling.statistics().tasks_waiting >= COMPILING:
+        if self._to_compile > COMPILING:
             raise Unavailable("too many schemas wait to be compiled; try again")
-        return await anyio.to_thread.run_sync(settled, limiter=self._compiling)
+        self._to_compile += 1
+        try:
+            return await anyio.to_thread.run_sync(settled, limiter=self._compiling)
+        finally:
+            self._to_compile -= 1
 
     def asked(self, body: Body, prompt: list[int], tools: Tools | None = None) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from llamabase.errors import EngineError, FileFormatError, PromptTooLong, SettingError
+from llamabase.errors import EngineError, FileFormatError, PromptTooLong, SettingError, TextError
 from llamabase.infill import infill_prompt
 
 from .answers import Answer, Asked, Piece
@@ -258,6 +258,8 @@ def make_app(server: Server) -> FastAPI:
         body: Chat = read(Chat, await request.body())
         try:
             prompt = await run_in_threadpool(engine.prompt, **server.conversation(body))
+        except TextError:
+            raise
         except SettingError as error:
             raise BadRequest(str(error), "chat_template_kwargs") from error
         tools = body.callable_tools

@@ -17,6 +17,7 @@ from llamabase.guidance import lark_guide
 from llamabase.template import ChatTemplate
 
 from .call_grammar import ObjectSchema, Writer, types_of
+from .stops import first_of
 
 GROWTH = 16  # What may become a call is read again once it has grown by this part of its length.
 PARTIAL = 8  # characters: the longest unfinished JSON token, `-Infinit`, of which more text may still make a value
@@ -659,10 +660,6 @@ class CallReader:
             yield piece
 
     def _take(self, n: int) -> Iterator[tuple[str, bool]]:
-        while self._held and n > 0:
-            text, drafted = self._held.pop(0)
-            if len(text) > n:
-                self._held.insert(0, (text[n:], drafted))
-            self.reached += len(text[:n])
-            yield text[:n], drafted
-            n -= len(text)
+        for piece in first_of(self._held, n):
+            self.reached += len(piece[0])
+            yield piece

@@ -34,10 +34,16 @@ class Hold:
         yield from self._out(sum(len(text) for text, _ in self._held))
 
     def _out(self, n: int) -> Iterator[tuple[str, bool]]:
-        while self._held and n > 0:
-            text, drafted = self._held.pop(0)
-            if len(text) > n:
-                self._held.insert(0, (text[n:], drafted))
-            self.given += len(text[:n])
-            yield text[:n], drafted
-            n -= len(text)
+        for piece in first_of(self._held, n):
+            self.given += len(piece[0])
+            yield piece
+
+
+def first_of(held: list[tuple[str, bool]], n: int) -> Iterator[tuple[str, bool]]:
+    """Take the first n characters out of pieces that are held back; one that goes on after them is cut."""
+    while held and n > 0:
+        text, drafted = held.pop(0)
+        if len(text) > n:
+            held.insert(0, (text[n:], drafted))
+        yield text[:n], drafted
+        n -= len(text)

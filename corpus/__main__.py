@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamabase.interrupt import leave_to_the_system
+from llamabase.cli.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import click
 
-from llamabase.command import FILE, THREADS, Commands
+from llamabase.cli.command import FILE, THREADS, Commands
+from llamabase.cli.progress import progress, stderr
 from llamabase.errors import TrimError
 from llamabase.files import PLOT
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
-from llamabase.progress import progress, stderr
-from llamabase.sampling import Sampling
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.model import Model
+from llamabase.sampling.settings import Sampling
 
 from .answers import ANSWERS
 from .count import count

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from llamabase.errors import FileFormatError
 from llamabase.files import CHUNK, Kind, read_text
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.model import Model
+from llamabase.llama.template import ChatTemplate
 
 from .counts import MOST_TOKENS
 from .prompts import spread

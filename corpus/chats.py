@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llamabase.errors import FileFormatError
-from llamabase.template import ChatTemplate
+from llamabase.llama.template import ChatTemplate
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]  # of messages, with the last one answered or a prompt for the next

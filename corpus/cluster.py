@@ -6,8 +6,8 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
+from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
-from llamabase.progress import progress
 
 from .count import NothingToCount, count, name_of
 from .counts import Counts, merge

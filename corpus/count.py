@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llamabase.cli.progress import Advance
 from llamabase.errors import TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import Advance
-from llamabase.template import ChatTemplate
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.template import ChatTemplate
 
 from .counts import Counts, Part
 from .sources import Document, Reader, files_of

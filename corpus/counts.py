@@ -17,7 +17,7 @@ import numpy as np
 
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import Kind, marked, require_regular, write_whole
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import Vocabulary
 
 MOST_TOKENS = 1 << 24  # of a vocabulary: far beyond any there is
 _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")

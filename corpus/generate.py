@@ -14,15 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model
-from llamabase.noise import Noise
-from llamabase.progress import progress
-from llamabase.samplers import Chain
-from llamabase.sampling import Sampling
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.llama.template import ChatTemplate
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
 
 from .answers import answered
 from .prompts import Prompt

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamabase.llama import Model
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.model import Model
 
 from .counts import Counts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamabase.plot import drawing
+from llamabase.cli.plot import drawing
 
 from .counts import Counts, Part, add_up
 

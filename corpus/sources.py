@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import encoding_of
-from llamabase.template import ChatTemplate
+from llamabase.llama.template import ChatTemplate
 
 from .chats import CHATS, assistant_texts, clean
 

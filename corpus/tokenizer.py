@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Closing, Model
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.library import Closing
+from llamabase.llama.model import Model
 
 # How llama.cpp splits text before merging, by `tokenizer.ggml.pre`: one expression after the other.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

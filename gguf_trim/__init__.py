@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from llamabase.interrupt import run
+from llamabase.cli.interrupt import run
 
 
 def command() -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamabase.interrupt import leave_to_the_system
+from llamabase.cli.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -17,26 +17,27 @@ from pathlib import Path
 import click
 
 from corpus.__main__ import main as counting_commands
-from llamabase.command import FILE, THREADS, Commands, quantisation
+from gguf_trim.fit.calibrate import Reading, calibration
+from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.state_fed import STATE_FED
+from gguf_trim.format.weights import step_bytes
+from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
+from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
+from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command
+from llamabase.cli.command import FILE, THREADS, Commands, quantisation
+from llamabase.cli.progress import progress, stderr
 from llamabase.errors import TrimError
 from llamabase.files import cache_folder, work_folder
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import progress, stderr
-from llamabase.quantize import quantize
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import EMBEDDING, HEAD
+from llamabase.llama.quantize import quantize
 
-from .companion import Trimmed
-from .cut import companion_path, move, plan, require_outputs, step_bytes, write
+from .cut import Cut, lay_out, move, require_outputs, write
 from .describe import describe
-from .dynamic.reading import Reading, calibration
-from .dynamic.speculator import attach
-from .hanging import HANGING
 from .keep import DEFAULT_K, MULTIPLE, choose_rows
-from .layout import EMBEDDING, HEAD, Cut
-from .mtp import MTP, MtpBlock
-from .pairs.catalog import USER_CATALOG, load_catalog
-from .pairs.prepare import NONE, is_this_cut, prepare
-from .plan_command import COUNTS, auto_k, pair_options, plan_command
-from .verify import verify
+from .prove import prove
 
 
 def rows(value: str) -> int | str:
@@ -105,7 +106,7 @@ def trim_command(
     choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
     if exact_k:
         choose = partial(choose, multiple=1)
-    cut = plan(drafter, choose, target, mtp)
+    cut = lay_out(drafter, choose, target, mtp)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -154,7 +155,7 @@ def _plan_text(cut: Cut, output: Path) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bool) -> None:
     """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
-    result = verify(trimmed, source, target)
+    result = prove(trimmed, source, target)
     if as_json:
         click.echo(json.dumps({**asdict(result), "ok": result.ok}))
     elif result.ok:
@@ -180,7 +181,7 @@ def speculator_command(
 ) -> None:
     """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
     opened = Trimmed.open(trimmed)
-    if target is None and opened.file.architecture in (*HANGING, MTP):
+    if target is None and opened.file.architecture in (*STATE_FED, MTP):
         raise TrimError(f"{trimmed}: reads its target's states; give the model it was made for as --target")
     named = opened.companion if target is None else GGUFFile(target)
     reading = Reading.of(trimmed, calibration(named, texts), opened, threads, target=target)

@@ -8,31 +8,26 @@ the source's, bit for bit (VocabTrim, arXiv 2506.22694, section 3; `verify` prov
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
+from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.state_fed import D2T, STATE_FED, StateFedHead, row_by_id
 from llamabase.errors import FileFormatError, TrimError
-from llamabase.files import CHUNK, Kind, copy_range, marked, require_room, write_whole
-from llamabase.gguf_file import GGUFFile, Tensor
-from llamabase.vocabulary import Vocabulary
+from llamabase.files import require_room, write_whole
+from llamabase.gguf.reader import GGUFFile, Tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.gguf.writer import Output, Piece, field, write_output
 
-from .hanging import D2T, HANGING, HangingHead, row_by_id
 from .keep import MULTIPLE, Keep
-from .layout import EMBEDDING, HEAD, HEAD_BIAS, Cut, Output, Piece, field, has_mrope, head_tensor
-from .mtp import MTP, MtpBlock
-
-FORMAT_VERSION = 1
-_FOREIGN = "was not made by this program"
-TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
-COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))
 
 # Graphs that scale token inputs by sqrt(n_embd) and leave vectors as they are.
 SCALED_TOKEN_INPUTS = {"gemma3"}
@@ -50,11 +45,6 @@ NEEDS_TOKEN_IDS = {
 EMBEDDINGS_NEED_MROPE = {"glm4", "glm4moe"}
 
 
-def companion_path(trimmed: Path) -> Path:
-    """X.gguf -> X.vocab.gguf, in the same folder."""
-    return trimmed.with_name(f"{trimmed.name.removesuffix('.gguf')}.vocab.gguf")
-
-
 def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
     """The reason this file's head cannot be cut, or None; `mtp`: that of its MTP block."""
     if "gguf_trim.k" in file.fields:
@@ -63,9 +53,9 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
         return "it is the companion of a trimmed drafter; trim the original drafter"
     if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
-    if mtp or file.architecture in HANGING:
+    if mtp or file.architecture in STATE_FED:
         try:
-            (MtpBlock if mtp else HangingHead).of(file)
+            (MtpBlock if mtp else StateFedHead).of(file)
         except FileFormatError as error:
             return str(error).removeprefix(f"{file.path}: ")
         return None
@@ -95,7 +85,7 @@ def _per_token(tensor: Tensor, n_rows: int) -> bool:
     return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
 
 
-def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = None, mtp: bool = False) -> Cut:
+def lay_out(source: Path | str, choose: Callable[..., Keep], target: Path | None = None, mtp: bool = False) -> Cut:
     """What a cut of `source` would write: pure, nothing is touched.
 
     `choose(vocabulary, n_rows)` decides on the rows once the file is known; for a head that hangs on a target it is
@@ -107,9 +97,9 @@ def plan(source: Path | str, choose: Callable[..., Keep], target: Path | None = 
     if (reason := why_not(file, mtp)) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
     if mtp:
-        return _plan_mtp(MtpBlock.of(file), choose)
-    if file.architecture in HANGING:
-        return _plan_hanging(HangingHead.of(file), choose, target)
+        return _lay_out_mtp(MtpBlock.of(file), choose)
+    if file.architecture in STATE_FED:
+        return _lay_out_state_fed(StateFedHead.of(file), choose, target)
     vocabulary, arch = Vocabulary(file), file.architecture
     embedding = file.tensors[EMBEDDING]
     keep = choose(vocabulary, embedding.n_rows)
@@ -176,7 +166,7 @@ def _cut(
     )
 
 
-def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path | None) -> Cut:
+def _lay_out_state_fed(head: StateFedHead, choose: Callable[..., Keep], target: Path | None) -> Cut:
     """The cut of an EAGLE-3 head: rows of the head and entries of its d2t, nothing else (llama.cpp reads both).
 
     The trimmed file needs no companion to be run; the companion has the whole head, for rows beyond the kept ones.
@@ -204,7 +194,7 @@ def _plan_hanging(head: HangingHead, choose: Callable[..., Keep], target: Path |
     return _cut(file, keep, vocabulary, head.n_vocab, fields, pieces, whole, named)
 
 
-def _plan_mtp(block: MtpBlock, choose: Callable[..., Keep]) -> Cut:
+def _lay_out_mtp(block: MtpBlock, choose: Callable[..., Keep]) -> Cut:
     """Rows for an MTP block, in a file that is no model; the companion has the whole head, for rows beyond them."""
     file = block.file
     vocabulary = Vocabulary(file)
@@ -283,43 +273,27 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error
 
 
-def write_output(
-    output: Output, source: BinaryIO, out: BinaryIO, advance: Callable[[int], object] = lambda _: None
-) -> None:
-    """Write head and pieces, taken from the open file they come from, to another."""
-    advance(out.write(output.head))
-    for piece in output.pieces:
-        with contextlib.nullcontext(source) if piece.file is None else open(piece.file, "rb") as whence:
-            if piece.data is not None:
-                advance(out.write(piece.data))
-            elif piece.rows is not None:
-                _copy_rows(whence, piece.tensor, piece.rows, out, advance)
-            else:
-                copy_range(whence, piece.tensor.offset, piece.n_bytes, out, advance)
-        advance(out.write(b"\0" * (-piece.n_bytes % output.alignment)))
+@dataclass(frozen=True)
+class Cut:
+    """A planned cut of `source` to the rows of `keep`: both outputs carry the source's `identity`."""
 
+    source: GGUFFile
+    identity: str
+    keep: Keep
+    trimmed: Output
+    companion: Output
+    mtp: bool = False  # whether it is the rows of the source's MTP block
 
-def _copy_rows(
-    source: BinaryIO, tensor: Tensor, rows: np.ndarray, out: BinaryIO, advance: Callable[[int], object]
-) -> None:
-    """Append the chosen rows (ascending), reading the table in chunks that stay under CHUNK bytes."""
-    row_bytes = tensor.n_bytes // tensor.shape[-1]  # of a bias: one number
-    step = max(1, CHUNK // row_bytes)
-    for start in range(0, int(rows[-1]) + 1, step):
-        chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + step)] - start
-        if not len(chosen):
-            continue
-        count = int(chosen[-1]) + 1
-        source.seek(tensor.offset + start * row_bytes)
-        data = source.read(count * row_bytes)
-        if len(data) != count * row_bytes:
-            raise TrimError(f"{source.name}: ended early; the file changed while it was being read")
-        table = np.frombuffer(data, np.uint8).reshape(count, row_bytes)
-        out.write(table[chosen].tobytes())
-        advance(len(chosen) * row_bytes)
+    @property
+    def n_bytes(self) -> int:
+        return self.trimmed.n_bytes + self.companion.n_bytes
 
+    @property
+    def tied(self) -> bool:
+        return HEAD not in self.source.tensors
 
-def step_bytes(file: GGUFFile) -> int:
-    """Weight bytes one draft step reads: every tensor, except an embedding table that is not also the head."""
-    skipped = {EMBEDDING} if HEAD in file.tensors else set()
-    return sum(tensor.n_bytes for tensor in file.tensors.values() if tensor.name not in skipped)
+    @property
+    def step_bytes(self) -> int:
+        """Weight bytes one draft step of the trimmed file reads (its embedding table is never read)."""
+        skipped = set() if self.tied else {EMBEDDING}
+        return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)

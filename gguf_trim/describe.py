@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamabase.gguf_file import GGUFFile, Tensor
-from llamabase.vocabulary import Vocabulary
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.speculator import UP
+from gguf_trim.format.state_fed import STATE_FED, StateFedHead
+from gguf_trim.format.weights import step_bytes
+from llamabase.gguf.reader import GGUFFile, Tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
 
-from .companion import Trimmed
-from .cut import step_bytes, why_not
-from .dynamic.speculator import UP
-from .hanging import HANGING, HangingHead
-from .layout import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
+from .cut import why_not
 
 
 def _table(tensor: Tensor) -> dict[str, Any]:
@@ -68,9 +69,13 @@ def describe(path: Path) -> dict[str, Any]:
             "why": why_not(file),
         }
     reason = why_not(file)
-    if reason is None and file.architecture in HANGING:
-        hanging = HangingHead.of(file)
-        facts |= {"target_layers": list(hanging.layers), "target_width": hanging.width, "vocabulary": hanging.n_vocab}
+    if reason is None and file.architecture in STATE_FED:
+        state_fed = StateFedHead.of(file)
+        facts |= {
+            "target_layers": list(state_fed.layers),
+            "target_width": state_fed.width,
+            "vocabulary": state_fed.n_vocab,
+        }
     facts |= {"kind": "model", "trimmable": reason is None, "why": reason}
     if file.integer(f"{file.architecture}.nextn_predict_layers", 0):
         facts |= {"mtp": why_not(file, mtp=True) or "its rows can be chosen: trim --mtp"}

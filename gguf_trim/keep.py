@@ -11,7 +11,7 @@ from corpus.counts import Counts
 from corpus.ready import ranking_counts
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import read_text
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import Vocabulary
 
 DEFAULT_K = 16384
 MULTIPLE = 16  # rows at a time in llama.cpp's kernels; what is left over goes another way, with other last bits

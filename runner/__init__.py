@@ -10,16 +10,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llamabase.interrupt import run
+from llamabase.cli.interrupt import run
 
 if TYPE_CHECKING:
-    from llamabase.llama import Cache as Cache
+    from llamabase.llama.context import Cache as Cache
+    from runner.loop.engine import Record as Record
 
     from .draft_model import TrimmedDraft as TrimmedDraft
-    from .engine import Record as Record
     from .lm import SpeculativeLM as SpeculativeLM
 
-_MODULES = {"SpeculativeLM": "lm", "Cache": "lm", "Record": "engine", "TrimmedDraft": "draft_model"}
+_MODULES = {"SpeculativeLM": "lm", "Cache": "lm", "Record": "loop.engine", "TrimmedDraft": "draft_model"}
 
 
 def command() -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamabase.interrupt import leave_to_the_system
+from llamabase.cli.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -11,12 +11,12 @@ import sys
 
 import click
 
-from llamabase.command import Commands
+from llamabase.cli.command import Commands
+from runner.bench.__main__ import main as bench
+from runner.chat.__main__ import main as chat
+from runner.serve.__main__ import main as serve
 
-from .bench.__main__ import main as bench
-from .chat import main as chat
 from .exact import main as exact
-from .serve.__main__ import main as serve
 
 
 @click.group(cls=Commands, commands={"chat": chat, "serve": serve, "bench": bench, "exact": exact})

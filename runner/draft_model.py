@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-from gguf_trim.companion import Trimmed
+from gguf_trim.format.companion import Trimmed
 from llamabase.errors import EngineError, VocabularyMismatch
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Closing
-from llamabase.noise import Noise
-from llamabase.sampling import GREEDY
-from llamabase.vocabulary import Vocabulary
-
-from .drafter import AUTO, ModelDrafter, open_drafter
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.library import Closing
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import GREEDY
+from runner.draft.drafters import AUTO, ModelDrafter
+from runner.draft.opening import open_drafter
 
 _NO_NOISE = Noise(0)  # greedy drafts have none
 
@@ -36,7 +36,7 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
     Without it a wrong drafter shows only by ids it does not have (VocabularyMismatch at the call) or by drafts that are
     never accepted; where the target's table is shorter, `Llama` may be handed an id it does not know. n_ctx should be
     no less than Llama's: a text beyond it is not drafted for. `vocab`, and other errors: see
-    `runner.drafter.open_drafter`.
+    `runner.draft.opening.open_drafter`.
 
     What `Llama` makes of drafts (llama-cpp-python 0.3.36) is slower than `SpeculativeLM`; docs/llama-cpp-python.md:
     it keeps the logits of every position, and needs logits_all=True for texts beyond n_batch tokens; it asks for a

@@ -17,7 +17,7 @@ prompt, greedily or with the noise of a seed:
 
 from __future__ import annotations
 
-from llamabase.interrupt import leave_to_the_system
+from llamabase.cli.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -34,18 +34,18 @@ import numpy as np
 from click.core import ParameterSource
 
 from corpus.prompts import load_prompts
-from llamabase.command import FILE, OneCommand
+from llamabase.cli.command import FILE, OneCommand
+from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
-from llamabase.llama import Context
-from llamabase.noise import Noise
-from llamabase.progress import progress
-from llamabase.samplers import Chain
-from llamabase.sampling import GREEDY, Sampling
+from llamabase.llama.context import Context
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import GREEDY, Sampling
+from runner.bench.machine import machine
+from runner.loop.engine import REWINDS, Engine
+from runner.loop.speculative import Round
 
-from .bench.machine import machine
-from .engine import REWINDS, Engine
 from .options import Models, model_options, sampling_options
-from .speculative import Round
 
 MOST = 512  # tokens that are read in one pass
 

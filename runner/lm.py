@@ -22,12 +22,12 @@ from typing import Any
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
 from llamabase.errors import EngineError, SettingError
-from llamabase.guidance import schema_guide
-from llamabase.llama import F16, Cache, Closing
-from llamabase.sampling import Sampling, samplers_named
-
-from .drafter import AUTO
-from .engine import Engine, Record
+from llamabase.llama.context import F16, Cache
+from llamabase.llama.library import Closing
+from llamabase.sampling.guidance import schema_guide
+from llamabase.sampling.settings import Sampling, samplers_named
+from runner.draft.drafters import AUTO
+from runner.loop.engine import Engine, Record
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -107,7 +107,7 @@ class SpeculativeLM(Closing):
     """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
 
     The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
-    `runner.drafter.open_drafter`. n_ctx 0: as many tokens as the model was trained on; n_threads None: as many as
+    `runner.draft.opening.open_drafter`. n_ctx 0: as many tokens as the model was trained on; n_threads None: as many as
     physical cores; n_gpu_layers None: llama.cpp's default; n_ctx_draft: tokens that the drafter remembers, where that
     is fewer; n_threads_draft and n_gpu_layers_draft: its own, None for the target's; cache and cache_draft: types of
     the KV caches, such as Cache("q8_0", "q8_0"). Raises EngineError or FileFormatError where a file does not load and
@@ -183,7 +183,7 @@ class SpeculativeLM(Closing):
         first of these strings. seed: same seed, same text; -1 or None draws one. draft_max: tokens to draft a round, 0
         for plain decoding, None or "auto" for as many as pay. record: filled as the answer goes; its tokens are the
         target's, those of the stop string included. sampling: temperature (0 is greedy) and the other fields of
-        `llamabase.sampling.Sampling` under their own names; json_schema: a dict or its text, instead of a grammar. None
+        `Sampling` under their own names; json_schema: a dict or its text, instead of a grammar. None
         stands for a setting's default, and numbers may be numpy's.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
@@ -291,7 +291,7 @@ class SpeculativeLM(Closing):
                 if not self._busy:
                     if self._current is not None:
                         self._release(self._current)
-                    self._engine.heed(lambda: not answer.cancelled)
+                    self._engine.set_cancel_check(lambda: not answer.cancelled)
                     self._current = answer
         if self._current is not answer:
             raise EngineError(

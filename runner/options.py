@@ -15,18 +15,17 @@ from typing import Any
 import click
 
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
-from llamabase.command import FILE, THREADS
+from llamabase.cli.command import FILE, THREADS
+from llamabase.cli.progress import step
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
-from llamabase.guidance import schema_guide
-from llamabase.llama import CACHE_TYPES, F16, Cache
-from llamabase.progress import step
-from llamabase.sampling import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
-from llamabase.template import RESERVED
-
-from .auto import LONGEST
-from .drafter import AUTO, VOCABS
-from .engine import Engine
+from llamabase.llama.context import CACHE_TYPES, F16, Cache
+from llamabase.llama.template import RESERVED
+from llamabase.sampling.guidance import schema_guide
+from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
+from runner.draft.auto import LONGEST
+from runner.draft.drafters import AUTO, VOCABS
+from runner.loop.engine import Engine
 
 FULL = "full"
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import llama_cpp
 import numpy as np
 
-from llamabase.llama import Model
-from llamabase.noise import Noise
-from llamabase.sampling import Sampling
+from llamabase.llama.model import Model
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 

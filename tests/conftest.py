@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from corpus.answers import TargetAnswer
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path, plan, write
-from gguf_trim.dynamic.reading import Reading
-from gguf_trim.dynamic.speculator import attach, fit
+from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.calibrate import Reading
+from gguf_trim.fit.closed_form import attach, fit
+from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import Vocabulary
 from runner import SpeculativeLM
-from runner.engine import Engine
-from runner.pace import StepCost
+from runner.draft.cost import StepCost
+from runner.loop.engine import Engine
 
 from .toy import write_model
 
@@ -49,10 +49,10 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     for name, source in (("good-trimmed", "target"), ("wrong-trimmed", "wrong")):
         files[name] = folder / f"{name}.gguf"
-        write(plan(files[source], keep_first(400)), files[name])
+        write(lay_out(files[source], keep_first(400)), files[name])
     # Keeps so little that most of the target's tokens cannot be drafted at all.
     files["tiny-trimmed"] = folder / "tiny.gguf"
-    write(plan(files["target"], keep_first(1)), files["tiny-trimmed"])
+    write(lay_out(files["target"], keep_first(1)), files["tiny-trimmed"])
     files["spec-trimmed"] = with_speculator(copy_trimmed(files["tiny-trimmed"], folder / "spec.gguf"))
     return files
 
@@ -97,7 +97,7 @@ def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Costs of toys are no business of the user's own memory of costs."""
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llamabase.remembered.costs_file", lambda: path)
+        patch.setattr("llamabase.store.costs_file", lambda: path)
         yield path
 
 
@@ -105,7 +105,7 @@ def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which drafting always pays: toys are so fast that it never would."""
     cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
-    monkeypatch.setattr("runner.engine.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
+    monkeypatch.setattr("runner.loop.engine.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
     monkeypatch.setattr(StepCost, "saw", lambda self, n, seconds: None)
 
 

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFValueType as Kind
 from gguf.constants import GGML_QUANT_SIZES
 
-from llamabase.gguf_file import GGUFFile
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
 
 PACK = {
     Kind.UINT8: "B",

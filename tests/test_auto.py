@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamabase.noise import Noise
-from llamabase.sampling import Sampling
-from runner.auto import BUDGET, LOSS, AutoDrafter, Known
-from runner.drafter import Proposal
-from runner.engine import Engine
-from runner.pace import Chances, StepCost, best_cut, best_fixed
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
+from runner.draft.auto import BUDGET, LOSS, AutoDrafter, DraftStats
+from runner.draft.cost import Chances, StepCost, best_cut, best_fixed
+from runner.draft.drafters import Proposal
+from runner.loop.engine import Engine
 
 GREEDY = Sampling(temp=0)
 # Seconds by batch size: kernels that like batches of four, dear verifying, and a machine bound by memory.
@@ -190,7 +190,7 @@ def test_the_budget_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         return (seconds_of(world, auto) - seconds_of(same, None)) / UNEVEN[1]
 
     assert lost(512) < BUDGET + LOSS * 512 + 4  # a round's own noise, and that of plain steps
-    monkeypatch.setattr("runner.auto.BUDGET", 1e9)
+    monkeypatch.setattr("runner.draft.auto.BUDGET", 1e9)
     assert lost(512) > 200
 
 
@@ -231,7 +231,7 @@ def test_a_long_prompt_is_not_read_for_a_short_answer() -> None:
 
 
 def test_a_drafter_that_is_known_is_not_tried_again() -> None:
-    def lost(known: Known | None) -> float:
+    def lost(known: DraftStats | None) -> float:
         draft = reading(DRAFT, UNEVEN, 0.3)
         auto = AutoDrafter(None, StepCost(dict(UNEVEN)), reading(DRAFT, UNEVEN, 0.3), known)
         worlds = [World(0.02, 0, StepCost(UNEVEN), draft, tokens=64) for _ in range(2)]
@@ -239,7 +239,7 @@ def test_a_drafter_that_is_known_is_not_tried_again() -> None:
         knowns.append(auto.known)
         return found
 
-    knowns: list[Known] = []
+    knowns: list[DraftStats] = []
     assert lost(None) > 4
     assert abs(lost(knowns[0])) < 2  # noise
 
@@ -276,7 +276,7 @@ def test_chances_learn_what_claims_are_worth(claimed: float, true: float, seed: 
     chances, rng = Chances(), np.random.default_rng(seed)
     assert chances.of(claimed) == pytest.approx(claimed)
     for accepted in rng.random(400) < true:
-        chances.saw(claimed, bool(accepted))
+        chances.observe(claimed, bool(accepted))
     assert chances.of(claimed) == pytest.approx(true, abs=0.3)
 
 
@@ -284,7 +284,7 @@ def test_no_number_of_tokens_costs_less_than_the_largest_measured() -> None:
     """Where a single token has become dearer than a batch, the line through both falls below nothing."""
     cost = StepCost({1: 0.006, 64: 0.0065})
     for _ in range(30):
-        cost.saw(1, 0.012)
+        cost.observe(1, 0.012)
     assert cost.of(1) > cost.of(64)
     assert cost.of(2000) >= cost.of(64) > 0
 
@@ -293,10 +293,10 @@ def test_costs_follow_what_is_seen_and_not_a_hiccup() -> None:
     cost = StepCost({1: 0.1, 4: 0.2})
     assert cost.of(2) == pytest.approx(0.1 + 0.1 / 3)
     assert cost.of(7) == pytest.approx(0.3)
-    cost.saw(1, 5.0)
+    cost.observe(1, 5.0)
     assert cost.of(1) < 0.12
     for _ in range(60):
-        cost.saw(1, 0.3)
+        cost.observe(1, 0.3)
     assert cost.of(1) == pytest.approx(0.3, rel=0.05)
     assert cost.of(4) > 0.25  # a longer context makes every size dearer
 

@@ -16,19 +16,19 @@ import pytest
 from click.testing import CliRunner, Result
 
 from corpus.prompts import Prompt
-from gguf_trim.cut import step_bytes
-from gguf_trim.layout import head_tensor
+from gguf_trim.format.weights import step_bytes
+from gguf_trim.pairs.shapes import SHAPES, Shape
 from llamabase.errors import EngineError
-from llamabase.gguf_file import GGUFFile
-from runner import engine
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import head_tensor
 from runner.bench import __main__ as bench
 from runner.bench import figures, peers, runs, steps
 from runner.bench.demo import verdict
 from runner.bench.figures import ALL
 from runner.bench.machine import bandwidth, machine
 from runner.bench.modes import KINDS, Files, names_of
-from runner.bench.shapes import SHAPES, Shape
-from runner.lookup import LookupDrafter
+from runner.draft.lookup import LookupDrafter
+from runner.loop import engine
 
 from .terminal import Terminal
 

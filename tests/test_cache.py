@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamabase.llama import F32, Cache, Context, Model
-from llamabase.sampling import GREEDY
-from runner.engine import Engine
-from runner.reading import AHEAD
+from llamabase.llama.context import F32, Cache, Context
+from llamabase.llama.model import Model
+from llamabase.sampling.settings import GREEDY
+from runner.draft.reading import AHEAD
+from runner.loop.engine import Engine
 
 
 def tokens_and_drafts(engine: Engine, draft_max: int) -> tuple[list[int], list[int]]:

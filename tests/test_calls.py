@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamabase.errors import FileFormatError
-from llamabase.template import ChatTemplate
-from runner.calls import BARE, FORMS, HERMES, Call, CallReader, Form, Tools, form_of, guide_of, lark_of
+from llamabase.llama.template import ChatTemplate
+from runner.tools.calls import BARE, FORMS, HERMES, Call, CallReader, Form, Tools, form_of, guide_of, lark_of
 
 EACH = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function %}"
 END = "{% endfor %}<end>\n{% endfor %}"

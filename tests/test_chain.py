@@ -11,13 +11,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamabase import samplers as samplers_module
 from llamabase.errors import EngineError
-from llamabase.grammar import Grammar
-from llamabase.llama import Model
-from llamabase.noise import Noise
-from llamabase.samplers import Chain, likeliest
-from llamabase.sampling import DEFAULT, LETTERS, Distribution, Sampling
+from llamabase.llama.model import Model
+from llamabase.sampling import chain as samplers_module
+from llamabase.sampling.chain import Chain, likeliest
+from llamabase.sampling.grammar import Grammar
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import DEFAULT, LETTERS, Distribution, Sampling
 
 from .chains import llama_cpp_chain
 

@@ -9,11 +9,11 @@ import jsonschema
 import numpy as np
 import pytest
 
-from llamabase.guidance import schema_guide
-from llamabase.sampling import Sampling
-from runner.drafter import NoDrafter
-from runner.engine import Engine
+from llamabase.sampling.guidance import schema_guide
+from llamabase.sampling.settings import Sampling
+from runner.draft.drafters import NoDrafter
 from runner.exact import plain_tokens
+from runner.loop.engine import Engine
 
 from .chains import llama_cpp_chain
 

@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from gguf import GGUFWriter
 
 from llamabase.errors import TrimError
-from llamabase.sampling import Sampling
-from runner.chat import HELP, Chat, main
-from runner.conversation import load, save
-from runner.engine import Engine, Record
+from llamabase.sampling.settings import Sampling
+from runner.chat.__main__ import HELP, Chat, main
+from runner.chat.conversation import load, save
+from runner.loop.engine import Engine, Record
 
 from .toy import write_model
 
@@ -37,7 +37,7 @@ FIELDS = {
 SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import runner.chat as c, llamabase.llama as l
+import runner.chat.__main__ as c, llamabase.llama.library as l
 decode = l.Context.decode
 def slow(*a, **k):
     time.sleep(0.02)

@@ -16,8 +16,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from llamabase.llama import F32
-from runner.engine import Engine
+from llamabase.llama.context import F32
+from runner.loop.engine import Engine
 
 from .test_serve import ROOT, SAY, serving
 from .toy import CHAT_TEMPLATE, write_model

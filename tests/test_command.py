@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from llamabase.command import Commands, OneCommand
+from llamabase.cli.command import Commands, OneCommand
+from llamabase.cli.progress import progress
 from llamabase.errors import EngineError, FetchError, FileFormatError, TrimError, VocabularyMismatch
-from llamabase.progress import progress
 
 
 def command(raised: BaseException, kind: str) -> tuple[click.Command, list[str]]:
@@ -57,7 +57,7 @@ def test_faults_of_the_program_are_not_hidden() -> None:
 @pytest.mark.parametrize("columns", [40, 60])
 def test_a_bar_is_one_line_and_names_its_units(columns: int, monkeypatch) -> None:
     out = Console(file=io.StringIO(), width=columns)
-    monkeypatch.setattr("llamabase.progress.stderr", out)
+    monkeypatch.setattr("llamabase.cli.progress.stderr", out)
     with progress("joining qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", 1.1e9, "B") as advance:
         advance(1.1e9)
     line = out.file.getvalue()

@@ -19,10 +19,10 @@ from corpus.prompts import load_prompts
 from corpus.sources import Reader
 from llamabase.errors import FileFormatError
 from llamabase.files import read_text
-from llamabase.gguf_file import GGUFFile
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
-from runner.chat import _given
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.template import ChatTemplate
+from runner.chat.__main__ import _given
 
 from .toy import CHAT_TEMPLATE, write_model
 

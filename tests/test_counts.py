@@ -19,9 +19,9 @@ from corpus.count import count
 from corpus.counts import Counts
 from corpus.ready import ready_counts
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.model import Model
 
 from .encode import vocabulary
 from .toy import write_model

@@ -15,12 +15,13 @@ from gguf import GGMLQuantizationType as Quant
 
 from corpus.counts import Counts
 from gguf_trim.__main__ import main
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path, plan, step_bytes, write
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.weights import step_bytes
 from gguf_trim.keep import MULTIPLE, keep_listed
-from gguf_trim.verify import verify
-from llamabase.gguf_file import GGUFFile
-from llamabase.vocabulary import Vocabulary
+from gguf_trim.prove import prove
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
 
 from .conftest import keep_first
 from .toy import ARCHITECTURES, HEAD_TYPES, N_EMBD, write_model
@@ -79,7 +80,7 @@ def check_structure(source: Path, trimmed: Path, ids: list[int], head_names: set
 def test_a_cut_is_exact(tmp_path: Path, architecture: str, head_type: Quant) -> None:
     """Byte for byte and, at a k of whole repacking groups, logit for logit."""
     source, out = write_model(tmp_path / "m.gguf", architecture, head_type), tmp_path / "out" / "t.gguf"
-    cut = plan(source, keep_exactly(352))
+    cut = lay_out(source, keep_exactly(352))
     write(cut, out)
     names = {"token_embd.weight"} if cut.tied else {"token_embd.weight", "output.weight"}
     assert cut.tied == (architecture in ("llama-tied", "gemma3"))
@@ -87,7 +88,7 @@ def test_a_cut_is_exact(tmp_path: Path, architecture: str, head_type: Quant) -> 
     assert len(ids) == 352
     check_structure(source, out, ids, names)
     assert out.stat().st_size == cut.trimmed.n_bytes and companion_path(out).stat().st_size == cut.companion.n_bytes
-    result = verify(out, source)
+    result = prove(out, source)
     assert result.ok and result.max_logit_difference == 0, result.differences
     assert result.positions > 100 and result.logit_range is not None and result.logit_range > 1
     scale = GGUFFile(out).get("gguf_trim.embedding_scale")
@@ -101,8 +102,8 @@ def test_any_k_gives_the_same_logits(tmp_path: Path, k: int, head_type: Quant) -
     if k % MULTIPLE and head_type == Quant.F16 and platform.machine() in ("aarch64", "arm64"):
         pytest.skip("half-precision arithmetic sums the last group by another kernel, in fewer bits")
     source, out = write_model(tmp_path / "m.gguf", "llama", head_type), tmp_path / "t.gguf"
-    write(plan(source, keep_exactly(k)), out)
-    result = verify(out, source)
+    write(lay_out(source, keep_exactly(k)), out)
+    result = prove(out, source)
     assert result.ok and result.kept == k, result.differences
     assert result.max_logit_difference is not None and result.logit_range is not None
     assert result.max_logit_difference <= (1e-5 * result.logit_range if k % 32 else 0)
@@ -110,7 +111,7 @@ def test_any_k_gives_the_same_logits(tmp_path: Path, k: int, head_type: Quant) -
 
 def test_keeping_every_row_changes_no_tensor_byte(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "m.gguf", "qwen2", Quant.Q8_0), tmp_path / "t.gguf"
-    write(plan(source, keep_first(600)), out)
+    write(lay_out(source, keep_first(600)), out)
     before, after = GGUFFile(source), GGUFFile(out)
     assert {n: after.read(t) for n, t in after.tensors.items()} == {
         n: before.read(t) for n, t in before.tensors.items()
@@ -120,7 +121,7 @@ def test_keeping_every_row_changes_no_tensor_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_the_reader_of_the_gguf_package_reads_both_outputs(tmp_path: Path, architecture: str) -> None:
     source, out = write_model(tmp_path / "m.gguf", architecture, Quant.Q6_K), tmp_path / "t.gguf"
-    write(plan(source, keep_first(320)), out)
+    write(lay_out(source, keep_first(320)), out)
     for path in (out, companion_path(out)):
         ours, theirs = GGUFFile(path), gguf.GGUFReader(path)
         assert {t.name: t.data.tobytes() for t in theirs.tensors} == {n: ours.read(t) for n, t in ours.tensors.items()}
@@ -132,28 +133,28 @@ def test_the_reader_of_the_gguf_package_reads_both_outputs(tmp_path: Path, archi
 def test_a_bias_of_the_head_is_cut_with_it(tmp_path: Path) -> None:
     """Of the toys, llama.cpp knows output.bias in qwen2 only."""
     source, out = write_model(tmp_path / "m.gguf", "qwen2", head_bias=True), tmp_path / "t.gguf"
-    cut = plan(source, keep_exactly(352))
+    cut = lay_out(source, keep_exactly(352))
     write(cut, out)
     check_structure(source, out, cut.keep.ids.tolist(), {"token_embd.weight", "output.weight", "output.bias"})
-    result = verify(out, source)
+    result = prove(out, source)
     assert result.ok and result.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("alignment", [64, 4096])
 def test_another_alignment_is_kept(tmp_path: Path, alignment: int) -> None:
     source, out = write_model(tmp_path / "m.gguf", "llama", Quant.Q6_K, alignment=alignment), tmp_path / "t.gguf"
-    write(plan(source, keep_exactly(352)), out)
+    write(lay_out(source, keep_exactly(352)), out)
     for path in (out, companion_path(out)):
         file = GGUFFile(path)
         assert file.alignment == alignment
         assert not any(tensor.offset % alignment for tensor in file.tensors.values())
-    assert verify(out, source).max_logit_difference == 0
+    assert prove(out, source).max_logit_difference == 0
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     source = write_model(tmp_path / "m.gguf")
     for name in ("a", "b"):
-        write(plan(source, keep_first(320)), tmp_path / name / "t.gguf")
+        write(lay_out(source, keep_first(320)), tmp_path / name / "t.gguf")
     for name in ("t.gguf", "t.vocab.gguf"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -161,7 +162,7 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_embedding_table_gives_what_llama_cpp_reads(tmp_path: Path) -> None:
     """Rows of the companion, dequantised and scaled; an id beyond the table reads as its last row."""
     source, out = write_model(tmp_path / "m.gguf", "gemma3", Quant.F32), tmp_path / "t.gguf"
-    write(plan(source, keep_first(320)), out)
+    write(lay_out(source, keep_first(320)), out)
     table = np.frombuffer(GGUFFile(source).read(GGUFFile(source).tensors["token_embd.weight"]), np.float32)
     table = table.reshape(600, N_EMBD)
     ids = [0, 599, 7, 7, 650]
@@ -174,7 +175,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     result = run("trim", source, "-o", out, "-k", 320, "--dry-run")
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    cut = plan(source, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(n_rows)), 320))
+    cut = lay_out(source, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(n_rows)), 320))
     said = " ".join(result.stdout.split())
     assert "rows kept 320 of 600, " in said and "% of what was counted" in said
     assert "forced tokens 261" in said
@@ -187,7 +188,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 def test_the_step_bytes_of_a_plan_are_those_of_the_file(tmp_path: Path) -> None:
     for architecture in ("llama", "llama-tied"):
         source = write_model(tmp_path / f"{architecture}.gguf", architecture, Quant.Q8_0)
-        cut = plan(source, keep_first(320))
+        cut = lay_out(source, keep_first(320))
         write(cut, tmp_path / "t.gguf")
         assert cut.step_bytes == step_bytes(GGUFFile(tmp_path / "t.gguf")) < step_bytes(GGUFFile(source))
 
@@ -206,7 +207,7 @@ def test_trim_warns_where_k_leaves_forced_tokens_out(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "m.gguf"), tmp_path / "t.gguf"
     result = run("trim", source, "-o", out, "-k", 32)
     assert result.exit_code == 0 and "leaves out 229" in result.stderr and "k = 261 holds them all" in result.stderr
-    assert verify(out, source).ok
+    assert prove(out, source).ok
 
 
 def test_trim_by_counts_and_by_a_keep_list(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_trim_by_counts_and_by_a_keep_list(tmp_path: Path) -> None:
         assert len(filled) == 272 and filled > first | more
         left = [i for i in range(600) if i not in first | more]
         assert words is by_list or filled - first - more == set(left[: 272 - len(first | more)])
-        assert verify(out, source).max_logit_difference == 0.0
+        assert prove(out, source).max_logit_difference == 0.0
     both = run("trim", source, "-o", out, "--keep", tmp_path / "keep.txt", "--counts", tmp_path / "c.npz")
     assert both.exit_code == 2 and "not both" in both.stderr
 
@@ -252,7 +253,7 @@ def test_if_needed_writes_only_what_is_not_there(tmp_path: Path) -> None:
     assert trim(328), "no companion"
     out.write_bytes(out.read_bytes()[:-64])
     assert trim(328) and not trim(328), "truncated"
-    assert verify(out, source).ok
+    assert prove(out, source).ok
 
 
 def test_paths_with_brackets_are_no_markup(tmp_path: Path) -> None:
@@ -267,5 +268,5 @@ def test_paths_with_brackets_are_no_markup(tmp_path: Path) -> None:
 def test_the_source_is_only_read(tmp_path: Path) -> None:
     source = write_model(tmp_path / "m.gguf")
     before = hashlib.sha256(source.read_bytes()).digest(), source.stat().st_mtime_ns
-    write(plan(source, keep_first(320)), tmp_path / "t.gguf")
+    write(lay_out(source, keep_first(320)), tmp_path / "t.gguf")
     assert (hashlib.sha256(source.read_bytes()).digest(), source.stat().st_mtime_ns) == before

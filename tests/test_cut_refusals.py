@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from gguf import GGUFValueType as Kind
 
 from gguf_trim.__main__ import main
-from gguf_trim.cut import companion_path, plan, write
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import companion_path
 from llamabase.errors import TrimError
 from llamabase.files import sha256_of
 
@@ -88,7 +89,7 @@ def test_a_source_that_cannot_be_cut(folder: Path, name: str) -> None:
 
 def test_one_part_of_one_is_no_split(folder: Path) -> None:
     source = small_file(folder / "m.gguf", EMBEDDING, split_count=1)
-    assert plan(source, keep_first(2)).keep.k == 2
+    assert lay_out(source, keep_first(2)).keep.k == 2
 
 
 def test_no_tokenizer(folder: Path) -> None:
@@ -105,7 +106,7 @@ def test_no_gguf_and_no_file(folder: Path) -> None:
 
 
 def test_a_trimmed_file_and_a_companion(folder: Path) -> None:
-    write(plan(write_model(folder / "m.gguf"), keep_first(320)), folder / "t.gguf")
+    write(lay_out(write_model(folder / "m.gguf"), keep_first(320)), folder / "t.gguf")
     assert "it is already trimmed; trim the original" in refused(folder / "t.gguf", folder / "u.gguf")
     assert "it is the companion of a trimmed drafter" in refused(folder / "t.vocab.gguf", folder / "u.gguf")
 
@@ -153,7 +154,7 @@ def test_refusals_do_not_depend_on_the_mode(folder: Path, more: list[str]) -> No
 def test_a_source_that_changes_under_the_cut(folder: Path) -> None:
     """Truncated or removed between plan and write: an error, and nothing is left."""
     source = write_model(folder / "m.gguf")
-    cut = plan(source, keep_first(320))
+    cut = lay_out(source, keep_first(320))
     os.truncate(source, source.stat().st_size // 2)
     with pytest.raises(TrimError, match="ended early; the file changed"):
         write(cut, folder / "t.gguf")

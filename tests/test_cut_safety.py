@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValueType as Kind
 
-from gguf_trim.cut import companion_path, plan, write
-from gguf_trim.verify import verify
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import companion_path
+from gguf_trim.prove import prove
 from llamabase.errors import TrimError
 from llamabase.files import sha256_of
 
@@ -45,7 +46,7 @@ def python(code: str, *args: object, timeout: float = 60) -> subprocess.Complete
 def test_a_write_that_fails_anywhere_leaves_nothing(tmp_path: Path) -> None:
     """At every size the greater output could be stopped at: in the head, in rows, in copied tensors, at the end."""
     source, folder = write_model(tmp_path / "m.gguf"), tmp_path / "out"
-    before, cut = sha256_of(source), plan(source, keep_first(400))
+    before, cut = sha256_of(source), lay_out(source, keep_first(400))
     full = max(cut.trimmed.n_bytes, cut.companion.n_bytes)
     for limit in (0, 100, 30_000, full // 2, full - 5000, full - 8, full - 1):
         with file_size_limit(limit), pytest.raises(TrimError, match="cannot be written: File too large") as caught:
@@ -66,7 +67,7 @@ def test_neither_output_takes_its_name_before_both_are_whole(tmp_path: Path, tai
     ]
     source = tmp_path / "m.gguf"
     source.write_bytes(gguf(fields, [Table("norm", (9000,)), Table("token_embd.weight", (32, 4))]))
-    cut = plan(source, keep_first(2))
+    cut = lay_out(source, keep_first(2))
     assert cut.companion.n_bytes < cut.trimmed.n_bytes - tail
     with file_size_limit(cut.trimmed.n_bytes - 1 - tail), pytest.raises(TrimError, match="File too large"):
         write(cut, tmp_path / "t.gguf")
@@ -90,7 +91,7 @@ main(sys.argv[1:])
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, small_disk: Path) -> None:
-    cut = plan(write_model(tmp_path / "m.gguf"), keep_first(400))
+    cut = lay_out(write_model(tmp_path / "m.gguf"), keep_first(400))
     (small_disk / "other").write_bytes(bytes(3 << 20))
     told: list[int] = []
     with pytest.raises(TrimError, match=r"t\.gguf: needs 4 MB and the disk has 1 MB free"):
@@ -100,7 +101,7 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, small_di
 
 def test_a_disk_that_fills_up_under_the_cut(tmp_path: Path, small_disk: Path) -> None:
     """Another program takes the room between the check and the end."""
-    cut = plan(write_model(tmp_path / "m.gguf"), keep_first(400))
+    cut = lay_out(write_model(tmp_path / "m.gguf"), keep_first(400))
 
     def fill(_: int) -> None:
         with contextlib.suppress(OSError), open(small_disk / "other", "ab", buffering=0) as file:
@@ -115,7 +116,7 @@ def test_a_disk_that_fills_up_under_the_cut(tmp_path: Path, small_disk: Path) ->
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_an_interrupt_at_any_step_leaves_nothing(tmp_path: Path, stop: type[BaseException]) -> None:
     source, folder = write_model(tmp_path / "m.gguf"), tmp_path / "out"
-    cut = plan(source, keep_first(400))
+    cut = lay_out(source, keep_first(400))
     steps: list[int] = []
     write(cut, folder / "whole.gguf", steps.append)
     assert len(steps) > 20
@@ -133,24 +134,24 @@ def test_an_interrupt_at_any_step_leaves_nothing(tmp_path: Path, stop: type[Base
 
 def test_a_failed_cut_leaves_the_old_one(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "m.gguf"), tmp_path / "t.gguf"
-    write(plan(source, keep_first(320)), out)
+    write(lay_out(source, keep_first(320)), out)
     before = sha256_of(out), sha256_of(companion_path(out))
     with file_size_limit(1_000_000), pytest.raises(TrimError):
-        write(plan(source, keep_first(400)), out)
+        write(lay_out(source, keep_first(400)), out)
     assert (sha256_of(out), sha256_of(companion_path(out))) == before
-    write(plan(source, keep_first(400)), out)
-    assert verify(out, source).kept == 405
+    write(lay_out(source, keep_first(400)), out)
+    assert prove(out, source).kept == 405
 
 
 SLOW = """
 import sys, time
 from pathlib import Path
-from gguf_trim.cut import plan, write
+from gguf_trim.cut import lay_out, write
 from gguf_trim.keep import keep_listed
 def advance(n):
     print(n, flush=True)
     time.sleep(0.2)
-write(plan(sys.argv[1], lambda v, n: keep_listed(v, n, list(range(320)))), Path(sys.argv[2]), advance)
+write(lay_out(sys.argv[1], lambda v, n: keep_listed(v, n, list(range(320)))), Path(sys.argv[2]), advance)
 """
 
 
@@ -164,16 +165,16 @@ def test_a_killed_cut_leaves_no_output_and_the_next_run_sweeps(tmp_path: Path) -
             assert running.stdout.readline()
         left = sorted(path.name for path in folder.iterdir())
         assert left == [f".t.gguf.{running.pid}.part", f".t.vocab.gguf.{running.pid}.part"]
-        write(plan(source, keep_first(320)), out)  # beside a run that is alive
+        write(lay_out(source, keep_first(320)), out)  # beside a run that is alive
         assert sorted(path.name for path in folder.iterdir()) == sorted([*left, "t.gguf", "t.vocab.gguf"])
         out.unlink(), companion_path(out).unlink()
         running.kill()
     assert sorted(path.name for path in folder.iterdir()) == left
     stranger = folder / f".other.gguf.{running.pid}.part"
     stranger.touch()
-    write(plan(source, keep_first(320)), out)
+    write(lay_out(source, keep_first(320)), out)
     assert sorted(path.name for path in folder.iterdir()) == [stranger.name, "t.gguf", "t.vocab.gguf"]
-    assert verify(out, source).ok
+    assert prove(out, source).ok
 
 
 @pytest.fixture(scope="module")

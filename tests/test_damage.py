@@ -15,19 +15,18 @@ from corpus.answers import read_answers
 from corpus.counts import Counts
 from corpus.prompts import load_prompts
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path
-from gguf_trim.dynamic.rows import top
-from gguf_trim.dynamic.speculator import DOWN, UP, Speculator
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.selection import top
+from gguf_trim.format.speculator import DOWN, UP, Speculator
 from gguf_trim.pairs.catalog import load_catalog
 from llamabase.errors import FileFormatError, TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
-from llamabase.remembered import recall, remember
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.model import Model
+from llamabase.store import recall, remember
 from runner import Record, SpeculativeLM
 from runner.bench.__main__ import main as bench
-from runner.measured import _valid, recall_known
+from runner.draft.measured import _valid, recall_known
 
 from .conftest import copy_trimmed
 from .encode import Kind, Table, field, gguf

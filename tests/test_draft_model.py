@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from gguf_trim.cut import plan, write
+from gguf_trim.cut import lay_out, write
 from gguf_trim.keep import choose_rows
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from runner import TrimmedDraft
@@ -170,7 +170,7 @@ def test_llama_needs_logits_all_beyond_a_batch(toys) -> None:
 def test_a_real_model(smollm2, tmp_path) -> None:
     """SmolLM2 speculating with its own trim; quantised, so texts may part at near-ties, but drafts must hold."""
     trimmed = tmp_path / "trimmed.gguf"
-    write(plan(smollm2, lambda vocabulary, rows: choose_rows(vocabulary, rows, k=8192)), trimmed)
+    write(lay_out(smollm2, lambda vocabulary, rows: choose_rows(vocabulary, rows, k=8192)), trimmed)
     draft = Watched(trimmed, target=smollm2, n_threads=1)
     text = say(llama(smollm2, draft), "The three primary colours are", 40)
     drafted, accepted = draft.figures(text)

@@ -16,22 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path, plan, write
-from gguf_trim.dynamic import rows as dynamic
-from gguf_trim.dynamic import speculator
-from gguf_trim.dynamic.rows import DynamicHead, Recent, top
-from gguf_trim.dynamic.speculator import Speculator, attach, blocks, fit
-from gguf_trim.layout import head_tensor
+from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.closed_form import attach, blocks, fit
+from gguf_trim.format import speculator
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.selection import Recent, top
+from gguf_trim.format.speculator import Speculator
 from llamabase.errors import EngineError, FileFormatError, TrimError
-from llamabase.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model
-from llamabase.noise import Noise
-from llamabase.samplers import Chain
-from llamabase.sampling import Distribution, Sampling
-from llamabase.vocabulary import Vocabulary
-from runner.drafter import ModelDrafter, Proposal, open_drafter
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import Context
+from llamabase.llama.ggml import Backend, Product, Table, aligned, dequantizer, quantize_rows
+from llamabase.llama.model import Model
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Distribution, Sampling
+from runner.draft import rows as dynamic
+from runner.draft.drafters import ModelDrafter, Proposal
+from runner.draft.opening import open_drafter
+from runner.draft.rows import DynamicHead
 
 from .conftest import TEXTS, copy_trimmed, keep_first, with_speculator
 from .toy import ARCHITECTURES, HEAD_TYPES, write_model
@@ -114,7 +118,7 @@ def test_added_rows_have_the_full_heads_logits(
 ) -> None:
     source = write_model(tmp_path / "source.gguf", architecture, head_type, n_tokens=600)
     cut = tmp_path / "cut.gguf"
-    write(plan(source, keep_first(40)), cut)
+    write(lay_out(source, keep_first(40)), cut)
     trimmed = Trimmed.open(with_speculator(cut))
     text = TEXTS[0]
     with Model(source) as model, Context(model, 128) as context:
@@ -162,7 +166,7 @@ def test_closed_form_is_exact_at_full_rank_and_best_below(toys: dict[str, Path])
 def test_training_lowers_the_cross_entropy(toys: dict[str, Path]) -> None:
     """On the states it is trained on, from the closed form down; PyTorch is an extra."""
     pytest.importorskip("torch")
-    from gguf_trim.dynamic.train import distil
+    from gguf_trim.fit.train import distil
 
     file = GGUFFile(toys["target"])
     w = head_of(file)

@@ -23,10 +23,10 @@ from click.testing import CliRunner
 
 from corpus.counts import Counts
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.companion import Trimmed
-from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.speculator import Speculator
 from llamabase.files import sha256_of
-from llamabase.ggml import release_threads
+from llamabase.llama.ggml import release_threads
 
 from .conftest import copy_trimmed
 from .test_outputs import WRITERS, Writer, inputs, made, small_work

@@ -10,8 +10,9 @@ from corpus.answers import read_answers
 from corpus.generate import answers, generate
 from corpus.prompts import Prompt
 from llamabase.errors import FileFormatError
-from llamabase.llama import Context, Model
-from llamabase.sampling import Sampling
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.sampling.settings import Sampling
 
 GREEDY = Sampling(temp=0)
 HOT = Sampling(temp=1.5, top_k=0, top_p=1, min_p=0)

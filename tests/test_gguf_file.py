@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from gguf_trim.describe import describe
 from llamabase.errors import FileFormatError, TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
 
 from .encode import PACK, Table, field, gguf
 from .toy import ARCHITECTURES, write_model

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamabase import grammar as grammar_module
 from llamabase.errors import EngineError, SettingError
-from llamabase.grammar import Grammar
-from llamabase.llama import Model
-from llamabase.samplers import Chain
-from llamabase.sampling import Sampling
-from llamabase.worker import MEMORY, SECONDS, Worker, WorkerEnded
+from llamabase.llama.model import Model
+from llamabase.sampling import grammar as grammar_module
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.grammar import Grammar
+from llamabase.sampling.settings import Sampling
+from llamabase.sampling.worker import MEMORY, SECONDS, Worker, WorkerEnded
 
 
 @pytest.fixture(scope="module")

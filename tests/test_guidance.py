@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from llamabase.errors import FileFormatError, SettingError
-from llamabase.guidance import Guide, lark_guide, schema_guide
-from llamabase.llama import Model
-from llamabase.noise import Noise
-from llamabase.samplers import Chain
-from llamabase.sampling import Sampling
+from llamabase.llama.model import Model
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.guidance import Guide, lark_guide, schema_guide
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_no_answer_breaks_its_schema(model: Model, n: int, answers: int) -> None
 
 def test_a_schema_that_takes_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the time that it may take; the next one is read."""
-    monkeypatch.setattr("llamabase.worker.SECONDS", 0.2)
+    monkeypatch.setattr("llamabase.sampling.worker.SECONDS", 0.2)
     with pytest.raises(FileFormatError, match="takes over 2 s or 500 MB to compile"):
         schema_guide(json.dumps({"properties": {f"p{i}": {"type": "integer"} for i in range(3000)}}))
     monkeypatch.undo()

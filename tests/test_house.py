@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ("llamabase", "corpus", "gguf_trim", "runner")  # from the ground up
 ROOMS = ("gguf_trim", "gguf_trim.dynamic", "gguf_trim.planning", "gguf_trim.pairs")  # the cut, and what builds on it
-COMMANDS = ("gguf_trim.__main__", "gguf_trim.plan_command", "gguf_trim.describe")  # of all rooms
+COMMANDS = ("gguf_trim.__main__", "gguf_trim.plan.command", "gguf_trim.describe")  # of all rooms
 
 
 def _modules() -> dict[str, Path]:

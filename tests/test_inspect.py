@@ -12,9 +12,10 @@ from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFValueType as Kind
 
 from gguf_trim.__main__ import main
-from gguf_trim.cut import companion_path, plan, write
-from llamabase.gguf_file import GGUFFile
-from llamabase.vocabulary import Vocabulary
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import companion_path
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
 
 from .conftest import keep_first
 from .encode import Table, field, gguf
@@ -76,7 +77,7 @@ def test_a_model(tmp_path: Path, architecture: str) -> None:
 def test_a_trimmed_drafter_and_its_companion(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "m.gguf", head_type=Quant.Q8_0), tmp_path / "t.gguf"
     fingerprint = Vocabulary(GGUFFile(source)).fingerprint
-    write(plan(source, keep_first(400)), out)
+    write(lay_out(source, keep_first(400)), out)
     said, full = facts(out), facts(source)
     assert (said["kind"], said["k"], said["vocabulary"], said["forced"]) == ("trimmed", 405, 600, 261)
     assert (said["head"]["rows"], said["head_bytes"]) == (405, 405 * ROW)
@@ -110,7 +111,7 @@ def test_a_model_without_a_head_says_why_it_cannot_be_trimmed(tmp_path: Path) ->
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bare.gguf").write_bytes(gguf())
     source, out = write_model(tmp_path / "m.gguf"), tmp_path / "t.gguf"
-    write(plan(source, keep_first(320)), out)
+    write(lay_out(source, keep_first(320)), out)
     companion_path(out).unlink()
     for path in (tmp_path / "missing.gguf", tmp_path, tmp_path / "bare.gguf", out):
         for more in ([], ["--json"]):

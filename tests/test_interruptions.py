@@ -10,18 +10,19 @@ import pytest
 from click.testing import CliRunner
 
 from corpus.__main__ import main as corpus
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import plan, source_identity, write
-from gguf_trim.dynamic.speculator import Speculator, attach
+from gguf_trim.cut import lay_out, source_identity, write
+from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.speculator import Speculator
 from gguf_trim.pairs import prepare as preparing
 from gguf_trim.pairs.prepare import prepare
 from llamabase.errors import TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.interrupt import interruptible
-from llamabase.llama import Model
-from llamabase.sampling import Sampling
-from runner.chat import main as chat
-from runner.engine import Engine
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.interrupt import interruptible
+from llamabase.llama.model import Model
+from llamabase.sampling.settings import Sampling
+from runner.chat.__main__ import main as chat
+from runner.loop.engine import Engine
 
 from .conftest import keep_first
 from .toy import write_model
@@ -124,7 +125,7 @@ def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> N
 def test_a_speculator_that_does_not_fit_is_made_again(toys, tmp_path, monkeypatch, capsys) -> None:
     """In prepare's own folder; `test_dynamic` shows that everybody else refuses it."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
+    monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
     done = prepare(target=toys["target"], drafter=toys["wrong"], choose=keep_first(400))
     made = Speculator.of(trimmed := Trimmed.open(done.trimmed))
     attach(trimmed, Speculator(made.down, made.up[:-1], 1))
@@ -148,12 +149,12 @@ def test_checkpoints_of_one_model_are_told_apart(tmp_path) -> None:
 def test_a_trim_replaces_only_what_a_trim_has_made(toys, tmp_path) -> None:
     precious = tmp_path / "precious.gguf"
     precious.write_bytes(toys["wrong"].read_bytes())
-    cut = plan(toys["target"], keep_first(300))
+    cut = lay_out(toys["target"], keep_first(300))
     with pytest.raises(TrimError, match="was not made by this program"):
         write(cut, precious)
     assert precious.read_bytes() == toys["wrong"].read_bytes()
     write(cut, tmp_path / "mine.gguf")
-    write(plan(toys["target"], keep_first(320)), tmp_path / "mine.gguf")
+    write(lay_out(toys["target"], keep_first(320)), tmp_path / "mine.gguf")
     assert GGUFFile(tmp_path / "mine.gguf").get("gguf_trim.k") > cut.keep.k
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from corpus.counts import Counts
 from gguf_trim.keep import choose_rows, keep_counted, keep_listed, read_keep_list
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
-from llamabase.gguf_file import GGUFFile
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
 
 from .encode import vocabulary
 from .toy import write_model

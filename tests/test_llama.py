@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gguf_trim.companion import EmbeddingTable
+from gguf_trim.format.companion import EmbeddingTable
 from llamabase.errors import EngineError, TrimError
-from llamabase.ggml import dequantizer
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model, physical_cores
-from llamabase.quantize import quantize
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.context import Context
+from llamabase.llama.ggml import dequantizer
+from llamabase.llama.library import physical_cores
+from llamabase.llama.model import Model
+from llamabase.llama.quantize import quantize
 from runner.bench.machine import resident
-from runner.engine import Engine
+from runner.loop.engine import Engine
 
 from .toy import ARCHITECTURES, HEAD_TYPES, write_model
 

@@ -16,16 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import runner.engine
 import runner.lm
-from gguf_trim.cut import companion_path
+import runner.loop.engine
+from gguf_trim.format.companion import companion_path
 from gguf_trim.pairs.prepare import Prepared
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
-from llamabase.sampling import Sampling
+from llamabase.sampling.settings import Sampling
 from runner import Cache, Record, SpeculativeLM
-from runner.drafter import open_drafter
-from runner.engine import Engine
-from runner.stops import Hold
+from runner.draft.opening import open_drafter
+from runner.loop.engine import Engine
+from runner.loop.stops import StopFilter
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
 
@@ -125,7 +125,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
     ends = [(end, end - len(s)) for s in stops for end in range(len(text) + 1) if text[:end].endswith(s)]
-    hold = Hold(stops)
+    hold = StopFilter(stops)
 
     def spoken() -> Iterator[tuple[str, bool]]:
         for n, piece in enumerate(pieces, 1):
@@ -194,7 +194,7 @@ def test_the_drafters_own_threads(toys, monkeypatch) -> None:
         opened.append((n_ctx, n_threads, n_gpu_layers))
         return open_drafter(path, vocabulary, n_ctx, n_threads, n_gpu_layers, *others, **more)
 
-    monkeypatch.setattr(runner.engine, "open_drafter", noted)
+    monkeypatch.setattr(runner.loop.engine, "open_drafter", noted)
     pair = toys["target"], toys["good-trimmed"]
     SpeculativeLM(*pair, n_ctx=0, n_threads=2, n_threads_draft=1, n_gpu_layers=3, n_gpu_layers_draft=0).close()
     SpeculativeLM(*pair, n_ctx=64, n_threads=2, n_gpu_layers=0).close()

@@ -17,7 +17,7 @@ import llama_cpp
 import pytest
 
 from llamabase.errors import EngineError
-from llamabase.llama import Context
+from llamabase.llama.context import Context
 from runner import Record, SpeculativeLM
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
@@ -170,12 +170,12 @@ def test_a_stream_that_is_left_says_how_far_it_was_read(lm) -> None:
                 read = "".join(next(stream) for _ in range(n))
             assert (record.text, record.finish_reason) == (read, "cancelled") and record.tokens < most
             assert record.token_ids == whole.token_ids[: record.tokens]
-    lm._engine.spoken = lambda *_, **__: (piece for piece in [("helloSTOP", False)])
+    lm._engine.token_texts = lambda *_, **__: (piece for piece in [("helloSTOP", False)])
     record = Record()
     with contextlib.closing(lm.stream("x", stop="STOP", record=record)) as stream:
         assert next(stream) == "hello"
     assert (record.text, record.finish_reason) == ("hello", "stop")
-    del lm._engine.spoken
+    del lm._engine.token_texts
 
 
 def test_close_ends_a_stream_that_nobody_reads_just_now(toys) -> None:

@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.lookup import LONGEST, REACH, Lookup
+from runner.draft.lookup import LONGEST, REACH, Lookup
 
 TEXT = st.lists(st.integers(0, 3), max_size=30)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gguf_trim.dynamic.reading import share
-from gguf_trim.planning.matches import Matches, beaters, grid, interval, run_lengths, tau_of
-from gguf_trim.planning.planner import mbsu
+from gguf_trim.fit.calibrate import share
+from gguf_trim.format.weights import mbsu
+from gguf_trim.plan.matches import Matches, beaters, grid, interval, run_lengths, tau_of
 
 V = 12
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gguf_trim.cut import companion_path
-from llamabase import remembered
-from llamabase.sampling import GREEDY
-from runner import measured
-from runner.engine import Engine
-from runner.measured import measured_draft, measured_verify
+from gguf_trim.format.companion import companion_path
+from llamabase import store as remembered
+from llamabase.sampling.settings import GREEDY
+from runner.draft import measured
+from runner.draft.measured import measured_draft, measured_verify
+from runner.loop.engine import Engine
 
 from .conftest import copy_trimmed
 

@@ -13,25 +13,26 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import plan, write
-from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.mtp import MtpBlock
+from gguf_trim.format.speculator import Speculator
 from gguf_trim.keep import Keep
-from gguf_trim.mtp import MtpBlock
-from gguf_trim.verify import verify
+from gguf_trim.pairs.shapes import SHAPES, write_shape
+from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model
-from llamabase.noise import Noise
-from runner import engine as engine_module
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.sampling.noise import Noise
 from runner.bench.__main__ import main as bench
-from runner.bench.shapes import SHAPES, write_shape
-from runner.chat import main as chat
-from runner.engine import Engine
+from runner.chat.__main__ import main as chat
 from runner.exact import Law, check_prompt
 from runner.exact import main as exact
+from runner.loop import engine as engine_module
+from runner.loop.engine import Engine
 
-from .test_hanging import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, interrupt_at, text_of
+from .test_state_fed import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, interrupt_at, text_of
 from .toy import write_model, write_mtp
 
 ARCHITECTURES = ("qwen35", "glm4moe")
@@ -54,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name] = write_mtp(folder / f"{name}.gguf", name, seed=1)
         for what, k in (("cut", 304), ("spec", 16)):
             found[f"{name} {what}"] = folder / f"{name}-{what}.gguf"
-            write(plan(found[name], some(k), mtp=True), found[f"{name} {what}"])
+            write(lay_out(found[name], some(k), mtp=True), found[f"{name} {what}"])
         fitted(found[f"{name} spec"], answers_file(folder), found[name])
     return found
 
@@ -244,8 +245,8 @@ def test_rows_are_the_head_bit_for_bit(tmp_path: Path, name: str, own_head: bool
     target = write_mtp(tmp_path / "t.gguf", name, type_, own_head=own_head)
     for k in (16, 304, 512):
         cut = tmp_path / f"{k}.gguf"
-        write(plan(target, some(k), mtp=True), cut)
-        found = verify(cut, target)
+        write(lay_out(target, some(k), mtp=True), cut)
+        found = prove(cut, target)
         assert found.ok, found.differences
         assert (found.max_logit_difference, found.kept, found.positions) == (0.0, k, 24)
 
@@ -253,12 +254,12 @@ def test_rows_are_the_head_bit_for_bit(tmp_path: Path, name: str, own_head: bool
 def test_what_was_changed_is_seen(files, tmp_path: Path) -> None:
     """By verify, and before the first draft where it is the rows of another head."""
     target, cut = files["glm4moe"], tmp_path / "cut.gguf"
-    write(plan(target, some(64), mtp=True), cut)
+    write(lay_out(target, some(64), mtp=True), cut)
     tensor = GGUFFile(cut).tensors["output.weight"]
     data = bytearray(cut.read_bytes())
     data[tensor.offset + 5] ^= 1
     cut.write_bytes(data)
-    assert "is not row" in verify(cut, target).differences[0]
+    assert "is not row" in prove(cut, target).differences[0]
     np.frombuffer(data, "<f4", tensor.n_elements, tensor.offset)[:] *= -1
     cut.write_bytes(data)
     with pytest.raises(EngineError, match="are not the head of"):
@@ -281,7 +282,7 @@ def test_what_cannot_draft_is_refused_by_name(tmp_path: Path, name: str) -> None
     with pytest.raises(FileFormatError, match=said):
         MtpBlock.of(GGUFFile(path))
     with pytest.raises(FileFormatError, match=said):
-        plan(path, some(16), mtp=True)
+        lay_out(path, some(16), mtp=True)
     if name in ("none", "two blocks"):  # llama.cpp loads it
         with pytest.raises(FileFormatError, match=said):
             Engine(path, MTP, n_ctx=64)
@@ -358,7 +359,7 @@ def test_shapes_of_published_models_load_and_draft(tmp_path: Path) -> None:
 def test_make_trim_chooses_rows(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chosen, proven and with a speculator; the second time nothing is left to do."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
+    monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
     for _ in range(2):
         arguments = ["prepare", "--target", str(files["qwen35"]), "--draft", "mtp", "--k", "100"]
         done = CliRunner().invoke(gguf_trim, arguments)

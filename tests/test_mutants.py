@@ -26,26 +26,27 @@ import pytest
 from corpus.answers import answered, read_answers
 from corpus.counts import Counts
 from corpus.prompts import load_prompts
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path, plan
+from gguf_trim.cut import lay_out
 from gguf_trim.describe import describe
-from gguf_trim.dynamic.speculator import Speculator
-from gguf_trim.hanging import HangingHead
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.mtp import MtpBlock
+from gguf_trim.format.speculator import Speculator
+from gguf_trim.format.state_fed import StateFedHead
 from gguf_trim.keep import read_keep_list
-from gguf_trim.mtp import MtpBlock
 from gguf_trim.pairs.catalog import load_catalog
 from llamabase.errors import TrimError
-from llamabase.ggml import release_threads
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import F32, Model
-from llamabase.remembered import recall
-from llamabase.sampling import Sampling
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import F32
+from llamabase.llama.ggml import release_threads
+from llamabase.llama.model import Model
+from llamabase.llama.template import ChatTemplate
+from llamabase.sampling.settings import Sampling
+from llamabase.store import recall
 from runner.bench.runs import read_record
 from runner.bench.steps import acceptance_in
-from runner.conversation import load
-from runner.engine import Engine
+from runner.chat.conversation import load
+from runner.loop.engine import Engine
 
 from .conftest import copy_trimmed, keep_first
 from .test_soak import own_memory
@@ -80,7 +81,7 @@ def read_model(path: Path) -> None:
     vocabulary.fingerprint  # noqa: B018
     file.require_loadable()
     ChatTemplate(file, vocabulary)
-    plan(path, keep_first(400))
+    lay_out(path, keep_first(400))
 
 
 def read_trimmed(path: Path) -> None:
@@ -96,8 +97,8 @@ def read_companion(path: Path) -> None:
 
 def read_head(path: Path) -> None:
     file = GGUFFile(path)
-    HangingHead.of(file)
-    plan(path, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows))
+    StateFedHead.of(file)
+    lay_out(path, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows))
     Vocabulary(file)
     with Model(path, vocab_only=True) as model:  # as counting does
         model.tokenize("the king")
@@ -105,7 +106,7 @@ def read_head(path: Path) -> None:
 
 def read_block(path: Path) -> None:
     MtpBlock.of(GGUFFile(path))
-    plan(path, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows), mtp=True)
+    lay_out(path, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows), mtp=True)
 
 
 def read_memory(path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamabase import noise as noise_module
-from llamabase.noise import Noise
-from llamabase.sampling import Distribution
+from llamabase.sampling import noise as noise_module
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Distribution
 
 MASK = 2**64 - 1
 N = 20_000

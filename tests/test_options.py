@@ -12,10 +12,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from llamabase.command import OneCommand
-from llamabase.llama import Cache, Model
-from llamabase.sampling import Sampling
-from runner.chat import main as chat
+from llamabase.cli.command import OneCommand
+from llamabase.llama.context import Cache
+from llamabase.llama.model import Model
+from llamabase.sampling.settings import Sampling
+from runner.chat.__main__ import main as chat
 from runner.options import Models, limit_of, model_options, sampling_options
 
 

@@ -17,10 +17,10 @@ from click.testing import CliRunner, Result
 from corpus import __main__ as corpus_command
 from corpus.__main__ import main as corpus
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.cut import companion_path
+from gguf_trim.format.companion import companion_path
 from llamabase.errors import TrimError
 from runner.bench.__main__ import main as bench
-from runner.conversation import save
+from runner.chat.conversation import save
 
 from .conftest import copy_trimmed
 
@@ -52,11 +52,11 @@ WRITERS = {
         "plan --target TARGET --draft TARGET --answers IDS --no-measure --plot OUT",
         ".png",
         "plot",
-        "gguf_trim.plan_command.ranking_counts",
+        "gguf_trim.plan.command.ranking_counts",
     ),
-    "trim": Writer(gguf_trim, "trim TARGET --k 320 -o OUT", ".gguf", "trimmed", "gguf_trim.__main__.plan"),
+    "trim": Writer(gguf_trim, "trim TARGET --k 320 -o OUT", ".gguf", "trimmed", "gguf_trim.__main__.lay_out"),
     "requant": Writer(
-        gguf_trim, "trim TARGET --k 320 --requant q8_0 -o OUT", ".gguf", "trimmed", "gguf_trim.__main__.plan"
+        gguf_trim, "trim TARGET --k 320 --requant q8_0 -o OUT", ".gguf", "trimmed", "gguf_trim.__main__.lay_out"
     ),
     "steps": Writer(bench, f"steps {PAIR} --repeat 1 -o OUT", ".json", "steps", "runner.bench.__main__.find_files"),
     "run": Writer(bench, f"{RUN} -o OUT", ".json", "record", "runner.bench.__main__.find_files"),
@@ -69,7 +69,7 @@ WRITERS = {
 def small_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runner.bench.machine.COPIED", 16 << 20)
-        patch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
+        patch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
         yield
 
 

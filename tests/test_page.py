@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llamabase.llama import Model
-from runner.engine import Engine
+from llamabase.llama.model import Model
+from runner.loop.engine import Engine
 
 from .test_serve import F32, serving
 

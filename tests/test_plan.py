@@ -12,21 +12,24 @@ from click.testing import CliRunner
 from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from gguf_trim.__main__ import main
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import plan, step_bytes, write
-from gguf_trim.dynamic.reading import Reading, share
-from gguf_trim.dynamic.speculator import Speculator, attach, fit
+from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.calibrate import Reading, share
+from gguf_trim.fit.closed_form import attach, fit
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.speculator import Speculator
+from gguf_trim.format.weights import Weights, step_bytes
 from gguf_trim.keep import keep_counted, keep_order
-from gguf_trim.planning.added import AddedRows
-from gguf_trim.planning.costs import Weights, requantized
-from gguf_trim.planning.matches import tau_of
-from gguf_trim.planning.planner import matches_of, sampled_acceptance
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model
-from llamabase.sampling import Sampling
-from llamabase.vocabulary import Vocabulary
-from runner.engine import Engine
+from gguf_trim.plan.added import AddedRows
+from gguf_trim.plan.matches import tau_of
+from gguf_trim.plan.planner import matches_of, sampled_acceptance
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.llama.quantize import requantized
+from llamabase.sampling.settings import Sampling
 from runner.exact import plain_tokens
+from runner.loop.engine import Engine
 
 from .toy import write_model
 
@@ -61,7 +64,7 @@ def counts(pair, answers) -> Counts:
 
 
 def cut_to(drafter: Path, counts: Counts, k: int, out: Path) -> Path:
-    write(plan(drafter, lambda vocabulary, rows: keep_counted(vocabulary, rows, counts, k)), out)
+    write(lay_out(drafter, lambda vocabulary, rows: keep_counted(vocabulary, rows, counts, k)), out)
     return out
 
 
@@ -84,9 +87,9 @@ def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) ->
 @pytest.mark.parametrize("vocab", ["trim", "context", "spec"])
 def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, monkeypatch, vocab) -> None:
     """Position by position, also where rows are added at every step; few candidates, or all rows would be added."""
-    for module in ("dynamic.rows", "planning.added"):
-        monkeypatch.setattr(f"gguf_trim.{module}.CANDIDATES", 20)
-    monkeypatch.setattr("gguf_trim.planning.added.CORES", (296,))
+    for module in ("runner.draft.rows", "gguf_trim.plan.added"):
+        monkeypatch.setattr(f"{module}.CANDIDATES", 20)
+    monkeypatch.setattr("gguf_trim.plan.added.CORES", (296,))
     vocabulary = Vocabulary(GGUFFile(pair[1]))
     order = keep_order(vocabulary, 600, counts)
     trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")

@@ -10,22 +10,23 @@ import pytest
 from corpus.answers import TargetAnswer
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ready_counts
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import plan, write
-from gguf_trim.dynamic.reading import ROWS, share
+from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.calibrate import ROWS, share
+from gguf_trim.format.companion import Trimmed
 from gguf_trim.keep import keep_counted, keep_order
-from gguf_trim.layout import EMBEDDING
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
-from gguf_trim.planning.added import AddedRows
-from gguf_trim.planning.matches import tau_of
-from gguf_trim.planning.planner import matches_of
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model
-from llamabase.quantize import quantize
-from llamabase.sampling import Sampling
-from llamabase.vocabulary import Vocabulary
-from runner.engine import Engine, Record
+from gguf_trim.plan.added import AddedRows
+from gguf_trim.plan.matches import tau_of
+from gguf_trim.plan.planner import matches_of
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import EMBEDDING
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.llama.quantize import quantize
+from llamabase.sampling.settings import Sampling
+from runner.loop.engine import Engine, Record
 
 GREEDY = Sampling(temp=0)
 SIZES = (2048, 8192, 32768)
@@ -84,7 +85,7 @@ def test_every_k_is_a_replay_and_tau_is_the_loops(pair: str, n_prompts: int, n_t
     cuts = {}
     for k in SIZES:
         cuts[k] = tmp_path / f"k{k}.gguf"
-        write(plan(drafter, lambda v, rows, k=k: keep_counted(v, rows, counts, k)), cuts[k])
+        write(lay_out(drafter, lambda v, rows, k=k: keep_counted(v, rows, counts, k)), cuts[k])
     prompts = [prompt.messages for prompt in spread(split(load_prompts(), "judge"), n_prompts)]
     for vocab in ("trim", "context"):
         answers, tau = live(target, cuts[8192], prompts, n_tokens, vocab)

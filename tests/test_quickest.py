@@ -13,17 +13,16 @@ import pytest
 from click.testing import CliRunner
 
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import companion_path
-from gguf_trim.dynamic.reading import Reading
-from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.fit.calibrate import Reading
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.speculator import Speculator
 from gguf_trim.pairs import quickest
 from gguf_trim.pairs.prepare import prepare
 from gguf_trim.pairs.quickest import TYPES, Candidate
-from gguf_trim.planning.costs import AS_SHIPPED
-from llamabase import remembered
+from llamabase import store as remembered
 from llamabase.errors import EngineError
-from llamabase.gguf_file import GGUFFile
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.quantize import AS_SHIPPED
 
 from .conftest import keep_first
 
@@ -32,7 +31,7 @@ from .conftest import keep_first
 def toy(toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Prepares the toy pair in a folder of its own, with few texts to read, and counts the measurements."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
-    monkeypatch.setattr("gguf_trim.dynamic.reading.CONVERSATIONS", 4)
+    monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
     monkeypatch.setattr(remembered, "costs_file", lambda: tmp_path / "costs.json")
     honest, measured = quickest._quickest, []
 
@@ -151,7 +150,7 @@ def test_a_type_that_llama_cpp_cannot_make_is_left_out(toy, monkeypatch) -> None
     def refuses(source: Path, out: Path, type_: str) -> None:
         raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}")
 
-    monkeypatch.setattr("gguf_trim.planning.costs.quantize", refuses)
+    monkeypatch.setattr("llamabase.llama.quantize.quantize", refuses)
     path, measured = toy()
     assert measured == 1
     assert "-Q" not in path.name

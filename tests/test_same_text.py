@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llamabase.llama import Model
-from llamabase.noise import Noise
-from llamabase.samplers import Chain
-from llamabase.sampling import Sampling
-from runner import speculative
-from runner.drafter import ModelDrafter, NoDrafter
-from runner.engine import Engine
-from runner.lookup import Lookup, LookupDrafter
-from runner.speculative import Round
+from llamabase.llama.model import Model
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
+from runner.draft.drafters import ModelDrafter, NoDrafter
+from runner.draft.lookup import Lookup, LookupDrafter
+from runner.loop import speculative
+from runner.loop.engine import Engine
+from runner.loop.speculative import Round
 
 from .chains import llama_cpp_chain
 

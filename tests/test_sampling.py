@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamabase.noise import Noise
-from llamabase.samplers import Chain
-from llamabase.sampling import Distribution, Sampling
-from runner.acceptance import accept
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Distribution, Sampling
+from runner.loop.acceptance import accept
 
 from .chains import llama_cpp_chain
 

@@ -26,17 +26,18 @@ import uvicorn
 from click.testing import CliRunner
 from pydantic import BaseModel
 
-from llamabase.llama import F32, Context, Model
-from llamabase.noise import Noise
-from llamabase.sampling import Sampling
-from runner.calls import Tools
-from runner.engine import Engine
+from llamabase.llama.context import F32, Context
+from llamabase.llama.model import Model
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
+from runner.loop.engine import Engine
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
-from runner.serve.answers import Answer, Asked
 from runner.serve.app import make_app
 from runner.serve.conversations import Unavailable
+from runner.serve.responses import Answer, Asked
 from runner.serve.server import COMPILING, Server, Settings
+from runner.tools.calls import Tools
 
 from .test_soak import handles, own_memory
 
@@ -350,7 +351,7 @@ def test_a_full_queue_says_so(toys: dict[str, Path], monkeypatch) -> None:
     monkeypatch.setattr(Model, "is_end", lambda self, token: False)
     with serving(Engine(toys["target"], n_ctx=512), waiting=1, parallel=1) as (url, server):
         go = threading.Event()
-        monkeypatch.setattr(server.engine, "heed", lambda go_on: go.wait())
+        monkeypatch.setattr(server.engine, "set_cancel_check", lambda go_on: go.wait())
         answers: list[httpx.Response] = []
 
         def ask() -> None:
@@ -495,7 +496,7 @@ def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None
 def test_a_stop_string_that_comes_with_a_call_ends_the_answer(pieces: list[str], wanted: str) -> None:
     left = ((piece, False) for piece in pieces)
     engine: Any = SimpleNamespace(drafter=None, model=None, reader=SimpleNamespace(held=[]))
-    engine.spoken = lambda *_, **__: (piece for piece in left)
+    engine.token_texts = lambda *_, **__: (piece for piece in left)
     answer = Answer(Asked([1], Sampling(temp=0), 9, None, 0, ["STOP"], None, Tools({"f": {}}), "auto"))
     said = "".join(piece.text for piece in answer.pieces(engine))
     assert (said, answer.record.text, answer.record.finish_reason) == (wanted, wanted, "stop")
@@ -667,7 +668,7 @@ def test_a_prompt_of_many_parts_is_refused_early(toy: tuple[str, Server], monkey
 def test_clients_that_went_keep_no_places(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Engine(toys["target"], n_ctx=512), waiting=2, parallel=1) as (url, server):
         go = threading.Event()
-        monkeypatch.setattr(server.engine, "heed", lambda go_on: go.wait())
+        monkeypatch.setattr(server.engine, "set_cancel_check", lambda go_on: go.wait())
         body = {"prompt": "a", "max_tokens": 2}
         for _ in range(3):  # one is computed, two wait
             with contextlib.suppress(httpx.TimeoutException):

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamabase.errors import SettingError
-from llamabase.infill import infill_prompt
-from llamabase.llama import F32, Model
-from runner.engine import Engine
+from llamabase.llama.context import F32
+from llamabase.llama.infill import infill_prompt
+from llamabase.llama.model import Model
+from runner.loop.engine import Engine
 from runner.serve import requests
 from runner.serve.native import _Lines
 from runner.serve.requests import Common

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamabase import progress
+from llamabase.cli import progress
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,9 +12,9 @@ import jsonschema
 import openai
 import pytest
 
-from llamabase.llama import F32
+from llamabase.llama.context import F32
 from runner import SpeculativeLM
-from runner.engine import Engine
+from runner.loop.engine import Engine
 
 from .test_calls import EACH, END, TEMPLATES
 from .test_serve import SAY, serving

@@ -10,21 +10,23 @@ import pytest
 from click.testing import CliRunner
 
 from gguf_trim.__main__ import main
-from gguf_trim.cut import plan, step_bytes
+from gguf_trim.cut import lay_out
+from gguf_trim.format.weights import step_bytes
 from gguf_trim.keep import keep_listed
+from gguf_trim.pairs import shapes
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
-from gguf_trim.planning.costs import requantized
-from gguf_trim.verify import verify
+from gguf_trim.pairs.shapes import SHAPES, Shape, outline, types_of, write_shape
+from gguf_trim.prove import prove
 from llamabase.errors import EngineError, TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Context, Model
-from llamabase.noise import Noise
-from llamabase.sampling import Sampling
-from llamabase.vocabulary import Vocabulary
-from runner.bench import shapes
-from runner.bench.shapes import SHAPES, Shape, lay_out, types_of, write_shape
-from runner.drafter import open_drafter
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.llama.quantize import requantized
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Sampling
+from runner.draft.opening import open_drafter
 
 N_VOCAB = 2048
 SMALL = Shape("small", "llama", N_VOCAB, 512, 2, 8, 2, 64, 768, True)
@@ -68,7 +70,7 @@ def test_parameters_are_those_of_the_model_cards(name: str, n_params: int) -> No
     ],
 )
 def test_sizes_are_those_that_llama_bench_prints_of_the_real_files(name: str, quant: str, mebibytes: float) -> None:
-    _, tensors = lay_out(SHAPES[name], quant)
+    _, tensors = outline(SHAPES[name], quant)
     digits = 0.005 * (1024 if mebibytes > 1000 else 1)  # printed in MiB or GiB, to two places
     assert sum(tensor.n_bytes for tensor in tensors) / 2**20 == pytest.approx(mebibytes, abs=digits)
 
@@ -106,7 +108,7 @@ def test_llama_cpp_loads_it_trims_and_drafts(folder: Path, tmp_path: Path, quant
     arguments = ["trim", str(path), "--keep", str(listed), "--k", "1024", "-o", str(trimmed)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert verify(trimmed, path).ok
+    assert prove(trimmed, path).ok
     target = Vocabulary(GGUFFile(path))
     for drafter in (path, trimmed):
         opened = open_drafter(drafter, target, 128)
@@ -150,7 +152,7 @@ def _table(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _sparse(shape: Shape, quant: str, path: Path) -> Path:
     """The file without its weights: all that a header tells, and no room taken."""
-    head, tensors = lay_out(shape, quant)
+    head, tensors = outline(shape, quant)
     with open(path, "wb") as file:
         file.write(head)
         file.truncate(len(head) + sum(shapes._padded(tensor.n_bytes) for tensor in tensors))
@@ -160,7 +162,7 @@ def _sparse(shape: Shape, quant: str, path: Path) -> Path:
 def test_bytes_of_a_draft_step(tmp_path: Path) -> None:
     """Llama-3.2-1B in Q4_K_M: the head is 215 of 800 MB, and keeping 16,384 of 128,256 rows saves 188 of them."""
     path = _sparse(SHAPES["llama-3.2-1b"], "Q4_K_M", tmp_path / "1b.gguf")
-    cut = plan(path, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(16384)), 16384))
+    cut = lay_out(path, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(16384)), 16384))
     full, row = step_bytes(GGUFFile(path)), 2048 // 256 * 210  # a Q6_K block of 256 numbers takes 210 bytes
     assert full - cut.step_bytes == (128256 - 16384) * row
     assert full / 2**20 == pytest.approx(762.81, abs=0.005)
@@ -223,7 +225,7 @@ def test_the_default_pair_has_this_table(size: str) -> None:
         renamed[f"blk.{by_name.index(int(block))}.{rest}" if name.startswith("blk.") else name] = found
     types = types_of(shape, "Q4_K_M")
     assert renamed == {name: (dims, types[name].name) for name, dims in shape.tensors.items()}
-    assert sum(t.n_bytes for t in lay_out(shape, "Q4_K_M")[1]) == sum(
+    assert sum(t.n_bytes for t in outline(shape, "Q4_K_M")[1]) == sum(
         t.n_bytes for t in GGUFFile(file).tensors.values()
     )
 

@@ -15,10 +15,10 @@ from corpus.count import HELD_OUT, count, held_out, script_of
 from corpus.counts import Counts, merge
 from corpus.sources import Reader
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
-from llamabase.template import ChatTemplate
-from llamabase.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.model import Model
+from llamabase.llama.template import ChatTemplate
 
 TEXTS = ["the king and the sea", "naïve 猫 12345", "it's\n\n  indented"]
 

@@ -8,15 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 from llamabase.errors import EngineError, VocabularyMismatch
-from llamabase.llama import Context
-from llamabase.sampling import Sampling
-from runner import speculative
-from runner.drafter import NoDrafter
-from runner.engine import Engine, Record
+from llamabase.llama.context import Context
+from llamabase.sampling.settings import Sampling
+from runner.draft.drafters import NoDrafter
+from runner.draft.reading import PIECE, shared
 from runner.exact import Law, check_prompt, plain_tokens, replay
 from runner.exact import main as exact
-from runner.reading import PIECE, shared
-from runner.speculative import Round
+from runner.loop import speculative
+from runner.loop.engine import Engine, Record
+from runner.loop.speculative import Round
 
 GREEDY = Sampling(temp=0)
 PROMPTS = ("the king and the sea", "a", "once more into the <|im_start|>house<|im_end|> of tea")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gguf_trim.planning.planner import DRAFT_LENGTHS
+from gguf_trim.plan.planner import DRAFT_LENGTHS
 from runner.bench.steps import ACCEPTANCES, PARTS, VERIFY, best_speed, least_acceptance, paying, paying_table
 
 seconds = st.floats(1e-3, 10)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamabase.errors import FileFormatError, SettingError
-from llamabase.template import ChatTemplate, short_id
+from llamabase.llama.template import ChatTemplate, short_id
 from runner.serve.requests import BadRequest, Chat, Message, read
 
 # As Mistral's: ids of nine letters and digits, or an error.

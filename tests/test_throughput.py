@@ -17,8 +17,9 @@ from corpus.sources import Document
 from corpus.tokenizer import Counter
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
-from llamabase.llama import Context, Model
-from llamabase.sampling import Sampling
+from llamabase.llama.context import Context
+from llamabase.llama.model import Model
+from llamabase.sampling.settings import Sampling
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamabase import tokenizing
 from llamabase.errors import FileFormatError, PromptTooLong, TextError
-from llamabase.llama import Model
+from llamabase.llama import tokenizing
+from llamabase.llama.model import Model
 
 from .tokenizing import Child, bare
 from .vocabularies import OTHERS, PRE_TOKENIZERS, write_vocabulary

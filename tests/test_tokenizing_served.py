@@ -16,7 +16,7 @@ import pytest
 
 from llamabase.errors import PromptTooLong, TextError
 from runner import SpeculativeLM
-from runner.engine import Engine
+from runner.loop.engine import Engine
 
 from .test_serve import serving
 from .toy import write_model

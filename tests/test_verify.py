@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
 from gguf_trim.__main__ import main
-from gguf_trim.cut import companion_path, plan, write
-from llamabase.gguf_file import GGUFFile
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import companion_path
+from llamabase.gguf.reader import GGUFFile
 
 from .conftest import keep_first
 from .toy import write_model
@@ -25,7 +26,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A drafter (untied; tied and scaled) and its cut to 400 rows."""
     folder = tmp_path_factory.mktemp("verify")
     source = write_model(folder / "m.gguf", request.param, Quant.Q8_0)
-    write(plan(source, keep_first(400)), folder / "t.gguf")
+    write(lay_out(source, keep_first(400)), folder / "t.gguf")
     return source, folder / "t.gguf"
 
 
@@ -128,7 +129,7 @@ def test_logits_that_are_no_numbers_are_no_proof(tmp_path: Path) -> None:
     """NaN differs from nothing by nothing: a comparison written the wrong way round would call it proven."""
     source = write_model(tmp_path / "m.gguf")
     put(source, GGUFFile(source).tensors["output_norm.weight"].offset, struct.pack("<f", float("nan")))
-    write(plan(source, keep_first(400)), tmp_path / "t.gguf")
+    write(lay_out(source, keep_first(400)), tmp_path / "t.gguf")
     assert "the logit of token" in fails(tmp_path / "t.gguf", source)
 
 
@@ -155,7 +156,7 @@ def test_other_files(pair: tuple[Path, Path], copy: Path, tmp_path: Path) -> Non
     assert "it is already trimmed" in fails(copy, copy)
     bigger = write_model(tmp_path / "bigger.gguf", architecture, Quant.F32)
     assert "not 405 rows of F32" in fails(copy, bigger)
-    write(plan(other, keep_first(400)), tmp_path / "other.gguf")
+    write(lay_out(other, keep_first(400)), tmp_path / "other.gguf")
     companion_path(copy).unlink()
     assert "t.vocab.gguf: is missing" in fails(copy, source)
     shutil.copy(tmp_path / "other.vocab.gguf", companion_path(copy))

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gguf_trim.cut import plan, write
+from gguf_trim.cut import lay_out, write
 from llamabase.errors import FileFormatError, VocabularyMismatch
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import Model
-from llamabase.vocabulary import TokenType, Vocabulary, require_same
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import TokenType, Vocabulary, require_same
+from llamabase.llama.model import Model
 
 from . import encode
 from .conftest import keep_first
@@ -55,7 +55,7 @@ def test_a_file_without_a_tokenizer_says_so(tmp_path: Path, model: Path) -> None
     bare.write_bytes(encode.gguf())
     with pytest.raises(FileFormatError, match=r"bare\.gguf: holds no tokenizer$"):
         Vocabulary(GGUFFile(bare))
-    write(plan(model, keep_first(320)), tmp_path / "trimmed.gguf")
+    write(lay_out(model, keep_first(320)), tmp_path / "trimmed.gguf")
     with pytest.raises(FileFormatError, match="is a trimmed drafter: give the original"):
         Vocabulary(GGUFFile(tmp_path / "trimmed.gguf"))
 

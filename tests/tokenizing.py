@@ -19,7 +19,7 @@ from typing import Any
 import llama_cpp
 
 from llamabase.errors import TextError
-from llamabase.llama import Model
+from llamabase.llama.model import Model
 
 BARE = 1 << 31  # bytes of stack for llama.cpp's own call
 

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Quant
 
-from llamabase.ggml import quantize_rows
+from llamabase.llama.ggml import quantize_rows
 
 N_EMBD, N_FF, N_HEAD, N_LAYER = 256, 256, 4, 1
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3")

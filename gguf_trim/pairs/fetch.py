@@ -12,10 +12,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FetchError, TrimError
 from llamabase.files import CACHED, CHUNK, cache_folder, expand, require_room, sha256_of, write_whole
-from llamabase.progress import progress, stderr
-from llamabase.remembered import key_of, recall, remember
+from llamabase.store import key_of, recall, remember
 
 from .catalog import Entry
 

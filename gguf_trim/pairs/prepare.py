@@ -10,22 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf_trim.cut import Cut, lay_out, move, remove, write
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.mtp import MTP
+from gguf_trim.format.speculator import Speculator
+from gguf_trim.format.state_fed import STATE_FED
+from gguf_trim.keep import Keep, choose_rows
+from gguf_trim.prove import prove
+from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import cache_folder, work_folder
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import progress, stderr
-from llamabase.remembered import key_of, recall, remember
-from llamabase.vocabulary import Vocabulary, require_same
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary, require_same
+from llamabase.llama.quantize import AS_SHIPPED, renamed
+from llamabase.store import key_of, recall, remember
 
-from ..companion import Trimmed
-from ..cut import move, plan, remove, write
-from ..dynamic.speculator import Speculator
-from ..hanging import HANGING
-from ..keep import Keep, choose_rows
-from ..layout import Cut
-from ..mtp import MTP
-from ..planning.costs import AS_SHIPPED, renamed
-from ..verify import verify
 from .catalog import load_catalog
 from .fetch import fetch
 from .quickest import TYPES, choose_type
@@ -70,12 +69,12 @@ def prepare(
     """
     target, drafter = files_of(model, target, drafter)
     mtp = drafter == Path(MTP)
-    hangs = mtp or GGUFFile(drafter).architecture in HANGING
+    hangs = mtp or GGUFFile(drafter).architecture in STATE_FED
     if hangs:
         requant = requant or NONE  # one layer: there is little to win by another type
     else:
         require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
-    cut = plan(target, choose, mtp=True) if mtp else plan(drafter, choose, target if hangs else None)
+    cut = lay_out(target, choose, mtp=True) if mtp else lay_out(drafter, choose, target if hangs else None)
     name = f"{target.stem}-{MTP}" if mtp else drafter.stem
     shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
     key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
@@ -129,7 +128,7 @@ def _cut_and_prove(cut: Cut, out: Path, folder: Path, target: Path) -> None:
     unproven = folder / out.name
     with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
         write(cut, unproven, advance)
-    result = verify(unproven, cut.source.path, target)
+    result = prove(unproven, cut.source.path, target)
     if not result.ok:
         raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
     move(unproven, out)

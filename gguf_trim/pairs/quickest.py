@@ -13,19 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_trim.cut import move
+from gguf_trim.fit.calibrate import Reading, calibration, share
+from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.mtp import MTP
+from gguf_trim.format.state_fed import STATE_FED
+from gguf_trim.plan.matches import tau_of
+from llamabase.cli.progress import stderr
 from llamabase.errors import TrimError
 from llamabase.files import require_room
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import stderr
-
-from ..companion import Trimmed
-from ..cut import companion_path, move
-from ..dynamic.reading import Reading, calibration, share
-from ..dynamic.speculator import attach
-from ..hanging import HANGING
-from ..mtp import MTP
-from ..planning.costs import AS_SHIPPED, decodes, opened, renamed, requantized, timed
-from ..planning.matches import tau_of
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.quantize import AS_SHIPPED, renamed, requantized
+from llamabase.llama.timing import decodes, opened, timed
 
 TYPES = ("Q4_0", "Q8_0")  # llama.cpp repacks the first for matrix kernels; the second loses next to nothing
 VERIFY = (1, 2, 3, 4, 5, 6, 8)
@@ -72,7 +72,7 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
                 raise
             stderr.print(f"{kind} is left out: {error}", markup=False)
     trimmed = Trimmed.open(cut)
-    hangs = trimmed.file.architecture in (*HANGING, MTP)
+    hangs = trimmed.file.architecture in (*STATE_FED, MTP)
     answers = calibration(GGUFFile(target) if hangs else trimmed.companion)
     readings = {
         kind: Reading.of(path, answers, trimmed, title=f"reading {kind}", target=target if hangs else None)

@@ -6,7 +6,7 @@ are given. The last line of stdout is a JSON record, but in a terminal, where it
 
 from __future__ import annotations
 
-from llamabase.interrupt import leave_to_the_system
+from llamabase.cli.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -22,15 +22,15 @@ from typing import Any
 
 import click
 
-from gguf_trim.mtp import MTP
-from llamabase.command import FILE, Commands, quantisation
+from gguf_trim.format.mtp import MTP
+from llamabase.cli.command import FILE, Commands, quantisation
+from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
-from llamabase.progress import stderr
-from llamabase.sampling import Sampling
+from llamabase.sampling.settings import Sampling
+from runner.draft.auto import LONGEST
+from runner.options import Models, draft_max_option, model_options
 
-from ..auto import LONGEST
-from ..options import Models, draft_max_option, model_options
 from . import demo, peers, runs
 from .figures import ALL, figures
 from .machine import bandwidth, describe, machine

@@ -7,13 +7,13 @@ from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
-from gguf_trim.layout import head_tensor
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import progress
-from llamabase.sampling import GREEDY
+from llamabase.cli.progress import progress
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import head_tensor
+from llamabase.sampling.settings import GREEDY
+from runner.loop.engine import Engine, Record
+from runner.options import FULL, Models
 
-from ..engine import Engine, Record
-from ..options import FULL, Models
 from .modes import SPEC, Files, open_modes
 from .report import table
 from .runs import answer

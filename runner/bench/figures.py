@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_trim.planning.planner import mbsu
+from gguf_trim.format.weights import mbsu
 
 ALL = "all"
 MOST_DRAFTED = 1 << 12  # in a round: no batch is larger

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from llamabase.files import sha256_of
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import backends, physical_cores
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.library import backends, physical_cores
 
 COPIED = 256 << 20  # bytes a thread copies: far beyond any cache
 COPIES = 5

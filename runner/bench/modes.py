@@ -11,25 +11,27 @@ from typing import Any
 
 import click
 
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import plan, write
-from gguf_trim.dynamic.speculator import Speculator
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.speculator import Speculator
+from gguf_trim.format.weights import Weights
 from gguf_trim.keep import DEFAULT_K, choose_rows
-from gguf_trim.layout import head_tensor
-from gguf_trim.mtp import MTP, MtpBlock
 from gguf_trim.pairs.prepare import NONE, prepare
-from gguf_trim.planning.costs import Weights, requantized
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import stderr
-from llamabase.vocabulary import Vocabulary
+from llamabase.cli.progress import stderr
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.quantize import requantized
+from runner.draft.auto import AutoDrafter
+from runner.draft.cost import StepCost
+from runner.draft.drafters import Drafter, ModelDrafter, NoDrafter
+from runner.draft.lookup import LookupDrafter
+from runner.draft.measured import measured_draft, measured_verify
+from runner.draft.opening import open_drafter
+from runner.loop.engine import Engine
+from runner.options import FULL, Models
 
-from ..auto import AutoDrafter
-from ..drafter import Drafter, ModelDrafter, NoDrafter, open_drafter
-from ..engine import Engine
-from ..lookup import LookupDrafter
-from ..measured import measured_draft, measured_verify
-from ..options import FULL, Models
-from ..pace import StepCost
 from .machine import resident
 
 PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
@@ -104,7 +106,7 @@ def find_files(
     if full == Path(MTP):
         for k in ks or ([] if cuts else [DEFAULT_K]):
             cuts.append(out := folder / f"mtp-{k}.gguf")
-            write(plan(target, partial(choose_rows, k=k), mtp=True), out)
+            write(lay_out(target, partial(choose_rows, k=k), mtp=True), out)
     elif full is not None and (ks or draft_quant or trimmed is None):
         full = requantized(full, draft_quant, folder)
         rules = [partial(choose_rows, k=k) for k in ks or (None,)]

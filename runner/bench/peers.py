@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from corpus.prompts import Prompt
-from gguf_trim.hanging import EAGLE3
-from gguf_trim.mtp import MTP
+from gguf_trim.format.mtp import MTP
+from gguf_trim.format.state_fed import EAGLE3
+from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
-from llamabase.gguf_file import GGUFFile
-from llamabase.llama import physical_cores
-from llamabase.progress import progress
-from llamabase.sampling import GREEDY
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.library import physical_cores
+from llamabase.sampling.settings import GREEDY
+from runner.loop.engine import Engine
+from runner.options import Models
 
-from ..engine import Engine
-from ..options import Models
 from .modes import Files
 
 BENCH, SPECULATIVE = "llama-bench", "llama-speculative-simple"

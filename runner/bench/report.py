@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llamabase.cli.plot import drawing
 from llamabase.errors import TrimError
-from llamabase.plot import drawing
 
 from .figures import ALL, Figures
 

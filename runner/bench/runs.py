@@ -18,16 +18,16 @@ from typing import Any
 import click
 
 from corpus.prompts import Prompt, load_prompts, split, spread
-from gguf_trim.layout import EMBEDDING
-from gguf_trim.planning.costs import Weights
+from gguf_trim.format.weights import Weights
+from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import Kind, marked, write_whole
-from llamabase.gguf_file import GGUFFile
-from llamabase.progress import progress, stderr
-from llamabase.sampling import Sampling
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import EMBEDDING
+from llamabase.sampling.settings import Sampling
+from runner.loop.engine import Engine
+from runner.options import Models
 
-from ..engine import Engine
-from ..options import Models
 from . import peers
 from .figures import Answer, figures, place
 from .machine import bandwidth, peak, resident

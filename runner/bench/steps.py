@@ -13,25 +13,27 @@ from typing import Any
 
 import numpy as np
 
-from gguf_trim.companion import Trimmed
-from gguf_trim.cut import plan, step_bytes, write
-from gguf_trim.dynamic.speculator import BLOCK, UP_TYPE, Speculator, attach
+from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.speculator import BLOCK, UP_TYPE, Speculator
+from gguf_trim.format.weights import mbsu, step_bytes
 from gguf_trim.keep import keep_listed
-from gguf_trim.layout import head_tensor
-from gguf_trim.mtp import MTP, MtpBlock
-from gguf_trim.planning.costs import alternate, decodes
-from gguf_trim.planning.planner import DRAFT_LENGTHS, mbsu
+from gguf_trim.pairs.shapes import SHAPES, write_shape
+from gguf_trim.plan.planner import DRAFT_LENGTHS
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked, read_text
-from llamabase.ggml import Backend, Product, Table, quantize_rows
-from llamabase.gguf_file import GGUFFile
-from llamabase.noise import Noise
-from llamabase.sampling import GREEDY
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import head_tensor
+from llamabase.llama.ggml import Backend, Product, Table, quantize_rows
+from llamabase.llama.timing import alternate, decodes
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import GREEDY
+from runner.options import FULL, Models
 
-from ..options import FULL, Models
 from .modes import CUT, Files, Mode, named, names_of, open_modes
 from .report import table
-from .shapes import SHAPES, write_shape
 
 VERIFY = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 N_TEXT = 64  # tokens that are drafted after
@@ -75,7 +77,7 @@ def _cut(drafter: Path, k: int, mtp: bool) -> Path:
     """Cut to its first k rows: of random rows one is as good as another."""
     out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
     first = list(range(k))
-    write(plan(drafter, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, first, k), mtp=mtp), out)
+    write(lay_out(drafter, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, first, k), mtp=mtp), out)
     if mtp:  # with a speculator of random numbers, as a step of it costs what it costs
         trimmed, rng = Trimmed.open(out), np.random.default_rng(2)
         head = head_tensor(trimmed.companion)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamabase.interrupt import leave_to_the_system
+from llamabase.cli.interrupt import leave_to_the_system
 
 if __name__ == "__main__":
     leave_to_the_system()  # until the command begins; the imports take a while
@@ -19,12 +19,11 @@ from typing import Any
 
 import click
 
-from llamabase.command import OneCommand
+from llamabase.cli.command import OneCommand
+from llamabase.cli.progress import doing, stderr
 from llamabase.errors import TrimError
-from llamabase.progress import doing, stderr
-from llamabase.sampling import Sampling
-
-from ..options import Models, model_options, open_measured, sampling_options, template_kwargs_option
+from llamabase.sampling.settings import Sampling
+from runner.options import Models, model_options, open_measured, sampling_options, template_kwargs_option
 
 PATIENCE = 2.0  # seconds that what runs may take to end when the server is told to
 BATCH = 1.5  # and those that its last batch may take then

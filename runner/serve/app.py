@@ -21,13 +21,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from llamabase.errors import EngineError, FileFormatError, PromptTooLong, SettingError, TextError
-from llamabase.infill import infill_prompt
+from llamabase.llama.infill import infill_prompt
 
-from .answers import Answer, Asked, Piece
 from .conversations import Unavailable
 from .native import NativeForm, add_native
 from .page import HEADERS, PAGE
 from .requests import BadRequest, Chat, Completion, Detokenize, Native, Tokenize, read
+from .responses import Answer, Asked, Piece
 from .server import Body, Server
 
 OPEN = {"/", "/health", "/v1/health"}  # without a key

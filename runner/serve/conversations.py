@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..engine import Engine
-from ..reading import shared
+from runner.draft.reading import shared
+from runner.loop.engine import Engine
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Conversations:
         while (job := self._next()) is not None:
             try:
                 self._computing = engine = self._take(job.prompt)
-                engine.heed(partial(_wanted, job))
+                engine.set_cancel_check(partial(_wanted, job))
                 job.run(engine)
             except Exception as error:
                 job.failed(error)
@@ -133,7 +133,7 @@ class Conversations:
         best = max(self._open, key=lambda engine: (held[id(engine)], -len(engine.reader.held)))
         if 2 * held[id(best)] < len(best.reader.held) or (not held[id(best)] and best.reader.held):
             if len(self._open) < self.n:
-                best = self.engine.twin()
+                best = self.engine.share_weights()
                 self._open.append(best)
             else:
                 best = min(self._open, key=lambda engine: self._used[id(engine)])

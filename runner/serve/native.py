@@ -12,13 +12,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from llamabase.gguf_file import GGUFFile
-from llamabase.infill import infill_prompt
-from llamabase.sampling import Sampling
+from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.infill import infill_prompt
+from llamabase.sampling.settings import Sampling
+from runner.loop.stops import StopFilter
 
-from ..stops import Hold
-from .answers import Answer, Asked, Piece
 from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, read
+from .responses import Answer, Asked, Piece
 from .server import Server
 
 ANSWER = 4  # an infill leaves at least one token in so many of the context to the answer
@@ -45,7 +45,7 @@ class NativeAnswer(Answer):
         self.stop_type, self.stopping_word = "limit", ""
 
     def _pieces(self, steps: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
-        hold, limit = Hold(self.asked.stops), _Lines(self._limits.n_indent, self._limits.ms)
+        hold, limit = StopFilter(self.asked.stops), _Lines(self._limits.n_indent, self._limits.ms)
         for text, drafted in limit.through(hold.through(steps)):
             yield self._given(text, drafted, len(self.record.text) + len(text))
         if hold.stopped or limit.reached:

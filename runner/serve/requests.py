@@ -24,12 +24,11 @@ from pydantic import (
 )
 
 from llamabase.errors import TrimError
-from llamabase.guidance import schema_guide
-from llamabase.sampling import LETTERS, Sampling, samplers_lettered, samplers_named
-
-from ..auto import LONGEST
-from ..calls import Tools
-from ..drafter import AUTO
+from llamabase.sampling.guidance import schema_guide
+from llamabase.sampling.settings import LETTERS, Sampling, samplers_lettered, samplers_named
+from runner.draft.auto import LONGEST
+from runner.draft.drafters import AUTO
+from runner.tools.calls import Tools
 
 log = logging.getLogger("uvicorn.error")
 

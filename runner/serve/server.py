@@ -18,14 +18,14 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from llamabase.errors import FileFormatError, PromptTooLong
-from llamabase.sampling import Sampling
+from llamabase.sampling.settings import Sampling
+from runner.draft.drafters import AUTO
+from runner.loop.engine import Engine
+from runner.tools.calls import HERMES, Tools, guide_of
 
-from ..calls import HERMES, Tools, guide_of
-from ..drafter import AUTO
-from ..engine import Engine
-from .answers import Answer, Asked, Piece
 from .conversations import Conversations, Job, Unavailable
 from .requests import BadRequest, Chat, Completion, Native
+from .responses import Answer, Asked, Piece
 
 PATIENCE = 0.25  # seconds between looking whether a client is still there
 POSITIONS = 16  # of drafts, that are counted apart
@@ -79,7 +79,7 @@ class Metrics:
             "gguf_run_tokens_per_second", "Of the last answer.", registry=self.registry
         )  # fmt: skip
 
-    def saw(self, answer: Answer) -> None:
+    def observe(self, answer: Answer) -> None:
         record = answer.record
         if record.rounds:  # else the prompt was not read to its end
             self.prompt.inc(record.prompt_tokens - answer.n_cached)
@@ -87,11 +87,11 @@ class Metrics:
         self.seconds.inc(max(record.seconds, 0.0))
         self.requests.labels(record.finish_reason).inc()
         self.rounds.inc(record.rounds)
-        self.drafts.inc(len(record.stood))
+        self.drafts.inc(len(record.accepted_by_round))
         self.drafted.inc(record.drafted)
         self.accepted.inc(record.accepted)
         for place in range(POSITIONS):
-            if n := sum(accepted > place for accepted in record.stood):
+            if n := sum(accepted > place for accepted in record.accepted_by_round):
                 self.by_position.labels(str(place)).inc(n)
         if record.seconds > 0:
             self.speed.set(record.tokens_per_second)
@@ -266,7 +266,7 @@ class Server:
                     answer.record.finish_reason = "cancelled" if job.cancelled.is_set() else "error"
                     raise
                 finally:
-                    self.metrics.saw(answer)
+                    self.metrics.observe(answer)
                 tell((i, answer, None))
 
         async def watch() -> None:

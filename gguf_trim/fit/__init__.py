@@ -1,0 +1,1 @@
+"""Fitting a speculator to what a drafter makes of answers."""

@@ -1,0 +1,96 @@
+"""MTP blocks (DeepSeek-V3, arXiv 2412.19437, section 2.2): a drafter inside its target's own file, with its head.
+
+Nothing of the block can be cut away, since the head is its target's. But llama.cpp computes a head only where logits
+are asked for, and hands on the very state that the head is multiplied by. So the rows that a block drafts from are kept
+in a file of their own, and multiplied here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamabase.errors import FileFormatError, VocabularyMismatch
+from llamabase.gguf.reader import GGUFFile, Tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, has_mrope, head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.ggml import Backend, Product, Table
+
+MTP = "mtp"  # the target's own block, where a drafter is named; the architecture of files that hold rows for one
+# Whose graphs, as llama.cpp of `states.KNOWN` has them, hand on the normed state of a single block. Others hand on what
+# comes before the norm, or take a block of its own for every draft.
+POST_NORM = frozenset(
+    {"qwen35", "qwen35moe", "glm4moe", "glm-dsa", "deepseek2", "deepseek32", "hy_v3", "cohere2moe"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MtpBlock:
+    """The MTP block of a target. `head`: the tensor that makes its logits, its own or the target's."""
+
+    file: GGUFFile
+    head: Tensor
+    layer: int
+    n_embd: int
+    n_vocab: int
+    scale: float  # of the logits
+
+    ids = None  # row i of the head is token i
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> MtpBlock:
+        """Raises FileFormatError where the file has no block, or one that cannot draft here."""
+        arch = file.architecture
+        n_blocks = file.integer(f"{arch}.nextn_predict_layers", 0)
+        layer = file.integer(f"{arch}.block_count", 0) - n_blocks
+        if not n_blocks or f"blk.{layer}.nextn.eh_proj.weight" not in file.tensors:
+            raise FileFormatError(
+                f"{file.path}: has no MTP block; convert the model again with it, or use a drafter of its own"
+            )
+        if arch not in POST_NORM or n_blocks > 1:
+            why = f"it has {n_blocks}" if arch in POST_NORM else f"llama.cpp hands on no normed state for {arch}"
+            raise FileFormatError(
+                f"{file.path}: its MTP block cannot draft here: {why}; that is known to work for one block of "
+                f"{', '.join(sorted(POST_NORM))}"
+            )
+        if arch == "glm4moe" and has_mrope(file):
+            raise FileFormatError(
+                f"{file.path}: its MTP block cannot draft: llama.cpp ends the process over the M-RoPE of such a block"
+            )
+        if EMBEDDING not in file.tensors:
+            raise FileFormatError(f"{file.path}: has no {EMBEDDING}: not a language model")
+        head = file.tensors.get(f"blk.{layer}.nextn.shared_head_head.weight") or head_tensor(file)
+        n_embd = file.integer(f"{arch}.embedding_length", 0)
+        if len(head.shape) != 2 or head.shape[0] != n_embd:
+            raise FileFormatError(f"{file.path}: rows of its {head.name} are not {n_embd} wide; convert it again")
+        scale = file.get(f"{arch}.logit_scale", 1.0)
+        return cls(file, head, layer, n_embd, head.n_rows, float(scale) if isinstance(scale, float) and scale else 1.0)
+
+    def hidden(self, states: np.ndarray) -> np.ndarray:
+        """What the head is multiplied by, of states (float32, ... x n_embd) that the block has made."""
+        return states if self.scale == 1 else states * np.float32(self.scale)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a step reads beside the head."""
+        prefix = f"blk.{self.layer}."
+        tables = (f"{prefix}nextn.embed_tokens.weight", self.head.name)
+        return [t for name, t in self.file.tensors.items() if name.startswith(prefix) and name not in tables]
+
+    def require_rows(self, rows: GGUFFile, vocabulary: Vocabulary) -> None:
+        """Raise FileFormatError or VocabularyMismatch, naming both files, where `rows` were not cut for this block."""
+        both = f"{rows.path} was not cut for {self.file.path}"
+        head = rows.tensors.get(HEAD)
+        if head is None or head.shape != (self.n_embd, rows.integer("gguf_trim.k", 0)):
+            raise FileFormatError(f"{both}: its rows are not {self.n_embd} wide; cut it again with --mtp")
+        known = (rows.get("gguf_trim.vocab_fingerprint"), rows.integer("gguf_trim.vocab_size", 0))
+        if known != (vocabulary.fingerprint, self.n_vocab):
+            raise VocabularyMismatch(f"{both}: it is of another vocabulary; cut it again with --mtp")
+
+
+def kept_rows(rows: GGUFFile, n_threads: int | None = None) -> Product:
+    """What makes the logits of a trimmed file's own rows (float32, k) of a hidden state, as llama.cpp itself would."""
+    head = rows.tensors[HEAD]
+    table = np.asarray(np.memmap(rows.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
+    return Product(Backend(n_threads), Table(table, head.type, head.shape[0], packs=True))

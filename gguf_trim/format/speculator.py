@@ -1,0 +1,71 @@
+"""A low-rank copy of a head that says which rows are worth computing, prepared without training.
+
+SpecVocab (arXiv 2602.13836) scores the whole vocabulary by U (D h), D: r x n_embd, U: V x r, and computes exact logits
+for the best candidates only. Both come from the head W in closed form here: with C the second moment of the drafter's
+final hidden states h over calibration text, and B the r leading eigenvectors of C^(1/2) W^T W C^(1/2),
+
+    U = W C^(1/2) B,    D = B^T C^(-1/2).
+
+Of all matrices of rank r, U D is then the nearest to W in the mean square of the logits over that text. W is read in
+blocks: memory is a few n_embd x n_embd matrices (8 bytes a number), U, and a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from llamabase.errors import FileFormatError
+from llamabase.gguf.tensors import head_tensor
+
+from .companion import Trimmed
+
+DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
+UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
+_UP_BLOCK = 18  # bytes of a block of UP_TYPE, of which the first two are its scale
+BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
+
+
+@dataclass(frozen=True)
+class Speculator:
+    """down: float32 (r x n_embd); up: uint8 rows of UP_TYPE (V x bytes of r numbers)."""
+
+    down: np.ndarray
+    up: np.ndarray
+    n_positions: int
+    acceptance: float = 0.0  # of the drafter on the answers it was fitted on, from the rows it has; 0: not known
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def step(self, k: int) -> tuple[float, float]:
+        """(parameters, bytes) that scoring all rows but k reads."""
+        scored = 1 - k / len(self.up)
+        return (
+            self.down.size + scored * self.rank * len(self.up),
+            self.down.nbytes + scored * self.up.nbytes,
+        )
+
+    @classmethod
+    def of(cls, trimmed: Trimmed) -> Speculator | None:
+        """The speculator a companion carries, memory-mapped; None where it has none."""
+        file = trimmed.companion
+        if not {DOWN, UP} <= file.tensors.keys():
+            return None
+        down, up, head = file.tensors[DOWN], file.tensors[UP], head_tensor(file)
+        shapes = (down.shape, up.shape) == ((head.shape[0], up.shape[0]), (down.n_rows, head.n_rows))
+        if not shapes or (down.type, up.type) != (GGMLQuantizationType.F32, UP_TYPE):
+            raise FileFormatError(f"{file.path}: its speculator does not fit its head; make it again with `speculator`")
+        table = np.memmap(file.path, np.uint8, "r", up.offset, (up.n_rows, up.row_bytes))
+        rows = np.memmap(file.path, np.float32, "r", down.offset, (down.n_rows, down.shape[0]))
+        scales = np.ndarray((up.n_rows, up.row_bytes // _UP_BLOCK), "<f2", table, strides=(up.row_bytes, _UP_BLOCK))
+        if not np.isfinite(rows).all() or not np.isfinite(scales).all():
+            raise FileFormatError(
+                f"{file.path}: its speculator holds what is no number; make it again with `speculator`"
+            )
+        acceptance = file.get("gguf_trim.spec_acceptance")
+        known = isinstance(acceptance, float) and 0 <= acceptance <= 1
+        return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0), acceptance if known else 0.0)

@@ -1,0 +1,233 @@
+"""python -m gguf_trim plan: the best k and draft length for a pair on this machine, and what they would bring."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from corpus.answers import TargetAnswer, read_answers
+from corpus.counts import Counts
+from corpus.generate import generate
+from corpus.prompts import load_prompts, split, spread
+from corpus.ready import ranking_counts
+from gguf_trim.fit.calibrate import Reading, calibration
+from gguf_trim.format.state_fed import EAGLE3, StateFedHead
+from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
+from llamabase.cli.command import FILE, THREADS, quantisation
+from llamabase.cli.plot import drawing
+from llamabase.cli.progress import stderr
+from llamabase.files import PLOT
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import HEAD
+from llamabase.gguf.vocabulary import Vocabulary, require_same
+from llamabase.llama.model import Model
+from llamabase.llama.quantize import AS_SHIPPED, requantized
+from llamabase.sampling.settings import GREEDY, Sampling
+
+from .costs import verify_costs
+from .matches import grid, tau_of
+from .planner import Plan, make_plan, sampled_acceptance
+
+TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
+
+
+COUNTS = click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
+
+
+def pair_options(command: Any) -> Any:
+    """--model | --target --draft: what `files_of` takes."""
+
+    @click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
+    @click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
+    @click.option("--draft", "--drafter", "drafter", type=FILE, help="The uncut drafter's, instead of the catalog's.")
+    @wraps(command)
+    def with_pair(model: str | None, target: Path | None, drafter: Path | None, **others: Any) -> Any:
+        if model is None and (target is None) != (drafter is None):
+            raise click.UsageError("give both --target and --draft, or a --model")
+        model = DEFAULT_MODEL if target is None and model is None else model
+        return command(model=model, target=target, drafter=drafter, **others)
+
+    return with_pair
+
+
+def _types(text: str) -> list[str]:
+    return [quantisation(name.strip()) for name in text.split(",") if name.strip()]
+
+
+@click.command("plan")
+@pair_options
+@COUNTS
+@click.option("--prompts", type=FILE, help="Prompts that judge.  [default: bundled ones that were never counted]")
+@click.option("--limit", type=click.IntRange(1), default=24, show_default=True, help="How many of the prompts.")
+@click.option("-n", "--tokens", type=click.IntRange(1), default=96, show_default=True, help="Most per answer.")
+@click.option("--answers", type=FILE, help="The target's answers, {id: [prompt_ids, answer_ids]}, instead of prompts.")
+@click.option(
+    "--types",
+    type=_types,
+    default="",
+    metavar="TYPE,TYPE,...",
+    help="Drafter quantisations to weigh, such as Q4_0,Q8_0.  [default: as shipped only]",
+)
+@click.option("--temp", type=float, default=0.0, show_default=True, help="Also the expected acceptance when sampling.")
+@click.option("--no-measure", is_flag=True, help="Acceptance and MBSU only: no step is timed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the choices as one JSON list.")
+@click.option("--plot", "picture", type=FILE, help="Draw acceptance and MBSU against k, as a PNG.")
+@THREADS
+def plan_command(
+    model: str | None,
+    target: Path | None,
+    drafter: Path | None,
+    counts: Path | None,
+    prompts: Path | None,
+    limit: int,
+    tokens: int,
+    answers: Path | None,
+    types: list[str],
+    temp: float,
+    no_measure: bool,
+    as_json: bool,
+    picture: Path | None,
+    threads: int | None,
+) -> None:
+    """Find the k and the draft length that are fastest for this pair here, by measurement."""
+    PLOT.require(picture)
+    target, drafter = files_of(model, target, drafter)
+    ranking = _ranking(target, drafter, counts)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as name:
+        folder, file = Path(name), GGUFFile(drafter)
+        state_fed = file.architecture == EAGLE3
+        if state_fed and temp > 0:
+            raise click.UsageError("--temp is for drafters that read the text themselves")
+        if answers is not None:
+            judged = read_answers(answers, len(Vocabulary(GGUFFile(target))))
+        else:
+            judged = target_answers(target, prompts, limit, tokens, folder, threads)
+        verify = None if no_measure else verify_costs(target, threads)
+        named = GGUFFile(target) if state_fed else file
+        reading = Reading.of(drafter, calibration(named), n_threads=threads, target=target)
+        speculator = reading.fitted(file if HEAD in file.tensors or not state_fed else named)
+        plans = [
+            make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)
+            for type_ in [AS_SHIPPED, *types]
+        ]
+        faster = None
+        if types and verify is not None:
+            quicker = requantized(target, TARGET_TYPE, folder)
+            faster = verify_costs(quicker, threads, f"timing the target as {TARGET_TYPE}")
+    chosen = max(plans, key=lambda plan: plan.best.tokens_per_second or plan.best.mbsu_bytes)
+    if as_json:
+        click.echo(json.dumps([{**asdict(choice), "type": plan.type} for plan in plans for choice in plan.choices]))
+    else:
+        for plan in plans:
+            click.echo(_table(plan, chosen.best.draft_max))
+        click.echo(_groups(chosen))
+        click.echo(verdict(chosen, verify, faster))
+        if state_fed:
+            click.echo("judged by first drafts, from the target's own states: later ones are right less often")
+    if temp > 0:
+        sizes = grid(len(chosen.order))[::2]
+        law = Sampling(temp=temp)
+        for k, rate in sampled_acceptance(target, drafter, judged, chosen.order, sizes, law, threads).items():
+            click.echo(f"temperature {temp:g}, k {k:6d}: expected acceptance {rate:.3f}", err=as_json)
+    if picture is not None:
+        plot(plans, picture)
+        stderr.print(str(picture), markup=False)
+
+
+def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
+    """The k of the fastest choice for this pair on this machine, from a short plan."""
+    ranking = _ranking(target, drafter, counts)
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
+        judged = target_answers(target, None, 16, 64, Path(folder))
+        return make_plan(target, drafter, ranking, judged, Path(folder), verify_costs(target)).best.k
+
+
+def _ranking(target: Path, drafter: Path, counts: Path | None) -> Counts:
+    """The counts that rank a drafter's rows; raises VocabularyMismatch where the target has other tokens."""
+    file, theirs = GGUFFile(drafter), Vocabulary(GGUFFile(target))
+    if file.architecture == EAGLE3:
+        StateFedHead.of(file).require_target(GGUFFile(target), theirs)
+        return ranking_counts(theirs, counts)
+    vocabulary = Vocabulary(file)
+    require_same(theirs, vocabulary)
+    return ranking_counts(vocabulary, counts)
+
+
+def target_answers(
+    target: Path, prompts: Path | None, limit: int, tokens: int, folder: Path, threads: int | None = None
+) -> list[TargetAnswer]:
+    """The target's greedy answers to prompts that rank nothing."""
+    chosen = load_prompts(prompts)
+    chosen = spread(split(chosen, "judge") if prompts is None else chosen, limit)
+    out = folder / "answers.jsonl"
+    with Model(target) as model:
+        generate(chosen, model, out, max_tokens=tokens, sampling=GREEDY, n_threads=threads)
+    return read_answers(out)
+
+
+def _table(plan: Plan, draft_max: int) -> str:
+    lines = [
+        f"drafter {plan.type}: {plan.matches.positions} positions, draft length {draft_max}",
+        f"{'vocab':7s} {'k':>8s} {'acceptance':>10s} {'tau':>6s} {'MBSU params':>11s} {'bytes':>6s} {'tok/s':>7s}",
+    ]
+    for choice in plan.choices:
+        if choice.draft_max == draft_max:
+            speed = f"{choice.tokens_per_second:7.1f}" if choice.tokens_per_second else "      -"
+            lines.append(
+                f"{choice.vocab:7s} {choice.k:8d} {choice.acceptance_rate:10.3f} {choice.tau:6.2f} "
+                f"{choice.mbsu_params:11.2f} {choice.mbsu_bytes:6.2f} {speed}"
+            )
+    return "\n".join(lines)
+
+
+def _groups(plan: Plan) -> str:
+    """Each task and language with the best choice and with the whole head: a language the cut breaks shows here."""
+    best, whole, found = plan.best, plan.matches.right(plan.matches.n_vocab), plan.rights(plan.best)
+    lines = [f"{'':14s} {'positions':>9s} {'tau full':>8s} {'best':>6s} {'loss':>6s}"]
+    for label in sorted(set(plan.matches.labels)):
+        chosen = [i for i, name in enumerate(plan.matches.labels) if name == label]
+        full, cut = (tau_of([rights[i] for i in chosen], best.draft_max) for rights in (whole, found))
+        positions = sum(len(whole[i]) for i in chosen)
+        lines.append(f"{label[:14]:14s} {positions:9d} {full:8.2f} {cut:6.2f} {1 - cut / full:6.1%}")
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan, verify: dict[int, float] | None, faster: dict[int, float] | None) -> str:
+    """One honest paragraph: what is best, whether it pays, and what would pay more."""
+    best, speedup = plan.best, plan.speedup
+    text = f"best: vocabulary {best.vocab}, k = {best.k}, draft length {best.draft_max}, drafter {plan.type}"
+    if speedup is None or plan.plain is None:
+        return f"{text}; memory-bound speed-up {best.mbsu_bytes:.2f} by bytes (no step was timed)"
+    text += f": {best.tokens_per_second:.1f} tok/s, plain decoding {plan.plain:.1f} ({speedup:.2f} x)"
+    if speedup < 1:
+        text += "\nspeculation does not pay on this machine for this pair: decode plainly (--draft-max 0)"
+    if verify is not None and faster is not None:
+        n = best.draft_max + 1
+        text += (
+            f"\nas {TARGET_TYPE} the target takes {faster[1] / verify[1]:.2f} x the time for one token and "
+            f"{faster[n] / verify[n]:.2f} x for {n}"
+        )
+    return text
+
+
+def plot(plans: list[Plan], path: Path) -> None:
+    """Acceptance and MBSU by bytes against k, as a PNG. Needs the extra [plot]."""
+    with drawing(path) as figure:
+        left = figure.subplots()
+        right = left.twinx()
+        for plan in plans:
+            n = plan.best.draft_max
+            line = [choice for choice in plan.choices if choice.draft_max == n and choice.vocab in ("trim", "full")]
+            every_k = plan.matches.curve()[1:] / plan.matches.positions
+            left.plot(range(1, len(every_k) + 1), every_k, label=f"acceptance, {plan.type}")
+            mbsu_bytes = [choice.mbsu_bytes for choice in line]
+            right.plot([choice.k for choice in line], mbsu_bytes, "--o", label=f"MBSU by bytes, {plan.type}")
+        left.set(xscale="log", xlabel="k (rows kept)", ylabel="acceptance")
+        right.set_ylabel("MBSU")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")

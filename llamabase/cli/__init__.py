@@ -1,0 +1,1 @@
+"""What every command shares: errors, Ctrl-C, progress, plots."""

@@ -1,0 +1,1 @@
+"""GGUF files: reading, writing, vocabularies. Needs no llama.cpp."""

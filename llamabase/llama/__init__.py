@@ -1,0 +1,1 @@
+"""llama.cpp and ggml: models, contexts, states, products of rows, timing."""

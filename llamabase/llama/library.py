@@ -1,0 +1,96 @@
+"""The llama.cpp that llama-cpp-python has loaded: its start, its log, its backends, and what owns its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections import deque
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import llama_cpp
+import numpy as np
+
+LAST_ERRORS: deque[str] = deque(maxlen=8)
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    """Keep llama.cpp's errors for our own messages and its chatter off the user's screen."""
+    if level == _ERROR_LEVEL:
+        LAST_ERRORS.append(text.decode("utf-8", "replace").strip())
+
+
+@lru_cache(maxsize=1)
+def start() -> None:
+    """Load llama.cpp's backends, and keep its chatter and ggml's off the user's screen."""
+    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+def last_error() -> str:
+    """llama.cpp's own reason: the most telling line, which is the first."""
+    return LAST_ERRORS[0] if LAST_ERRORS else "llama.cpp gave no reason"
+
+
+@lru_cache(maxsize=1)
+def physical_cores() -> int:
+    """Cores to compute on, as llama.cpp counts them: two threads of one core only get in each other's way."""
+    if sys.platform == "linux":
+        siblings = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings")
+        cores = {path.read_text() for path in siblings}
+        allowed = len(os.sched_getaffinity(0))
+        return min(len(cores), allowed) or allowed
+    if sys.platform == "darwin":
+        for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
+            if answer.returncode == 0 and answer.stdout.strip().isdigit():
+                return int(answer.stdout)
+    return max(1, (os.cpu_count() or 2) // 2)
+
+
+def backends() -> dict[str, str]:
+    """What this llama.cpp computes with, and each backend's features: {"CPU": "AVX2 AVX512", ...}."""
+    start()
+    found: dict[str, str] = {}
+    name = ""
+    for part in llama_cpp.llama_print_system_info().decode("utf-8", "replace").split(" | "):
+        head, colon, rest = part.partition(" : ")
+        name, feature = (head.strip(), rest) if colon else (name, part)
+        if (key := feature.partition(" = ")[0].strip()) and name:
+            found[name] = f"{found.get(name, '')} {key}".strip()
+    return found
+
+
+T = TypeVar("T")
+
+
+class Closing:
+    """Something that is closed by `with`, or by close()."""
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class Owner(Closing):
+    """Something that holds memory of llama.cpp's: the collector closes it at the latest."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
+    """A view of llama.cpp's memory: as `np.ctypeslib.as_array` gives, in a fraction of its time."""
+    memory: Any = (ctypes.c_float * (n_rows * n_columns)).from_address(ctypes.addressof(pointer.contents))
+    return np.ndarray((n_rows, n_columns), np.float32, memory)

@@ -1,0 +1,77 @@
+"""Requantising a GGUF with llama.cpp's own quantize function."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import llama_cpp
+from gguf.constants import GGMLQuantizationType
+
+from llamabase.errors import EngineError
+from llamabase.files import CACHED, require_room, write_whole
+from llamabase.gguf.reader import GGUFFile, bytes_of
+
+from .interrupt import interruptible
+from .library import LAST_ERRORS, last_error, physical_cores, start
+
+_FTYPES = {
+    name.removeprefix("LLAMA_FTYPE_MOSTLY_"): value
+    for name, value in vars(llama_cpp).items()
+    if name.startswith("LLAMA_FTYPE_MOSTLY_")
+} | {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q4_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+
+
+def _size_as(type_: str, file: GGUFFile) -> int:
+    """About the bytes of a file requantised: its matrices all in the type that gives a mix such as Q4_K_M its name."""
+    begins = [type_[:n] for n in range(len(type_) + 1)]
+    named = max(GGMLQuantizationType, key=lambda known: sum(map(known.name.startswith, begins)))
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    return file.size + sum(bytes_of(named, tensor.n_elements) - tensor.n_bytes for tensor in matrices)
+
+
+def require_type(type_: str) -> str:
+    """The name itself; raises EngineError for what is no quantisation of llama.cpp's."""
+    if type_ not in _FTYPES:
+        raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
+    return type_
+
+
+def quantize(source: Path, out: Path, type_: str) -> None:
+    """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
+
+    Callers name files of their own, as whatever is there is replaced. Raises EngineError for a type llama.cpp does not
+    know and where it fails, TrimError where the disk lacks the room.
+    """
+    start()
+    require_type(type_)
+    require_room(out, _size_as(type_, GGUFFile(source)))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = _FTYPES[type_]
+    params.allow_requantize = True
+    params.nthread = physical_cores()
+    LAST_ERRORS.clear()
+    with write_whole(out, CACHED) as file:
+        with interruptible():
+            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file.name), ctypes.byref(params))
+        if code:
+            raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {last_error()}")
+
+
+AS_SHIPPED = "as shipped"  # a file in the types it has
+
+
+def renamed(path: Path, type_: str) -> Path:
+    """Beside a file, the name of the same in another quantisation."""
+    return path if type_ in ("", AS_SHIPPED) else path.with_name(f"{path.stem}-{type_}.gguf")
+
+
+def requantized(path: Path, type_: str, folder: Path) -> Path:
+    """`path` rewritten to another quantisation in `folder`, by llama.cpp's own quantize function; or as it is."""
+    if renamed(path, type_) == path:
+        return path
+    out = folder / renamed(path, type_).name
+    if not out.exists():
+        quantize(path, out, type_)
+    return out

@@ -1,0 +1,159 @@
+"""A model's own chat template: from messages to the text, and the token ids, it was trained on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from llamabase.errors import FileFormatError, SettingError
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+
+from .model import Model
+
+Messages = Sequence[dict[str, Any]]
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+LETTERS_OF_ID = 9  # letters and digits: the only ids of calls that Mistral's templates take
+RESERVED = {  # names that the formatter itself gives to a template
+    *("messages", "tools", "functions", "function_call", "tool_choice", "eos_token", "bos_token", "raise_exception"),
+    *("add_generation_prompt", "strftime_now", "self"),
+}
+
+
+class ChatTemplate:
+    """The templates of a GGUF, through llama-cpp-python's Jinja formatter; a model without one gets the bare text.
+
+    The template named `tool_use`, if there is one, is used for conversations with tools. Raises FileFormatError for one
+    that is no Jinja.
+    """
+
+    def __init__(self, file: GGUFFile, vocabulary: Vocabulary) -> None:
+        self._path = file.path
+
+        def text(key: str) -> str:
+            token = file.get(f"tokenizer.ggml.{key}_token_id")
+            known = token is not None and 0 <= token < len(vocabulary)  # as llama.cpp, which takes no others for one
+            return vocabulary.text(token).decode("utf-8", "replace") if known else ""
+
+        self._bos, eos = text("bos"), text("eos")
+
+        def formatter(key: str) -> Jinja2ChatFormatter | None:
+            source = file.get(key)
+            try:
+                return Jinja2ChatFormatter(source, eos_token=eos, bos_token=self._bos) if source else None
+            except Exception as error:  # a source may be anything
+                raise FileFormatError(
+                    f"{self._path}: its chat template cannot be used: {error}; get another file"
+                ) from error
+
+        self._format = formatter("tokenizer.chat_template")
+        self._with_tools = formatter("tokenizer.chat_template.tool_use") or self._format
+
+    @property
+    def tool_source(self) -> str:
+        """The source of the template that is used for conversations with tools; empty if there is none."""
+        return "" if self._with_tools is None else str(self._with_tools.template)
+
+    def text(
+        self,
+        messages: Messages,
+        tools: Any = None,
+        answered: bool = False,
+        *,
+        continued: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the model reads it, up to where its answer begins.
+
+        answered: up to its end instead, with no answer to follow. continued: the last message is the beginning of the
+        answer, which goes on from its end. variables: further names for the template, such as enable_thinking.
+
+        A template that refuses the messages (ids of calls that are not nine letters and digits, arguments that are
+        objects) gets them in its own form. Raises FileFormatError if it refuses all of these (roles out of order, say),
+        and SettingError for variables that it cannot have.
+        """
+        if taken := sorted(RESERVED & (variables or {}).keys()):
+            raise SettingError(f"chat_template_kwargs: {taken[0]} is set by the conversation itself; leave it out")
+        if continued:
+            head = self.text(messages[:-1], tools, variables=variables)
+            return head + _begun(messages[-1], head)
+        chosen = self._with_tools if tools else self._format
+        if chosen is None:
+            return "\n".join(str(message["content"]) for message in messages)
+        chosen = copy.copy(chosen)  # other threads may use it at the same time
+        chosen.add_generation_prompt = not answered
+        refused: Exception | None = None
+        for form in _forms(messages):
+            try:
+                return str(chosen(messages=form, tools=tools, **(variables or {})).prompt)
+            except Exception as error:  # a template may raise anything
+                refused = refused or error
+        raise FileFormatError(f"{self._path}: its chat template refuses these messages: {refused}") from refused
+
+    def ids(self, model: Model, messages: Messages, tools: Any = None, n_ctx: int | None = None) -> list[int]:
+        """Token ids of `text`; see `tokens`."""
+        return self.tokens(model, self.text(messages, tools), n_ctx)
+
+    def tokens(self, model: Model, text: str, n_ctx: int | None = None) -> list[int]:
+        """Token ids of a text that the template wrote, with BOS if the model wants one and it has none; never empty.
+
+        n_ctx: raise PromptTooLong for a large text that this context cannot hold, before it is split.
+        """
+        begun = bool(self._bos) and text.startswith(self._bos)
+        tokens = model.tokenize(text, special=True, add_bos=not begun, n_ctx=n_ctx)
+        return tokens or ([model.bos] if model.bos is not None else [])
+
+
+def _begun(message: Mapping[str, Any], head: str) -> str:
+    """The beginning of an answer after `head`, its reasoning included, as far as it was said."""
+    reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
+    opened = head.rstrip().endswith("<think>")
+    if not opened and not reasoning:
+        return str(content)
+    start = reasoning if opened else f"<think>\n{reasoning}"
+    return f"{start}\n</think>\n\n{content}" if content else start
+
+
+def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
+    """The messages as they are, and in the other forms in which templates want calls."""
+    yield list(messages)
+    if not any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
+        return
+    for as_text, short in ((False, True), (True, False), (True, True)):
+        waiting: list[str] = []  # ids of calls that no result names yet
+        form = []
+        for i, message in enumerate(messages):
+            changed = dict(message)
+            if calls := message.get("tool_calls"):
+                changed["tool_calls"] = [_call(call, f"{i}.{n}", as_text, short) for n, call in enumerate(calls)]
+                waiting = [call["id"] for call in changed["tool_calls"] if "id" in call]
+            if message.get("role") == "tool" and short:
+                given = message.get("tool_call_id")
+                changed["tool_call_id"] = short_id(given) if given else (waiting or [short_id("")])[0]
+                waiting = [id_ for id_ in waiting if id_ != changed["tool_call_id"]]
+            form.append(changed)
+        yield form
+
+
+def _call(call: Mapping[str, Any], place: str, as_text: bool, short: bool) -> dict[str, Any]:
+    """A call with its arguments as JSON text, and with a short id, if it is wanted so."""
+    changed = dict(call)
+    if short:
+        changed["id"] = short_id(call.get("id") or place)
+    function = dict(call.get("function") or {})
+    if as_text and not isinstance(function.get("arguments"), str):
+        function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return changed | {"function": function}
+
+
+def short_id(given: str) -> str:
+    """An id of nine letters and digits: the given one if it is such, else always the same for the same."""
+    if len(given) == LETTERS_OF_ID and given.isascii() and given.isalnum():
+        return given
+    number = int.from_bytes(hashlib.sha256(given.encode("utf-8", "replace")).digest()[:8], "big")
+    return "".join(ALPHABET[number // len(ALPHABET) ** i % len(ALPHABET)] for i in range(LETTERS_OF_ID))

@@ -1,0 +1,1 @@
+"""Sampling: llama.cpp's samplers, grammars and schemas, and noise that target and drafter share."""

@@ -1,0 +1,1 @@
+"""Drafting: contracts, drafters, rows chosen at every step, what drafts cost and bring."""

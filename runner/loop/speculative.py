@@ -1,0 +1,131 @@
+"""The speculative loop: draft, verify in one batch, accept, rewind. A generator of small records.
+
+Adding up and printing a whole answer are outer layers; see `engine`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from llamabase.errors import EngineError
+from llamabase.llama.ggml import release_threads
+from llamabase.sampling.chain import Chain
+from llamabase.sampling.noise import Noise
+from llamabase.sampling.settings import Distribution, Sampling
+from runner.draft.drafters import Drafter
+from runner.draft.reading import Reader
+
+from .acceptance import accept
+
+
+@dataclass(frozen=True)
+class Round:
+    """One target call. `tokens` is what it emitted: the accepted drafts and the token after them. `drafted` are the
+    drafts that it verified: those that a schema forbids are not among them.
+
+    Seconds are wall time; draft and verify count time inside llama.cpp only, host is everything else of the round.
+    `finish` is "stop" (an end token, which is the last of `tokens`) or "length" on the last round, else None.
+    """
+
+    tokens: list[int]
+    drafted: list[int]
+    accepted: int
+    draft_seconds: float
+    verify_seconds: float
+    host_seconds: float
+    finish: str | None = None
+
+
+def generate(
+    target: Reader,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    draft_max: int,
+    is_end: Callable[[int], bool],
+    noise: Noise,
+    on_logits: Callable[[np.ndarray, list[int]], Any] = lambda logits, tokens: None,
+) -> Iterator[Round]:
+    """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
+
+    With the same noise the text is the same for any drafter and draft length, apart from near-ties of a quantised
+    target, where the shape of a batch changes the last bits of a logit.
+
+    Emits at most max_tokens tokens and never more than the context holds. The target may already hold a beginning of
+    the prompt: only the rest is read. Closing the generator leaves target and drafter usable. `look` is shown the
+    target's logits (float32, a row for each emitted token, a view) before samplers touch them, and the tokens.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token (BOS, where the vocabulary has one)")
+    text = list(prompt)
+    n_ctx = target.context.n_ctx
+    if len(text) > n_ctx:
+        raise EngineError(
+            f"a conversation of {len(text)} tokens does not fit a context of {n_ctx}: raise --ctx-size (n_ctx; this "
+            f"model was trained on {target.context.model.n_ctx_train}), shorten it, or /reset"
+        )
+    left = min(max_tokens, n_ctx - len(text) + 1)
+    chain = Chain(sampling, text, target.context.model, noise)
+    # Where an interruption cut the settling of the last answer short.
+    target.settle()
+    drafter.settle()
+    try:
+        target.keep(text, len(text) - 1)
+        if rest := text[len(target.held) : -1]:
+            target.read(rest, 0)
+        if draft_max > 0:
+            drafter.prepare(text, left)
+        while left > 0:
+            started, before = time.perf_counter(), (drafter.seconds, target.context.seconds)
+            # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
+            n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
+            drafts = drafter.draft(text, n, sampling, noise)
+            n_drafted = len(drafts)
+            del drafts[chain.fitting(drafts) :]  # those after a draft that may not come fall without being verified
+            logits = target.read([text[-1], *drafts], len(drafts) + 1)
+            accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
+            chain.accept(following)
+            tokens = [*drafts[:accepted], following]
+            end = next((i for i, token in enumerate(tokens) if is_end(token)), None)
+            if end is not None:
+                del tokens[end + 1 :]
+            on_logits(logits[: len(tokens)], tokens)
+            text += tokens
+            left -= len(tokens)
+            # What was emitted last has not been read yet.
+            target.keep(text, len(text) - 1)
+            after = (drafter.seconds, target.context.seconds)
+            draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
+            accepted = min(accepted, len(tokens))
+            seconds = time.perf_counter() - started
+            drafter.learn(n_drafted, len(drafts), accepted, len(tokens), seconds, verify_seconds)
+            yield Round(
+                tokens,
+                drafts,
+                accepted,
+                draft_seconds,
+                verify_seconds,
+                seconds - draft_seconds - verify_seconds,
+                "stop" if end is not None else "length" if left <= 0 else None,
+            )
+            if end is not None:
+                return
+    finally:
+        target.settle()
+        drafter.settle()
+        release_threads()
+
+
+def _p_at(logits: np.ndarray, chain: Chain, drafts: Sequence[int], i: int) -> Distribution:
+    """The target's distribution in row i. `accept` asks for it once the draft before it stands, and once only."""
+    if i:
+        chain.accept(drafts[i - 1])
+    return chain.distribution(logits[i])

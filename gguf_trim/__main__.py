@@ -20,7 +20,7 @@ from corpus.__main__ import main as counting_commands
 from gguf_trim.fit.calibrate import Reading, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock
 from gguf_trim.format.state_fed import STATE_FED
 from gguf_trim.format.weights import step_bytes
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
@@ -106,7 +106,7 @@ def trim_command(
     choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
     if exact_k:
         choose = partial(choose, multiple=1)
-    cut = lay_out(drafter, choose, target, mtp)
+    cut = lay_out(OWN_BLOCK, choose, drafter) if mtp else lay_out(drafter, choose, target)
     # The plan is what a dry run is asked for, and commentary otherwise.
     click.echo(_plan_text(cut, output), err=not dry_run)
     if cut.keep.n_forced_left_out:
@@ -227,7 +227,12 @@ def models_command() -> None:
     help="The trimmed drafter's quantisation, none for as shipped.  [default: the quickest with this target here]",
 )
 def prepare_command(
-    model: str | None, target: Path | None, drafter: Path | None, k: int, counts: Path | None, requant: str | None
+    model: str | None,
+    target: Path | None,
+    drafter: DrafterSource | None,
+    k: int,
+    counts: Path | None,
+    requant: str | None,
 ) -> None:
     """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter."""
     ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts), requant)

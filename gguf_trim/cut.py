@@ -18,7 +18,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
-from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock
 from gguf_trim.format.state_fed import D2T, STATE_FED, StateFedHead, row_by_id
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import require_room, write_whole
@@ -85,18 +85,21 @@ def _per_token(tensor: Tensor, n_rows: int) -> bool:
     return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
 
 
-def lay_out(source: Path | str, choose: Callable[..., Keep], target: Path | None = None, mtp: bool = False) -> Cut:
-    """What a cut of `source` would write: pure, nothing is touched.
+def lay_out(drafter: DrafterSource, choose: Callable[..., Keep], target: Path | None = None) -> Cut:
+    """What a cut of a drafter would write: pure, nothing is touched.
 
     `choose(vocabulary, n_rows)` decides on the rows once the file is known; for a head that hangs on a target it is
     also told `having` and `multiple`, see `choose_rows`. Such a head may need its `target`, for tokens or rows that it
-    lacks itself. `mtp`: rows for the MTP block that `source` has. Raises FileFormatError where the file cannot be cut,
-    naming the reason.
+    lacks itself, and a block is its target's. Raises FileFormatError where the file cannot be cut, naming the reason.
     """
+    own = isinstance(drafter, OwnBlock)
+    source = target if isinstance(drafter, OwnBlock) else drafter
+    if source is None:
+        raise ValueError("rows of an MTP block are cut from its target")
     file = GGUFFile(source)
-    if (reason := why_not(file, mtp)) is not None:
+    if (reason := why_not(file, own)) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
-    if mtp:
+    if own:
         return _lay_out_mtp(MtpBlock.of(file), choose)
     if file.architecture in STATE_FED:
         return _lay_out_state_fed(StateFedHead.of(file), choose, target)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gguf_trim.format.mtp import drafter_source
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
 from llamabase.errors import EngineError, SettingError
 from llamabase.llama.context import F16, Cache
@@ -138,7 +139,7 @@ class SpeculativeLM(Closing):
         self._lock = threading.RLock()
         self._engine = Engine(
             Path(target),
-            None if draft is None else Path(draft),
+            None if draft is None else drafter_source(draft),
             n_ctx=n_ctx,
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,

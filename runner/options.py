@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from gguf_trim.format.mtp import DrafterSource, drafter_source
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
 from llamabase.cli.command import FILE, THREADS
 from llamabase.cli.progress import step
@@ -88,7 +89,7 @@ class Models:
     """Which files to run, and how to load them."""
 
     target: Path
-    draft: Path | None
+    draft: DrafterSource | None
     prepared: Prepared | None
     n_ctx: int
     n_threads: int | None
@@ -182,7 +183,8 @@ def model_options(command: Any) -> Any:
         "--spec-draft-model",
         "--draft",
         "draft",
-        type=FILE,
+        type=drafter_source,
+        metavar="PATH",
         help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
     )
     @click.option(
@@ -252,7 +254,7 @@ def model_options(command: Any) -> Any:
     def with_models(
         model: str | None,
         target: Path | None,
-        draft: Path | None,
+        draft: DrafterSource | None,
         n_gpu_layers: int | None,
         n_gpu_layers_draft: int | None,
         threads: int | None,

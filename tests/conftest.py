@@ -106,7 +106,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which drafting always pays: toys are so fast that it never would."""
     cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
     monkeypatch.setattr("runner.loop.engine.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
-    monkeypatch.setattr(StepCost, "saw", lambda self, n, seconds: None)
+    monkeypatch.setattr(StepCost, "observe", lambda self, n, seconds: None)
 
 
 def copy_trimmed(trimmed: Path, to: Path) -> Path:

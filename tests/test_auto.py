@@ -180,7 +180,7 @@ def test_the_budget_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
             super().learn(*args)  # type: ignore[arg-type]
             self.known.tokens, self.known.steps = before
 
-    monkeypatch.setattr(Chances, "saw", lambda self, claimed, accepted: None)
+    monkeypatch.setattr(Chances, "observe", lambda self, claimed, accepted: None)
 
     def lost(tokens: int) -> float:
         world, same = (World(0.0, 1, StepCost(UNEVEN), reading(DRAFT, UNEVEN, 0.1), tokens=tokens) for _ in range(2))

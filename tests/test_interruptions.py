@@ -110,7 +110,7 @@ def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> N
             raise KeyboardInterrupt
         return honest(*args, **settings)
 
-    monkeypatch.setattr(preparing, "verify", accident)
+    monkeypatch.setattr(preparing, "prove", accident)
     choose = keep_first(400)
     with pytest.raises(KeyboardInterrupt):
         prepare(target=toys["target"], drafter=toys["wrong"], choose=choose)

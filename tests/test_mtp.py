@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Quant
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.mtp import MtpBlock
+from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.keep import Keep
 from gguf_trim.pairs.shapes import SHAPES, write_shape
@@ -36,7 +36,7 @@ from .test_state_fed import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, i
 from .toy import write_model, write_mtp
 
 ARCHITECTURES = ("qwen35", "glm4moe")
-MTP = Path("mtp")
+MTP = OWN_BLOCK
 
 
 def some(k: int) -> Callable[..., Keep]:
@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name] = write_mtp(folder / f"{name}.gguf", name, seed=1)
         for what, k in (("cut", 304), ("spec", 16)):
             found[f"{name} {what}"] = folder / f"{name}-{what}.gguf"
-            write(lay_out(found[name], some(k), mtp=True), found[f"{name} {what}"])
+            write(lay_out(OWN_BLOCK, some(k), found[name]), found[f"{name} {what}"])
         fitted(found[f"{name} spec"], answers_file(folder), found[name])
     return found
 
@@ -245,7 +245,7 @@ def test_rows_are_the_head_bit_for_bit(tmp_path: Path, name: str, own_head: bool
     target = write_mtp(tmp_path / "t.gguf", name, type_, own_head=own_head)
     for k in (16, 304, 512):
         cut = tmp_path / f"{k}.gguf"
-        write(lay_out(target, some(k), mtp=True), cut)
+        write(lay_out(OWN_BLOCK, some(k), target), cut)
         found = prove(cut, target)
         assert found.ok, found.differences
         assert (found.max_logit_difference, found.kept, found.positions) == (0.0, k, 24)
@@ -254,7 +254,7 @@ def test_rows_are_the_head_bit_for_bit(tmp_path: Path, name: str, own_head: bool
 def test_what_was_changed_is_seen(files, tmp_path: Path) -> None:
     """By verify, and before the first draft where it is the rows of another head."""
     target, cut = files["glm4moe"], tmp_path / "cut.gguf"
-    write(lay_out(target, some(64), mtp=True), cut)
+    write(lay_out(OWN_BLOCK, some(64), target), cut)
     tensor = GGUFFile(cut).tensors["output.weight"]
     data = bytearray(cut.read_bytes())
     data[tensor.offset + 5] ^= 1
@@ -282,7 +282,7 @@ def test_what_cannot_draft_is_refused_by_name(tmp_path: Path, name: str) -> None
     with pytest.raises(FileFormatError, match=said):
         MtpBlock.of(GGUFFile(path))
     with pytest.raises(FileFormatError, match=said):
-        lay_out(path, some(16), mtp=True)
+        lay_out(OWN_BLOCK, some(16), path)
     if name in ("none", "two blocks"):  # llama.cpp loads it
         with pytest.raises(FileFormatError, match=said):
             Engine(path, MTP, n_ctx=64)

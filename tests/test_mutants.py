@@ -29,7 +29,7 @@ from corpus.prompts import load_prompts
 from gguf_trim.cut import lay_out
 from gguf_trim.describe import describe
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.mtp import MtpBlock
+from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import StateFedHead
 from gguf_trim.keep import read_keep_list
@@ -106,7 +106,7 @@ def read_head(path: Path) -> None:
 
 def read_block(path: Path) -> None:
     MtpBlock.of(GGUFFile(path))
-    lay_out(path, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows), mtp=True)
+    lay_out(OWN_BLOCK, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows), path)
 
 
 def read_memory(path: Path) -> None:

@@ -8,6 +8,7 @@ in a file of their own, and multiplied here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -17,12 +18,30 @@ from llamabase.gguf.tensors import EMBEDDING, HEAD, has_mrope, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.ggml import Backend, Product, Table
 
-MTP = "mtp"  # the target's own block, where a drafter is named; the architecture of files that hold rows for one
+MTP = "mtp"  # how a user names the target's own block as the drafter; the architecture of files that hold rows for it
 # Whose graphs, as llama.cpp of `states.KNOWN` has them, hand on the normed state of a single block. Others hand on what
 # comes before the norm, or take a block of its own for every draft.
 POST_NORM = frozenset(
     {"qwen35", "qwen35moe", "glm4moe", "glm-dsa", "deepseek2", "deepseek32", "hy_v3", "cohere2moe"}
 )  # fmt: skip
+
+
+class OwnBlock:
+    """A drafter that has no file: the MTP block inside the target's own."""
+
+    name = stem = MTP
+
+    def __str__(self) -> str:
+        return MTP
+
+
+OWN_BLOCK = OwnBlock()
+DrafterSource = Path | OwnBlock
+
+
+def drafter_source(named: str | Path) -> DrafterSource:
+    """What a user names as the drafter: a file, or `mtp`."""
+    return OWN_BLOCK if str(named) == MTP else Path(named)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from gguf_trim.cut import Cut, lay_out, move, remove, write
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.mtp import MTP
+from gguf_trim.format.mtp import DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import STATE_FED
 from gguf_trim.keep import Keep, choose_rows
@@ -37,11 +37,11 @@ DAY = 86_400.0
 @dataclass(frozen=True)
 class Prepared:
     target: Path
-    drafter: Path  # as published
+    drafter: DrafterSource  # as published
     trimmed: Path
 
 
-def files_of(model: str | None, target: Path | None, drafter: Path | None) -> tuple[Path, Path]:
+def files_of(model: str | None, target: Path | None, drafter: DrafterSource | None) -> tuple[Path, DrafterSource]:
     """Target and drafter: those of a pair of the catalog, fetched where they are missing, unless given by path."""
     if model is not None:
         pair = load_catalog().pair(model)
@@ -55,7 +55,7 @@ def files_of(model: str | None, target: Path | None, drafter: Path | None) -> tu
 def prepare(
     model: str | None = None,
     target: Path | None = None,
-    drafter: Path | None = None,
+    drafter: DrafterSource | None = None,
     choose: Callable[[Vocabulary, int], Keep] = choose_rows,
     requant: str | None = None,
 ) -> Prepared:
@@ -63,21 +63,20 @@ def prepare(
 
     The trimmed drafter is then requantised to the type that is quickest with this target here, which is measured once
     and remembered; `requant` decides by hand: a type of llama.cpp's, or "none" for as shipped. Trimmed drafters go to
-    the cache folder, where a speculator that is missing or does not fit is made. `drafter` may be
-    "mtp", the target's own block, for which rows are chosen. Raises FetchError, VocabularyMismatch, FileFormatError or,
-    for an unknown type, EngineError.
+    the cache folder, where a speculator that is missing or does not fit is made. For the target's own MTP block, rows
+    are chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
-    mtp = drafter == Path(MTP)
-    hangs = mtp or GGUFFile(drafter).architecture in STATE_FED
+    files = [target] if isinstance(drafter, OwnBlock) else [target, drafter]
+    hangs = isinstance(drafter, OwnBlock) or GGUFFile(drafter).architecture in STATE_FED
     if hangs:
         requant = requant or NONE  # one layer: there is little to win by another type
-    else:
+    elif not isinstance(drafter, OwnBlock):
         require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
-    cut = lay_out(target, choose, mtp=True) if mtp else lay_out(drafter, choose, target if hangs else None)
-    name = f"{target.stem}-{MTP}" if mtp else drafter.stem
+    cut = lay_out(drafter, choose, target if hangs else None)
+    name = f"{target.stem}-{drafter}" if isinstance(drafter, OwnBlock) else drafter.stem
     shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    key = key_of([target, drafter], ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
+    key = key_of(files, ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
     memory = recall(key)
     type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else memory.get("type")
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged

@@ -17,6 +17,7 @@ from corpus.generate import generate
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
 from gguf_trim.fit.calibrate import Reading, calibration
+from gguf_trim.format.mtp import DrafterSource, OwnBlock, drafter_source
 from gguf_trim.format.state_fed import EAGLE3, StateFedHead
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
 from llamabase.cli.command import FILE, THREADS, quantisation
@@ -45,9 +46,16 @@ def pair_options(command: Any) -> Any:
 
     @click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
     @click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
-    @click.option("--draft", "--drafter", "drafter", type=FILE, help="The uncut drafter's, instead of the catalog's.")
+    @click.option(
+        "--draft",
+        "--drafter",
+        "drafter",
+        type=drafter_source,
+        metavar="PATH",
+        help="The uncut drafter's, instead of the catalog's.",
+    )
     @wraps(command)
-    def with_pair(model: str | None, target: Path | None, drafter: Path | None, **others: Any) -> Any:
+    def with_pair(model: str | None, target: Path | None, drafter: DrafterSource | None, **others: Any) -> Any:
         if model is None and (target is None) != (drafter is None):
             raise click.UsageError("give both --target and --draft, or a --model")
         model = DEFAULT_MODEL if target is None and model is None else model
@@ -82,7 +90,7 @@ def _types(text: str) -> list[str]:
 def plan_command(
     model: str | None,
     target: Path | None,
-    drafter: Path | None,
+    drafter: DrafterSource | None,
     counts: Path | None,
     prompts: Path | None,
     limit: int,
@@ -98,6 +106,8 @@ def plan_command(
     """Find the k and the draft length that are fastest for this pair here, by measurement."""
     PLOT.require(picture)
     target, drafter = files_of(model, target, drafter)
+    if isinstance(drafter, OwnBlock):
+        raise click.UsageError("--draft mtp: a plan is for a drafter of its own; its rows are chosen by `trim --mtp`")
     ranking = _ranking(target, drafter, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as name:
         folder, file = Path(name), GGUFFile(drafter)

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from gguf_trim.format.mtp import MTP
+from gguf_trim.format.mtp import OwnBlock
 from llamabase.cli.command import FILE, Commands, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
@@ -140,7 +140,7 @@ def run_command(
         files = find_files(found, Path(folder), full, ks, target_quant, draft_quant)
         described = {
             "target": [describe(files.target)],
-            "full": [describe(files.full)] if files.full not in (None, Path(MTP)) else [],
+            "full": [] if files.full is None or isinstance(files.full, OwnBlock) else [describe(files.full)],
             "trimmed": [describe(path) for path in files.trimmed.values()],
         }
         settings |= {

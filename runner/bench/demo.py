@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Container
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from gguf_trim.format.mtp import DrafterSource, MtpBlock, OwnBlock
 from llamabase.cli.progress import progress
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
@@ -53,7 +55,7 @@ def the_cut(found: Models, files: Files, max_tokens: int) -> dict[str, Any]:
             assert mode.file is not None
             out[mode.name] = {
                 "file": mode.file.name,
-                "rows": head_tensor(GGUFFile(mode.file)).n_rows,
+                "rows": _rows(mode.file, files.target),
                 "bytes": mode.step()[1],
                 "seconds": statistics.median(steps["seconds"][mode.name]),
                 "tau": tokens / len(rounds),
@@ -61,6 +63,13 @@ def the_cut(found: Models, files: Files, max_tokens: int) -> dict[str, Any]:
                 "per_draft": accepted / max(judged, 1),
             }
     return out
+
+
+def _rows(drafter: DrafterSource, target: Path) -> int:
+    """Rows of the head that a drafter drafts from."""
+    if isinstance(drafter, OwnBlock):
+        return MtpBlock.of(GGUFFile(target)).n_vocab
+    return head_tensor(GGUFFile(drafter)).n_rows
 
 
 def _way(named: Container[str]) -> str:

@@ -13,7 +13,7 @@ import click
 
 from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.weights import Weights
 from gguf_trim.keep import DEFAULT_K, choose_rows
@@ -51,7 +51,7 @@ class Mode:
     name: str
     drafter: Drafter
     draft_max: int | None
-    file: Path | None
+    file: DrafterSource | None
     model: ModelDrafter | None  # the drafter that reads, whoever decides on its drafts
     step: Callable[[], tuple[float, float]]  # (params, bytes) of a draft step
     memory: int  # bytes that opening its drafter and answering with it took
@@ -71,7 +71,7 @@ class Files:
     """The files of a comparison; trimmed by what tells them apart in the names of modes, the smallest first."""
 
     target: Path
-    full: Path | None
+    full: DrafterSource | None
     trimmed: dict[str, Path]
 
 
@@ -84,7 +84,7 @@ def named(cuts: Sequence[Path]) -> dict[str, Path]:
 def find_files(
     found: Models,
     folder: Path,
-    full: Path | None,
+    full: DrafterSource | None,
     ks: Sequence[int] = (),
     target_quant: str = "",
     draft_quant: str = "",
@@ -93,20 +93,20 @@ def find_files(
     trimmed = found.draft
     if found.prepared:
         full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
-    if trimmed is not None and (trimmed == Path(MTP) or "gguf_trim.d2t" not in GGUFFile(trimmed).fields):
+    if trimmed is not None and (isinstance(trimmed, OwnBlock) or "gguf_trim.d2t" not in GGUFFile(trimmed).fields):
         full, trimmed = full or trimmed, None
     if trimmed is not None and GGUFFile(trimmed).architecture == MTP:
-        full = Path(MTP)
+        full = OWN_BLOCK
     if full is None and (ks or draft_quant):
         raise click.UsageError(
             f"{'--draft-quant' if draft_quant else '--k'} needs the uncut drafter; give it as --full"
         )
     target = requantized(found.target, target_quant, folder)
     cuts = [] if trimmed is None else [trimmed]
-    if full == Path(MTP):
+    if isinstance(full, OwnBlock):
         for k in ks or ([] if cuts else [DEFAULT_K]):
             cuts.append(out := folder / f"mtp-{k}.gguf")
-            write(lay_out(target, partial(choose_rows, k=k), mtp=True), out)
+            write(lay_out(full, partial(choose_rows, k=k), target), out)
     elif full is not None and (ks or draft_quant or trimmed is None):
         full = requantized(full, draft_quant, folder)
         rules = [partial(choose_rows, k=k) for k in ks or (None,)]
@@ -172,7 +172,9 @@ def open_modes(
         yield modes
 
 
-def _step_reader(path: Path | None, drafter: ModelDrafter | None, target: Path) -> Callable[[], tuple[float, float]]:
+def _step_reader(
+    path: DrafterSource | None, drafter: ModelDrafter | None, target: Path
+) -> Callable[[], tuple[float, float]]:
     """A function that says what a draft step of this file has read on average so far: (parameters, bytes).
 
     The files are read here, once: it is asked after every answer.
@@ -180,14 +182,16 @@ def _step_reader(path: Path | None, drafter: ModelDrafter | None, target: Path) 
     if path is None or drafter is None:
         return lambda: (0.0, 0.0)
     dynamic = drafter.dynamic
-    if path == Path(MTP):
+    if isinstance(path, OwnBlock):
         weights = Weights.of_block(block := MtpBlock.of(GGUFFile(target)))
         k = block.n_vocab
     else:
         file = GGUFFile(path)
         weights = Weights.of_block(MtpBlock.of(GGUFFile(target))) if file.architecture == MTP else Weights.of(file)
         k = head_tensor(file).n_rows
-    speculator = Speculator.of(Trimmed.open(path)) if dynamic is not None and dynamic.speculates else None
+    speculator = None
+    if dynamic is not None and dynamic.speculates and not isinstance(path, OwnBlock):
+        speculator = Speculator.of(Trimmed.open(path))
     scored = (0.0, 0.0) if speculator is None else speculator.step(k)
 
     def step() -> tuple[float, float]:

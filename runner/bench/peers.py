@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from corpus.prompts import Prompt
-from gguf_trim.format.mtp import MTP
+from gguf_trim.format.mtp import MTP, DrafterSource, OwnBlock
 from gguf_trim.format.state_fed import EAGLE3
 from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
@@ -94,7 +94,7 @@ def beside(
         options: dict[str, Any] = {"-m": files.target, "-c": found.n_ctx, "--temp": 0}
         options |= {"-n": record["settings"]["max_tokens"], "-t": threads, "-td": threads}
         options |= {"--spec-type": _spec_type(drafter), "--spec-draft-n-max": n}
-        options |= {} if drafter == Path(MTP) else {"-md": drafter}
+        options |= {} if isinstance(drafter, OwnBlock) else {"-md": drafter}
         answers = []
         with progress("llama.cpp's speculative example", len(prompts), "prompts") as advance:
             for prompt in prompts:
@@ -113,15 +113,15 @@ def beside(
     return {"rows": rows}
 
 
-def _runs_with(files: Files) -> list[Path]:
+def _runs_with(files: Files) -> list[DrafterSource]:
     """The drafters that llama.cpp itself runs: the uncut one, and cuts of an EAGLE-3 head."""
     if files.full is None or _spec_type(files.full) != SPEC_TYPES[EAGLE3]:
         return [] if files.full is None else [files.full]
     return [files.full, *files.trimmed.values()]
 
 
-def _spec_type(drafter: Path) -> str:
-    return SPEC_TYPES.get(MTP if drafter == Path(MTP) else GGUFFile(drafter).architecture, "draft-simple")
+def _spec_type(drafter: DrafterSource) -> str:
+    return SPEC_TYPES.get(MTP if isinstance(drafter, OwnBlock) else GGUFFile(drafter).architecture, "draft-simple")
 
 
 def _run(tool: Path, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.mtp import MTP, MtpBlock
+from gguf_trim.format.mtp import MTP, OWN_BLOCK, MtpBlock, OwnBlock
 from gguf_trim.format.speculator import BLOCK, UP_TYPE, Speculator
 from gguf_trim.format.weights import mbsu, step_bytes
 from gguf_trim.keep import keep_listed
@@ -70,14 +70,15 @@ def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
     for name, path in zip(names, paths, strict=True):
         if not path.exists():
             write_shape(SHAPES[name], path, quant)
-    return Files(target, Path(MTP) if mtp else drafter, named([_cut(drafter, k, mtp) for k in ks]))
+    return Files(target, OWN_BLOCK if mtp else drafter, named([_cut(drafter, k, mtp) for k in ks]))
 
 
 def _cut(drafter: Path, k: int, mtp: bool) -> Path:
     """Cut to its first k rows: of random rows one is as good as another."""
     out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
     first = list(range(k))
-    write(lay_out(drafter, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, first, k), mtp=mtp), out)
+    source, target = (OWN_BLOCK, drafter) if mtp else (drafter, None)
+    write(lay_out(source, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, first, k), target), out)
     if mtp:  # with a speculator of random numbers, as a step of it costs what it costs
         trimmed, rng = Trimmed.open(out), np.random.default_rng(2)
         head = head_tensor(trimmed.companion)
@@ -118,7 +119,7 @@ def _drafting(mode: Mode, n_vocab: int) -> Step:
 def _heads(files: Files, n_threads: int | None) -> dict[str, Step]:
     """The head's product alone, whole and cut."""
     assert files.full is not None
-    if files.full == Path(MTP):
+    if isinstance(files.full, OwnBlock):
         file = GGUFFile(files.target)
         head = MtpBlock.of(file).head
     else:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 
 from gguf_trim.format.companion import EmbeddingTable, Trimmed, companion_of
-from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
+from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import DFLASH, EAGLE3, StateFedHead
 from llamabase.errors import EngineError, FileFormatError
@@ -27,7 +26,7 @@ HIDDEN_ROWS = 8  # tokens that are read in one batch with the one whose hidden s
 
 
 def open_drafter(
-    path: Path,
+    path: DrafterSource,
     target: Vocabulary,
     n_ctx: int,
     n_threads: int | None = None,
@@ -38,7 +37,7 @@ def open_drafter(
     model: Model | None = None,
 ) -> ModelDrafter:
     """Open a stock or trimmed drafter for a target's vocabulary; an EAGLE-3 head hangs on the target's context, as do
-    rows for its MTP block, and `mtp`, which is that block with its whole head.
+    rows for its MTP block, and that block itself with its whole head.
 
     `vocab` (one of VOCABS) says what a trimmed one may draft from: the rows it kept ("trim"), those and the tokens of
     the text ("context"), those and the speculator's candidates too ("spec"), or the most that its files allow ("auto").
@@ -46,7 +45,7 @@ def open_drafter(
     Raises VocabularyMismatch where an id would not mean the same to both, naming both files, and EngineError for "spec"
     without a speculator.
     """
-    if path == Path(MTP):
+    if isinstance(path, OwnBlock):
         return _open_mtp(None, target, target_context, n_threads, vocab, cache)
     file = GGUFFile(path)
     if file.architecture == MTP:

@@ -16,6 +16,7 @@ import numpy as np
 from gguf.constants import TokenType
 
 from gguf_trim.format.companion import companion_of
+from gguf_trim.format.mtp import DrafterSource
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -118,7 +119,7 @@ class Engine(Closing):
     def __init__(
         self,
         target: Path,
-        draft: Path | None = None,
+        draft: DrafterSource | None = None,
         *,
         n_ctx: int = 4096,
         n_threads: int | None = None,
@@ -218,7 +219,7 @@ class Engine(Closing):
         if self._first is not None:
             self._auto = self._first.auto.share_weights(self.drafter)
             return
-        draft = [] if self._draft is None else [self._draft, companion_of(self._draft)]
+        draft = [self._draft, companion_of(self._draft)] if isinstance(self._draft, Path) else []
         self._key = key_of([self.model.path, *draft], (*self._settings, *self._own))
         costs = step_costs(self.reader, self.drafter, self._key)
         release_threads()

@@ -37,7 +37,7 @@ FIELDS = {
 SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import runner.chat.__main__ as c, llamabase.llama.library as l
+import runner.chat.__main__ as c, llamabase.llama.context as l
 decode = l.Context.decode
 def slow(*a, **k):
     time.sleep(0.02)

@@ -102,7 +102,7 @@ def test_second_ctrl_c_while_the_first_is_settled(toys, monkeypatch, who: str) -
 def test_a_cut_is_only_there_once_it_is_proven(toys, tmp_path, monkeypatch) -> None:
     """Interrupted or failed while it is verified, it is cut and verified again."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
-    honest, calls = preparing.verify, []
+    honest, calls = preparing.prove, []
 
     def accident(*args, **settings):
         calls.append(args)

@@ -21,7 +21,8 @@ from llamabase.sampling.settings import Sampling
 from runner.draft.reading import shared
 from runner.loop.engine import Engine, Record
 from runner.loop.stops import StopFilter
-from runner.tools.calls import HERMES, Call, CallReader, Form, Tools
+from runner.tools.calls import HERMES, Call, Form, Tools
+from runner.tools.stream import CallReader
 
 
 @dataclass(frozen=True)

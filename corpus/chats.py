@@ -9,41 +9,21 @@ cuts out. Where neither is certain, the conversation is refused.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llamabase.errors import FileFormatError
+from llamabase.llama.messages import Message, for_template, parsed
 from llamabase.llama.template import ChatTemplate
 
-Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]  # of messages, with the last one answered or a prompt for the next
 
 CHATS = ("messages", "conversations")  # fields that hold a conversation: OpenAI's name and ShareGPT's
-_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # other names of the roles templates know
 # For private use, and in no known font: characters that stand for texts, each different from the first character on.
 _OTHERS, _ANSWER, _ANOTHER = "\U0010fa01", "\U0010fa02", "\U0010fa03"
 _MARKUP = re.compile(r"<[^<>]*>|\s")
 _OPEN_TAG = re.compile(r"<[^<>\s]*\Z")  # two tags may begin alike, and are not to be cut in two
-
-
-class _Arguments(dict[str, Any]):
-    """The arguments of a call: an object for templates that write JSON of it, and text for those that print it."""
-
-    def __str__(self) -> str:
-        return json.dumps(self, ensure_ascii=False)
-
-    def __add__(self, other: str) -> str:
-        return str(self) + other
-
-    def __radd__(self, other: str) -> str:
-        return other + str(self)
-
-
-def clean(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def assistant_texts(messages: Sequence[Any], tools: Any, template: ChatTemplate | None) -> list[str]:
@@ -51,8 +31,8 @@ def assistant_texts(messages: Sequence[Any], tools: Any, template: ChatTemplate 
 
     The end-of-turn token is part of it. Raises FileFormatError, or what Python raises on items that are no messages.
     """
-    talk = [_message(message) for message in messages]
-    tools = _parsed(tools)
+    talk = [for_template(message) for message in messages]
+    tools = parsed(tools)
 
     def render(messages: Sequence[Message], answered: bool) -> str:
         assert template is not None
@@ -65,56 +45,6 @@ def assistant_texts(messages: Sequence[Any], tools: Any, template: ChatTemplate 
     if talk and not said:
         raise FileFormatError("no message is the assistant's")
     return said
-
-
-def _message(found: Any) -> Message:
-    """As templates expect it: a content that is text, arguments that are objects, and no field that is null."""
-    kept = {key: value for key, value in found.items() if value is not None}
-    role, other_role = kept.pop("role", None), kept.pop("from", None)  # ShareGPT's names are from and value
-    content, other_content = kept.pop("content", None), kept.pop("value", None)
-    role = other_role if role is None else role
-    if not isinstance(role, str):
-        raise TypeError("a message has no role")
-    role = _ROLES.get(role, role)
-    content = _content(other_content if content is None else content, role)
-    calls = kept.pop("tool_calls", None)
-    if "function_call" in kept:  # OpenAI's older form
-        calls = calls or [{"function": kept.pop("function_call")}]
-    if calls:
-        kept["tool_calls"] = [_call(call) for call in calls]
-    return kept | {"role": role, "content": content}
-
-
-def _content(content: Any, role: str) -> str:
-    """Pictures and the like are read over in messages of others; the assistant's must be text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return clean(content)
-    if not isinstance(content, list):
-        raise TypeError("a content is neither text nor a list of parts")
-    texts = [part if isinstance(part, str) else part.get("text") for part in content]
-    if role == "assistant" and None in texts:
-        raise TypeError("a part of the assistant's content is not text")
-    return clean("".join(text for text in texts if text is not None))
-
-
-def _call(call: Message) -> Message:
-    function = call["function"]
-    arguments = _parsed(function.get("arguments"))
-    if arguments is None or isinstance(arguments, dict):
-        arguments = _Arguments(arguments or {})
-    return {"type": "function"} | call | {"function": {**function, "arguments": arguments}}
-
-
-def _parsed(value: Any) -> Any:
-    """What a JSON text holds; anything else as it is."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            pass
-    return value
 
 
 def _said(render: Render, before: list[Message], answer: Message) -> str:

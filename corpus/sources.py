@@ -16,9 +16,10 @@ from typing import IO, Any
 
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import encoding_of
+from llamabase.llama.messages import clean
 from llamabase.llama.template import ChatTemplate
 
-from .chats import CHATS, assistant_texts, clean
+from .chats import CHATS, assistant_texts
 
 CHUNK_CHARS = 1 << 16  # a text file is handed on in pieces of about this size
 _CSV_FIELD_LIMIT = 1 << 27

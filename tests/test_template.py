@@ -68,6 +68,20 @@ def test_short_ids_are_nine_letters_and_differ(a: str, b: str) -> None:
     assert (short_id(a) == short_id(b)) == (a == b or short_id(a) == b or a == short_id(b))
 
 
+def test_arguments_are_json_however_a_template_writes_them() -> None:
+    """DeepSeek R1's adds them to a text, others print them or write JSON of them."""
+    head = "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    for written in (
+        "{{ 'a: ' + f }}",
+        "{{ 'a: ' ~ f }}",
+        "a: {{ f }}",
+        "a: {{ f | tojson }}",
+        "{{ ('a: ' + f) + '' }}",
+    ):
+        source = head + written.replace("f ", "c.function.arguments ").replace("f)", "c.function.arguments)")
+        assert template(source + "{% endfor %}{% endfor %}").text(called("x")) == 'a: {"a": 1}', written
+
+
 def test_arguments_come_as_objects_or_as_text_as_the_template_wants() -> None:
     head = "{% for m in messages %}{% for c in m.tool_calls or [] %}"
     as_object = template(head + "{{ c.function.arguments.a }}{% endfor %}{% endfor %}")
@@ -119,18 +133,18 @@ def test_an_answer_goes_on_from_the_last_message() -> None:
 @pytest.mark.parametrize(
     ("body", "wanted"),
     [
-        ({}, {"continued": True}),
-        ({"continue_final_message": True, "add_generation_prompt": False}, {"continued": True}),
-        ({"continue_final_message": False}, {"continued": False, "answered": False}),
-        ({"add_generation_prompt": False}, {"continued": False, "answered": True}),
+        ({}, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, True),
+        ({"continue_final_message": False}, False),
+        ({"add_generation_prompt": False}, False),
         ({"continue_final_message": True, "add_generation_prompt": True}, "cannot both"),
     ],
 )
 def test_bodies_say_how_a_conversation_ends(body: dict[str, Any], wanted: Any) -> None:
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    chat: Chat = read(Chat, json.dumps({"messages": said, **body}).encode())
-    if isinstance(wanted, dict):
-        assert chat.how == wanted
+    chat = read(Chat, json.dumps({"messages": said, **body}).encode())
+    if isinstance(wanted, bool):
+        assert chat.continued == wanted
     else:
         with pytest.raises(BadRequest, match=wanted):
-            _ = chat.how
+            _ = chat.continued

@@ -616,7 +616,7 @@ def test_null_is_as_good_as_nothing(client: openai.OpenAI, toy: tuple[str, Serve
         ({"dry_multiplier": 1, "dry_sequence_breakers": ["c" * n for n in range(1, 3000)]}, "dry_sequence_breakers"),
         ({"samplers": "infill"}, "infill needs top_k before it"),
         ({"samplers": "top_k;infill", "top_k": 100_000}, "infill needs top_k before it"),
-        ({"stop": ["a" * 200_000] * 64}, "stop: at most"),
+        ({"stop": ["a" * 200_000] * 64}, "stop.0: String should have at most 1000"),
         ({"logit_bias": {str(i): False for i in range(600)}}, "no token is left"),
         ({"echo": True}, "echo: "),
         ({"samplers": "e" * 300, "repeat_last_n": -1, "repeat_penalty": 1.1}, "samplers: 300 are more than"),

@@ -20,7 +20,7 @@ from llamabase.llama.infill import infill_prompt
 from llamabase.llama.model import Model
 from runner.loop.engine import Engine
 from runner.serve import requests
-from runner.serve.native import _Lines
+from runner.serve.lines import LineLimit
 from runner.serve.requests import Common
 from runner.serve.server import Server
 
@@ -172,7 +172,7 @@ def test_a_suffix_is_filled_in_before(server: tuple[str, Server], model: Model) 
     assert none["choices"][0]["text"] == ask(server, "/completion", prompt="the king", **asked)["content"]
     assert refused(server, "/v1/completions", prompt=[1], suffix="tea") == (
         "prompt",
-        "prompt: is one text where a suffix follows",
+        "prompt: must be one text if a suffix is given",
     )
 
 
@@ -229,9 +229,9 @@ def test_an_empty_prompt_is_bos(server: tuple[str, Server], model: Model) -> Non
     [
         ({"prompt": [1, 700]}, "prompt", "there is no token 700"),
         ({"prompt": [True, 1]}, "prompt", "there is no token True"),
-        ({"prompt": 5}, "prompt", "is a text, a list of token ids and texts"),
+        ({"prompt": 5}, "prompt", "give a text, a list of token ids and texts"),
         ({"prompt": [[["a"]]]}, "prompt", "there is no token"),
-        ({"prompt": {"text": "a"}}, "prompt", "is a text, a list"),
+        ({"prompt": {"text": "a"}}, "prompt", "give a text, a list"),
         ({"prompt": {"prompt_string": "a", "multimodal_data": ["x"]}}, "prompt", "this server reads text only"),
         ({"prompt": ["a"] * 17}, "prompt", "at most 16 answers at once"),
         ({"prompt": "a", "lora": [{"id": 0, "scale": 0.5}]}, "lora", "no adapter is loaded"),
@@ -326,7 +326,7 @@ def test_a_text_ends_before_a_line_of_too_few_blanks(pieces: list[str], indent: 
             wanted = at + blanks
             break
         at += len(line) + 1
-    limit = _Lines(indent, 0)
+    limit = LineLimit(indent, 0)
     found = "".join(piece for piece, _ in limit.through((piece, False) for piece in pieces))
     assert (found, limit.reached) == (text[:wanted], wanted < len(text))
 
@@ -337,10 +337,10 @@ def test_time_is_up_at_the_end_of_a_line() -> None:
             yield piece, False
             time.sleep(0.02)
 
-    limit = _Lines(0, 30)
+    limit = LineLimit(0, 30)
     assert [piece for piece, _ in limit.through(slowly())] == ["a", "\n", "b", "c", "d\ne"]
     assert limit.reached
-    assert len(list(_Lines(0, 0).through(slowly()))) == 6
+    assert len(list(LineLimit(0, 0).through(slowly()))) == 6
 
 
 def test_an_answer_ends_at_a_line(server: tuple[str, Server]) -> None:

@@ -88,6 +88,19 @@ def test_what_cannot_be_is_refused(url: str) -> None:
         assert (found.status_code, found.json()["error"]["param"]) == (400, param), found.text
 
 
+def test_arguments_that_a_template_adds_to_text_are_json(tmp_path: Path) -> None:
+    """As DeepSeek R1's does, whether a client sends text or an object; printing them must not write Python."""
+    source = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    source += "{{ '\n```json\n' + c.function.arguments + '\n```' }}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    target = write_model(tmp_path / "t.gguf", seed=1, template=source)
+    with serving(Engine(target, n_ctx=512, n_threads=1, cache=F32)) as (url, _):
+        for arguments in ('{"a": true}', {"a": True}):
+            call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "so"}]
+            text = httpx.post(f"{url}/apply-template", json={"messages": messages}).json()["prompt"]
+            assert text == 'f\n```json\n{"a": true}\n```{"a": true}so'
+
+
 def test_what_reaches_the_template_is_the_same_for_server_and_python(tmp_path: Path) -> None:
     source = "{{ mood }}{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
     target = write_model(tmp_path / "t.gguf", seed=1, template=source)

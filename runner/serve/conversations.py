@@ -1,7 +1,7 @@
 """Several remembered conversations over one pair, computed one request at a time in order of arrival.
 
-One thread computes. Each request takes the conversation that shares its beginning, so that clients who take turns do
-not have their prompts read anew.
+One thread computes. Each request goes on from the conversation that shares its beginning, so clients that take turns do
+not have their prompts read again.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from runner.loop.engine import Engine
 
 @dataclass
 class Job:
-    """Something to compute: `run` is called with a conversation that has read as much of the prompt as any.
+    """Something to compute: `run` is called with the conversation that shares the longest prefix with the prompt.
 
-    One that is `cancelled` ends at the next batch; `failed` hears of an error.
+    A job that is `cancelled` ends at the next batch; `failed` is called with an error.
     """
 
     prompt: Sequence[int]
@@ -35,19 +35,27 @@ def _wanted(job: Job) -> bool:
 
 
 class Unavailable(Exception):
-    """Nothing more is taken now: the queue is full, or the server ends."""
+    """No more jobs are taken now: the queue is full, or the server ends."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A conversation that may be remembered: tokens it holds, and whether it is being computed."""
+
+    tokens: int = 0
+    busy: bool = False
 
 
 class Conversations:
     """The engine's own conversation and, as they are needed, others over its weights, `n` in all.
 
-    At most `waiting` jobs wait; those that nobody wants any more do not count.
+    At most `waiting` jobs wait; cancelled ones do not count.
     """
 
     def __init__(self, engine: Engine, n: int, waiting: int) -> None:
         self.engine, self.n, self._most = engine, n, waiting
         self._open = [engine]
-        self._used = {id(engine): 0.0}
+        self._used = {engine: 0.0}  # when, by time.monotonic
         self._jobs: deque[Job] = deque()
         self._running: Job | None = None
         self._computing: Engine | None = None
@@ -66,13 +74,12 @@ class Conversations:
         return self._running is not None
 
     @property
-    def slots(self) -> list[tuple[int, bool]]:
-        """Of each conversation that may be remembered: tokens it holds, and whether it is being computed."""
-        found = [(len(engine.reader.held), engine is self._computing) for engine in tuple(self._open)]
-        return found + [(0, False)] * (self.n - len(found))
+    def slots(self) -> list[Slot]:
+        slots = [Slot(len(engine.reader.held), engine is self._computing) for engine in tuple(self._open)]
+        return slots + [Slot()] * (self.n - len(slots))
 
     def submit(self, job: Job) -> None:
-        """Raises Unavailable where as many are waiting as may, and once `stop` was called."""
+        """Raises Unavailable if as many wait as may, and once `stop` was called."""
         with self._changed:
             self._jobs = deque(filter(_wanted, self._jobs))
             if self._ending:
@@ -83,7 +90,7 @@ class Conversations:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Begin nothing more, and tell whoever waits or is being answered; what runs ends at its next batch."""
+        """Begin no more jobs, and fail those that wait or run; the one that runs ends at its next batch."""
         with self._changed:
             self._ending = True
             for job in (*([] if self._running is None else [self._running]), *self._jobs):
@@ -93,7 +100,7 @@ class Conversations:
             self._changed.notify()
 
     def close(self, patience: float | None = None) -> bool:
-        """`stop`, and free the models; False, with nothing freed, where the last batch takes longer than `patience`."""
+        """`stop`, and free the models; False, with nothing freed, if the last batch takes over `patience` seconds."""
         self.stop()
         self._thread.join(patience)
         if self._thread.is_alive():
@@ -115,7 +122,7 @@ class Conversations:
                 self._running = self._computing = None
 
     def _next(self) -> Job | None:
-        """The job that came first, once there is one; None at the end."""
+        """The job that came first, waiting for one; None at the end."""
         with self._changed:
             while not self._ending:
                 while self._jobs:
@@ -126,16 +133,17 @@ class Conversations:
         return None
 
     def _take(self, prompt: Sequence[int]) -> Engine:
-        """The conversation that this prompt goes on with: it shares at least half of what that holds. Else a new one,
-        or the one that was left alone longest.
+        """The conversation that the prompt goes on from, of whose tokens it shares at least half; else a new one, or
+        the one used least recently.
         """
-        held = {id(engine): shared(engine.reader.held, prompt, len(prompt)) for engine in self._open}
-        best = max(self._open, key=lambda engine: (held[id(engine)], -len(engine.reader.held)))
-        if 2 * held[id(best)] < len(best.reader.held) or (not held[id(best)] and best.reader.held):
+        prefix = {engine: shared(engine.reader.held, prompt, len(prompt)) for engine in self._open}
+        best = max(self._open, key=lambda engine: (prefix[engine], -len(engine.reader.held)))
+        n_held = len(best.reader.held)
+        if n_held and (2 * prefix[best] < n_held or not prefix[best]):
             if len(self._open) < self.n:
                 best = self.engine.share_weights()
                 self._open.append(best)
             else:
-                best = min(self._open, key=lambda engine: self._used[id(engine)])
-        self._used[id(best)] = time.monotonic()
+                best = min(self._open, key=self._used.__getitem__)
+        self._used[best] = time.monotonic()
         return best

@@ -1,19 +1,19 @@
-"""The server from its first moment: 503 and what is being done until the model is ready, then the application."""
+"""The server before its model is ready: 503, with what is being done; then the application."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
-from .page import HEADERS, PAGE
+from .page import page_response
 
 
 class Door:
-    """ASGI: answers for an application that is still to come. `open` hands it the application.
+    """ASGI: stands in for an application until `open` gives it.
 
-    Until then the page is served, which waits, and all else is a 503 in llama-server's form; `doing` says why.
+    Until then it serves the page, which waits, and answers all else with a 503 as llama-server does; `doing` says why.
     """
 
     def __init__(self, doing: Callable[[], str]) -> None:
@@ -29,7 +29,7 @@ class Door:
     async def _wait(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         answer: Response
         if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
-            answer = FileResponse(PAGE, headers=HEADERS)
+            answer = page_response()
         else:
             error = {"code": 503, "message": "Loading model", "type": "unavailable_error", "doing": self._doing()}
             answer = JSONResponse({"error": error}, 503, headers={"Retry-After": "1"})

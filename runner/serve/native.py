@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -15,140 +14,69 @@ from starlette.concurrency import run_in_threadpool
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.infill import infill_prompt
 from llamabase.sampling.settings import Sampling
-from runner.loop.stops import StopFilter
 
+from .answers import Json, send
 from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, read
-from .responses import Answer, Asked, Piece
-from .server import Server
+from .responses import Answer, TokenLogprob
+from .server import Event, Server
 
-ANSWER = 4  # an infill leaves at least one token in so many of the context to the answer
-BLANKS = " \t"
-
-
-@dataclass(frozen=True)
-class NativeAsked(Asked):
-    """`n_indent`: blanks that each line but the first must begin with; `ms`: after which the next line ends it."""
-
-    n_indent: int = 0
-    ms: float = 0.0
-
-    def answer(self) -> NativeAnswer:
-        return NativeAnswer(self)
+ANSWER = 4  # an infill leaves at least 1/4 of the context to the answer
 
 
-class NativeAnswer(Answer):
-    """An answer of which llama-server's clients also learn what has ended it."""
-
-    def __init__(self, asked: NativeAsked) -> None:
-        super().__init__(asked)
-        self._limits, self._told = asked, 0
-        self.stop_type, self.stopping_word = "limit", ""
-
-    def _pieces(self, steps: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
-        hold, limit = StopFilter(self.asked.stops), _Lines(self._limits.n_indent, self._limits.ms)
-        for text, drafted in limit.through(hold.through(steps)):
-            yield self._given(text, drafted, len(self.record.text) + len(text))
-        if hold.stopped or limit.reached:
-            while self._logprobs and self._logprobs[-1][0] >= len(self.record.text):  # of what is not given out
-                self._logprobs.pop()
-        if limit.reached:
-            self.record.finish_reason = "length"
-        elif hold.stopped:
-            rest = "".join(text for text, _ in hold.rest())
-            self.stopping_word = min((stop for stop in self.asked.stops if rest.startswith(stop)), key=len)
-            self.record.finish_reason, self.stop_type = "stop", "word"
-        elif self.record.finish_reason == "stop":
-            self.stop_type = "eos"
-
-    def _given(self, text: str, drafted: bool, reached: int) -> Piece:
-        piece = super()._given(text, drafted, reached)
-        piece.tokens = self.record.token_ids[self._told :]
-        self._told = len(self.record.token_ids)
-        return piece
-
-
-class _Lines:
-    """Ends a text that comes in pieces before a line, but for the first, that begins with fewer than `indent` blanks,
-    or after the first line that is complete when `ms` have passed; 0 switches each off.
-    """
-
-    def __init__(self, indent: int, ms: float) -> None:
-        self._indent, self._ms = indent, ms
-        self._blanks: int | None = None  # that the line has begun with, while it has nothing else
-        self.reached = False
-
-    def through(self, pieces: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        began: float | None = None
-        for text, drafted in pieces:
-            began = time.perf_counter() if began is None else began
-            kept = self._kept(text) if self._indent else len(text)
-            late = self._ms > 0 and "\n" in text and 1000 * (time.perf_counter() - began) > self._ms
-            self.reached = kept < len(text) or late
-            if kept:
-                yield text[:kept], drafted
-            if self.reached:
-                return
-
-    def _kept(self, text: str) -> int:
-        for i, character in enumerate(text):
-            if self._blanks is not None:
-                if character in BLANKS:
-                    self._blanks += 1
-                    continue
-                if self._blanks < self._indent:
-                    return i
-            self._blanks = 0 if character == "\n" else None
-        return len(text)
-
-
-def settings_of(sampling: Sampling) -> dict[str, Any]:
+def settings_of(sampling: Sampling) -> Json:
     """Sampler settings by llama-server's names."""
-    found = {field.name: getattr(sampling, field.name) for field in fields(Sampling) if field.name != "logit_bias"}
-    return {"temperature": found.pop("temp"), **found}
+    settings = asdict(sampling)
+    del settings["logit_bias"]
+    return {"temperature": settings.pop("temp"), **settings}
 
 
-class NativeForm:
+class NativeFormat:
     """How answers look to clients of /completion and /infill."""
 
-    chat = False
-
     def __init__(self, server: Server, body: Native) -> None:
-        self._body, self._server, self._told = body, server, dict[int, int]()
+        self._body, self._server, self._n_sent = body, server, dict[int, int]()
 
-    def chunk(self, i: int, piece: Piece) -> dict[str, Any]:
-        self._told[i] = self._told.get(i, 0) + len(piece.tokens)
-        found = {
+    def whole(self, answers: Sequence[Answer]) -> Any:
+        bodies = []
+        for i, answer in enumerate(answers):
+            tokens = answer.record.token_ids if self._body.return_tokens else []
+            bodies.append(self._last(i, answer, answer.record.text, tokens, answer.logprobs))
+        return bodies[0] if len(bodies) == 1 else bodies
+
+    def events(self, event: Event) -> Iterator[Json]:
+        i, piece = event.index, event.piece
+        if piece is None:  # its text was sent
+            yield self._last(i, event.answer, "", [], None)
+            return
+        self._n_sent[i] = self._n_sent.get(i, 0) + len(piece.tokens)
+        yield {
             "index": i,
             "content": piece.text,
             "tokens": piece.tokens,
             "stop": False,
             "id_slot": -1,
-            "tokens_predicted": self._told[i],
-        }
-        return self._seen(found, piece.logprobs)
+            "tokens_predicted": self._n_sent[i],
+        } | self._logprobs(piece.logprobs)
 
-    def end(self, i: int, answer: NativeAnswer) -> dict[str, Any]:
-        """The last event of an answer: its text has been told."""
-        return self._final(i, answer, "", [])
+    def ending(self, answers: Sequence[Answer]) -> Iterator[bytes]:
+        return iter(())
 
-    def whole(self, answers: Sequence[NativeAnswer], logprobs: Sequence[list[dict[str, Any]]]) -> Any:
-        found = []
-        for i, answer in enumerate(answers):
-            tokens = answer.record.token_ids if self._body.return_tokens else []
-            found.append(self._final(i, answer, answer.record.text, tokens, logprobs[i]))
-        return found[0] if len(found) == 1 else found
-
-    def _final(
-        self,
-        i: int,
-        answer: NativeAnswer,
-        content: str,
-        tokens: list[int],
-        logprobs: list[dict[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        record, asked, n_prompt = answer.record, answer.asked, len(answer.asked.prompt)
+    def _last(
+        self, i: int, answer: Answer, content: str, tokens: list[int], logprobs: list[TokenLogprob] | None
+    ) -> Json:
+        record, asked, body, n_prompt = answer.record, answer.asked, self._body, len(answer.asked.prompt)
         n_ctx = self._server.engine.context.n_ctx
-        found = {
+        stop_type = "word" if answer.stopping_word else "eos" if record.finish_reason == "stop" else "limit"
+        settings = {
+            "n_ctx": n_ctx,
+            "n_predict": -1 if body.max_tokens is None else body.max_tokens,
+            "seed": -1 if asked.seed is None else asked.seed,
+            "stop": asked.stops,
+            "ignore_eos": body.ignore_eos,
+            "n_probs": body.n_probs,
+            "stream": body.stream,
+        }
+        whole = {
             "index": i,
             "content": content,
             "tokens": tokens,
@@ -157,35 +85,25 @@ class NativeForm:
             "model": self._server.settings.alias,
             "tokens_predicted": record.tokens,
             "tokens_evaluated": n_prompt,
-            "generation_settings": settings_of(asked.sampling)
-            | {
-                "n_ctx": n_ctx,
-                "n_predict": -1 if self._body.max_tokens is None else self._body.max_tokens,
-                "seed": -1 if asked.seed is None else asked.seed,
-                "stop": asked.stops,
-                "ignore_eos": self._body.ignore_eos,
-                "n_probs": self._body.n_probs,
-                "stream": self._body.stream,
-            },
+            "generation_settings": settings_of(asked.sampling) | settings,
             "has_new_line": "\n" in record.text,
-            "truncated": answer.stop_type == "limit" and n_prompt + record.tokens > n_ctx,
-            "stop_type": answer.stop_type,
+            "truncated": stop_type == "limit" and n_prompt + record.tokens > n_ctx,
+            "stop_type": stop_type,
             "stopping_word": answer.stopping_word,
             "tokens_cached": n_prompt + max(record.tokens - 1, 0),
             "timings": answer.timings,
-        }
-        found = self._seen(found, logprobs)
-        return _named(self._body.response_fields, found) if self._body.response_fields else found
+        } | self._logprobs(logprobs)
+        return _chosen(body.response_fields, whole) if body.response_fields else whole
 
-    def _seen(self, found: dict[str, Any], logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
-        return found | ({"completion_probabilities": logprobs} if self._body.n_probs and logprobs is not None else {})
+    def _logprobs(self, given: list[TokenLogprob] | None) -> Json:
+        return {} if given is None or not self._body.n_probs else {"completion_probabilities": given}
 
 
-def _named(paths: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
-    """Some fields only; a/b names one inside another and stays its name. Those that are not there are left out."""
+def _chosen(paths: Sequence[str], whole: Json) -> Json:
+    """Some fields only; a/b names one inside another, and stays its name. Absent fields are left out."""
     chosen = {}
     for path in paths:
-        value: Any = found
+        value: Any = whole
         for name in path.split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is not None:
@@ -193,50 +111,45 @@ def _named(paths: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def add_native(app: FastAPI, server: Server, answer: Callable[..., Awaitable[Response]]) -> None:
-    """Add the endpoints to an application; `answer` computes and sends what is asked."""
+def add_native(app: FastAPI, server: Server) -> None:
+    """Add the endpoints to an application."""
     engine, settings = server.engine, server.settings
 
-    def asked(body: Native, prompts: list[list[int]]) -> list[Asked]:
+    async def answer(request: Request, body: Native, prompts: list[list[int]]) -> Response:
         if len(prompts) * body.n > MOST_ANSWERS:
             raise BadRequest(f"prompt: at most {MOST_ANSWERS} answers at once", "prompt")
-        return [
-            NativeAsked(**vars(each), n_indent=body.n_indent, ms=body.t_max_predict_ms)
-            for prompt in prompts
-            for each in server.asked(body, prompt)
-        ]
+        asked = await server.asked(body, prompts)
+        limited = [replace(each, n_indent=body.n_indent, ms=body.t_max_predict_ms) for each in asked]
+        return await send(server, request, NativeFormat(server, body), body.stream, limited)
 
     @app.post("/completion")
     @app.post("/completions")
     async def completion(request: Request) -> Response:
-        body: Native = read(Native, await request.body())
-        prompts = await run_in_threadpool(server.prompts, body.prompt)
-        return await answer(server, request, body, await server.settle(body.has_schema, lambda: asked(body, prompts)))
+        body = read(Native, await request.body())
+        return await answer(request, body, await run_in_threadpool(server.prompts, body.prompt))
 
     @app.post("/infill")
     async def infill(request: Request) -> Response:
-        body: Infill = read(Infill, await request.body())
+        body = read(Infill, await request.body())
         n_ctx = engine.context.n_ctx
         room = n_ctx - body.limit(n_ctx // ANSWER)
         files = [(chunk.filename, chunk.text) for chunk in body.input_extra]
         texts = body.input_prefix, body.input_suffix, body.prompt
-        prompt = await run_in_threadpool(infill_prompt, engine.model, *texts, files, room)
-        return await answer(server, request, body, await server.settle(body.has_schema, lambda: asked(body, [prompt])))
+        return await answer(request, body, [await run_in_threadpool(infill_prompt, engine.model, *texts, files, room)])
 
     @app.post("/apply-template")
     async def apply_template(request: Request) -> Response:
-        body: Chat = read(Chat, await request.body())
-        prompt = await run_in_threadpool(lambda: engine.prompt_text(**server.conversation(body)))
-        return JSONResponse({"prompt": prompt})
+        body = read(Chat, await request.body())
+        return JSONResponse({"prompt": await run_in_threadpool(server.rendered, body, engine.prompt_text)})
 
     @app.get("/slots")
     async def slots(request: Request) -> Response:
-        found = server.conversations.slots
         if request.query_params.get("fail_on_no_slot") and server.conversations.busy:
             raise BadRequest("no slot is free: one request is computed at a time", status=503)
         facts = {"n_ctx": engine.context.n_ctx, "speculative": engine.drafter is not None}
         return JSONResponse([
-            {"id": i, **facts, "is_processing": busy, "n_prompt_tokens": n} for i, (n, busy) in enumerate(found)
+            {"id": i, **facts, "is_processing": slot.busy, "n_prompt_tokens": slot.tokens}
+            for i, slot in enumerate(server.conversations.slots)
         ])  # fmt: skip
 
     @app.post("/slots/{slot}")
@@ -247,13 +160,13 @@ def add_native(app: FastAPI, server: Server, answer: Callable[..., Awaitable[Res
     async def props() -> Response:
         return JSONResponse(await run_in_threadpool(_props))
 
-    def _props() -> dict[str, Any]:
+    def _props() -> Json:
         file = GGUFFile(engine.model.path)
 
         def token(which: str) -> str:
-            found = file.get(f"tokenizer.ggml.{which}_token_id")
-            known = isinstance(found, int) and 0 <= found < engine.model.n_vocab
-            return engine.model.piece(found, special=True).decode("utf-8", "replace") if known else ""
+            id_ = file.get(f"tokenizer.ggml.{which}_token_id")
+            known = isinstance(id_, int) and 0 <= id_ < engine.model.n_vocab
+            return engine.model.piece(id_, special=True).decode("utf-8", "replace") if known else ""
 
         template = file.get("tokenizer.chat_template")
         return {

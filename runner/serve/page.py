@@ -4,5 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from starlette.responses import FileResponse
+
 PAGE = Path(__file__).parent / "page.html"
-HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"}
+
+
+def page_response() -> FileResponse:
+    return FileResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})

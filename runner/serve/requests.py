@@ -1,4 +1,4 @@
-"""What clients may ask for: fields of OpenAI's API and of llama-server's, read, bounded, and turned into settings.
+"""What clients may ask for: fields of OpenAI's API and of llama-server's, checked, bounded, and turned into settings.
 
 Unknown fields are ignored, as OpenAI's clients expect; impossible values raise BadRequest, which names the field.
 """
@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from llamabase.errors import TrimError
+from llamabase.llama.messages import for_template, parsed
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
@@ -34,8 +37,8 @@ log = logging.getLogger("uvicorn.error")
 
 MOST_TOKENS = 1 << 31
 MOST_ANSWERS, MOST_LOGPROBS = 16, 20
-MOST_STOPS, LONGEST_STOP = 64, 1000
-MOST_BREAKERS = 16  # of DRY: each is looked for in every token
+MOST_STOPS, LONGEST_STOP = 64, 1000  # stop strings, and characters of one
+MOST_BREAKERS = 16  # DRY's sequence breakers: each is looked for in every token
 MOST_COMPARED = 1000  # tokens among which infill compares each with every other
 
 
@@ -58,8 +61,26 @@ class Body(BaseModel):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
+def _only_off(reason: str) -> AfterValidator:
+    """A validator of a field that may only ask for nothing."""
+
+    def check(value: Any) -> Any:
+        if value:
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenCount = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+LastTokens = Annotated[int, Field(ge=-1, le=MOST_TOKENS)]
+LogprobCount = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+JsonSchema = dict[str, Any] | bool
+
+
 def _joined(content: Any) -> Any:
-    """Content given as parts: their text."""
+    """The text of content that is given as parts."""
     if not isinstance(content, list):
         return content
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -68,7 +89,7 @@ def _joined(content: Any) -> Any:
 
 
 class Function(Body):
-    """A function that the model has called; its arguments are JSON in a string."""
+    """A function by name; `arguments`, if it was called, are JSON in a string or an object."""
 
     name: str
     arguments: str | dict[str, Any] = "{}"
@@ -76,12 +97,12 @@ class Function(Body):
 
 class ToolCall(Body):
     id: str | None = None
-    type: str = "function"
     function: Function
 
-    def for_template(self) -> dict[str, Any]:
-        function = {"name": self.function.name, "arguments": _object(self.function)}
-        return ({} if self.id is None else {"id": self.id}) | {"type": "function", "function": function}
+
+class ToolChoice(Body):
+    type: Literal["function"]
+    function: Function
 
 
 class Message(Body):
@@ -93,61 +114,91 @@ class Message(Body):
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: a content always, and arguments as an object where they are one."""
-        role = "system" if self.role == "developer" else self.role
-        found: dict[str, Any] = {"role": role, "content": self.content or ""}
-        for field in ("name", "reasoning_content", "tool_call_id"):
-            if (value := getattr(self, field)) is not None:
-                found[field] = value
-        if self.tool_calls:
-            found["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return found
+        return for_template(self.model_dump(exclude_none=True))
 
 
-def _object(function: Function) -> Any:
-    if isinstance(function.arguments, dict):
-        return function.arguments
-    try:
-        return json.loads(function.arguments)
-    except (ValueError, RecursionError):
-        return function.arguments
-
-
-class JsonSchema(Body):
-    schema_: dict[str, Any] | bool = Field(True, alias="schema")
+class NamedSchema(Body):
+    schema_: JsonSchema = Field(True, alias="schema")
 
 
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # llama-server's: without json_schema between
+    json_schema: NamedSchema | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema")  # llama-server's: without json_schema between
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
+            raise ValueError("a json_schema names its schema")
+        return self
+
+    @property
+    def wanted(self) -> JsonSchema | None:
+        """The schema that the answer must obey; None for any text."""
+        if self.type == "text":
+            return None
+        schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
+        return {"type": "object"} if schema is None else schema
 
 
 class StreamOptions(Body):
     include_usage: bool = False
 
 
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+class Adapter(Body):
+    id: int = 0
+    scale: Annotated[Number, _only_off("no adapter is loaded here; leave it out")] = Field(1.0, validate_default=True)
 
 
-def _strings(given: Any) -> Any:
-    """DRY's breakers where they come as one string: JSON, with brackets or without, or a single breaker."""
+def _breakers(given: Any) -> Any:
+    """DRY's breakers if they come as one string: JSON, with brackets or without, or a single breaker."""
     if not isinstance(given, str):
         return given
     for text in (given, f"[{given}]"):
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, list) and all(isinstance(each, str) for each in found):
-            return found
+        breakers = parsed(text)
+        if isinstance(breakers, list) and all(isinstance(breaker, str) for breaker in breakers):
+            return breakers
     return [given]
 
 
-class Adapter(Body):
-    id: int = 0
-    scale: Number = 1.0
+def _samplers(given: Any) -> Any:
+    """llama-server takes a string of letters, as --sampler-seq has them; here it may be names, too."""
+    if not isinstance(given, str):
+        return given
+    return samplers_lettered(given) if set(given) <= {*LETTERS.values(), "a"} else given.split(";")
 
+
+def _by_token(given: Any) -> Any:
+    """llama-server takes biases also as a list of pairs."""
+    pairs = isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
+    return {str(token): bias for token, bias in given} if pairs else given
+
+
+def _bias(given: float | bool) -> float:
+    """-inf bans a token, as OpenAI's -100 and llama-server's false do."""
+    return -math.inf if given is False or given <= -100 else float(given)
+
+
+def _without_empty(given: Any) -> Any:
+    """Stop strings as a list; clients send empty ones for none."""
+    given = [given] if isinstance(given, str) else given
+    return [stop for stop in given if stop != ""] if isinstance(given, list) else given
+
+
+def _not_zero(limit: int) -> int:
+    if not limit:
+        raise ValueError("0 is less than 1; leave it out or give -1 for no limit")
+    return limit
+
+
+AnswerLimit = Annotated[int, Field(ge=-1, le=MOST_TOKENS), AfterValidator(_not_zero)]
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float | bool, AfterValidator(_bias)]
+Biases = Annotated[dict[TokenId, Bias], BeforeValidator(_by_token)]
+Samplers = Annotated[
+    tuple[str, ...], BeforeValidator(_samplers), AfterValidator(lambda names: samplers_named(";".join(names)))
+]
 
 # Fields of llama-server that change nothing of a text here, and the values with which they ask for nothing.
 IGNORED = {
@@ -166,14 +217,14 @@ def _warn(name: str) -> None:
 
 
 class Common(Body):
-    """What both kinds of completions take. None stands for the default."""
+    """What all kinds of completions take. None stands for the default."""
 
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    stop: Annotated[list[Stop], BeforeValidator(_without_empty), Field(max_length=MOST_STOPS)] = []
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     n: int = Field(1, ge=1, le=MOST_ANSWERS)
-    max_tokens: int | None = Field(None, le=MOST_TOKENS, validation_alias=AliasChoices("max_tokens", "n_predict"))
+    max_tokens: AnswerLimit | None = Field(None, validation_alias=AliasChoices("max_tokens", "n_predict"))
     temp: Number | None = Field(None, ge=0, validation_alias=AliasChoices("temperature", "temp"))
     top_k: int | None = Field(None, le=MOST_TOKENS, ge=-MOST_TOKENS)
     top_p: Number | None = None
@@ -185,132 +236,94 @@ class Common(Body):
     dynatemp_range: Number | None = None
     dynatemp_exponent: Number | None = None
     repeat_penalty: Number | None = None
-    repeat_last_n: int | None = Field(None, ge=-1, le=MOST_TOKENS)
+    repeat_last_n: LastTokens | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     dry_multiplier: Number | None = None
     dry_base: Number | None = None
-    dry_allowed_length: int | None = Field(None, ge=0, le=MOST_TOKENS)
-    dry_penalty_last_n: int | None = Field(None, ge=-1, le=MOST_TOKENS)
-    dry_sequence_breakers: Annotated[tuple[str, ...] | None, BeforeValidator(_strings)] = Field(
+    dry_allowed_length: TokenCount | None = None
+    dry_penalty_last_n: LastTokens | None = None
+    dry_sequence_breakers: Annotated[tuple[str, ...] | None, BeforeValidator(_breakers)] = Field(
         None, max_length=MOST_BREAKERS
     )
     adaptive_target: Number | None = None
-    min_keep: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    min_keep: TokenCount | None = None
     mirostat: int | None = None
-    samplers: tuple[str, ...] | str | None = None
-    logit_bias: dict[str, float | bool] | list[tuple[int, float | bool]] | None = None
+    samplers: Samplers | None = None
+    logit_bias: Biases | None = None
     ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
-    n_probs: int = Field(0, ge=0, le=MOST_LOGPROBS)
-    lora: list[Adapter] = Field(default_factory=list)
+    min_tokens: Annotated[
+        TokenCount, _only_off("no answer can be kept from ending here; ignore_eos lets none end")
+    ] = 0  # fmt: skip
+    n_probs: LogprobCount = 0
+    lora: list[Adapter] = []
     grammar: str | None = None
-    json_schema: dict[str, Any] | bool | None = None
+    json_schema: JsonSchema | None = None
     response_format: ResponseFormat | None = None
-    draft_max: int | None = Field(None, ge=0, validation_alias="speculative.n_max")
+    draft_max: Annotated[int, Field(ge=0), AfterValidator(lambda n: min(n, LONGEST))] | None = Field(
+        None, validation_alias="speculative.n_max"
+    )
     vocab: str = Field(AUTO, validation_alias="speculative.vocab")
 
-    @field_validator("lora")
-    @classmethod
-    def _no_adapters(cls, given: list[Adapter]) -> list[Adapter]:
-        if any(adapter.scale for adapter in given):
-            raise ValueError("no adapter is loaded here; leave it out")
-        return given
-
-    @property
-    def stops(self) -> list[str]:
-        """Empty ones, which clients send for none, end nothing."""
-        found = [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
-        if len(found) > MOST_STOPS or not all(len(stop) <= LONGEST_STOP for stop in found):
-            raise BadRequest(f"stop: at most {MOST_STOPS} strings of up to {LONGEST_STOP} characters", "stop")
-        return found
-
-    def limit(self, default: int) -> int:
-        """Tokens to answer with at most; llama-server's -1 is no limit."""
-        if self.max_tokens is None or self.max_tokens == -1:
-            return default
-        if self.max_tokens < 1:
-            raise BadRequest(f"max_tokens: {self.max_tokens} is less than 1", "max_tokens")
-        return min(self.max_tokens, default)
+    def limit(self, most: int) -> int:
+        """Tokens to answer with at most; a negative limit is none. 0 reads the prompt alone, so it is remembered."""
+        return most if self.max_tokens is None or self.max_tokens < 0 else min(self.max_tokens, most)
 
     def seed_of(self, i: int) -> int | None:
-        """Of the i-th of several answers; OpenAI's and llama-server's -1 draw one."""
+        """The seed of the i-th of several answers; None, as for OpenAI's and llama-server's -1, draws one."""
         return None if self.seed is None or self.seed < 0 else self.seed + i
 
-    def rounds_of(self) -> int | None:
-        return None if self.draft_max is None else min(self.draft_max, LONGEST)
-
-    def wanted_schema(self) -> tuple[str, Any]:
-        """The field that asks for a JSON schema, and the schema that the answer must obey, or None."""
-        form = self.response_format
-        if form is None or form.type == "text":
-            return "json_schema", self.json_schema
-        schema = form.schema_ if form.json_schema is None else form.json_schema.schema_
-        if schema is None and form.type == "json_schema":
-            raise BadRequest("response_format: a json_schema names its schema", "response_format")
-        return "response_format", {"type": "object"} if schema is None else schema
+    @property
+    def n_logprobs(self) -> int | None:
+        """Alternatives to each token whose log probabilities are wanted; None for no log probabilities."""
+        return self.n_probs or None
 
     @property
-    def has_schema(self) -> bool:
-        return self.wanted_schema()[1] is not None
+    def schema_wanted(self) -> JsonSchema | None:
+        """The JSON schema that the answer must obey: response_format's before json_schema."""
+        wanted = None if self.response_format is None else self.response_format.wanted
+        return self.json_schema if wanted is None else wanted
 
     def sampling(self, defaults: Sampling, n_vocab: int) -> Sampling:
+        """The defaults with what is asked for. Raises BadRequest."""
         settings = {field.name: getattr(defaults, field.name) for field in fields(Sampling)}
-        for name in settings.keys() & Common.model_fields.keys() - {"samplers", "logit_bias", "grammar"}:
-            if (value := getattr(self, name)) is not None:
+        for name in settings.keys() & Common.model_fields.keys():
+            if (value := getattr(self, name)) not in (None, ""):
                 settings[name] = value
-        if isinstance(self.samplers, str):  # llama-server's are letters, as --sampler-seq has them; here names, too
-            lettered = set(self.samplers) <= {*LETTERS.values(), "a"}
-            settings["samplers"] = (samplers_lettered if lettered else samplers_named)(self.samplers)
-        elif self.samplers is not None:
-            settings["samplers"] = samplers_named(";".join(self.samplers))
-        if self.logit_bias is not None:
-            settings["logit_bias"] = _biases(self.logit_bias, n_vocab)
-        param, schema = self.wanted_schema()
-        if schema is not None:
+        if unknown := [token for token in self.logit_bias or () if token >= n_vocab]:
+            raise BadRequest(f"logit_bias: there is no token {str(unknown[0])[:20]}", "logit_bias")
+        if (schema := self.schema_wanted) is not None:
             try:
-                settings["guide"], settings["grammar"] = schema_guide(json.dumps(schema)), ""
+                settings["guide"], settings["grammar"] = schema_guide(json.dumps(schema)), self.grammar or ""
             except (TrimError, RecursionError) as error:
+                param = "json_schema" if schema is self.json_schema else "response_format"
                 raise BadRequest(f"{param}: {error}", param) from error
-        if self.grammar:
-            settings["grammar"] = self.grammar
-            if schema is None:
-                settings["guide"] = ""
+        elif self.grammar:
+            settings["guide"] = ""
         try:
-            found = Sampling(**settings)
+            sampling = Sampling(**settings)
         except ValueError as error:
-            named = next((name for name in settings if str(error).startswith(name)), "samplers")
-            named = "temperature" if named == "temp" else named
-            raise BadRequest(str(error), named) from error
-        before, infill, _ = ";".join(found.chain).partition("infill")
-        if infill and not ("top_k" in before.split(";") and found.top_k <= MOST_COMPARED):
+            param = next((name for name in settings if str(error).startswith(name)), "samplers")
+            raise BadRequest(str(error), "temperature" if param == "temp" else param) from error
+        before, infill, _ = ";".join(sampling.chain).partition("infill")
+        if infill and not ("top_k" in before.split(";") and sampling.top_k <= MOST_COMPARED):
             raise BadRequest(f"samplers: infill needs top_k before it, of at most {MOST_COMPARED}", "samplers")
-        return found
-
-
-def _biases(given: dict[str, float | bool] | list[tuple[int, float | bool]], n_vocab: int) -> dict[int, float]:
-    found = {}
-    for key, bias in given.items() if isinstance(given, dict) else given:
-        if not str(key).isascii() or not str(key).isdigit() or len(str(key)) > 9 or int(key) >= n_vocab:
-            raise BadRequest(f"logit_bias: there is no token {str(key)[:20]}", "logit_bias")
-        # OpenAI's -100 bans, as does llama-server's false.
-        found[int(key)] = float("-inf") if bias is False or bias <= -100 else float(bias)
-    return found
+        return sampling
 
 
 class Chat(Common):
     """A body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(
-        None, le=MOST_TOKENS, validation_alias=AliasChoices("max_completion_tokens", "max_tokens", "n_predict")
+    max_tokens: AnswerLimit | None = Field(
+        None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens", "n_predict")
     )
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: LogprobCount = 0
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool = True
     continue_final_message: bool | None = None
 
@@ -322,25 +335,20 @@ class Chat(Common):
     @property
     def callable_tools(self) -> Tools | None:
         """The functions that may, or must, be called. Raises BadRequest."""
-        functions = {}
+        functions: dict[str, Mapping[str, Any]] = {}
         for tool in self.offered or ():
             function = tool.get("function", tool)
             if isinstance(function, dict) and isinstance(name := function.get("name"), str):
                 functions[name] = function
         forced: tuple[str, ...] = ()
-        match self.tool_choice:
-            case None | "auto" | "none":
-                pass
-            case "required":
-                forced = tuple(functions)
-            case {"type": "function", "function": {"name": str(name)}}:
-                if name not in functions:
-                    raise BadRequest(f"tool_choice: no function {name[:100]} is offered in tools", "tool_choice")
-                forced = (name,)
-            case _:
-                raise BadRequest("tool_choice: is auto, none, required or a function by name", "tool_choice")
-        if self.tool_choice == "required" and not forced:
-            raise BadRequest("tool_choice: required, and tools offers no function by name", "tool_choice")
+        if isinstance(self.tool_choice, ToolChoice):
+            forced = (self.tool_choice.function.name,)
+            if forced[0] not in functions:
+                raise BadRequest(f"tool_choice: no function {forced[0][:100]} is offered in tools", "tool_choice")
+        elif self.tool_choice == "required":
+            forced = tuple(functions)
+            if not forced:
+                raise BadRequest("tool_choice: required, and tools offers no function by name", "tool_choice")
         if not self.offered:
             return None
         schemas = {name: function.get("parameters") or {} for name, function in functions.items()}
@@ -348,30 +356,29 @@ class Chat(Common):
         return Tools(schemas, forced, strict, self.parallel_tool_calls)
 
     @property
-    def how(self) -> dict[str, Any]:
-        """How the template is to end the conversation; see `Engine.prompt_text`. Raises BadRequest."""
+    def continued(self) -> bool:
+        """Whether the answer goes on from the last message. Raises BadRequest."""
         last, wanted = self.messages[-1], self.continue_final_message
         if wanted and last.role != "assistant":
             raise BadRequest(
                 "continue_final_message: the last message is not the assistant's", "continue_final_message"
             )
-        goes_on = last.role == "assistant" and wanted is not False and self.add_generation_prompt
-        if wanted or goes_on:
-            if wanted and "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
-                raise BadRequest(
-                    "continue_final_message: the answer cannot both go on and begin; leave add_generation_prompt out",
-                    "continue_final_message",
-                )
-            if last.tool_calls:
-                raise BadRequest("messages: an answer cannot go on after its calls; add their results", "messages")
-            if len(self.messages) > 1 and self.messages[-2].role == "assistant":
-                raise BadRequest("messages: two of the assistant's at the end; join them to go on from", "messages")
-            return {"continued": True}
-        return {"continued": False, "answered": not self.add_generation_prompt}
+        if wanted is None:
+            wanted = last.role == "assistant" and self.add_generation_prompt
+        elif wanted and "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
+            raise BadRequest(
+                "continue_final_message: the answer cannot both go on and begin; leave add_generation_prompt out",
+                "continue_final_message",
+            )
+        if wanted and last.tool_calls:
+            raise BadRequest("messages: an answer cannot go on after its calls; add their results", "messages")
+        if wanted and len(self.messages) > 1 and self.messages[-2].role == "assistant":
+            raise BadRequest("messages: the last two are the assistant's; join them to go on from", "messages")
+        return wanted
 
     @property
     def n_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else self.n_probs or None
+        return self.top_logprobs if self.logprobs else super().n_logprobs
 
 
 class Completion(Common):
@@ -379,19 +386,12 @@ class Completion(Common):
 
     prompt: Any = ""
     suffix: str = ""
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: bool = False
+    logprobs: LogprobCount | None = None
+    echo: Annotated[bool, _only_off("the prompt is not given back; leave it out")] = False
 
     @property
     def n_logprobs(self) -> int | None:
-        return self.n_probs or None if self.logprobs is None else self.logprobs
-
-    @field_validator("echo")
-    @classmethod
-    def _no_echo(cls, echo: bool) -> bool:
-        if echo:
-            raise ValueError("the prompt is not given back; leave it out")
-        return echo
+        return super().n_logprobs if self.logprobs is None else self.logprobs
 
 
 class Native(Common):
@@ -399,31 +399,18 @@ class Native(Common):
 
     prompt: Any = ""
     n: int = Field(1, ge=1, le=MOST_ANSWERS, validation_alias=AliasChoices("n_cmpl", "n"))
-    max_tokens: int | None = Field(
-        None, ge=-2, le=MOST_TOKENS, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
+    max_tokens: Annotated[int, Field(ge=-2, le=MOST_TOKENS)] | None = Field(
+        None, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
     )
-    n_probs: int = Field(0, ge=0, le=MOST_LOGPROBS, validation_alias=AliasChoices("n_probs", "logprobs"))
-    post_sampling_probs: bool = False
-    n_indent: int = Field(0, ge=0, le=MOST_TOKENS)
+    n_probs: LogprobCount = Field(0, validation_alias=AliasChoices("n_probs", "logprobs"))
+    post_sampling_probs: Annotated[
+        bool, _only_off("probabilities are the target's own here, before the samplers; leave it out")
+    ] = False
+    n_indent: TokenCount = 0
     t_max_predict_ms: Number = 0.0
     return_tokens: bool = False
     timings_per_token: bool = False
-    response_fields: list[str] = Field(default_factory=list)
-
-    @field_validator("post_sampling_probs")
-    @classmethod
-    def _before_samplers(cls, given: bool) -> bool:
-        if given:
-            raise ValueError("probabilities are the target's own here, before the samplers; leave it out")
-        return given
-
-    @property
-    def n_logprobs(self) -> int | None:
-        return self.n_probs or None
-
-    def limit(self, default: int) -> int:
-        """0 reads the prompt alone, so that it is remembered."""
-        return default if self.max_tokens is None or self.max_tokens < 0 else min(self.max_tokens, default)
+    response_fields: list[str] = []
 
 
 class Chunk(Body):
@@ -432,12 +419,12 @@ class Chunk(Body):
 
 
 class Infill(Native):
-    """A body of llama-server's /infill: the texts around a gap, what is known besides, and how the answer begins."""
+    """A body of llama-server's /infill: the texts around a gap, other files, and how the answer begins."""
 
     prompt: str = ""
     input_prefix: str
     input_suffix: str
-    input_extra: list[Chunk] = Field(default_factory=list)
+    input_extra: list[Chunk] = []
 
 
 class Tokenize(Body):
@@ -451,26 +438,28 @@ class Detokenize(Body):
     tokens: list[int]
 
 
-_KIND = re.compile(r"function-.*|\w+\[.*|str|bool|int|float")  # what pydantic names beside fields
+B = TypeVar("B", bound=Body)
+_KIND = re.compile(r"function-.*|\w+\[.*|\[key\]|[A-Z]\w*|str|bool|int|float")  # what pydantic names beside fields
 
 
-def read(kind: type[BaseModel], body: bytes) -> Any:
-    """A body as one of these; raises BadRequest."""
+def read(kind: type[B], body: bytes) -> B:
+    """A body of this kind; raises BadRequest."""
     try:
-        found = json.loads(body)
+        given = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise BadRequest("the body is no JSON that can be read") from error
-    if not isinstance(found, dict):
+    if not isinstance(given, dict):
         raise BadRequest("the body is no JSON object")
     try:
-        valid = kind.model_validate(found)
-        for name in IGNORED.keys() & found.keys():
-            if found[name] not in (None, IGNORED[name]):
-                _warn(name)
-        return valid
+        valid = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not _KIND.fullmatch(str(part)))
-        raise BadRequest(f"{place}: {first['msg']}", place.partition(".")[0] or None) from error
+        place = ".".join(str(part)[:100] for part in first["loc"] if not _KIND.fullmatch(str(part)))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise BadRequest(f"{place}: {reason}", place.partition(".")[0] or None) from error
     except RecursionError as error:
         raise BadRequest("the body nests too deep") from error
+    for name in IGNORED.keys() & given.keys():
+        if given[name] not in (None, IGNORED[name]):
+            _warn(name)
+    return valid

@@ -1,22 +1,21 @@
-"""One answer as it is computed: pieces of text, what was drafted of them, log probabilities, calls, figures.
+"""One answer as it is computed: pieces of text, which of them were drafted, log probabilities, calls, figures.
 
-The text ends before the first stop string; a possible prefix of one is held back. Calls of tools are taken out of the
-text as `runner.calls` reads them, if tools were offered.
+The text ends before the first stop string; a possible prefix of one is held back. If tools were offered, their calls
+are taken out of the text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from llamabase.llama.model import Model
-from llamabase.llama.template import ALPHABET, LETTERS_OF_ID
 from llamabase.sampling.settings import Sampling
 from runner.draft.reading import shared
 from runner.loop.engine import Engine, Record
@@ -24,12 +23,16 @@ from runner.loop.stops import StopFilter
 from runner.tools.calls import HERMES, Call, Form, Tools
 from runner.tools.stream import CallReader
 
+from .lines import LineLimit
+
 
 @dataclass(frozen=True)
 class Asked:
-    """What an answer is to be like. `n_logprobs`: of how many alternatives; None for no log probabilities.
+    """What an answer is to be like.
 
-    tools: those that may be called, in the model's `form`; None if none may. shown: control tokens that are text.
+    n_logprobs: alternatives to each token whose log probabilities are given; None for no log probabilities. tools:
+    those that may be called, in the model's `form`; None if none may. shown: control tokens that are text. `LineLimit`
+    explains n_indent and ms.
     """
 
     prompt: Sequence[int]
@@ -43,20 +46,36 @@ class Asked:
     vocab: str
     form: Form = HERMES
     shown: frozenset[int] = frozenset()
+    n_indent: int = 0
+    ms: float = 0.0
 
-    def answer(self) -> Answer:
-        """One that is still to be computed."""
-        return Answer(self)
+
+class Logprob(TypedDict):
+    """A token with its log probability, as both APIs name them."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    id: int
+
+
+class TokenLogprob(Logprob):
+    """Of a token of the answer, with the likeliest tokens in its place."""
+
+    top_logprobs: list[Logprob]
 
 
 @dataclass
 class Piece:
-    """Text that can be given out; `logprobs`, of its tokens where they were asked for."""
+    """Text that can be given out, with what came since the piece before: log probabilities, if wanted, and token ids.
+
+    The target may have computed more tokens than the text holds.
+    """
 
     text: str
     drafted: bool
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # those computed since the piece before
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
 
 class Answer:
@@ -65,50 +84,53 @@ class Answer:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.record = Record(finish_reason="length")
-        self.tool_calls: list[dict[str, Any]] = []
-        self.n_cached = 0
-        self._logprobs: deque[tuple[int, dict[str, Any]]] = deque()
+        self.calls: list[Call] = []
+        self.stopping_word = ""  # the stop string that has ended it
+        self.n_cached = 0  # tokens of the prompt that were read before
+        self.logprobs: list[TokenLogprob] = []
+        self._begins: list[int] = []  # characters of the answer before the token of each log probability
+        self._given_logprobs = self._given_tokens = 0
 
     def pieces(self, engine: Engine) -> Generator[Piece, None, None]:
         """May be closed at any time; the engine stays usable."""
+        asked, record = self.asked, self.record
+        stop, lines = StopFilter(asked.stops), LineLimit(asked.n_indent, asked.ms)
+        calls = None if asked.tools is None else CallReader(asked.form, asked.tools)
+
+        def reached() -> int:
+            """Characters of the answer that were given out or read as calls."""
+            return len(record.text) if calls is None else calls.reached
+
         # Closed here and now: collected later, in another thread, it would settle caches that compute something else.
-        with contextlib.closing(self._decoded(engine)) as steps:
-            yield from self._pieces(steps)
+        with contextlib.closing(self._decoded(engine)) as texts:
+            text_pieces = lines.through(stop.through(texts))
+            for text, drafted in text_pieces if calls is None else calls.through(text_pieces):
+                record.text += text
+                yield self._piece(text, drafted, reached())
+        if lines.reached:
+            record.finish_reason = "length"
+        elif stop.stopped:
+            rest = "".join(text for text, _ in stop.rest())
+            self.stopping_word = min(filter(rest.startswith, asked.stops), key=len, default="")
+            record.finish_reason = "stop"
+        if lines.reached or stop.stopped:
+            del self.logprobs[bisect_left(self._begins, reached()) :]  # those of what is not given out
+        if calls is not None and calls.calls:
+            self.calls, record.finish_reason = calls.calls, "tool_calls"
 
-    def _pieces(self, steps: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
-        hold = StopFilter(self.asked.stops)
-        said = hold.through(steps)
-        if self.asked.tools is None:
-            for text, drafted in said:
-                yield self._given(text, drafted, hold.given)
-        else:
-            reader = CallReader(self.asked.form, self.asked.tools)
-            for text, drafted in reader.through(said):
-                yield self._given(text, drafted, reader.reached)
-            self.tool_calls = [_as_openai(call) for call in reader.calls]
-        if hold.stopped:
-            self.record.finish_reason = "stop"
-            while self._logprobs and self._logprobs[-1][0] >= hold.given:  # of what is not given out
-                self._logprobs.pop()
-        if self.tool_calls:
-            self.record.finish_reason = "tool_calls"
-
-    def _given(self, text: str, drafted: bool, reached: int) -> Piece:
-        """A piece of text that ends after so many characters of the answer, calls included."""
-        self.record.text += text
-        found = []
-        while self._logprobs and self._logprobs[0][0] < reached:
-            found.append(self._logprobs.popleft()[1])
-        return Piece(text, drafted, found)
+    def _piece(self, text: str, drafted: bool, reached: int) -> Piece:
+        first, token = self._given_logprobs, self._given_tokens
+        self._given_logprobs, self._given_tokens = bisect_left(self._begins, reached), len(self.record.token_ids)
+        return Piece(text, drafted, self.logprobs[first : self._given_logprobs], self.record.token_ids[token:])
 
     @property
-    def left(self) -> list[dict[str, Any]]:
+    def last_logprobs(self) -> list[TokenLogprob]:
         """Log probabilities of the last tokens, which made no whole character."""
-        return [found for _, found in self._logprobs]
+        return self.logprobs[self._given_logprobs :]
 
     def _decoded(self, engine: Engine) -> Generator[tuple[str, bool], None, None]:
-        """The engine's words; keeps what was asked to be seen of their tokens."""
-        asked, n_read, seen = self.asked, 0, deque[dict[str, Any]]()
+        """The text of each token; keeps its log probabilities, if they are wanted."""
+        asked, n_read, waiting = self.asked, 0, deque[TokenLogprob]()
         self.n_cached = min(shared(engine.reader.held, asked.prompt, len(asked.prompt)), len(asked.prompt) - 1)
         if engine.drafter is not None:
             engine.drafter.use(asked.vocab)
@@ -116,22 +138,23 @@ class Answer:
 
         def on_logits(rows: np.ndarray, tokens: list[int]) -> None:
             if n is not None:
-                seen.extend(_logprob(model, row, token, n) for row, token in zip(rows, tokens, strict=True))
+                waiting.extend(_logprob(model, row, token, n) for row, token in zip(rows, tokens, strict=True))
 
         limits = {"max_tokens": asked.limit, "draft_max": asked.draft_max, "seed": asked.seed}
         with contextlib.closing(
             engine.token_texts(
                 asked.prompt, asked.sampling, self.record, shown=asked.shown, **limits, on_logits=on_logits
             )
-        ) as spoken:
-            for text, drafted in spoken:
-                if seen:
-                    self._logprobs.append((n_read, seen.popleft()))
-                n_read += len(text)
-                yield text, drafted
+        ) as texts:
+            for piece in texts:
+                if waiting:
+                    self._begins.append(n_read)
+                    self.logprobs.append(waiting.popleft())
+                n_read += len(piece[0])
+                yield piece
 
     @property
-    def timings(self) -> dict[str, Any]:
+    def timings(self) -> dict[str, float]:
         """As llama-server names them, and mlx-vlm the last two."""
         record, read = self.record, len(self.asked.prompt) - self.n_cached
         return {
@@ -151,22 +174,16 @@ class Answer:
         }
 
 
-def _logprob(model: Model, row: np.ndarray, token: int, n: int) -> dict[str, Any]:
+def _logprob(model: Model, row: np.ndarray, token: int, n: int) -> TokenLogprob:
     """The target's own log probability of a token, and of the n likeliest, before any sampler."""
     best = float(row.max())
     total = best + float(np.log(np.exp(row - best).sum(dtype=np.float64)))
     places: list[int] = np.argpartition(row, -n)[-n:].tolist() if n else []
-    top = sorted(places, key=lambda i: (-row[i], i))
 
-    def entry(i: int) -> dict[str, Any]:
+    def entry(i: int) -> Logprob:
         piece = model.piece(i, special=True)
         text = piece.decode("utf-8", "replace")
-        return {"token": text, "logprob": float(row[i]) - total, "bytes": list(piece), "id": int(i)}
+        return {"token": text, "logprob": float(row[i]) - total, "bytes": list(piece), "id": i}
 
-    return entry(token) | {"top_logprobs": [entry(i) for i in top]}
-
-
-def _as_openai(call: Call) -> dict[str, Any]:
-    """A call as OpenAI's clients expect it. Its id is one that every template takes."""
-    id_ = "".join(secrets.choice(ALPHABET) for _ in range(LETTERS_OF_ID))
-    return {"id": id_, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    top = [entry(i) for i in sorted(places, key=lambda i: (-row[i], i))]
+    return {**entry(token), "top_logprobs": top}

@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine, how it serves, the conversations that it computes, and what it counts."""
+"""What the endpoints share: the engine, the settings, the conversations, and the counters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -24,19 +24,18 @@ from runner.loop.engine import Engine
 from runner.tools.calls import HERMES, Tools, guide_of
 
 from .conversations import Conversations, Job, Unavailable
-from .requests import BadRequest, Chat, Completion, Native
+from .requests import BadRequest, Chat, Common
 from .responses import Answer, Asked, Piece
 
-PATIENCE = 0.25  # seconds between looking whether a client is still there
-POSITIONS = 16  # of drafts, that are counted apart
+PATIENCE = 0.25  # seconds between two checks whether a client is still there
+POSITIONS = 16  # drafts of a round whose acceptance is counted by position
 COMPILING = 8  # schemas that may wait to be compiled, each for up to 2 s
 T = TypeVar("T")
-Body = Chat | Completion | Native  # of a request that asks for an answer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve. `sampling` and `draft_max` are what a request gets that asks for nothing else."""
+    """How to serve. `sampling` and `draft_max` are the defaults of a request."""
 
     alias: str
     sampling: Sampling
@@ -50,6 +49,15 @@ class Settings:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Event:
+    """A piece of one of several answers; None at the end of the answer."""
+
+    index: int
+    answer: Answer
+    piece: Piece | None
+
+
 class Metrics:
     """Counters, with vLLM's names for what speculation does."""
 
@@ -59,25 +67,23 @@ class Metrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> prometheus.Counter:
             return prometheus.Counter(f"gguf_run_{name}", text, labels, registry=self.registry)
 
-        self.prompt = counter("prompt_tokens", "Tokens of prompts that were read.")
-        self.tokens = counter("generation_tokens", "Tokens that were emitted.")
-        self.seconds = counter("generation_seconds", "Seconds that this took.")
+        def gauge(name: str, text: str) -> prometheus.Gauge:
+            return prometheus.Gauge(f"gguf_run_{name}", text, registry=self.registry)
+
+        self.prompt = counter("prompt_tokens", "Prompt tokens read.")
+        self.tokens = counter("generation_tokens", "Tokens emitted.")
+        self.seconds = counter("generation_seconds", "Seconds that the emitted tokens took.")
         self.requests = counter("requests", "Answers, by how they ended.", ("finish_reason",))
         self.rounds = counter("spec_decode_num_rounds", "Calls of the target.")
         self.drafts = counter("spec_decode_num_drafts", "Rounds that drafted.")
-        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens that were drafted.")
-        self.accepted = counter("spec_decode_num_accepted_tokens", "Of these, those that stood.")
+        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens drafted.")
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
         self.by_position = counter(
-            "spec_decode_num_accepted_tokens_per_pos", "Drafts that stood, by their place in a round.", ("position",)
+            "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens, by their position in a round.", ("position",)
         )
-        for name, text, value in (
-            ("num_requests_running", "Requests that are being computed.", lambda: float(conversations.busy)),
-            ("num_requests_waiting", "Requests that wait.", lambda: float(conversations.waiting)),
-        ):
-            prometheus.Gauge(f"gguf_run_{name}", text, registry=self.registry).set_function(value)
-        self.speed = prometheus.Gauge(
-            "gguf_run_tokens_per_second", "Of the last answer.", registry=self.registry
-        )  # fmt: skip
+        self.speed = gauge("tokens_per_second", "Speed of the last answer.")
+        gauge("num_requests_running", "Requests being computed.").set_function(lambda: float(conversations.busy))
+        gauge("num_requests_waiting", "Requests that wait.").set_function(lambda: float(conversations.waiting))
 
     def observe(self, answer: Answer) -> None:
         record = answer.record
@@ -105,53 +111,49 @@ class Server:
         self.conversations = Conversations(engine, settings.parallel, settings.waiting)
         self.metrics = Metrics(self.conversations)
         self.started = int(time.time())
-        self._compiling, self._to_compile = anyio.CapacityLimiter(1), 0
+        self._compiling, self._n_compiling = anyio.CapacityLimiter(1), 0
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
 
     async def settle(self, compiles: bool, settled: Callable[[], T]) -> T:
-        """What `settled` gives, in a thread. If it compiles a schema, it waits for others that do; nobody else waits.
+        """The result of `settled`, computed in a thread; one that compiles a schema waits for the others that do.
 
         Raises Unavailable if too many wait.
         """
         if not compiles:
             return await run_in_threadpool(settled)
-        if self._to_compile > COMPILING:
+        if self._n_compiling > COMPILING:
             raise Unavailable("too many schemas wait to be compiled; try again")
-        self._to_compile += 1
+        self._n_compiling += 1
         try:
             return await anyio.to_thread.run_sync(settled, limiter=self._compiling)
         finally:
-            self._to_compile -= 1
+            self._n_compiling -= 1
 
-    def asked(self, body: Body, prompt: list[int], tools: Tools | None = None) -> list[Asked]:
+    async def asked(self, body: Common, prompts: Sequence[list[int]], tools: Tools | None = None) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""
-        n_ctx = self.engine.context.n_ctx
+        compiles = body.schema_wanted is not None or (tools is not None and tools.enforced)
+        return await self.settle(compiles, lambda: [each for ids in prompts for each in self._asked(body, ids, tools)])
+
+    def _asked(self, body: Common, prompt: list[int], tools: Tools | None) -> list[Asked]:
+        n_ctx, n_vocab = self.engine.context.n_ctx, self.engine.model.n_vocab
         if len(prompt) > n_ctx:
             raise BadRequest(
                 f"the prompt has {len(prompt)} tokens, {len(prompt) - n_ctx} more than the context of {n_ctx}",
                 "messages" if isinstance(body, Chat) else "prompt",
                 "context_length_exceeded",
             )
-        n_vocab = self.engine.model.n_vocab
         if body.vocab not in self.vocabs:
-            raise BadRequest(f"speculative.vocab: is one of {', '.join(self.vocabs)}", "speculative.vocab")
-        if body.min_tokens:
-            raise BadRequest(
-                "min_tokens: no answer can be kept from ending here; ignore_eos lets none end", "min_tokens"
-            )
+            raise BadRequest(f"speculative.vocab: choose one of {', '.join(self.vocabs)}", "speculative.vocab")
         sampling, n_logprobs = body.sampling(self.settings.sampling, n_vocab), body.n_logprobs
         if body.ignore_eos:
             sampling = replace(sampling, logit_bias=dict(sampling.logit_bias) | dict.fromkeys(self.ends, -math.inf))
-        draft_max = self.settings.draft_max if body.draft_max is None else body.rounds_of()
-        if tools is not None:
-            sampling = self._guided(sampling, tools, prompt)
         first = Asked(
             prompt=prompt,
-            sampling=sampling,
+            sampling=sampling if tools is None else self._guided(sampling, tools, prompt),
             limit=body.limit(n_ctx - len(prompt) + 1),
-            seed=body.seed_of(0),
-            draft_max=draft_max,
-            stops=body.stops,
+            seed=None,
+            draft_max=self.settings.draft_max if body.draft_max is None else body.draft_max,
+            stops=body.stop,
             n_logprobs=None if n_logprobs is None else min(n_logprobs, n_vocab),
             tools=tools,
             vocab=body.vocab,
@@ -160,18 +162,16 @@ class Server:
         )
         return [replace(first, seed=body.seed_of(i)) for i in range(body.n)]
 
-    def conversation(self, body: Chat) -> dict[str, Any]:
-        """What the template is given of a body: the arguments of `Engine.prompt` and `prompt_text`."""
-        return {
-            "messages": [message.for_template() for message in body.messages],
-            "tools": body.offered,
-            "variables": {**self.settings.template_kwargs, **body.chat_template_kwargs},
-            **body.how,
-        }
+    def rendered(self, body: Chat, render: Callable[..., T]) -> T:
+        """A conversation as `Engine.prompt` or `prompt_text` renders it. Raises BadRequest."""
+        messages = [message.for_template() for message in body.messages]
+        variables = {**self.settings.template_kwargs, **body.chat_template_kwargs}
+        answered = not (body.continued or body.add_generation_prompt)
+        return render(messages, body.offered, variables=variables, continued=body.continued, answered=answered)
 
     def _guided(self, sampling: Sampling, tools: Tools, prompt: list[int]) -> Sampling:
         """Settings under which a forced call comes, and calls of strict functions obey. Raises BadRequest."""
-        if not tools.forced and not tools.strict:
+        if not tools.enforced:
             return sampling
         if sampling.grammar or sampling.guide:
             param = "tool_choice" if tools.forced else "tools"
@@ -192,9 +192,9 @@ class Server:
         return [token for token in range(model.n_vocab) if model.is_end(token)]
 
     def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """What each token stands for, control tokens included."""
-        found = {token: self.engine.model.piece(token, special=True) for token in set(ids)}
-        return [found[token] for token in ids]
+        """The text of each token, control tokens included."""
+        texts = {token: self.engine.model.piece(token, special=True) for token in set(ids)}
+        return [texts[token] for token in ids]
 
     def known(self, ids: Sequence[Any], param: str) -> list[int]:
         """Token ids of this vocabulary. Raises BadRequest for others."""
@@ -206,7 +206,7 @@ class Server:
     def mixed(
         self, given: str | list[Any], param: str, special: bool = True, add_bos: bool = True, n_ctx: int | None = None
     ) -> list[int]:
-        """Token ids of a text, or of a list of texts and ids; BOS belongs before a text that comes first only.
+        """Token ids of a text, or of a list of texts and ids, with BOS only before a text that comes first.
 
         Raises BadRequest, and what `Model.tokenize` raises.
         """
@@ -235,39 +235,37 @@ class Server:
                 raise BadRequest("prompt: this server reads text only; leave multimodal_data out", "prompt")
             given = given["prompt_string"]
         if not isinstance(given, str | list):
-            raise BadRequest('prompt: is a text, a list of token ids and texts, or {"prompt_string": ...}', "prompt")
+            raise BadRequest('prompt: give a text, a list of token ids and texts, or {"prompt_string": ...}', "prompt")
         bos = self.engine.model.bos
         ids = self.mixed(given, "prompt", n_ctx=self.engine.context.n_ctx) or ([] if bos is None else [bos])
         if not ids:
-            raise BadRequest("prompt: is empty, and this vocabulary has no token to begin with", "prompt")
+            raise BadRequest("prompt: is empty, and this vocabulary has no BOS to begin with", "prompt")
         return ids
 
-    async def compute(
-        self, request: Request, asked: Sequence[Asked]
-    ) -> AsyncIterator[tuple[int, Answer, Piece | None]]:
-        """(number, answer, piece) as they come, None at the end of each answer; ends with its client.
+    async def compute(self, request: Request, asked: Sequence[Asked]) -> AsyncGenerator[Event, None]:
+        """Events as they come, one answer after another; ends when the client goes away.
 
-        Raises what the computing raised.
+        Raises what the computation raised.
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException | None]()
 
-        def tell(event: Any) -> None:
+        def tell(event: Event | BaseException) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def run(engine: Engine) -> None:
             for i, each in enumerate(asked):
-                answer = each.answer()
+                answer = Answer(each)
                 try:
                     with contextlib.closing(answer.pieces(engine)) as pieces:
                         for piece in pieces:
-                            tell((i, answer, piece))
+                            tell(Event(i, answer, piece))
                 except BaseException:
                     answer.record.finish_reason = "cancelled" if job.cancelled.is_set() else "error"
                     raise
                 finally:
                     self.metrics.observe(answer)
-                tell((i, answer, None))
+                tell(Event(i, answer, None))
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -282,7 +280,7 @@ class Server:
             while ended < len(asked) and (event := await events.get()) is not None:
                 if isinstance(event, BaseException):
                     raise event
-                ended += event[2] is None
+                ended += event.piece is None
                 yield event
         finally:
             watching.cancel()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamabase.errors import FileFormatError
+from llamabase.llama.messages import for_template
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.guidance import lark_guide
 
@@ -44,6 +45,11 @@ class Tools:
     forced: tuple[str, ...] = ()
     strict: frozenset[str] = frozenset()
     several: bool = True
+
+    @property
+    def enforced(self) -> bool:
+        """Whether a grammar must see to the calls."""
+        return bool(self.forced or self.strict)
 
 
 class Reader:
@@ -419,7 +425,7 @@ def form_of(template: ChatTemplate) -> Form:
     tools = [{"type": "function", "function": {"name": name, "description": "Probes.", "parameters": parameters}}]
     call = {"id": "probe0000", "type": "function", "function": {"name": name, "arguments": arguments}}
     asked = [{"role": "user", "content": "?"}]
-    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answer = for_template({"role": "assistant", "tool_calls": [call]})
     try:
         before = template.text(asked, tools, answered=True)
         after = template.text([*asked, answer], tools, answered=True)

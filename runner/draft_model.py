@@ -23,8 +23,9 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.library import Closing
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
-from runner.draft.drafters import AUTO, ModelDrafter
-from runner.draft.opening import open_drafter
+from runner.draft.contracts import AUTO
+from runner.draft.drafters import ModelDrafter
+from runner.draft.opening import DraftOptions, open_drafter
 
 _NO_NOISE = Noise(0)  # greedy drafts have none
 
@@ -58,7 +59,8 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
         self._path, self.num_pred_tokens = Path(path), num_pred_tokens
         vocabulary = self._own_vocabulary() if target is None else Vocabulary(GGUFFile(target))
         self._n_ids = len(vocabulary)
-        self._drafter: ModelDrafter | None = open_drafter(self._path, vocabulary, n_ctx, n_threads, n_gpu_layers, vocab)
+        options = DraftOptions(self._path, n_ctx, n_threads, n_gpu_layers, vocab)
+        self._drafter: ModelDrafter | None = open_drafter(options, vocabulary)
         self._settled = True
 
     def _own_vocabulary(self) -> Vocabulary:

@@ -23,12 +23,13 @@ from typing import Any
 from gguf_trim.format.mtp import drafter_source
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
 from llamabase.errors import EngineError, SettingError
-from llamabase.llama.context import F16, Cache
+from llamabase.llama.context import Cache as Cache
 from llamabase.llama.library import Closing
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import Sampling, samplers_named
-from runner.draft.drafters import AUTO
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
+from runner.loop.weights import LoadOptions
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -107,49 +108,26 @@ class _Answer:
 class SpeculativeLM(Closing):
     """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
 
-    The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
-    `runner.draft.opening.open_drafter`. n_ctx 0: as many tokens as the model was trained on; n_threads None: as many as
-    physical cores; n_gpu_layers None: llama.cpp's default; n_ctx_draft: tokens that the drafter remembers, where that
-    is fewer; n_threads_draft and n_gpu_layers_draft: its own, None for the target's; cache and cache_draft: types of
-    the KV caches, such as Cache("q8_0", "q8_0"). Raises EngineError or FileFormatError where a file does not load and
-    VocabularyMismatch for a wrong pair.
+    The text is the target's own, with a drafter or without. `draft` "mtp" is the target's own MTP block. The options,
+    n_ctx to n_gpu_layers_draft, are those of `runner.loop.weights.LoadOptions`, such as cache=Cache("q8_0", "q8_0").
+    Raises EngineError or FileFormatError if a file does not load, VocabularyMismatch for a wrong pair, TypeError for an
+    unknown option.
 
     Threads: any thread may use it, one generation at a time. A generation runs from the first chunk of a stream to its
     end, its close() or its collection; starting another meanwhile raises EngineError (it does not wait: the stream may
     be the caller's own). cancel() and close() may be called from any thread and from a signal handler.
     """
 
-    def __init__(
-        self,
-        target: str | Path,
-        draft: str | Path | None = None,
-        n_ctx: int = 4096,
-        n_threads: int | None = None,
-        n_gpu_layers: int | None = None,
-        vocab: str = AUTO,
-        n_ctx_draft: int | None = None,
-        cache: Cache = F16,
-        cache_draft: Cache = F16,
-        n_threads_draft: int | None = None,
-        n_gpu_layers_draft: int | None = None,
-    ) -> None:
+    __signature__ = inspect.signature(LoadOptions)
+
+    def __init__(self, target: str | Path, draft: str | Path | None = None, *more: Any, **options: Any) -> None:
+        source = None if draft is None else drafter_source(draft)
+        loading = LoadOptions(Path(target), source, *more, **options)
         self._closed = False
         self._current: _Answer | None = None
         # Held while llama.cpp computes. Reentrant: a signal handler or the collector may come back in.
         self._lock = threading.RLock()
-        self._engine = Engine(
-            Path(target),
-            None if draft is None else drafter_source(draft),
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            n_gpu_layers=n_gpu_layers,
-            vocab=vocab,
-            n_ctx_draft=n_ctx_draft,
-            cache=cache,
-            cache_draft=cache_draft,
-            n_threads_draft=n_threads_draft,
-            n_gpu_layers_draft=n_gpu_layers_draft,
-        )
+        self._engine = Engine(loading)
 
     @classmethod
     def from_pair(cls, name: str = DEFAULT_MODEL, **settings: Any) -> SpeculativeLM:
@@ -259,8 +237,8 @@ class SpeculativeLM(Closing):
     ) -> Generator[str, None, None]:
         prompt = self._prompt(messages, how)
         with contextlib.closing(self._engine.pieces(prompt, sampling, record, **settings)) as pieces:
-            for text, _ in pieces:
-                yield text
+            for piece in pieces:
+                yield piece.text
 
     def _run(self, answer: _Answer) -> Generator[str, None, None]:
         """The pieces of an answer, each computed under the lock; between them others may cancel or close."""

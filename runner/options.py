@@ -20,13 +20,14 @@ from llamabase.cli.command import FILE, THREADS
 from llamabase.cli.progress import step
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
-from llamabase.llama.context import CACHE_TYPES, F16, Cache
+from llamabase.llama.context import CACHE_TYPES, Cache
 from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
-from runner.draft.drafters import AUTO, VOCABS
+from runner.draft.contracts import AUTO, VOCABS
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 FULL = "full"
 
@@ -85,31 +86,14 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 @dataclass(frozen=True)
-class Models:
-    """Which files to run, and how to load them."""
+class Models(LoadOptions):
+    """Which files to run, how to load them and, for a pair of the catalog, what `prepare` made of it."""
 
-    target: Path
-    draft: DrafterSource | None
-    prepared: Prepared | None
-    n_ctx: int
-    n_threads: int | None
-    n_gpu_layers: int | None
-    vocab: str
-    n_ctx_draft: int | None = None
-    cache: Cache = F16
-    cache_draft: Cache = F16
-    n_threads_draft: int | None = None
-    n_gpu_layers_draft: int | None = None
-
-    @property
-    def own(self) -> tuple[int | None, int | None]:
-        """The drafter's threads and layers on the GPU."""
-        layers = self.n_gpu_layers if self.n_gpu_layers_draft is None else self.n_gpu_layers_draft
-        return self.n_threads_draft or self.n_threads, layers
+    prepared: Prepared | None = None
 
     def open(self) -> Engine:
-        """The engine these options describe."""
-        return Engine(**{name: value for name, value in vars(self).items() if name != "prepared"})
+        """The engine that these options describe."""
+        return Engine(self)
 
 
 def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
@@ -269,9 +253,17 @@ def model_options(command: Any) -> Any:
         cache_type_v_draft: str,
         **others: Any,
     ) -> Any:
-        cache = Cache(cache_type_k, cache_type_v, flash_attn)
-        cache_draft = Cache(cache_type_k_draft, cache_type_v_draft, flash_attn)
-        drafting = draft_ctx, cache, cache_draft, threads_draft, n_gpu_layers_draft
+        loading: dict[str, Any] = {
+            "n_ctx": ctx_size,
+            "n_threads": threads,
+            "n_gpu_layers": n_gpu_layers,
+            "vocab": vocab,
+            "n_ctx_draft": draft_ctx,
+            "cache": Cache(cache_type_k, cache_type_v, flash_attn),
+            "cache_draft": Cache(cache_type_k_draft, cache_type_v_draft, flash_attn),
+            "n_threads_draft": threads_draft,
+            "n_gpu_layers_draft": n_gpu_layers_draft,
+        }
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, a pair of the catalog, or --target with --draft, not both")
         if draft is not None and target is None:
@@ -281,11 +273,11 @@ def model_options(command: Any) -> Any:
 
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
-            how = ctx_size, threads, n_gpu_layers, vocab, *drafting
             if (given := instead or target) is not None:
-                return Models(given, None if instead else draft, None, *how)
+                return Models(given, None if instead else draft, **loading)
             prepared = prepare(model or DEFAULT_MODEL)
-            return Models(prepared.target, prepared.drafter if vocab == FULL else prepared.trimmed, prepared, *how)
+            drafter = prepared.drafter if vocab == FULL else prepared.trimmed
+            return Models(prepared.target, drafter, prepared=prepared, **loading)
 
         return command(models=find, **others)
 

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
 FULL = "full"
+LOADING = [field.name for field in fields(LoadOptions)]
 
 
 def _draft_max(text: str) -> int | None:
@@ -115,6 +116,11 @@ def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
     return engine
 
 
+def _layers_option(*flags: str, help: str) -> Callable[[Any], Any]:
+    name = "n_gpu_layers_draft" if flags[0] == "-ngld" else "n_gpu_layers"
+    return click.option(*flags, name, type=_layers, metavar="N|all|auto", help=help)
+
+
 def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
     """--cache-type-k and -v of one of the two models."""
     return [
@@ -154,54 +160,32 @@ def _refused(flags: Sequence[str], why: str) -> Callable[[Any], Any]:
 
 
 def model_options(command: Any) -> Any:
-    """--model | --target --draft, and how to load them; the command receives `models`, a function that finds them.
+    """--model | --target --draft, and how to load them. The command receives `models`, a function that finds them.
 
-    A pair of the catalog is fetched, trimmed and verified where that has not been done yet.
+    A pair of the catalog is fetched, trimmed and verified unless that is done.
     """
 
     @click.option("-m", "--model", metavar="NAME", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
     @click.option("--target", type=FILE, help="The target's GGUF, instead of --model.")
     @click.option(
-        "-md",
-        "--model-draft",
-        "--spec-draft-model",
-        "--draft",
-        "draft",
+        *("-md", "--model-draft", "--spec-draft-model", "--draft", "draft"),
         type=drafter_source,
         metavar="PATH",
         help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
     )
-    @click.option(
-        "-ngl",
-        "--n-gpu-layers",
-        "--gpu-layers",
-        "n_gpu_layers",
-        type=_layers,
-        metavar="N|all|auto",
-        help="Layers on the GPU.  [default: llama.cpp's]",
-    )
-    @click.option(
-        "-ngld",
-        "--n-gpu-layers-draft",
-        "--gpu-layers-draft",
-        "--spec-draft-ngl",
-        "n_gpu_layers_draft",
-        type=_layers,
-        metavar="N|all|auto",
+    @_layers_option("-ngl", "--n-gpu-layers", "--gpu-layers", help="Layers on the GPU.  [default: llama.cpp's]")
+    @_layers_option(
+        *("-ngld", "--n-gpu-layers-draft", "--gpu-layers-draft", "--spec-draft-ngl"),
         help="The drafter's.  [default: --n-gpu-layers]",
     )
     @THREADS
     @click.option(
-        "-td",
-        "--threads-draft",
-        "--spec-draft-threads",
-        "threads_draft",
+        *("-td", "--threads-draft", "--spec-draft-threads", "n_threads_draft"),
         type=click.IntRange(1, 512),
         help="The drafter's.  [default: --threads]",
     )
     @click.option(
-        "-c",
-        "--ctx-size",
+        *("-c", "--ctx-size", "n_ctx"),
         type=_context,
         metavar="N",
         default="4096",
@@ -209,8 +193,7 @@ def model_options(command: Any) -> Any:
         help="Tokens of context; 0: as many as the model was trained on.",
     )
     @click.option(
-        "-fa",
-        "--flash-attn",
+        *("-fa", "--flash-attn"),
         type=_flash,
         metavar="on|off|auto",
         default="auto",
@@ -218,9 +201,7 @@ def model_options(command: Any) -> Any:
         help="Flash attention.",
     )
     @click.option(
-        "-cd",
-        "--draft-ctx",
-        "--ctx-size-draft",
+        *("-cd", "--draft-ctx", "--ctx-size-draft", "n_ctx_draft"),
         type=click.IntRange(64),
         help="Tokens that the drafter remembers, to save memory.  [default: --ctx-size]",
     )
@@ -236,39 +217,19 @@ def model_options(command: Any) -> Any:
     @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
     @wraps(command)
     def with_models(
-        model: str | None,
-        target: Path | None,
-        draft: DrafterSource | None,
-        n_gpu_layers: int | None,
-        n_gpu_layers_draft: int | None,
-        threads: int | None,
-        threads_draft: int | None,
-        ctx_size: int,
-        flash_attn: bool | None,
-        vocab: str,
-        draft_ctx: int | None,
-        cache_type_k: str,
-        cache_type_v: str,
-        cache_type_k_draft: str,
-        cache_type_v_draft: str,
-        **others: Any,
+        model: str | None, target: Path | None, draft: DrafterSource | None, flash_attn: bool | None, **others: Any
     ) -> Any:
-        loading: dict[str, Any] = {
-            "n_ctx": ctx_size,
-            "n_threads": threads,
-            "n_gpu_layers": n_gpu_layers,
-            "vocab": vocab,
-            "n_ctx_draft": draft_ctx,
-            "cache": Cache(cache_type_k, cache_type_v, flash_attn),
-            "cache_draft": Cache(cache_type_k_draft, cache_type_v_draft, flash_attn),
-            "n_threads_draft": threads_draft,
-            "n_gpu_layers_draft": n_gpu_layers_draft,
-        }
+        loading = {field: others.pop(field) for field in LOADING if field in others}
+        loading["n_threads"] = others.pop("threads")
+        for whose in ("", "_draft"):
+            keys, values = (others.pop(f"cache_type_{letter}{whose}") for letter in "kv")
+            loading[f"cache{whose}"] = Cache(keys, values, flash_attn)
+        full = loading["vocab"] == FULL
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, a pair of the catalog, or --target with --draft, not both")
         if draft is not None and target is None:
             raise click.UsageError("--draft needs --target")
-        if vocab == FULL and target is not None:
+        if full and target is not None:
             raise click.UsageError("--vocab full is for a --model; with --target give the uncut drafter as --draft")
 
         def find(instead: Path | None = None) -> Models:
@@ -276,7 +237,7 @@ def model_options(command: Any) -> Any:
             if (given := instead or target) is not None:
                 return Models(given, None if instead else draft, **loading)
             prepared = prepare(model or DEFAULT_MODEL)
-            drafter = prepared.drafter if vocab == FULL else prepared.trimmed
+            drafter = prepared.drafter if full else prepared.trimmed
             return Models(prepared.target, drafter, prepared=prepared, **loading)
 
         return command(models=find, **others)

@@ -41,7 +41,7 @@ def test_the_part_it_reads_moves_by_halves(toys: dict[str, Path]) -> None:
         text = list(range(20, 240))
         starts = []
         for n in range(1, len(text)):
-            seen = drafter.reading._seen(text[:n])
+            seen = drafter.reading._window(text[:n])
             assert len(seen) + AHEAD <= 64
             assert list(seen[-3:]) == text[:n][-3:]
             assert list(seen[:3]) == text[: min(3, n)]

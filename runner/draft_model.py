@@ -34,8 +34,8 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
     """Drafts num_pred_tokens tokens greedily from a drafter GGUF; for one `Llama` at a time, in one thread.
 
     With `target`, the path that `Llama` loads, the pair is checked here, and VocabularyMismatch is raised for a wrong
-    one. Without it a wrong drafter shows only by ids that it does not have (VocabularyMismatch at the call) or by drafts
-    that are never accepted; if the target's table is shorter, `Llama` may be given an id that it does not know. n_ctx
+    one. Without it a wrong drafter shows only by ids that it does not have (VocabularyMismatch at the call) or by
+    drafts that are never accepted; if the target's table is shorter, `Llama` may be given an id that it does not know. n_ctx
     should be no less than Llama's, since nothing is drafted for longer texts. `vocab` and other errors: see
     `runner.draft.opening`.
 
@@ -68,7 +68,7 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
         return Trimmed.open(self._path).vocabulary if "gguf_trim.d2t" in file.fields else Vocabulary(file)
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
-        """At most num_pred_tokens ids (int32) to follow `input_ids`, the whole text so far; none if its context is full.
+        """At most num_pred_tokens ids (int32) to follow `input_ids`, the text so far; none if its context is full.
 
         Reading continues from the longest prefix shared with the last call, whatever conversation that was.
         """

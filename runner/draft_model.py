@@ -35,7 +35,7 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
 
     With `target`, the path that `Llama` loads, the pair is checked here, and VocabularyMismatch is raised for a wrong
     one. Without it a wrong drafter shows only by ids that it does not have (VocabularyMismatch at the call) or by
-    drafts that are never accepted; if the target's table is shorter, `Llama` may be given an id that it does not know. n_ctx
+    drafts that are never accepted; if the target's table is shorter, `Llama` may get an id that it does not know. n_ctx
     should be no less than Llama's, since nothing is drafted for longer texts. `vocab` and other errors: see
     `runner.draft.opening`.
 

@@ -30,7 +30,7 @@ from llamabase.llama.messages import for_template, parsed
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
-from runner.draft.drafters import AUTO
+from runner.draft.contracts import AUTO
 from runner.tools.calls import Tools
 
 log = logging.getLogger("uvicorn.error")

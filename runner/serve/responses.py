@@ -18,7 +18,8 @@ import numpy as np
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import Sampling
 from runner.draft.reading import shared
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
 from runner.loop.stops import StopFilter
 from runner.tools.calls import HERMES, Call, Form, Tools
 from runner.tools.stream import CallReader
@@ -133,7 +134,7 @@ class Answer:
         asked, n_read, waiting = self.asked, 0, deque[TokenLogprob]()
         self.n_cached = min(shared(engine.reader.held, asked.prompt, len(asked.prompt)), len(asked.prompt) - 1)
         if engine.drafter is not None:
-            engine.drafter.use(asked.vocab)
+            engine.drafter.vocab = asked.vocab
         model, n = engine.model, asked.n_logprobs
 
         def on_logits(rows: np.ndarray, tokens: list[int]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llamabase.errors import FileFormatError
 from llamabase.llama.template import ChatTemplate
+from runner.loop.stops import TextPiece
 from runner.tools.calls import BARE, FORMS, HERMES, Call, Form, Reader, Tools, form_of, guide_of, lark_of
 from runner.tools.stream import CallReader
 
@@ -60,7 +61,7 @@ FOUND = {family: template(EACH + source + END) for family, source in TEMPLATES.i
 
 def read(form: Form, tools: Tools, pieces: list[str]) -> tuple[list[Call], str]:
     reader = CallReader(form, tools)
-    text = "".join(said for said, _ in reader.through((piece, False) for piece in pieces))
+    text = "".join(said for said, _ in reader.through(TextPiece(piece, False) for piece in pieces))
     return reader.calls, text
 
 
@@ -160,14 +161,14 @@ def test_text_is_given_out_as_soon_as_it_cannot_become_a_call() -> None:
         ("<tool_c", False),
     ):
         reader = CallReader(HERMES, WEATHER)
-        pieces = iter([(text, False), ("rest", False)])
+        pieces = iter([TextPiece(text, False), TextPiece("rest", False)])
         assert next(reader.through(pieces))[0][0] == text[0]
         assert (next(pieces, None) is not None) == released, text
 
 
 def test_one_call_only_ends_the_answer() -> None:
     text = '<tool_call>{"name": "now"}</tool_call>'
-    pieces = iter([(text, False), (text, False)])
+    pieces = iter([TextPiece(text, False), TextPiece(text, False)])
     reader = CallReader(HERMES, Tools(WEATHER.schemas, several=False))
     assert (list(reader.through(pieces)), reader.calls) == ([], [Call("now", "{}")])
     assert next(pieces) == (text, False)
@@ -280,7 +281,9 @@ def test_what_is_almost_a_call_is_read_in_a_time_that_grows_with_it(monkeypatch:
     monkeypatch.setattr(type(form), "read", read)
     text = "<function=f>\n" + "<parameter=a>\nx\n</parameter>\n" * 1000
     reader = CallReader(form, Tools({"f": {}}))
-    said = "".join(part for part, _ in reader.through((text[i : i + 4], False) for i in range(0, len(text), 4)))
+    said = "".join(
+        part for part, _ in reader.through(TextPiece(text[i : i + 4], False) for i in range(0, len(text), 4))
+    )
     assert said == text
     assert seen[0] < 40 * len(text)
 

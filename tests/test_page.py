@@ -1,12 +1,11 @@
-"""The server's page in headless Chromium, where that and playwright are installed."""
+"""The server's page in headless Chromium, where Debian's chromedriver is installed."""
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,77 +13,73 @@ from llamabase.llama.model import Model
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
+from .browser import CHROMIUM, DRIVER, ENTER, ESCAPE, Browser
 from .test_serve import F32, serving
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="needs a browser: apt-get install chromium chromium-driver"
+)
 
 
 @pytest.fixture
-def page(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def page(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
     """The page at 360 px, over a toy whose drafter is right and whose texts do not end."""
     monkeypatch.setattr(Model, "is_end", lambda self, token: False)
     engine = Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=512, cache=F32, cache_draft=F32))
-    with serving(engine, draft_max=2) as (url, _), sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 360, "height": 640})
-        asked: list[str] = []
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.goto(url)
+    with serving(engine, draft_max=2) as (url, _), Browser(url, 360, 640) as opened:
+        opened.wait("document.getElementById('name').textContent === 'toy'")
         yield opened
-        assert all(each.startswith((url, "data:")) for each in asked)  # nothing is asked of elsewhere
-        browser.close()
+        asked = opened.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert asked and all(each.startswith((url, "data:")) for each in asked)  # nothing is asked of elsewhere
 
 
-def test_send_watch_stop_and_reload(page: Any) -> None:
+def figures(page: Browser) -> str:
+    return str(page.evaluate("document.querySelector('p.figures:not(#wait)')?.textContent ?? ''"))
+
+
+def test_send_watch_stop_and_reload(page: Browser) -> None:
     """By keyboard alone."""
-    page.wait_for_function("document.getElementById('name').textContent === 'toy'")
     assert page.evaluate("document.activeElement.id") == "text"
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    page.keyboard.type("the king and the sea")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("article.assistant mark, article.assistant span")
-    page.wait_for_timeout(300)
-    page.keyboard.press("Escape")
-    page.wait_for_function("document.getElementById('send').textContent === 'Send'")
-    figures = page.text_content("p.figures")
-    assert "stopped" in figures or "tok/s" in figures
+    page.type("the king and the sea" + ENTER)
+    page.wait("document.querySelectorAll('article.assistant mark, article.assistant span').length > 3")
+    page.type(ESCAPE)
+    page.wait("document.getElementById('send').textContent === 'Send'")
+    assert "stopped" in figures(page) or "tok/s" in figures(page)
     assert page.evaluate("JSON.parse(sessionStorage.messages).length") == 2
-    said = page.text_content("article.assistant")
+    said = page.evaluate("document.querySelector('article.assistant').textContent")
     page.reload()
-    page.wait_for_selector("article.assistant")
-    assert page.text_content("article.assistant") == said
+    page.wait("document.querySelector('article.assistant') !== null")
+    assert page.evaluate("document.querySelector('article.assistant').textContent") == said
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_switches(page: Any) -> None:
+def test_switches(page: Browser) -> None:
     """Plain decoding tints nothing and drafts nothing; the speculator drafts what the trimmed rows cannot."""
-    page.wait_for_function("document.querySelectorAll('#vocab option').length === 4")
-    page.fill("#temp", "0")
-    stood = {}
-    page.route("**/v1/chat/completions", lambda route: route.continue_(
-        post_data=route.request.post_data.replace('"stream":true', '"stream":true,"max_tokens":30')
-    ))  # fmt: skip
+    page.wait("document.querySelectorAll('#vocab option').length === 4")
+    short = """send = window.fetch, window.fetch = (url, how) => send(url, how?.body
+        ? {...how, body: how.body.replace('"stream":true', '"stream":true,"max_tokens":30')} : how), true"""
+    page.evaluate(short)
+    accepted: dict[tuple[str, str], int | None] = {}
     for drafts, vocab in (("0", "auto"), ("3", "trim"), ("3", "spec")):
-        page.click("#clear")
-        page.select_option("#drafts", drafts)
-        page.select_option("#vocab", vocab)
-        page.fill("#text", "the sea")
-        page.keyboard.press("Enter")
-        page.locator("p.figures", has_text="tau").wait_for()
-        figures = page.text_content("p.figures")
-        found = re.search(r"(\d+) of (\d+) drafts stood", figures)
-        stood[drafts, vocab] = int(found[1]) if found else None
-        assert (page.locator("article.assistant mark").count() > 0) == bool(stood[drafts, vocab])
-    assert stood["0", "auto"] is None
-    assert stood["3", "trim"] is not None
-    assert page.locator("article.error").count() == 0
+        page.evaluate("document.getElementById('clear').click()")
+        for name, value in (("temp", "0"), ("drafts", drafts), ("vocab", vocab)):
+            assert page.evaluate(f"document.getElementById('{name}').value = {json.dumps(value)}") == value
+        page.type("the sea" + ENTER)
+        page.wait("/tau/.test(document.querySelector('p.figures:not(#wait)')?.textContent)")
+        found = re.search(r"(\d+) of (\d+) drafts stood", figures(page))
+        accepted[drafts, vocab] = int(found[1]) if found else None
+        tinted = page.evaluate("document.querySelectorAll('article.assistant mark').length")
+        assert (tinted > 0) == bool(accepted[drafts, vocab])
+    assert accepted["0", "auto"] is None
+    assert accepted["3", "trim"] is not None
+    assert accepted["3", "spec"]
+    assert page.evaluate("document.querySelectorAll('article.error').length") == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark(page: Any, scheme: str) -> None:
-    page.emulate_media(color_scheme=scheme)
+def test_light_and_dark(page: Browser, scheme: str) -> None:
+    page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(map(int, re.findall(r"\d+", back)[:3])) / 3
     assert (brightness > 128) == (scheme == "light")

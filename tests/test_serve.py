@@ -31,6 +31,7 @@ from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.loop.engine import Engine
+from runner.loop.stops import TextPiece
 from runner.loop.weights import LoadOptions
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
@@ -184,7 +185,7 @@ def test_openai_json_schema_into_a_model(client: openai.OpenAI) -> None:
             seed=seed,
             response_format={"type": "json_schema", "json_schema": {"name": "river", "schema": schema}},
         )
-        assert len(River.model_validate_json(found.choices[0].message.content or "").name) <= 6
+        assert len(River(**json.loads(found.choices[0].message.content or "")).name) <= 6
 
 
 def test_tools_through_the_template_and_back(toys: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
@@ -403,6 +404,7 @@ def test_the_rest_of_the_endpoints(toy: tuple[str, Server], toys: dict[str, Path
     props = httpx.get(f"{url}/props").json()
     assert (props["default_generation_settings"]["n_ctx"], props["model_alias"]) == (512, "toy")
     assert str(toys["target"].parent) not in httpx.get(f"{url}/props").text
+    said(url, {"prompt": "the king and the sea", "max_tokens": 24, "temperature": 0, "stream": False})
     text = httpx.get(f"{url}/metrics").text
     assert 'gguf_run_spec_decode_num_accepted_tokens_per_pos_total{position="0"}' in text
     page = httpx.get(url)
@@ -495,7 +497,7 @@ def test_the_page_of_docs_is_true(toys: dict[str, Path], tmp_path: Path) -> None
     ],
 )
 def test_a_stop_string_that_comes_with_a_call_ends_the_answer(pieces: list[str], wanted: str) -> None:
-    left = ((piece, False) for piece in pieces)
+    left = (TextPiece(piece, False) for piece in pieces)
     engine: Any = SimpleNamespace(drafter=None, model=None, reader=SimpleNamespace(held=[]))
     engine.token_texts = lambda *_, **__: (piece for piece in left)
     answer = Answer(Asked([1], Sampling(temp=0), 9, None, 0, ["STOP"], None, Tools({"f": {}}), "auto"))

@@ -19,6 +19,7 @@ from llamabase.llama.context import F32
 from llamabase.llama.infill import infill_prompt
 from llamabase.llama.model import Model
 from runner.loop.engine import Engine
+from runner.loop.stops import TextPiece
 from runner.loop.weights import LoadOptions
 from runner.serve import requests
 from runner.serve.lines import LineLimit
@@ -328,14 +329,14 @@ def test_a_text_ends_before_a_line_of_too_few_blanks(pieces: list[str], indent: 
             break
         at += len(line) + 1
     limit = LineLimit(indent, 0)
-    found = "".join(piece for piece, _ in limit.through((piece, False) for piece in pieces))
+    found = "".join(piece for piece, _ in limit.through(TextPiece(piece, False) for piece in pieces))
     assert (found, limit.reached) == (text[:wanted], wanted < len(text))
 
 
 def test_time_is_up_at_the_end_of_a_line() -> None:
-    def slowly() -> Iterator[tuple[str, bool]]:
+    def slowly() -> Iterator[TextPiece]:
         for piece in ("a", "\n", "b", "c", "d\ne", "f"):
-            yield piece, False
+            yield TextPiece(piece, False)
             time.sleep(0.02)
 
     limit = LineLimit(0, 30)

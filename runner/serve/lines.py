@@ -6,6 +6,8 @@ import re
 import time
 from collections.abc import Iterator
 
+from runner.loop.stops import TextPiece
+
 
 class LineLimit:
     """Ends a text that comes in pieces at a line; `reached` says that it did.
@@ -19,7 +21,7 @@ class LineLimit:
         self._seconds = ms / 1000 if ms > 0 else float("inf")
         self.reached = False
 
-    def through(self, pieces: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    def through(self, pieces: Iterator[TextPiece]) -> Iterator[TextPiece]:
         """The text up to its end; the pieces after that are left unread."""
         began, line = float("inf"), ""
         for text, drafted in pieces:
@@ -28,7 +30,7 @@ class LineLimit:
             short = self._short.search(line) if self._short else None
             late = "\n" in text and time.perf_counter() - began > self._seconds
             if kept := text if short is None else text[: short.end() - len(line) + len(text)]:
-                yield kept, drafted
+                yield TextPiece(kept, drafted)
             self.reached = short is not None or late
             if self.reached:
                 return

@@ -20,7 +20,7 @@ from llamabase.sampling.settings import Sampling
 from runner.draft.reading import shared
 from runner.loop.engine import Engine
 from runner.loop.record import Record
-from runner.loop.stops import StopFilter
+from runner.loop.stops import StopFilter, TextPiece
 from runner.tools.calls import HERMES, Call, Form, Tools
 from runner.tools.stream import CallReader
 
@@ -129,7 +129,7 @@ class Answer:
         """Log probabilities of the last tokens, which made no whole character."""
         return self.logprobs[self._given_logprobs :]
 
-    def _decoded(self, engine: Engine) -> Generator[tuple[str, bool], None, None]:
+    def _decoded(self, engine: Engine) -> Generator[TextPiece, None, None]:
         """The text of each token; keeps its log probabilities, if they are wanted."""
         asked, n_read, waiting = self.asked, 0, deque[TokenLogprob]()
         self.n_cached = min(shared(engine.reader.held, asked.prompt, len(asked.prompt)), len(asked.prompt) - 1)
@@ -151,7 +151,7 @@ class Answer:
                 if waiting:
                     self._begins.append(n_read)
                     self.logprobs.append(waiting.popleft())
-                n_read += len(piece[0])
+                n_read += len(piece.text)
                 yield piece
 
     @property

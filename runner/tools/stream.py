@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from runner.loop.stops import first_of
+from runner.loop.stops import TextPiece, first_of
 
 from .calls import LOOSE, Call, Form, Reader, Tools
 
@@ -33,18 +33,18 @@ class CallReader:
         self._longest = max(map(len, self._beginnings))
         self._has_text = False  # whether anything but white space was given out since the last call
         self._enough = 0  # characters held back at which they are read again
-        self._held = list[tuple[str, bool]]()
+        self._held = list[TextPiece]()
 
-    def through(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    def through(self, pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
         """The text of an answer; what follows the only call that is allowed is left unread."""
         size = 0
         for piece in pieces:
-            self._held += [piece] if piece[0] else []
-            size += len(piece[0])
+            self._held += [piece] if piece.text else []
+            size += len(piece.text)
             if size < self._enough:
                 continue
             yield from self._read(ended=False)
-            size = sum(len(text) for text, _ in self._held)
+            size = sum(len(piece.text) for piece in self._held)
             self._enough = size + size // GROWTH  # so that reading a long call takes time linear in its length
             if self.full:
                 return
@@ -55,9 +55,9 @@ class CallReader:
         """Whether no more calls may follow."""
         return bool(self.calls) and not self.tools.several
 
-    def _read(self, ended: bool) -> Iterator[tuple[str, bool]]:
+    def _read(self, ended: bool) -> Iterator[TextPiece]:
         while self._held and not self.full:
-            text = "".join(piece for piece, _ in self._held)
+            text = "".join(piece.text for piece in self._held)
             if self.calls and not self._has_text and text[0].isspace():  # between calls
                 self._drop(len(text) - len(text.lstrip()))
                 continue
@@ -102,10 +102,10 @@ class CallReader:
 
     def _drop(self, n: int) -> None:
         for piece in first_of(self._held, n):
-            self.reached += len(piece[0])
+            self.reached += len(piece.text)
 
-    def _out(self, n: int) -> Iterator[tuple[str, bool]]:
+    def _out(self, n: int) -> Iterator[TextPiece]:
         for piece in first_of(self._held, n):
-            self.reached += len(piece[0])
-            self._has_text = self._has_text or bool(piece[0].strip())
+            self.reached += len(piece.text)
+            self._has_text = self._has_text or bool(piece.text.strip())
             yield piece

@@ -349,7 +349,7 @@ def test_a_special_token_that_the_vocabulary_does_not_have(tmp_path, monkeypatch
 
 
 def test_a_folder_is_no_conversation(tmp_path) -> None:
-    with pytest.raises(TrimError, match="is not a regular file"):
+    with pytest.raises(TrimError, match="cannot be read: Is a directory"):
         load(tmp_path)
     with pytest.raises(TrimError, match="cannot be read: No such file"):
         load(tmp_path / "absent")

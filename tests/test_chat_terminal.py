@@ -44,7 +44,7 @@ def test_a_session_of_commands(pair, tmp_path) -> None:
             (f"/load {tmp_path / 'my talk.json'}", "loaded 5 messages"),
             (f"/load {tmp_path / 'absent.json'}", "Error: "),
             ("/nonsense", "/nonsense: not understood"),
-            ("/save", "/save: not understood; there are"),
+            ("/save", "/save: not understood; the commands are"),
         ):
             chat.type(f"{line}\n").until(answer).until("\n> ")
         chat.type("/quit\n")

@@ -1,8 +1,8 @@
-"""python -m runner.chat: talk to a target whose small, trimmed drafter runs ahead of it.
+"""python -m runner.chat: talk to a target whose trimmed drafter runs ahead of it.
 
 python -m runner.chat                                   the default pair, interactive
 python -m runner.chat --prompt "Why is the sky blue?"   one answer on stdout
-python -m runner.chat -p "Summarise:" < report.txt      the same, with what is piped in after it
+python -m runner.chat -p "Summarise:" < report.txt      the same, followed by the piped text
 python -m runner.chat --target T.gguf --draft D.gguf    your own files
 """
 
@@ -19,6 +19,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,16 @@ from runner.loop.record import Record
 from runner.options import Models, limit_of, model_options, open_measured, sampling_options, template_kwargs_option
 
 from .conversation import Messages, load, save
-from .prompt_line import PromptLine, said
+from .prompt_line import PromptLine, unquoted
 
-COMMANDS = {  # with what they do, no line longer than 40 columns
+COMMANDS = {  # no line of the help is longer than 40 columns
     "/help": "list the commands",
     "/system [TEXT]": "set/show system message",
     "/save FILE": "write the conversation",
     "/load FILE": "go on with a saved one",
     "/reset": "forget the conversation",
     "/draft on|off": "with or without drafter",
-    "/stats": "the session in all",
+    "/stats": "totals of the session",
     "/quit": "leave, as Ctrl-D does",
     "line\\": "goes on in the next line",
     '"""text"""': "may have several lines",
@@ -53,44 +54,38 @@ COMMANDS = {  # with what they do, no line longer than 40 columns
 HELP = "\n".join(f"{usage:15}{what}" for usage, what in COMMANDS.items())
 
 
+@dataclass
 class Chat:
-    """A conversation: messages so far, the settings, and what the session took in all."""
+    """A conversation: its settings, the messages so far, and the totals of the session."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        sampling: Sampling,
-        seed: int | None,
-        draft_max: int | None,
-        max_tokens: int,
-        show_draft: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.engine = engine
-        self.messages: Messages = []
-        self.drafting = True
-        self.total = Record()
-        self._sampling, self._seed, self._draft_max, self._max_tokens = sampling, seed, draft_max, max_tokens
-        self._show_draft = show_draft
-        self._template_kwargs = template_kwargs
+    engine: Engine
+    sampling: Sampling
+    seed: int | None
+    draft_max: int | None
+    max_tokens: int
+    show_draft: bool = False
+    template_kwargs: Mapping[str, Any] | None = None
+    messages: Messages = field(default_factory=list)
+    drafting: bool = True
+    total: Record = field(default_factory=Record)
 
     def ask(self, text: str, write: Callable[[str], object]) -> Record:
-        """Answer `text`, writing pieces as they come. Ctrl-C ends the answer; what was said of it stays said."""
+        """Answer `text`, writing pieces as they come. Ctrl-C ends the answer; its text so far is kept."""
         asked = [*self.messages, {"role": "user", "content": text}]
         record = Record()
         try:
             pieces = self.engine.pieces(
-                self.engine.prompt(asked, variables=self._template_kwargs),
-                self._sampling,
+                self.engine.prompt(asked, variables=self.template_kwargs),
+                self.sampling,
                 record,
-                max_tokens=self._max_tokens,
-                draft_max=self._draft_max if self.drafting else 0,
-                seed=self._seed,
+                max_tokens=self.max_tokens,
+                draft_max=self.draft_max if self.drafting else 0,
+                seed=self.seed,
                 drafter=None if self.drafting else NoDrafter(),
             )
             with contextlib.closing(pieces):
                 for piece, drafted in pieces:
-                    write(click.style(piece, fg="green") if drafted and self._show_draft else piece)
+                    write(click.style(piece, fg="green") if drafted and self.show_draft else piece)
         except KeyboardInterrupt:
             record.finish_reason = "cancelled"
         self.messages = [*asked, {"role": "assistant", "content": record.text}]
@@ -100,12 +95,12 @@ class Chat:
 
     @property
     def system(self) -> Messages:
-        """The system message, where there is one."""
+        """The system message, if there is one."""
         return [message for message in self.messages[:1] if message["role"] == "system"]
 
     def take(self, messages: Messages) -> None:
-        """Go on from these messages. Raises FileFormatError, and changes nothing, where the template refuses them."""
-        self.engine.prompt([*messages, {"role": "user", "content": "?"}], variables=self._template_kwargs)
+        """Go on from these messages. Raises FileFormatError, and changes nothing, if the template refuses them."""
+        self.engine.prompt([*messages, {"role": "user", "content": "?"}], variables=self.template_kwargs)
         self.messages = messages
 
     def set_system(self, text: str) -> None:
@@ -113,7 +108,7 @@ class Chat:
         self.take([{"role": "system", "content": text}, *self.messages[len(self.system) :]])
 
     def command(self, line: str) -> bool:
-        """Carry out a /command; False ends the session. Raises TrimError, and the conversation stays as it was."""
+        """Carry out a /command; False ends the session. Raises TrimError, and then changes nothing."""
         match line.split(maxsplit=1):
             case ["/quit" | "/exit"]:
                 return False
@@ -132,35 +127,35 @@ class Chat:
                 _say("the system message is set")
             case ["/save", name]:
                 save(self.messages, expand(name))
-                _say(f"saved {_messages(self.messages)}")
+                _say(f"saved {_count(self.messages)}")
             case ["/load", name]:
                 self.take(load(expand(name)))
-                _say(f"loaded {_messages(self.messages)}")
+                _say(f"loaded {_count(self.messages)}")
             case ["/help"]:
                 _say(HELP)
             case [name, *_]:
-                _say(f"{name}: not understood; there are\n{HELP}")
+                _say(f"{name}: not understood; the commands are\n{HELP}")
         return True
 
     def closing(self, record: Record) -> str:
-        """The closing line of an answer, why nothing was drafted, and what cut it off."""
+        """The closing line of an answer, which also says why nothing was drafted and what cut the answer off."""
         text = record.line()
-        if self._draft_max is None and self.drafting and self.engine.drafter and record.tokens and not record.drafted:
+        if self.draft_max is None and self.drafting and self.engine.drafter and record.tokens and not record.drafted:
             text += ", no draft pays"
         if record.finish_reason == "length":
-            full = record.tokens < self._max_tokens
-            text += ", cut off by " + (f"-c {self.engine.context.n_ctx}" if full else f"-n {self._max_tokens}")
+            full = record.tokens < self.max_tokens
+            text += ", cut off by " + (f"-c {self.engine.context.n_ctx}" if full else f"-n {self.max_tokens}")
         return f"[{text}]"
 
 
-def _messages(messages: Messages) -> str:
+def _count(messages: Messages) -> str:
     return f"{len(messages)} message{'s' * (len(messages) != 1)}"
 
 
 def _say(text: str) -> None:
-    """A notice on stderr; on a terminal it is broken between words."""
+    """Write a notice to stderr, broken between words on a terminal."""
     style = "" if stderr.no_color else "dim"
-    width = shutil.get_terminal_size(stderr.size).columns  # rich takes every dumb terminal for 80
+    width = shutil.get_terminal_size(stderr.size).columns  # rich takes every dumb terminal to have 80
     stderr.print(text, markup=False, style=style, soft_wrap=not stderr.is_terminal, width=width)
 
 
@@ -185,7 +180,7 @@ def _talk(chat: Chat) -> None:
             if text.startswith("/"):
                 if not chat.command(text):
                     return
-            elif text := said(text):
+            elif text := unquoted(text):
                 _say(chat.closing(_answer(chat, text)))
         except TrimError as error:  # the conversation goes on
             _say(f"Error: {error}")
@@ -197,7 +192,7 @@ def _talk(chat: Chat) -> None:
 
 
 def _given(prompt: str | None, file: Path | None) -> str | None:
-    """The one prompt that options and a pipe make together; None where the user is to type."""
+    """The prompt that options and a pipe make together; None if the user is to type."""
     if prompt is not None and file is not None:
         raise click.UsageError("give --prompt or --file, not both")
     if file is not None:
@@ -205,12 +200,9 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
             prompt = decoded(file.read_bytes(), "replace")
         except OSError as error:
             raise TrimError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if sys.stdin.isatty():
-        if prompt is None:
-            return None
-        piped = ""
-    else:
-        piped = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
+    if prompt is None and sys.stdin.isatty():
+        return None
+    piped = "" if sys.stdin.isatty() else sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
     text = "\n\n".join(part.rstrip() for part in (prompt or "", piped) if part.strip())
     if not text:
         raise click.UsageError("the prompt is empty: type in a terminal, pipe a text in, or give --prompt or --file")
@@ -220,22 +212,15 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
 @click.command(cls=OneCommand)
 @model_options
 @sampling_options
-@click.option("-p", "--prompt", help="Answer this once on stdout and exit; what is piped in follows it.")
+@click.option("-p", "--prompt", help="Answer this once on stdout and exit; piped text follows it.")
 @click.option("-f", "--file", type=FILE, help="The same, with the prompt's text from a file.")
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="The system message.")
 @template_kwargs_option
 @click.option(
-    "-n",
-    "--n-predict",
-    "--max-tokens",
-    "max_tokens",
-    type=limit_of,
-    metavar="N",
-    default="1024",
-    show_default=True,
+    "-n", "--n-predict", "--max-tokens", "max_tokens", type=limit_of, metavar="N", default="1024", show_default=True,
     help="Most per answer; -1: as many as the context holds.",
-)
-@click.option("--show-draft", is_flag=True, help="On a terminal: show in green what the drafter has drafted.")
+)  # fmt: skip
+@click.option("--show-draft", is_flag=True, help="On a terminal: show drafted text in green.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record as the last line.")
 def main(
     models: Callable[[], Models],
@@ -252,17 +237,15 @@ def main(
 ) -> None:
     """Talk to a target whose trimmed drafter runs ahead of it; the text is exactly the target's.
 
-    Without a terminal on stdin, what is piped in is one prompt and its answer alone is on stdout.
+    Without a terminal on stdin, the piped text is one prompt, and only its answer is on stdout.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     text = _given(prompt, file)
     if as_json and text is None:
         raise click.UsageError("--json needs --prompt")
-    show_draft = show_draft and _colours()
-    with contextlib.ExitStack() as opened:
-        engine = opened.enter_context(open_measured(models, draft_max is None))
-        chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft, template_kwargs)
+    with open_measured(models, draft_max is None) as engine:
+        chat = Chat(engine, sampling, seed, draft_max, max_tokens, show_draft and _colours(), template_kwargs)
         if system_prompt:
             chat.set_system(system_prompt)
         if text is None:
@@ -278,7 +261,7 @@ def main(
 
 
 def _colours() -> bool:
-    """Whether stdout is a terminal that shows colours, and wants to (NO_COLOR, TERM=dumb)."""
+    """Whether stdout is a terminal that shows colours, and neither NO_COLOR nor TERM=dumb forbids it."""
     console = Console()
     return sys.stdout.isatty() and console.color_system is not None and not console.no_color
 

@@ -21,14 +21,14 @@ BLOCK = '"""'
 
 
 def history_file() -> Path:
-    """Where lines are remembered from one session to the next."""
+    """The file that keeps typed lines from one session to the next."""
     return platformdirs.user_state_path(APP) / "chat_history"
 
 
 class PromptLine:
-    """Reads one text after another from the terminal; `commands` are completed by the tab key.
+    """Reads one text after another from the terminal; the tab key completes `commands`.
 
-    A history that cannot be read or written is done without, silently.
+    If the history cannot be read or written, there is none, and no message.
     """
 
     def __init__(self, commands: Sequence[str]) -> None:
@@ -45,10 +45,10 @@ class PromptLine:
         readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
     def read(self) -> str:
-        r"""The next text. A line that ends in \ goes on in the next, and a block ends with the quotes it began with.
+        r"""The next text. A line that ends in \ goes on in the next; a block ends with the quotes it began with.
 
-        A block keeps its quotes, so that nothing in it is taken for a command; see `said`. Raises EOFError on Ctrl-D
-        and KeyboardInterrupt on Ctrl-C.
+        A block keeps its quotes, so nothing in it is taken for a command; `unquoted` removes them. Raises EOFError on
+        Ctrl-D and KeyboardInterrupt on Ctrl-C.
         """
         text = self._line("> ").strip()
         if text.startswith(BLOCK):
@@ -62,11 +62,11 @@ class PromptLine:
     def _line(self, prompt: str) -> str:
         if sys.stdout.isatty():
             line = input(prompt)
-        else:  # where input() would write the prompt among the answers
+        else:  # input() would write the prompt among the answers
             sys.stderr.write(prompt)
             sys.stderr.flush()
             line = input()
-        # After every line, because a terminal that is closed gives no time for it.
+        # Saved after every line, because there is no time for it when a terminal is closed.
         if readline is not None:
             with contextlib.suppress(OSError):
                 self._history.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,10 @@ class PromptLine:
     def _complete(self, text: str, state: int) -> str | None:
         if not text or readline.get_begidx() > 0:
             return None
-        found = [command for command in self._commands if command.startswith(text)]
-        return found[state] if state < len(found) else None
+        fitting = [command for command in self._commands if command.startswith(text)]
+        return fitting[state] if state < len(fitting) else None
 
 
-def said(text: str) -> str:
+def unquoted(text: str) -> str:
     """A text without the quotes of its block."""
     return text.removeprefix(BLOCK).removesuffix(BLOCK).strip() if text.startswith(BLOCK) else text

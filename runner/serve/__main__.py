@@ -1,4 +1,4 @@
-"""python -m runner.serve, or gguf-run serve: HTTP for the clients of OpenAI's API, and a page to look at it."""
+"""python -m runner.serve, or gguf-run serve: HTTP for clients of OpenAI's API, and a page."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from llamabase.errors import TrimError
 from llamabase.sampling.settings import Sampling
 from runner.options import Models, model_options, open_measured, sampling_options, template_kwargs_option
 
-PATIENCE = 2.0  # seconds that what runs may take to end when the server is told to
-BATCH = 1.5  # and those that its last batch may take then
+PATIENCE = 2.0  # seconds that running answers get to end when the server is told to end
+BATCH = 1.5  # seconds that the last batch gets after that
 
 
 @click.command(cls=OneCommand)
 @model_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: to everybody.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
-@click.option("--api-key", default="", envvar="LLAMA_API_KEY", metavar="KEY", help="What clients must give.")
+@click.option("--api-key", default="", envvar="LLAMA_API_KEY", metavar="KEY", help="The key that clients must send.")
 @click.option("-a", "--alias", metavar="NAME", help="The model's name for clients.  [default: its file's]")
 @click.option(
     "-np", "--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Conversations remembered."
@@ -41,8 +41,8 @@ BATCH = 1.5  # and those that its last batch may take then
 @click.option(
     "--queue", "waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait."
 )
-@click.option("--metrics", is_flag=True, help="Give figures at /metrics, for Prometheus.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages from there ask; * for all. Can be repeated.")
+@click.option("--metrics", is_flag=True, help="Serve figures at /metrics, for Prometheus.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Accept pages from there; * for all. Can be repeated.")
 @template_kwargs_option
 @sampling_options
 def main(
@@ -57,7 +57,7 @@ def main(
 ) -> None:
     """Serve a pair: OpenAI's chat and text completions at /v1, a page at /.
 
-    Samplers and --draft-max are what requests get that ask for nothing else.
+    Samplers and --draft-max are the defaults of requests.
     """
     try:
         import uvicorn
@@ -68,7 +68,7 @@ def main(
     except ImportError as error:
         raise TrimError(f"serving needs the extra: pip install 'gguf-trim[serve]' ({error})") from error
     if seed is not None:
-        raise click.UsageError("--seed is for each request to give")
+        raise click.UsageError("--seed: each request gives its own; leave it out")
     with _bound(host, port) as listening:
         at, taken = listening.getsockname()[:2]
         url = f"http://{at if ':' not in at else f'[{at}]'}:{taken}"
@@ -81,28 +81,28 @@ def main(
             try:
                 door.open(make_app(server))
                 stderr.print(f"{name} listens on {url}", markup=False)
-                with suppress(KeyboardInterrupt):  # one that came before it was waited for
+                with suppress(KeyboardInterrupt):  # raised by a signal that came before the wait
                     signals.wait_for_one()
                 http.end(server.conversations.stop)
             finally:
                 ended = server.conversations.close(BATCH)
-            if not ended:  # the system frees everything
+            if not ended:  # the system frees the memory
                 sys.stderr.flush()
                 os._exit(0)
 
 
 class _Signals:
-    """SIGTERM and Ctrl-C, the latter also where the shell has had it ignored.
+    """SIGTERM and Ctrl-C, the latter even if the shell made the process ignore it.
 
-    At first both raise KeyboardInterrupt, which removes what was begun, and the process ends with 130 for Ctrl-C and
-    with 0 for SIGTERM, which is no failure. After `wait_for_one` was called they raise nothing.
+    Both raise KeyboardInterrupt, so that unfinished files are removed; the process then ends with 130 for Ctrl-C and
+    with 0 for SIGTERM. Once `wait_for_one` is called they raise nothing.
     """
 
     def __init__(self) -> None:
         self._terminated = False
 
     def __enter__(self) -> _Signals:
-        # Python's own handler, with which `interruptible` ends the loading of a model.
+        # SIGINT gets Python's own handler, by which `interruptible` ends the loading of a model.
         handlers: dict[int, Any] = {signal.SIGTERM: self._terminate, signal.SIGINT: signal.default_int_handler}
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
@@ -124,7 +124,7 @@ class _Signals:
 
 
 class _Http:
-    """uvicorn in a thread of its own, since the main one loads models and is where signals arrive."""
+    """uvicorn in a thread of its own, because the main thread loads models and receives signals."""
 
     def __init__(self, config: Any, listening: socket.socket) -> None:
         import uvicorn
@@ -137,7 +137,7 @@ class _Http:
         asyncio.run(self._http.serve(sockets=[self._listening]))
 
     def end(self, stop: Callable[[], object]) -> None:
-        """Take no more requests; what runs may end, for a while, before it is told to `stop`."""
+        """Take no more requests; running answers get PATIENCE seconds to end before `stop` is called."""
         later = threading.Timer(PATIENCE, stop)
         later.daemon = True
         later.start()
@@ -155,12 +155,12 @@ class _Http:
 
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket, taken before models are loaded. Raises TrimError where it cannot be."""
+    """A socket, bound before models are loaded. Raises TrimError if it cannot be bound."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.create_server(address[:2], family=family, reuse_port=False) as listening:
-            # Inherited by its connections; asyncio sets it for sockets of its own alone. Without it a small piece
-            # waits for the client's word on the last one, up to 40 ms.
+            # Its connections inherit this; asyncio sets it only for sockets of its own. Without it a small piece waits
+            # up to 40 ms until the client acknowledges the last one.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             yield listening
     except OSError as error:

@@ -89,7 +89,11 @@ class OpenAIFormat:
             "model": server.settings.alias,
             "system_fingerprint": f"gguf-trim-{version('llama-cpp-python')}",
         }
-        self._kind = "none" if server.engine.drafter is None else "auto" if body.draft_max is None else "fixed"
+        self._whole, self._chunk = (
+            ("chat.completion", "chat.completion.chunk") if self._chat else ("text_completion",) * 2
+        )
+        kind = "none" if server.engine.drafter is None else "auto" if body.draft_max is None else "fixed"
+        self._drafting = {"draft_kind": kind}
         self._has_logprobs = body.n_logprobs is not None
         self._has_usage = body.stream_options.include_usage
 
@@ -102,41 +106,33 @@ class OpenAIFormat:
                 message |= {"content": text or None, "tool_calls": calls}
             said: Json = {"message": message} if self._chat else {"text": text}
             choices.append(self._choice(i, said, answer.logprobs, answer.record.finish_reason))
-        kind = "chat.completion" if self._chat else "text_completion"
-        return self._object(kind, choices) | {"usage": _usage(answers), "timings": self._timings(answers[-1])}
+        figures = {"usage": _usage(answers), "timings": answers[-1].timings | self._drafting}
+        return {**self._head, "object": self._whole, "choices": choices, **figures}
 
     def events(self, event: Event) -> Iterator[Json]:
         i, answer, piece = event.index, event.answer, event.piece
         if self._chat and i not in self._begun:
             self._begun.add(i)
-            yield self._chunk(i, {"role": "assistant", "content": ""})
+            yield self._part(i, {"role": "assistant", "content": ""})
         if piece is not None:
             said = {"content": piece.text} if self._chat else piece.text
-            yield self._chunk(i, said, piece.logprobs) | {"drafted": piece.drafted}
+            yield self._part(i, said, piece.logprobs) | {"drafted": piece.drafted}
             return
         if answer.calls:  # OpenAI's client expects them before the chunk that says why the answer ended
             calls = [{"index": n, **_call(call.name, call.arguments)} for n, call in enumerate(answer.calls)]
-            yield self._chunk(i, {"tool_calls": calls})
-        last = self._chunk(i, {} if self._chat else "", answer.last_logprobs, answer.record.finish_reason)
-        yield last | {"timings": self._timings(answer)}
+            yield self._part(i, {"tool_calls": calls})
+        last = self._part(i, {} if self._chat else "", answer.last_logprobs, answer.record.finish_reason)
+        yield last | {"timings": answer.timings | self._drafting}
 
     def ending(self, answers: Sequence[Answer]) -> Iterator[bytes]:
         if self._has_usage and answers:
-            yield _dumped(self._object(self._chunk_kind, []) | {"usage": _usage(answers)})
+            yield _dumped({**self._head, "object": self._chunk, "choices": [], "usage": _usage(answers)})
         yield b"[DONE]"
 
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self._chat else "text_completion"
-
-    def _object(self, kind: str, choices: list[Json]) -> Json:
-        return {**self._head, "object": kind, "choices": choices}
-
-    def _chunk(
-        self, i: int, said: Any, logprobs: list[TokenLogprob] | None = None, reason: str | None = None
-    ) -> Json:  # fmt: skip
+    def _part(self, i: int, said: Any, logprobs: list[TokenLogprob] | None = None, reason: str | None = None) -> Json:
+        """A chunk of the i-th answer."""
         choice = self._choice(i, {"delta" if self._chat else "text": said}, logprobs, reason)
-        return self._object(self._chunk_kind, [choice])
+        return {**self._head, "object": self._chunk, "choices": [choice]}
 
     def _choice(self, i: int, said: Json, logprobs: list[TokenLogprob] | None, reason: str | None) -> Json:
         return {"index": i, **said, "finish_reason": reason, "logprobs": self._logprobs(logprobs)}
@@ -151,9 +147,6 @@ class OpenAIFormat:
             "token_logprobs": [each["logprob"] for each in given],
             "top_logprobs": [{t["token"]: t["logprob"] for t in (*each["top_logprobs"], each)} for each in given],
         }
-
-    def _timings(self, answer: Answer) -> Json:
-        return answer.timings | {"draft_kind": self._kind}
 
 
 def _usage(answers: Sequence[Answer]) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Annotated, Any
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, Request
@@ -22,7 +22,7 @@ from .conversations import Unavailable
 from .errors import error_response, failure
 from .native import add_native
 from .page import page_response
-from .requests import BadRequest, Chat, Completion, Detokenize, Tokenize, read
+from .requests import BadRequest, Chat, Completion, Detokenize, Tokenize, body_of
 from .server import Server
 
 OPEN = {"/", "/health", "/v1/health"}  # need no API key
@@ -76,8 +76,7 @@ def make_app(server: Server) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions")
-    async def chat(request: Request) -> Response:
-        body = read(Chat, await request.body())
+    async def chat(request: Request, body: Annotated[Chat, body_of(Chat)]) -> Response:
         try:
             prompt = await run_in_threadpool(server.rendered, body, engine.prompt)
         except TextError:
@@ -88,8 +87,7 @@ def make_app(server: Server) -> FastAPI:
         return await send(server, request, OpenAIFormat(server, body), body.stream, asked)
 
     @app.post("/v1/completions")
-    async def completion(request: Request) -> Response:
-        body = read(Completion, await request.body())
+    async def completion(request: Request, body: Annotated[Completion, body_of(Completion)]) -> Response:
         if not body.suffix:
             prompts = await run_in_threadpool(server.prompts, body.prompt)
         elif isinstance(body.prompt, str):
@@ -102,25 +100,17 @@ def make_app(server: Server) -> FastAPI:
         return await send(server, request, OpenAIFormat(server, body), body.stream, asked)
 
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        body = read(Tokenize, await request.body())
-
-        def tokens() -> list[Any]:
-            ids = server.mixed(body.content, "content", body.parse_special, body.add_special)
-            if not body.with_pieces:
-                return ids
-            return [{"id": i, "piece": _shown(piece)} for i, piece in zip(ids, server.pieces(ids), strict=True)]
-
-        return await run_in_threadpool(lambda: json_response({"tokens": tokens()}))
+    def tokenize(body: Annotated[Tokenize, body_of(Tokenize)]) -> Response:
+        ids = server.mixed(body.content, "content", body.parse_special, body.add_special)
+        if not body.with_pieces:
+            return json_response({"tokens": ids})
+        pieces = zip(ids, map(_shown, server.pieces(ids)), strict=True)
+        return json_response({"tokens": [{"id": i, "piece": piece} for i, piece in pieces]})
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = read(Detokenize, await request.body())
-
-        def text() -> str:
-            return b"".join(server.pieces(server.known(body.tokens, "tokens"))).decode("utf-8", "replace")
-
-        return await run_in_threadpool(lambda: json_response({"content": text()}))
+    def detokenize(body: Annotated[Detokenize, body_of(Detokenize)]) -> Response:
+        text = b"".join(server.pieces(server.known(body.tokens, "tokens")))
+        return json_response({"content": text.decode("utf-8", "replace")})
 
     def entry() -> Json:
         model = engine.model

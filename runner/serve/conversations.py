@@ -58,7 +58,7 @@ class Conversations:
         self._used = {engine: 0.0}  # when, by time.monotonic
         self._jobs: deque[Job] = deque()
         self._running: Job | None = None
-        self._computing: Engine | None = None
+        self._computing: Engine | None = None  # its conversation
         self._ending = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="computing", daemon=True)
@@ -113,9 +113,10 @@ class Conversations:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
-                self._computing = engine = self._take(job.prompt)
-                engine.set_cancel_check(partial(_wanted, job))
-                job.run(engine)
+                if _wanted(job):
+                    self._computing = engine = self._take(job.prompt)
+                    engine.set_cancel_check(partial(_wanted, job))
+                    job.run(engine)
             except Exception as error:
                 job.failed(error)
             finally:
@@ -124,13 +125,9 @@ class Conversations:
     def _next(self) -> Job | None:
         """The job that came first, waiting for one; None at the end."""
         with self._changed:
-            while not self._ending:
-                while self._jobs:
-                    if _wanted(job := self._jobs.popleft()):
-                        self._running = job
-                        return job
-                self._changed.wait()
-        return None
+            self._changed.wait_for(lambda: self._ending or self._jobs)
+            self._running = None if self._ending else self._jobs.popleft()
+            return self._running
 
     def _take(self, prompt: Sequence[int]) -> Engine:
         """The conversation that the prompt goes on from, of whose tokens it shares at least half; else a new one, or

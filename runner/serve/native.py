@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,7 +16,7 @@ from llamabase.llama.infill import infill_prompt
 from llamabase.sampling.settings import Sampling
 
 from .answers import Json, send
-from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, read
+from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, body_of
 from .responses import Answer, TokenLogprob
 from .server import Event, Server
 
@@ -124,13 +124,11 @@ def add_native(app: FastAPI, server: Server) -> None:
 
     @app.post("/completion")
     @app.post("/completions")
-    async def completion(request: Request) -> Response:
-        body = read(Native, await request.body())
+    async def completion(request: Request, body: Annotated[Native, body_of(Native)]) -> Response:
         return await answer(request, body, await run_in_threadpool(server.prompts, body.prompt))
 
     @app.post("/infill")
-    async def infill(request: Request) -> Response:
-        body = read(Infill, await request.body())
+    async def infill(request: Request, body: Annotated[Infill, body_of(Infill)]) -> Response:
         n_ctx = engine.context.n_ctx
         room = n_ctx - body.limit(n_ctx // ANSWER)
         files = [(chunk.filename, chunk.text) for chunk in body.input_extra]
@@ -138,9 +136,8 @@ def add_native(app: FastAPI, server: Server) -> None:
         return await answer(request, body, [await run_in_threadpool(infill_prompt, engine.model, *texts, files, room)])
 
     @app.post("/apply-template")
-    async def apply_template(request: Request) -> Response:
-        body = read(Chat, await request.body())
-        return JSONResponse({"prompt": await run_in_threadpool(server.rendered, body, engine.prompt_text)})
+    def apply_template(body: Annotated[Chat, body_of(Chat)]) -> Response:
+        return JSONResponse({"prompt": server.rendered(body, engine.prompt_text)})
 
     @app.get("/slots")
     async def slots(request: Request) -> Response:
@@ -157,10 +154,7 @@ def add_native(app: FastAPI, server: Server) -> None:
         raise BadRequest("slots are neither saved nor restored nor erased here", status=501)
 
     @app.get("/props")
-    async def props() -> Response:
-        return JSONResponse(await run_in_threadpool(_props))
-
-    def _props() -> Json:
+    def props() -> Response:
         file = GGUFFile(engine.model.path)
 
         def token(which: str) -> str:
@@ -169,7 +163,7 @@ def add_native(app: FastAPI, server: Server) -> None:
             return engine.model.piece(id_, special=True).decode("utf-8", "replace") if known else ""
 
         template = file.get("tokenizer.chat_template")
-        return {
+        properties = {
             "default_generation_settings": {"n_ctx": engine.context.n_ctx, "params": settings_of(settings.sampling)},
             "total_slots": settings.parallel,
             "model_alias": settings.alias,
@@ -187,3 +181,4 @@ def add_native(app: FastAPI, server: Server) -> None:
             "speculative.n_max": settings.draft_max,
             "build_info": f"llama-cpp-python {version('llama-cpp-python')}",
         }
+        return JSONResponse(properties)

@@ -14,6 +14,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi import Depends, Request
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -463,3 +464,12 @@ def read(kind: type[B], body: bytes) -> B:
         if given[name] not in (None, IGNORED[name]):
             _warn(name)
     return valid
+
+
+def body_of(kind: type[Body]) -> Any:
+    """A parameter of an endpoint: the body of its request."""
+
+    async def given(request: Request) -> Body:
+        return read(kind, await request.body())
+
+    return Depends(given)

@@ -30,7 +30,7 @@ def test_a_session_of_commands(pair, tmp_path) -> None:
     with Terminal(*pair, home=tmp_path) as chat:
         chat.until("/help lists the commands, /quit leaves").until("> ")
         for line, answer in (
-            ("/stats", "nothing was said yet"),
+            ("/stats", "there is no answer yet"),
             ("hello", "tok/s"),
             ("/stats", "tok/s"),
             ("/draft off", "drafting is off"),
@@ -84,7 +84,7 @@ def test_history_is_private_and_bounded(pair, tmp_path) -> None:
     assert kept.stat().st_mode & 0o777 == 0o600
     kept.write_text("".join(f"line {i}\n" for i in range(1500)))
     with Terminal(*pair, home=tmp_path) as chat:
-        chat.until("> ").type("\x1b[A").until("line 1499").type("\x15/stats\n").until("nothing was said")
+        chat.until("> ").type("\x1b[A").until("line 1499").type("\x15/stats\n").until("there is no answer yet")
         chat.until("> ")
         chat.process.send_signal(signal.SIGHUP)  # the terminal is closed
         assert chat.end() == -signal.SIGHUP
@@ -116,7 +116,7 @@ def test_history_that_cannot_be_kept(pair, tmp_path, obstacle: str) -> None:
 
 def test_tab_completes_commands_only(pair, tmp_path) -> None:
     with Terminal(*pair, home=tmp_path) as chat:
-        chat.until("> ").type("/sta\t\n").until("nothing was said yet").until("> ")
+        chat.until("> ").type("/sta\t\n").until("there is no answer yet").until("> ")
         chat.type("/save /sta\t\x15/quit\n")
         assert chat.end() == 0
         assert "/save /stats" not in chat.plain

@@ -67,7 +67,7 @@ def test_switches(page: Browser) -> None:
             assert page.evaluate(f"document.getElementById('{name}').value = {json.dumps(value)}") == value
         page.type("the sea" + ENTER)
         page.wait("/tau/.test(document.querySelector('p.figures:not(#wait)')?.textContent)")
-        found = re.search(r"(\d+) of (\d+) drafts stood", figures(page))
+        found = re.search(r"(\d+) of (\d+) drafts accepted", figures(page))
         accepted[drafts, vocab] = int(found[1]) if found else None
         tinted = page.evaluate("document.querySelectorAll('article.assistant mark').length")
         assert (tinted > 0) == bool(accepted[drafts, vocab])

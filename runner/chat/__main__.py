@@ -116,7 +116,7 @@ class Chat:
                 self.messages = self.system
                 _say("the conversation is forgotten")
             case ["/stats"]:
-                _say(self.total.line() if self.total.tokens else "nothing was said yet")
+                _say(self.total.line() if self.total.tokens else "there is no answer yet")
             case ["/draft", ("on" | "off") as state]:
                 self.drafting = state == "on"
                 _say(f"drafting is {state}")

@@ -11,7 +11,7 @@ from llamabase.files import Kind, require_regular, write_whole
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
-MOST = 1 << 26  # bytes that are read: more than any context holds, yet no model given by mistake
+MOST = 1 << 26  # bytes to read at most: more than any context holds, and a bound if a model is given by mistake
 
 
 def save(messages: Messages, path: Path) -> None:

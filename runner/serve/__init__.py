@@ -1,1 +1,1 @@
-"""The OpenAI API in front of the loop, and a page to look at it."""
+"""OpenAI's API and llama-server's over HTTP, and a page."""

@@ -43,7 +43,7 @@ async def send(server: Server, request: Request, form: Format, stream: bool, ask
     if not stream:
         answers = [event.answer async for event in events if event.piece is None]
         if len(answers) < len(asked):
-            return Response(status_code=499)  # nobody waits for it
+            return Response(status_code=499)  # its client went away
         return json_response(form.whole(answers))
     first = await anext(events, None)  # what is wrong with a request shows before anything is sent
 
@@ -104,8 +104,8 @@ class OpenAIFormat:
             message: Json = {"role": "assistant", "content": text}
             if calls:
                 message |= {"content": text or None, "tool_calls": calls}
-            said: Json = {"message": message} if self._chat else {"text": text}
-            choices.append(self._choice(i, said, answer.logprobs, answer.record.finish_reason))
+            content: Json = {"message": message} if self._chat else {"text": text}
+            choices.append(self._choice(i, content, answer.logprobs, answer.record.finish_reason))
         figures = {"usage": _usage(answers), "timings": answers[-1].timings | self._drafting}
         return {**self._head, "object": self._whole, "choices": choices, **figures}
 
@@ -115,8 +115,8 @@ class OpenAIFormat:
             self._begun.add(i)
             yield self._part(i, {"role": "assistant", "content": ""})
         if piece is not None:
-            said = {"content": piece.text} if self._chat else piece.text
-            yield self._part(i, said, piece.logprobs) | {"drafted": piece.drafted}
+            content = {"content": piece.text} if self._chat else piece.text
+            yield self._part(i, content, piece.logprobs) | {"drafted": piece.drafted}
             return
         if answer.calls:  # OpenAI's client expects them before the chunk that says why the answer ended
             calls = [{"index": n, **_call(call.name, call.arguments)} for n, call in enumerate(answer.calls)]
@@ -129,13 +129,15 @@ class OpenAIFormat:
             yield _dumped({**self._head, "object": self._chunk, "choices": [], "usage": _usage(answers)})
         yield b"[DONE]"
 
-    def _part(self, i: int, said: Any, logprobs: list[TokenLogprob] | None = None, reason: str | None = None) -> Json:
+    def _part(
+        self, i: int, content: Any, logprobs: list[TokenLogprob] | None = None, reason: str | None = None
+    ) -> Json:
         """A chunk of the i-th answer."""
-        choice = self._choice(i, {"delta" if self._chat else "text": said}, logprobs, reason)
+        choice = self._choice(i, {"delta" if self._chat else "text": content}, logprobs, reason)
         return {**self._head, "object": self._chunk, "choices": [choice]}
 
-    def _choice(self, i: int, said: Json, logprobs: list[TokenLogprob] | None, reason: str | None) -> Json:
-        return {"index": i, **said, "finish_reason": reason, "logprobs": self._logprobs(logprobs)}
+    def _choice(self, i: int, content: Json, logprobs: list[TokenLogprob] | None, reason: str | None) -> Json:
+        return {"index": i, **content, "finish_reason": reason, "logprobs": self._logprobs(logprobs)}
 
     def _logprobs(self, given: list[TokenLogprob] | None) -> Json | None:
         if given is None or not self._has_logprobs:

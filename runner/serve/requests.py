@@ -201,7 +201,7 @@ Samplers = Annotated[
     tuple[str, ...], BeforeValidator(_samplers), AfterValidator(lambda names: samplers_named(";".join(names)))
 ]
 
-# Fields of llama-server that change nothing of a text here, and the values with which they ask for nothing.
+# Fields of llama-server that do not change the text here, with the values that ask for nothing.
 IGNORED = {
     "cache_prompt": True,
     "id_slot": -1,
@@ -214,7 +214,7 @@ IGNORED = {
 
 @cache
 def _warn(name: str) -> None:
-    log.warning("%s is ignored: this server has nothing of the kind (said once)", name)
+    log.warning("%s is ignored: it has no effect on this server (this is logged once)", name)
 
 
 class Common(Body):
@@ -330,7 +330,7 @@ class Chat(Common):
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:
-        """The tools that the template is told of."""
+        """The tools that the template gets."""
         return self.tools if self.tools and self.tool_choice != "none" else None
 
     @property
@@ -448,9 +448,9 @@ def read(kind: type[B], body: bytes) -> B:
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise BadRequest("the body is no JSON that can be read") from error
+        raise BadRequest("the body is not JSON that can be read") from error
     if not isinstance(given, dict):
-        raise BadRequest("the body is no JSON object")
+        raise BadRequest("the body is not a JSON object")
     try:
         valid = kind.model_validate(given)
     except ValidationError as error:

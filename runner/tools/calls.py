@@ -73,8 +73,8 @@ class Reader:
 
     def skip(self, pattern: re.Pattern[str]) -> None:
         """Go past a pattern that also matches nothing."""
-        if (found := pattern.match(self.text, self.at)) is not None:
-            self.at = found.end()
+        if (match := pattern.match(self.text, self.at)) is not None:
+            self.at = match.end()
 
     def ahead(self, characters: str) -> bool:
         """Whether one of these characters comes next."""
@@ -83,20 +83,20 @@ class Reader:
 
     def match(self, pattern: re.Pattern[str]) -> str:
         """Go past a pattern that something follows; empty if it is not there."""
-        found = pattern.match(self.text, self.at)
-        end = self.at if found is None else found.end()
+        match = pattern.match(self.text, self.at)
+        end = self.at if match is None else match.end()
         self.short |= end == len(self.text)
-        if found is None or end == len(self.text):
+        if match is None or end == len(self.text):
             return ""
         self.at = end
-        return found[0]
+        return match[0]
 
     def past(self, pattern: re.Pattern[str]) -> bool:
         """Go past a pattern that comes before the brace of an object; False if the text goes on otherwise."""
-        if (found := pattern.match(self.text, self.at)) is None:
+        if (match := pattern.match(self.text, self.at)) is None:
             self.short |= self.text.find("{", self.at) < 0
             return False
-        self.at = found.end()
+        self.at = match.end()
         return True
 
     def value(self) -> Any:
@@ -304,7 +304,7 @@ class NamedForm(Form):
 
     def _tagged(self, reader: Reader, tags: Tags, schema: ObjectSchema) -> dict[str, Any] | None:
         """All arguments; None if one has no end."""
-        found = dict[str, Any]()
+        arguments = dict[str, Any]()
         follows = "|".join(re.escape(mark.lstrip()) for mark in (tags.before, self.after or self.last))
         ends = re.compile(rf"{re.escape(tags.after)}\s*(?:{follows})")
         while reader.take(f"\n{tags.before}"):
@@ -314,9 +314,9 @@ class NamedForm(Form):
                 reader.short = True
                 return None
             value = reader.text[reader.at : end.start()].removeprefix(tags.pad).removesuffix(tags.pad)
-            found[key] = typed(value, schema.types(key))
+            arguments[key] = typed(value, schema.types(key))
             reader.at = end.start() + len(tags.after)
-        return found
+        return arguments
 
     def _written(self, writer: Writer, name: str, schema: Any) -> str:
         _require_readable(NAME, [name], "a function")

@@ -140,7 +140,7 @@ class Writer:
         if others := sorted(wanted.keys() - OF_TEXT - DESCRIBING):
             raise FileFormatError(
                 f"{others[0]} of the property {key} cannot be enforced in the form in which this model writes calls, "
-                "where text has no quotes; leave it out"
+                "because its texts have no quotes; leave it out"
             )
         if "enum" in wanted or "const" in wanted:
             texts = wanted.get("enum", [wanted.get("const")])

@@ -1,4 +1,4 @@
-"""The calls of an answer that comes piece by piece, and the text that is none of them."""
+"""The calls of an answer that comes piece by piece, and its other text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROWTH = 16  # What may become a call is read again once it has grown by this fr
 
 @dataclass
 class CallReader:
-    """Takes the calls out of an answer as it comes; what is no call is its text.
+    """Takes the calls out of an answer as it comes; everything else is its text.
 
     `reached`: characters of the answer that were given out or read as calls.
     """

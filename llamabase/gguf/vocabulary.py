@@ -15,6 +15,8 @@ from llamabase.errors import FileFormatError, VocabularyMismatch
 
 from .reader import GGUFFile
 
+MOST_TOKENS = 1 << 24  # of a vocabulary, far more than any has
+
 # Names under which llama.cpp recognises the end of a turn even where the metadata names no such id.
 END_OF_TURN = {
     b"<|eot_id|>", b"<|eom_id|>", b"<|im_end|>", b"<|end|>", b"<end_of_turn>", b"<|endoftext|>", b"<|end_of_text|>",

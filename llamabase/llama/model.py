@@ -16,8 +16,7 @@ import llama_cpp
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
 
-from .interrupt import interruptible
-from .library import LAST_ERRORS, Owner, last_error, start
+from .library import Owner, interruptible, last_error, start
 from .tokenizing import Tokenizer
 
 _MROPE = (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
@@ -47,7 +46,6 @@ class Model(Owner):
                 pass  # llama.cpp says itself what it cannot read
             else:
                 file.require_loadable()
-        LAST_ERRORS.clear()
         with interruptible() as go_on:
             params.progress_callback = progress = llama_cpp.llama_progress_callback(lambda *_: go_on())
             self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)

@@ -13,8 +13,7 @@ from llamabase.errors import EngineError
 from llamabase.files import CACHED, require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, bytes_of
 
-from .interrupt import interruptible
-from .library import LAST_ERRORS, last_error, physical_cores, start
+from .library import interruptible, last_error, physical_cores, start
 
 _FTYPES = {
     name.removeprefix("LLAMA_FTYPE_MOSTLY_"): value
@@ -51,7 +50,6 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     params.ftype = _FTYPES[type_]
     params.allow_requantize = True
     params.nthread = physical_cores()
-    LAST_ERRORS.clear()
     with write_whole(out, CACHED) as file:
         with interruptible():
             code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file.name), ctypes.byref(params))

@@ -30,7 +30,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that is written under a name of the user's choice, where no file of another kind is replaced.
+    """A kind of file. Under a name that a user chose, no file of another kind is ever replaced.
 
     `known` tells whether a file is of this kind, and `differs` what any other is: "is not a counts file".
     """
@@ -70,7 +70,7 @@ CACHED = Kind("", lambda _: True)  # under our own names, in the cache or a temp
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":  # where os.kill would send the process a Ctrl-C
+    if os.name == "nt":  # os.kill would send the process a Ctrl-C
         return True
     try:
         os.kill(pid, 0)

@@ -80,9 +80,7 @@ class BaseContext(Owner):
         settings.n_outputs_max = self.n_outputs
         settings.type_k, settings.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
         if cache.flash is not None or cache == F32:
-            settings.flash_attn_type = (
-                llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if cache.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            )
+            settings.flash_attn_type = int(bool(cache.flash))  # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED 0
         settings.kv_unified = True
         settings.n_threads = settings.n_threads_batch = n_threads or physical_cores()
         settings.swa_full = True  # a sliding window that forgets cannot be rewound

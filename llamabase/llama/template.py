@@ -120,36 +120,37 @@ def _begun(message: Mapping[str, Any], head: str) -> str:
     return f"{start}\n</think>\n\n{content}" if content else start
 
 
-def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
+def _forms(messages: Messages) -> Iterator[Messages]:
     """The messages as they are, then with calls in the other forms that templates want."""
-    yield list(messages)
-    if not any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
-        return
-    for as_text, short in ((False, True), (True, False), (True, True)):
-        waiting: list[str] = []  # ids of calls without a result yet
-        form = []
-        for i, message in enumerate(messages):
-            changed = dict(message)
-            if calls := message.get("tool_calls"):
-                changed["tool_calls"] = [_call(call, f"{i}.{n}", as_text, short) for n, call in enumerate(calls)]
-                waiting = [call["id"] for call in changed["tool_calls"] if "id" in call]
-            if message.get("role") == "tool" and short:
-                given = message.get("tool_call_id")
-                changed["tool_call_id"] = short_id(given) if given else (waiting or [short_id("")])[0]
-                waiting = [id_ for id_ in waiting if id_ != changed["tool_call_id"]]
-            form.append(changed)
-        yield form
+    yield messages
+    if any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
+        as_text = [_with_text_arguments(message) for message in messages]
+        yield from (list(_with_short_ids(messages)), as_text, list(_with_short_ids(as_text)))
 
 
-def _call(call: Mapping[str, Any], place: str, as_text: bool, short: bool) -> dict[str, Any]:
-    """A call, with its arguments as JSON text if `as_text`, and with a short id if `short`."""
-    changed = dict(call)
-    if short:
-        changed["id"] = short_id(call.get("id") or place)
-    function = dict(call.get("function") or {})
-    if as_text and not isinstance(function.get("arguments"), str):
-        function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return changed | {"function": function}
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = dict(call.get("function") or {})
+        if not isinstance(function.get("arguments"), str):
+            function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+        calls.append(call | {"function": function})
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _with_short_ids(messages: Messages) -> Iterator[dict[str, Any]]:
+    """The messages with short ids of calls; a result without an id gets that of the first call without a result."""
+    waiting: list[str] = []
+    for i, message in enumerate(messages):
+        changed = dict(message)
+        if calls := message.get("tool_calls"):
+            waiting = [short_id(call.get("id") or f"{i}.{n}") for n, call in enumerate(calls)]
+            changed["tool_calls"] = [call | {"id": id_} for call, id_ in zip(calls, waiting, strict=True)]
+        if message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            changed["tool_call_id"] = short_id(given) if given else (waiting or [short_id("")])[0]
+            waiting = [id_ for id_ in waiting if id_ != changed["tool_call_id"]]
+        yield changed
 
 
 def short_id(given: str) -> str:

@@ -134,7 +134,10 @@ class Tokenizer:
     def _depth(self, text: str) -> int:
         """Characters that one match can span, at most. Raises TextError for more than DEEPEST."""
         named = {"a line" if self._word is _LINE else "a word": self._word, "white space": _SPACE, "line ends": _ENDS}
-        runs = {what: _longest_match(pattern, text) for what, pattern in named.items()}
+        runs = {
+            what: max((range(*match.span()) for match in pattern.finditer(text)), key=len, default=range(0))
+            for what, pattern in named.items()
+        }
         depth = sum(map(len, runs.values()))
         if depth > DEEPEST:
             what, run = max(runs.items(), key=lambda named: len(named[1]))
@@ -190,8 +193,9 @@ class Tokenizer:
         for length, group in itertools.groupby(names, len):
             before = left
             for name in group:
-                starts += (found := places(name, left))
-                ambiguous |= found != places(name, before)  # of two of one length, it may look for the other one first
+                starts += places(name, left)
+                # Of two of one length, it may look for the other one first.
+                ambiguous |= places(name, left) != places(name, before)
                 left = left.replace(name, b"\xff" * length)  # a byte that UTF-8 does not have
         if len(starts) > MANY and ambiguous:
             raise self._too_many(len(starts), MANY)
@@ -255,11 +259,6 @@ def _metadata(model: Any, key: str) -> str:
     buffer = ctypes.create_string_buffer(256)
     n = llama_cpp.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace") if n >= 0 else ""
-
-
-def _longest_match(pattern: re.Pattern[str], text: str) -> range:
-    """The positions of the longest match, the first of several; none without one."""
-    return max((range(*match.span()) for match in pattern.finditer(text)), key=len, default=range(0))
 
 
 def _any_of(texts: Iterable[str]) -> str:

@@ -51,9 +51,10 @@ def test_long_prompts_go_in_batches_with_the_same_result(toys) -> None:
 
 
 @pytest.mark.parametrize("unified", [True, False])
-def test_sequences_that_share_batches_have_the_logits_and_states_of_their_own(toys, unified: bool) -> None:
+def test_sequences_that_share_batches_have_the_logits_and_states_of_their_own(tmp_path, unified: bool) -> None:
     texts = ([10, 20, 30, 40], [50, 60, 70, 80])
-    with Model(toys["target"]) as model, ParallelContext(model, 512, 2, unified=unified) as parallel:
+    path = write_model(tmp_path / "m.gguf", n_layer=2)
+    with Model(path) as model, ParallelContext(model, 512, 2, unified=unified) as parallel:
         recorded = Recorded(parallel, "llama", [1])
         parallel.decode_each([1, 2], [0, 1], [0, 0], [False, False])
         parallel.drop(0), parallel.drop(1)

@@ -62,6 +62,8 @@ class BaseContext(Owner):
     Raises EngineError, with llama.cpp's reason, if it cannot be opened; also if it is cancelled or used when closed.
     """
 
+    _ctx: Any = None
+
     def __init__(
         self,
         model: Model,
@@ -72,7 +74,6 @@ class BaseContext(Owner):
         n_batch: int = 512,
         **params: Any,
     ) -> None:
-        self._ctx = None
         self.model, self.n_batch, self.n_outputs = model, min(n_batch, n_ctx), min(n_outputs, n_batch, n_ctx)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = n_ctx

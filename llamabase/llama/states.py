@@ -113,6 +113,8 @@ class PairContext(SequenceContext):
     Without `head` no logits are computed.
     """
 
+    _extended: Any = None
+
     def __init__(
         self,
         model: Model,
@@ -124,7 +126,6 @@ class PairContext(SequenceContext):
         head: bool = True,
         cache: Cache = F16,
     ) -> None:
-        self._extended = None
         self._library = _experimental()
         self._mtp, self._head = mtp, head
         kind = llama_cpp.LLAMA_CONTEXT_TYPE_MTP if mtp else llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT

@@ -6,10 +6,11 @@ import hashlib
 import re
 import struct
 from collections import Counter
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from gguf.constants import TokenType
+from gguf.vocab import bytes_to_unicode
 
 from llamabase.errors import FileFormatError, VocabularyMismatch
 
@@ -23,17 +24,11 @@ END_OF_TURN = {
     b"</s>", b"<EOT>", b"_<EOT>", b"<|end_of_sentence|>", b"<turn|>", b"[EOS]", b"<|return|>", b"<|call|>",
 }  # fmt: skip
 
+# Byte-level BPE writes each byte as one printable character.
+_BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 # Rows that are reserved or pad the table: control tokens by type, but no model was trained to emit them.
 _PLACEHOLDER = re.compile(rb"<unused\d+>|<\|?reserved_special_token_?\d+\|?>|<\|?reserved_token_?\d+\|?>|\[PAD\d+\]")
-
-
-@lru_cache(maxsize=1)
-def _byte_of_char() -> dict[str, int]:
-    """The inverse of GPT-2's table, in which byte-level BPE writes each byte as one printable character."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class Vocabulary:
@@ -93,9 +88,8 @@ class Vocabulary:
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED):
             return stored
         if self.model == "gpt2":
-            table = _byte_of_char()
             try:
-                return bytes(table[char] for char in stored.decode("utf-8"))
+                return bytes(_BYTE_OF[char] for char in stored.decode("utf-8"))
             except (KeyError, UnicodeDecodeError):
                 return stored
         return stored.replace("▁".encode(), b" ")
@@ -112,7 +106,7 @@ class Vocabulary:
         special = [i for kind in order for i in np.flatnonzero(self.types == kind).tolist()]
         alphabet = {"▁".encode(), *(bytes([byte]) for byte in range(128))}
         if self.model == "gpt2":
-            alphabet = {char.encode() for char in _byte_of_char()}
+            alphabet = {char.encode() for char in _BYTE_OF}
         single = [i for i, text in enumerate(self.tokens) if text in alphabet]
         used = [i for i in special if not _PLACEHOLDER.fullmatch(self.tokens[i])]
         return list(dict.fromkeys([*named, *ends, *used, *single]))

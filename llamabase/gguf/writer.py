@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from gguf.constants import GGUFValueType
+from gguf.constants import GGUF_VERSION, GGUFValueType
 
 from llamabase.errors import TrimError
 from llamabase.files import CHUNK, copy_range
 
 from .reader import MAGIC, Tensor
 
-GGUF_VERSION = 3
 # In this order, as a bool is also an int.
 _SCALARS = {bool: (GGUFValueType.BOOL, "<?"), int: (GGUFValueType.UINT32, "<I"), float: (GGUFValueType.FLOAT32, "<f")}
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quant_shape_to_byte_shape
 
 from llamabase.errors import EngineError
-from llamabase.gguf.reader import bytes_of
 
 from .library import Owner, physical_cores, start
 
@@ -103,14 +103,6 @@ def release_threads() -> None:
         pause(1)  # omp_pause_soft
 
 
-def row_bytes(type_: GGMLQuantizationType, n: int) -> int:
-    """Bytes of a row of n numbers. Raises EngineError unless n is a whole number of blocks."""
-    block, _ = GGML_QUANT_SIZES[type_]
-    if n % block:
-        raise EngineError(f"a row of {n} numbers is not a whole number of {type_.name} blocks ({block})")
-    return bytes_of(type_, n)
-
-
 def aligned(n_bytes: int) -> np.ndarray:
     """Zeroed memory (uint8) that ggml can use in place."""
     memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
@@ -129,9 +121,12 @@ def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray
 
 
 def quantize_rows(rows: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
-    """float32 (n x columns) as uint8 (n x bytes of a row), by ggml's own function."""
+    """float32 (n x columns) as uint8 (n x bytes of a row), by ggml's own function.
+
+    Raises ValueError unless columns is a whole number of the type's blocks.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
-    out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
+    out = np.empty(quant_shape_to_byte_shape(rows.shape, type_), np.uint8)
     _ggml().ggml_quantize_chunk(int(type_), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
     return out
 
@@ -170,7 +165,8 @@ class Table:
     """
 
     def __init__(self, rows: np.ndarray, type_: GGMLQuantizationType, n_columns: int, packs: bool = False) -> None:
-        if rows.ndim != 2 or rows.shape[1] != row_bytes(type_, n_columns) or not rows.flags.c_contiguous:
+        shape = quant_shape_to_byte_shape((len(rows), n_columns), type_)
+        if rows.shape != shape or not rows.flags.c_contiguous:
             raise EngineError(f"rows of {n_columns} {type_.name} numbers do not look like {rows.shape} bytes")
         if rows.ctypes.data % 32:
             raise EngineError("ggml needs tables that begin at a multiple of 32 bytes")

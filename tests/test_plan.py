@@ -189,7 +189,7 @@ def test_requantised_trim_runs(pair, counts, tmp_path) -> None:
         assert list(engine.rounds([65], Sampling(temp=0), max_tokens=5))
     done = CliRunner().invoke(main, [*arguments, "--requant", "nonsense"])
     assert done.exit_code == 2
-    assert "is no quantisation" in done.stderr
+    assert "is not a llama.cpp quantisation" in done.stderr
     assert len(Trimmed.open(out).d2t) == 320  # what was there stays
 
 

@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,9 +21,9 @@ from corpus.__main__ import main as counting_commands
 from gguf_trim.fit.calibrate import Reading, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock
+from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource
 from gguf_trim.format.state_fed import STATE_FED
-from gguf_trim.format.weights import step_bytes
+from gguf_trim.format.weights import draft_weights, step_bytes
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
 from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command
@@ -39,11 +40,13 @@ from .describe import describe
 from .keep import DEFAULT_K, MULTIPLE, choose_rows
 from .prove import prove
 
+Auto = Literal["auto"]
 
-def rows(value: str) -> int | str:
+
+def rows(value: str) -> int | Auto:
     """For --k: a number of rows, or the word auto."""
     try:
-        return value if value == "auto" else int(value)
+        return "auto" if value == "auto" else int(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
@@ -75,7 +78,7 @@ def main() -> None:
 def trim_command(
     drafter: Path,
     output: Path,
-    k: int | str | None,
+    k: int | Auto | None,
     top_p: float | None,
     min_count: int | None,
     target: Path | None,
@@ -102,13 +105,11 @@ def trim_command(
             raise click.UsageError("--k auto needs --target")
         k = auto_k(target, drafter, counts)
         stderr.print(f"k = {k} is the fastest here")
-    n = None if k is None else int(k)
-    choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
-    if exact_k:
-        choose = partial(choose, multiple=1)
-    cut = lay_out(OWN_BLOCK, choose, drafter) if mtp else lay_out(drafter, choose, target)
+    choose = partial(choose_rows, k=k, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
+    multiple = 1 if exact_k else MULTIPLE
+    cut = lay_out(OWN_BLOCK if mtp else drafter, choose, drafter if mtp else target, multiple)
     # The plan is what a dry run is asked for, and commentary otherwise.
-    click.echo(_plan_text(cut, output), err=not dry_run)
+    click.echo(_plan_text(cut, output, mtp), err=not dry_run)
     if cut.keep.n_forced_left_out:
         stderr.print(
             f"Warning: k = {cut.keep.k} leaves out {cut.keep.n_forced_left_out} of the tokens that are otherwise "
@@ -129,19 +130,20 @@ def trim_command(
     click.echo(str(output))
 
 
-def _plan_text(cut: Cut, output: Path) -> str:
+def _plan_text(cut: Cut, output: Path, mtp: bool) -> str:
     keep, source = cut.keep, cut.source
-    whole = next(piece.tensor for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
-    before, after, rows = step_bytes(source), cut.step_bytes, whole.n_rows
-    if cut.mtp:  # what else a step reads is the target's
-        block = sum(tensor.n_bytes for tensor in MtpBlock.of(source).tensors)
-        before, after = block + whole.n_bytes, block + after
+    rows = next(piece.tensor.n_rows for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
+    before: float = step_bytes(source)
+    after: float = cut.step_bytes
+    if mtp:
+        weights = draft_weights(OWN_BLOCK, source.path)
+        before, after = weights.bytes_at(rows), weights.bytes_at(keep.k)
     covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
     lines = {
         "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
         "rows kept": f"{keep.k} of {rows}{covered}",
         "forced tokens": f"{keep.n_forced}",
-        "file": f"{'' if cut.mtp else f'{source.size / 1e6:.1f} MB -> '}{cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
+        "file": f"{'' if mtp else f'{source.size / 1e6:.1f} MB -> '}{cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
         "companion": f"{cut.companion.n_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
         "read per draft step": f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)",
     }
@@ -218,7 +220,7 @@ def models_command() -> None:
 
 @main.command("prepare")
 @pair_options
-@click.option("--k", "-k", type=int, default=DEFAULT_K, show_default=True, help="Rows to keep.")
+@click.option("--k", "-k", type=int, help=f"Rows to keep.  [default: {DEFAULT_K}]")
 @COUNTS
 @click.option(
     "--requant",
@@ -230,7 +232,7 @@ def prepare_command(
     model: str | None,
     target: Path | None,
     drafter: DrafterSource | None,
-    k: int,
+    k: int | None,
     counts: Path | None,
     requant: str | None,
 ) -> None:

@@ -38,7 +38,9 @@ def run(*args: object) -> Result:
 
 def keep_exactly(k: int):
     """A choice of rows: every forced token, then every third id, k in all."""
-    return lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, [*range(0, n_rows, 3), *range(n_rows)], k)
+    return lambda vocabulary, has_row, _: keep_listed(
+        vocabulary, has_row, [*range(0, len(has_row), 3), *range(len(has_row))], k
+    )
 
 
 def rows_of(file: GGUFFile, name: str, ids: Sequence[int] | None = None) -> bytes:
@@ -175,7 +177,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     result = run("trim", source, "-o", out, "-k", 320, "--dry-run")
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    cut = lay_out(source, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(n_rows)), 320))
+    cut = lay_out(
+        source, lambda vocabulary, has_row, _: keep_listed(vocabulary, has_row, list(range(len(has_row))), 320)
+    )
     said = " ".join(result.stdout.split())
     assert "rows kept 320 of 600, " in said and "% of what was counted" in said
     assert "forced tokens 261" in said

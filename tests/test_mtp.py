@@ -17,7 +17,7 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.keep import Keep
+from gguf_trim.keep import ChooseRows, Keep
 from gguf_trim.pairs.shapes import SHAPES, write_shape
 from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, TrimError
@@ -39,11 +39,11 @@ ARCHITECTURES = ("qwen35", "glm4moe")
 MTP = OWN_BLOCK
 
 
-def some(k: int) -> Callable[..., Keep]:
+def some(k: int) -> ChooseRows:
     """k ids, the likely ones of FEW among them."""
     others = np.random.default_rng(k).permutation(600)
     ids = list(dict.fromkeys([*FEW, *others.tolist()]))[:k]
-    return lambda vocabulary, n_rows, **_: Keep(np.sort(ids).astype(np.int32), 0, 0, None)
+    return lambda *_: Keep(np.sort(ids).astype(np.int32), 0, 0, None)
 
 
 @pytest.fixture(scope="module")

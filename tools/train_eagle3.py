@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from corpus.generate import answers
 from corpus.prompts import load_prompts, split
-from gguf_trim.format.state_fed import StateFedHead
+from gguf_trim.format.state_fed import Eagle3Head
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context
@@ -580,7 +580,7 @@ def check(path: Path, head: Head, target: Target, file: GGUFFile, which: list[Ju
     n_ctx = max(len(tokens) for _, tokens, _ in which) + 8
     judge, model = Model(file.path), Model(path)
     context = Context(judge, n_ctx)
-    layers = StateFedHead.of(GGUFFile(path)).layers
+    layers = Eagle3Head.of(GGUFFile(path)).layers
     inputs = Recorded.of(context, file.architecture, layers)
     pairs = PairContext(model, n_ctx, None, context)
     tally: dict[str, list[int]] = {}

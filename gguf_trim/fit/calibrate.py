@@ -14,7 +14,7 @@ from corpus.prompts import spread
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import EAGLE3, StateFedHead
+from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from llamabase.cli.progress import progress
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -65,7 +65,7 @@ def read_through(
 
 
 def read_state_fed(
-    head: StateFedHead | MtpBlock,
+    head: Eagle3Head | MtpBlock,
     target: Path,
     answers: Sequence[TargetAnswer],
     advance: Callable[[int], object],
@@ -153,7 +153,7 @@ class Reading:
                 block, kept = MtpBlock.of(GGUFFile(target)), kept_rows(file, n_threads)
                 steps = read_state_fed(block, target, answers, advance, n_threads, kept)
             elif target is not None and file.architecture == EAGLE3:
-                steps = read_state_fed(StateFedHead.of(file), target, answers, advance, n_threads)
+                steps = read_state_fed(Eagle3Head.of(file), target, answers, advance, n_threads)
                 trimmed = None  # its logits are by id
             else:
                 steps = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)

@@ -18,7 +18,7 @@ from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from gguf_trim.fit.calibrate import read_state_fed, read_through, share
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import EAGLE3, StateFedHead, row_by_id
+from gguf_trim.format.state_fed import EAGLE3, Eagle3Head, row_by_id
 from gguf_trim.format.weights import Weights, mbsu
 from gguf_trim.keep import keep_order
 from llamabase.cli.progress import progress
@@ -66,7 +66,7 @@ def matches_of(
     intervals = [np.zeros((len(answer.answer), 2), np.int64) for answer in answers]
     with progress(title, len(answers), "answers") as advance:
         if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
-            head = StateFedHead.of(file)
+            head = Eagle3Head.of(file)
             steps, n_ids = read_state_fed(head, target, answers, advance, n_threads), head.n_vocab
         else:
             steps, n_ids = read_through(drafter, answers, advance, n_threads=n_threads), len(order)
@@ -194,13 +194,13 @@ def make_plan(
     file, title = GGUFFile(drafter), f"judging the drafter {type_}"
     judged = requantized(drafter, type_, folder)
     if file.architecture == EAGLE3:
-        head = StateFedHead.of(file)
-        having = row_by_id(head.ids, head.n_vocab) >= 0
-        order = keep_order(Vocabulary(GGUFFile(target)), head.n_vocab, counts, having)
+        head = Eagle3Head.of(file)
+        has_row = row_by_id(head.ids, head.n_vocab) >= 0
+        order = keep_order(Vocabulary(GGUFFile(target)), has_row, counts)
         added = AddedRows(rank_of(order, head.n_vocab), speculator, n_threads, head.ids)
         draft = head_cost(judged, target, n_threads, speculator) if verify else None
     else:
-        order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
+        order = keep_order(Vocabulary(file), np.ones(file.tensors[EMBEDDING].n_rows, bool), counts)
         added = AddedRows(np.argsort(order), speculator, n_threads)
         draft = draft_cost(judged, n_threads, speculator) if verify else None
     matches = matches_of(judged, answers, order, added, n_threads, title, target)

@@ -9,7 +9,7 @@ import numpy as np
 from gguf_trim.format.companion import EmbeddingTable, Trimmed, companion_of
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import DFLASH, EAGLE3, StateFedHead
+from gguf_trim.format.state_fed import DFLASH, EAGLE3, Eagle3Head
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary, require_same
@@ -57,7 +57,7 @@ def open_drafter(
     if file.architecture == "gemma4-assistant":  # llama.cpp would end the process
         raise FileFormatError(f"{path}: is an assistant that hangs on its Gemma 4 target: this runner cannot run it")
     if file.architecture == EAGLE3:
-        return _open_state_fed(StateFedHead.of(file), target, target_context, n_threads, n_gpu_layers, vocab, model)
+        return _open_state_fed(Eagle3Head.of(file), target, target_context, n_threads, n_gpu_layers, vocab, model)
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in file.fields else None
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = _dynamic(trimmed, vocab, len(target), n_threads) if trimmed is not None and vocab != "trim" else None
@@ -90,7 +90,7 @@ def open_drafter(
 
 
 def _open_state_fed(
-    head: StateFedHead,
+    head: Eagle3Head,
     target: Vocabulary,
     target_context: Context | None,
     n_threads: int | None,

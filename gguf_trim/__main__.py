@@ -21,8 +21,7 @@ from corpus.__main__ import main as counting_commands
 from gguf_trim.fit.calibrate import Reading, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource
-from gguf_trim.format.state_fed import STATE_FED
+from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
 from gguf_trim.format.weights import draft_weights, step_bytes
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
@@ -183,7 +182,7 @@ def speculator_command(
 ) -> None:
     """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
     opened = Trimmed.open(trimmed)
-    if target is None and opened.file.architecture in (*STATE_FED, MTP):
+    if target is None and opened.reads_states:
         raise TrimError(f"{trimmed}: reads its target's states; give the model it was made for as --target")
     named = opened.companion if target is None else GGUFFile(target)
     reading = Reading.of(trimmed, calibration(named, texts), opened, threads, target=target)

@@ -67,19 +67,19 @@ def matches_of(
     with progress(title, len(answers), "answers") as advance:
         if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
             head = Eagle3Head.of(file)
-            steps, n_ids = read_state_fed(head, target, answers, advance, n_threads), head.n_vocab
+            positions, n_ids = read_state_fed(head, target, answers, advance, n_threads), head.n_vocab
         else:
-            steps, n_ids = read_through(drafter, answers, advance, n_threads=n_threads), len(order)
+            positions, n_ids = read_through(drafter, answers, advance, n_threads=n_threads), len(order)
         rank = rank_of(order, n_ids)
-        for n, i, logits, hidden in steps:
-            answer = answers[n]
+        for at in positions:
+            answer, i = answers[at.answer], at.token
             if not 0 <= i < len(answer.answer):
                 continue
             token = answer.answer[i]
-            better = beaters(logits, token)
-            intervals[n][i] = interval(token, better, rank)
+            better = beaters(at.logits, token)
+            intervals[at.answer][i] = interval(token, better, rank)
             if added is not None:
-                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, token, better)
+                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], at.hidden, token, better)
     return Matches(intervals, [answer.label for answer in answers], len(order))
 
 
@@ -109,12 +109,12 @@ def sampled_acceptance(
     kept = {k: np.sort(order[:k]) for k in sizes}
     with progress(f"sampling at {sampling.temp}", 2 * len(answers), "answers") as advance:
         wanted = {
-            (n, i): chain.distribution(logits)
-            for n, i, logits, _ in read_through(target, answers, advance, n_threads=n_threads)
+            (at.answer, at.token): chain.distribution(at.logits)
+            for at in read_through(target, answers, advance, n_threads=n_threads)
         }
-        for n, i, logits, _ in read_through(drafter, answers, advance, n_threads=n_threads):
+        for at in read_through(drafter, answers, advance, n_threads=n_threads):
             for k, ids in kept.items():
-                sums[k] += wanted[n, i].agreement(chain.distribution(logits[ids], ids))
+                sums[k] += wanted[at.answer, at.token].agreement(chain.distribution(at.logits[ids], ids))
     return {k: total / len(wanted) for k, total in sums.items()}
 
 

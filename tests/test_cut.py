@@ -207,6 +207,12 @@ def test_trim_prints_the_path_and_tells_the_plan_on_stderr(tmp_path: Path) -> No
     assert GGUFFile(out).get("gguf_trim.forced") == 261
 
 
+def test_trim_without_k_keeps_all_rows_of_a_small_head(tmp_path: Path) -> None:
+    source, out = write_model(tmp_path / "m.gguf"), tmp_path / "t.gguf"
+    assert run("trim", source, "-o", out).exit_code == 0
+    assert Trimmed.open(out).d2t.tolist() == list(range(600)) and prove(out, source).ok
+
+
 def test_trim_warns_where_k_leaves_forced_tokens_out(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "m.gguf"), tmp_path / "t.gguf"
     result = run("trim", source, "-o", out, "-k", 32)

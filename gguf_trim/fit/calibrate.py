@@ -120,10 +120,9 @@ def _longest(answers: Sequence[TargetAnswer]) -> int:
 
 
 def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
-    """Answers to fit on: those of a file of `python -m corpus generate`, or the shipped ones for None.
+    """Answers to fit on, from a file of `python -m corpus generate` or, for None, those that ship.
 
-    At most CONVERSATIONS, evenly spread, each cut to TOKENS with its prompt. `file`: a model or companion, for its
-    tokenizer.
+    CONVERSATIONS of them, evenly spread, each cut to TOKENS with its prompt; `file` has the tokenizer.
     """
     if path is None:
         answers = ready_answers(file, CONVERSATIONS)
@@ -163,8 +162,7 @@ class Reading:
     ) -> Reading:
         """Read answers with a drafter, with a bar.
 
-        A trimmed drafter (or the same requantised) is also given opened, as `trimmed`; a state-fed one needs its
-        `target`.
+        If it is trimmed, `trimmed` is the same drafter opened; if it reads its target's states, `target` is needed.
         """
         states, rights = [], [np.zeros(len(answer.answer), bool) for answer in answers]
         ids = None if trimmed is None else trimmed.d2t
@@ -179,11 +177,10 @@ class Reading:
                 positions = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
             for at in positions:
                 states.append(at.hidden.copy())
-                if 0 <= at.token < len(rights[at.answer]):
+                answer = answers[at.answer].answer
+                if 0 <= at.token < len(answer):
                     row = int(np.argmax(at.logits))
-                    rights[at.answer][at.token] = (row if ids is None else ids[row]) == answers[at.answer].answer[
-                        at.token
-                    ]
+                    rights[at.answer][at.token] = (row if ids is None else ids[row]) == answer[at.token]
         return cls(np.array(states), rights)
 
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:

@@ -129,7 +129,7 @@ class EmbeddingTable:
     The table is memory-mapped and read a row at a time, so it costs next to no memory.
     """
 
-    def __init__(self, file: GGUFFile, scale: float = 1.0) -> None:
+    def __init__(self, file: GGUFFile, scale: float) -> None:
         tensor = file.tensors[EMBEDDING]
         self._expand = dequantizer(tensor.type)
         self._scale = np.float32(scale)

@@ -105,7 +105,7 @@ class Eagle3Head:
 
     def require_target(self, target: GGUFFile, vocabulary: Vocabulary) -> None:
         """Raise FileFormatError or VocabularyMismatch, naming both files, if it cannot read this target's states."""
-        both, arch = f"{self.file.path} cannot hang on {target.path}", target.architecture
+        both, arch = f"{self.file.path} does not fit {target.path}", target.architecture
         if arch not in RECORDING:
             raise FileFormatError(
                 f"{both}: llama.cpp records no inputs of layers for {arch}; use a drafter that reads the text itself"

@@ -53,7 +53,7 @@ def keep_order(vocabulary: Vocabulary, has_row: np.ndarray, counts: Counts) -> n
 
 
 def keep_listed(vocabulary: Vocabulary, has_row: np.ndarray, listed: list[int], k: int | None = None) -> Keep:
-    """Keep the forced tokens and the listed ids, or the first k of these."""
+    """Keep the forced tokens and the listed ids that have a row, or the first k of these."""
     _require_k(vocabulary, len(has_row), k)
     return _first(vocabulary, _distinct(has_row, vocabulary.forced, listed), k)
 
@@ -73,7 +73,7 @@ def _require_k(vocabulary: Vocabulary, n_rows: int, k: int | None) -> None:
 
 
 def _first(vocabulary: Vocabulary, order: np.ndarray, k: int | None, counts: Counts | None = None) -> Keep:
-    """Keep the first k ids of an order that begins with the forced ones, or all of them."""
+    """Keep the first k ids of an order that begins with the forced ones, or all if it has fewer."""
     ids = np.sort(order[:k]).astype(np.int32)
     n_forced = int(np.isin(vocabulary.forced, order).sum())
     kept = min(n_forced, len(ids))
@@ -142,5 +142,4 @@ def choose_rows(
     elif top_p is not None or min_count is not None:
         k = _k_for(order, int(np.isin(vocabulary.forced, order).sum()), counted, top_p, min_count)
     _require_k(vocabulary, len(order), k)
-    k = min(DEFAULT_K, len(order)) if k is None else k
-    return _first(vocabulary, order, -(-k // multiple) * multiple, counted)
+    return _first(vocabulary, order, -(-(k or DEFAULT_K) // multiple) * multiple, counted)

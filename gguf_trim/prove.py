@@ -149,12 +149,14 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
     if source is None:
         raise FileFormatError(f"{original.path}: has no head of its own; give the model it was made for as --target")
     head = replace(head_tensor(source), name=HEAD)
-    row_of = row_by_id(np.arange(head.n_rows) if whole.ids is None else whole.ids, whole.n_vocab)
+    known = np.arange(head.n_rows) if whole.ids is None else whole.ids
     ids = np.arange(0) if part.ids is None else part.ids
+    ids, unknown = ids[np.isin(ids, known)], ids[~np.isin(ids, known)]
     differences = _lacking(cut, original, HEAD, D2T)
-    if not np.array_equal(np.sort(ids), cut.d2t) or (row_of[ids] < 0).any():
+    if len(unknown) or not np.array_equal(np.sort(ids), cut.d2t):
         differences = [f"{cut.file.path}: its d2t is not that of the kept rows"]
-    copies = [_Copy(source, head, cut.file, row_of[ids]), _Copy(source, head, cut.companion)]
+    rows = row_by_id(known, whole.n_vocab)[ids]
+    copies = [_Copy(source, head, cut.file, rows), _Copy(source, head, cut.companion)]
     copies += [_Copy(original, t, cut.file) for name, t in original.tensors.items() if name not in (HEAD, D2T)]
 
     def logits() -> tuple[np.ndarray, np.ndarray]:
@@ -166,9 +168,7 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
         tokens, states = _random_pairs(whole)
         made = []
         with contextlib.ExitStack() as stack:
-            other = None
-            if target is not None:
-                other = stack.enter_context(Context(stack.enter_context(Model(target)), 32))
+            other = None if target is None else stack.enter_context(Context(stack.enter_context(Model(target)), 32))
             for path in (original.path, cut.file.path):
                 with Model(path) as model, PairContext(model, PAIRS + 8, None, other, n_outputs=PAIRS) as context:
                     made.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())

@@ -269,8 +269,8 @@ def test_what_was_changed_is_seen(files, tmp_path: Path) -> None:
 BAD_BLOCKS = {
     "none": (lambda path: write_model(path), "has no MTP block"),
     "taken out": (lambda path: write_mtp(path, without=("blk.2.nextn.eh_proj.weight",)), "has no MTP block"),
-    "another architecture": (lambda path: write_mtp(path, "mimo2"), "hands on no normed state for mimo2"),
-    "a block for each draft": (lambda path: write_mtp(path, "step35"), "hands on no normed state for step35"),
+    "another architecture": (lambda path: write_mtp(path, "mimo2"), "returns no normed state for mimo2"),
+    "a block for each draft": (lambda path: write_mtp(path, "step35"), "returns no normed state for step35"),
     "two blocks": (lambda path: write_mtp(path, "glm4moe", n_blocks=2), "cannot draft here: it has 2"),
 }
 

@@ -441,6 +441,13 @@ def test_what_was_changed_is_seen(heads, tmp_path: Path) -> None:
     assert "its d2t is not that of the kept rows" in prove(cut, heads["whole"], target=heads["target"]).differences[0]
 
 
+def test_a_cut_of_a_head_for_more_tokens_is_not_one_of_this_head(heads, tmp_path: Path) -> None:
+    other, cut = write_head(tmp_path / "other.gguf", n_tokens=500), tmp_path / "cut.gguf"
+    last = Keep(np.arange(536, 600, dtype=np.int32), 0, 0, None)
+    write(lay_out(heads["whole"], lambda *_: last, heads["target"]), cut)
+    assert "its d2t is not that of the kept rows" in prove(cut, other, target=heads["target"]).differences[0]
+
+
 @pytest.mark.parametrize("name", ["markov_w2.weight", "selector_hidden.weight"])
 def test_what_chooses_tokens_beside_its_head_is_not_cut(heads, tmp_path: Path, name: str) -> None:
     path = write_head(tmp_path / "d.gguf", architecture="dflash", more={name: np.ones((600, 8), np.float32)})

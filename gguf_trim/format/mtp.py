@@ -68,7 +68,7 @@ class MtpBlock:
                 f"{file.path}: has no MTP block; convert the model again with it, or use a drafter of its own"
             )
         if arch not in POST_NORM or n_blocks > 1:
-            why = f"it has {n_blocks}" if arch in POST_NORM else f"llama.cpp hands on no normed state for {arch}"
+            why = f"it has {n_blocks}" if arch in POST_NORM else f"llama.cpp returns no normed state for {arch}"
             raise FileFormatError(
                 f"{file.path}: its MTP block cannot draft here: {why}; that is known to work for one block of "
                 f"{', '.join(sorted(POST_NORM))}"

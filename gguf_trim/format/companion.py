@@ -62,13 +62,9 @@ class Trimmed:
         if not beside.exists():
             raise FileFormatError(f"{beside}: is missing and belongs beside {file.path.name}: move it or trim again")
         companion = GGUFFile(beside)
-        sources = [
-            part.raw("gguf_trim.source_id") for part in (file, companion) if "gguf_trim.source_id" in part.fields
-        ]
-        if len(sources) < 2 or sources[0] != sources[1]:
-            raise FileFormatError(
-                f"{beside}: was cut from another drafter than {file.path.name}; trim the drafter again"
-            )
+        key = "gguf_trim.source_id"
+        if key not in file.fields.keys() & companion.fields.keys() or file.raw(key) != companion.raw(key):
+            raise FileFormatError(f"{beside}: was cut from another drafter than {file.path.name}; trim it again")
         d2t, k = file.integers("gguf_trim.d2t"), file.integer("gguf_trim.k", 0)
         n_vocab = file.integer("gguf_trim.vocab_size", 0)
         d2t = np.empty(0) if d2t is None else d2t.astype(np.int64)  # differences of fewer bits may wrap

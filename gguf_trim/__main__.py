@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,9 +21,8 @@ from corpus.__main__ import main as counting_commands
 from gguf_trim.fit.calibrate import Reading, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock
-from gguf_trim.format.state_fed import STATE_FED
-from gguf_trim.format.weights import step_bytes
+from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
+from gguf_trim.format.weights import draft_weights, step_bytes
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
 from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command
@@ -39,11 +39,14 @@ from .describe import describe
 from .keep import DEFAULT_K, MULTIPLE, choose_rows
 from .prove import prove
 
+Auto = Literal["auto"]
+STATES_OF = click.option("--target", type=FILE, help="The target whose states an EAGLE-3 head or an MTP block reads.")
 
-def rows(value: str) -> int | str:
+
+def rows(value: str) -> int | Auto:
     """For --k: a number of rows, or the word auto."""
     try:
-        return value if value == "auto" else int(value)
+        return "auto" if value == "auto" else int(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
@@ -58,24 +61,19 @@ def main() -> None:
 @click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; its companion goes beside it.")
 @click.option("--k", "-k", type=rows, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Keep what makes up this share of the counts, instead.")
-@click.option("--min-count", type=click.IntRange(1), help="Keep what was counted so often, instead.")
-@click.option("--target", type=FILE, help="The target: for --k auto, which measures, and for an EAGLE-3 head.")
-@click.option(
-    "--requant",
-    type=quantisation,
-    metavar="TYPE",
-    help="Requantise the trimmed file, to Q4_0 say, by llama.cpp's own function.",
-)
+@click.option("--min-count", type=click.IntRange(1), help="Keep what was counted at least this often, instead.")
+@click.option("--target", type=FILE, help="The target, for --k auto, which measures, and for an EAGLE-3 head.")
+@click.option("--requant", type=quantisation, metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say.")
 @COUNTS
 @click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
-@click.option("--exact-k", is_flag=True, help=f"Keep so many, not the next multiple of {MULTIPLE}.")
+@click.option("--exact-k", is_flag=True, help=f"Keep exactly K rows, not the next multiple of {MULTIPLE}.")
 @click.option("--mtp", is_flag=True, help="DRAFTER is a target: choose the rows that its own MTP block drafts from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--if-needed", is_flag=True, help="Do nothing where OUTPUT is already this cut of this drafter.")
+@click.option("--if-needed", is_flag=True, help="Do nothing if OUTPUT is already this cut of this drafter.")
 def trim_command(
     drafter: Path,
     output: Path,
-    k: int | str | None,
+    k: int | Auto | None,
     top_p: float | None,
     min_count: int | None,
     target: Path | None,
@@ -102,13 +100,11 @@ def trim_command(
             raise click.UsageError("--k auto needs --target")
         k = auto_k(target, drafter, counts)
         stderr.print(f"k = {k} is the fastest here")
-    n = None if k is None else int(k)
-    choose = partial(choose_rows, k=n, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
-    if exact_k:
-        choose = partial(choose, multiple=1)
-    cut = lay_out(OWN_BLOCK, choose, drafter) if mtp else lay_out(drafter, choose, target)
-    # The plan is what a dry run is asked for, and commentary otherwise.
-    click.echo(_plan_text(cut, output), err=not dry_run)
+    choose = partial(choose_rows, k=k, counts=counts, keep_file=keep_file, top_p=top_p, min_count=min_count)
+    multiple = 1 if exact_k else MULTIPLE
+    cut = lay_out(OWN_BLOCK if mtp else drafter, choose, drafter if mtp else target, multiple)
+    # The plan is the result of a dry run, and commentary otherwise.
+    click.echo(_plan_text(cut, output, mtp), err=not dry_run)
     if cut.keep.n_forced_left_out:
         stderr.print(
             f"Warning: k = {cut.keep.k} leaves out {cut.keep.n_forced_left_out} of the tokens that are otherwise "
@@ -129,19 +125,19 @@ def trim_command(
     click.echo(str(output))
 
 
-def _plan_text(cut: Cut, output: Path) -> str:
+def _plan_text(cut: Cut, output: Path, mtp: bool) -> str:
     keep, source = cut.keep, cut.source
-    whole = next(piece.tensor for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
-    before, after, rows = step_bytes(source), cut.step_bytes, whole.n_rows
-    if cut.mtp:  # what else a step reads is the target's
-        block = sum(tensor.n_bytes for tensor in MtpBlock.of(source).tensors)
-        before, after = block + whole.n_bytes, block + after
+    rows = next(piece.tensor.n_rows for piece in cut.companion.pieces if piece.tensor.name in (HEAD, EMBEDDING))
+    before, after = float(step_bytes(source)), float(cut.step_bytes)
+    if mtp:
+        weights = draft_weights(OWN_BLOCK, source.path)
+        before, after = weights.bytes_at(rows), weights.bytes_at(keep.k)
     covered = "" if keep.coverage is None else f", {keep.coverage:.2%} of what was counted"
     lines = {
         "drafter": f"{source.path} ({source.architecture}, {'tied' if cut.tied else 'untied'} head)",
         "rows kept": f"{keep.k} of {rows}{covered}",
         "forced tokens": f"{keep.n_forced}",
-        "file": f"{'' if cut.mtp else f'{source.size / 1e6:.1f} MB -> '}{cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
+        "file": f"{'' if mtp else f'{source.size / 1e6:.1f} MB -> '}{cut.trimmed.n_bytes / 1e6:.1f} MB  {output}",
         "companion": f"{cut.companion.n_bytes / 1e6:.1f} MB (memory-mapped)  {companion_path(output)}",
         "read per draft step": f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.2f} x)",
     }
@@ -151,7 +147,7 @@ def _plan_text(cut: Cut, output: Path) -> str:
 @main.command("verify")
 @click.argument("trimmed", type=FILE)
 @click.option("--source", type=FILE, required=True, help="The drafter it was cut from; of an MTP block, the target.")
-@click.option("--target", type=FILE, help="The target that an EAGLE-3 head or an MTP block hangs on.")
+@STATES_OF
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bool) -> None:
     """Prove that TRIMMED is its source: same bytes, and the same logits at the kept ids. Exit 1 if not."""
@@ -172,22 +168,21 @@ def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bo
 @click.option(
     "--calibration", "texts", type=FILE, help="Answers from `python -m corpus generate`.  [default: those that ship]"
 )
-@click.option("--rank", "-r", type=click.IntRange(1), help="Numbers a token is scored by.  [default: n_embd / 8]")
+@click.option("--rank", "-r", type=click.IntRange(1), help="Numbers that score a token.  [default: n_embd / 8]")
 @THREADS
-@click.option("--train", "steps", type=click.IntRange(0), default=0, help="Steps of training after it ([train]).")
-@click.option("--target", type=FILE, help="The target that an EAGLE-3 head or an MTP block hangs on.")
+@click.option("--train", "steps", type=click.IntRange(0), default=0, help="Steps of training after the fit ([train]).")
+@STATES_OF
 def speculator_command(
     trimmed: Path, texts: Path | None, rank: int | None, threads: int | None, steps: int, target: Path | None
 ) -> None:
-    """Fit a low-rank speculator to TRIMMED and keep it in its companion: rows beyond the kept ones, at every step."""
+    """Fit a low-rank speculator to TRIMMED, for rows beyond the kept ones at every step; its companion keeps it."""
     opened = Trimmed.open(trimmed)
-    if target is None and opened.file.architecture in (*STATE_FED, MTP):
+    if target is None and opened.reads_states:
         raise TrimError(f"{trimmed}: reads its target's states; give the model it was made for as --target")
-    named = opened.companion if target is None else GGUFFile(target)
-    reading = Reading.of(trimmed, calibration(named, texts), opened, threads, target=target)
-    made = reading.fitted(opened.companion, rank, steps)
-    attach(opened, made)
-    stderr.print(f"rank {made.rank}, fitted on {made.n_positions} positions")
+    answers = calibration(opened.companion if target is None else GGUFFile(target), texts)
+    speculator = Reading.of(trimmed, answers, opened, threads, target=target).fitted(opened.companion, rank, steps)
+    attach(opened, speculator)
+    stderr.print(f"rank {speculator.rank}, fitted on {speculator.n_positions} positions")
     click.echo(str(companion_path(trimmed)))
 
 
@@ -218,7 +213,7 @@ def models_command() -> None:
 
 @main.command("prepare")
 @pair_options
-@click.option("--k", "-k", type=int, default=DEFAULT_K, show_default=True, help="Rows to keep.")
+@click.option("--k", "-k", type=int, help=f"Rows to keep.  [default: {DEFAULT_K}]")
 @COUNTS
 @click.option(
     "--requant",
@@ -230,7 +225,7 @@ def prepare_command(
     model: str | None,
     target: Path | None,
     drafter: DrafterSource | None,
-    k: int,
+    k: int | None,
     counts: Path | None,
     requant: str | None,
 ) -> None:

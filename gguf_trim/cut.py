@@ -19,19 +19,19 @@ from gguf.constants import GGMLQuantizationType
 
 from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock
-from gguf_trim.format.state_fed import D2T, STATE_FED, StateFedHead, row_by_id
+from gguf_trim.format.state_fed import D2T, STATE_FED, Eagle3Head, row_by_id
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.gguf.writer import Output, Piece, field, write_output
+from llamabase.gguf.writer import Output, Piece, field
 
-from .keep import MULTIPLE, Keep
+from .keep import MULTIPLE, ChooseRows, Keep
 
-# Graphs that scale token inputs by sqrt(n_embd) and leave vectors as they are.
+# Architectures whose graphs scale token inputs by sqrt(n_embd) and leave vectors as they are.
 SCALED_TOKEN_INPUTS = {"gemma3"}
-# Graphs that look at the token ids themselves, beyond the embedding table, or take embeddings for an image's.
+# Architectures whose graphs use token ids beyond the embedding table, or take embeddings for those of an image.
 NEEDS_TOKEN_IDS = {
     "cogvlm": "it reads embeddings with the weights for images",
     "deepseek4": "it chooses experts by token id",
@@ -46,7 +46,7 @@ EMBEDDINGS_NEED_MROPE = {"glm4", "glm4moe"}
 
 
 def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
-    """The reason this file's head cannot be cut, or None; `mtp`: that of its MTP block."""
+    """The reason why this file's head, or the one of its MTP block, cannot be cut; None if it can."""
     if "gguf_trim.k" in file.fields:
         return "it is already trimmed; trim the original drafter"
     if "gguf_trim.companion" in file.fields:
@@ -55,22 +55,18 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
     if mtp or file.architecture in STATE_FED:
         try:
-            (MtpBlock if mtp else StateFedHead).of(file)
+            (MtpBlock if mtp else Eagle3Head).of(file)
         except FileFormatError as error:
             return str(error).removeprefix(f"{file.path}: ")
         return None
     if EMBEDDING not in file.tensors:
         return f"it has no {EMBEDDING}: not a language model"
+    refused = f"architecture {file.architecture} cannot be trimmed: "
     if (reason := NEEDS_TOKEN_IDS.get(file.architecture)) is not None:
-        return f"architecture {file.architecture} cannot be trimmed: {reason}"
+        return refused + reason
     if file.architecture in EMBEDDINGS_NEED_MROPE and not has_mrope(file):
-        return (
-            f"architecture {file.architecture} cannot be trimmed: llama.cpp ends the process if it is given embeddings "
-            "without M-RoPE"
-        )
-    embedding = file.tensors[EMBEDDING]
-    n_rows = embedding.n_rows
-    head = file.tensors.get(HEAD)
+        return f"{refused}llama.cpp ends the process if it is given embeddings without M-RoPE"
+    n_rows, head = file.tensors[EMBEDDING].n_rows, file.tensors.get(HEAD)
     if head is not None and (len(head.shape) != 2 or head.n_rows != n_rows):
         return f"its head has {head.n_rows} rows and its embedding {n_rows}: llama.cpp would not load it either"
     for tensor in file.tensors.values():
@@ -80,32 +76,55 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
 
 
 def _per_token(tensor: Tensor, n_rows: int) -> bool:
-    """A table over the vocabulary by name, or by a shape that cannot be anything else."""
-    named = "per_layer_token_embd" in tensor.name or "embed_tokens" in tensor.name or "shared_head_head" in tensor.name
+    """Whether a tensor is a table over the vocabulary, by its name or by a shape that nothing else has."""
+    named = any(part in tensor.name for part in ("per_layer_token_embd", "embed_tokens", "shared_head_head"))
     return named or (tensor.name.startswith("output.") and n_rows in tensor.shape)
 
 
-def lay_out(drafter: DrafterSource, choose: Callable[..., Keep], target: Path | None = None) -> Cut:
+@dataclass(frozen=True)
+class Cut:
+    """A planned cut of `source` to the rows of `keep`: both outputs carry the source's `identity`."""
+
+    source: GGUFFile
+    identity: str
+    keep: Keep
+    trimmed: Output
+    companion: Output
+
+    @property
+    def n_bytes(self) -> int:
+        return self.trimmed.n_bytes + self.companion.n_bytes
+
+    @property
+    def tied(self) -> bool:
+        return HEAD not in self.source.tensors
+
+    @property
+    def step_bytes(self) -> int:
+        """Weight bytes that one draft step of the trimmed file reads: all but an embedding table beside a head."""
+        skipped = set() if self.tied else {EMBEDDING}
+        return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)
+
+
+def lay_out(drafter: DrafterSource, choose: ChooseRows, target: Path | None = None, multiple: int = MULTIPLE) -> Cut:
     """What a cut of a drafter would write: pure, nothing is touched.
 
-    `choose(vocabulary, n_rows)` decides on the rows once the file is known; for a head that hangs on a target it is
-    also told `having` and `multiple`, see `choose_rows`. Such a head may need its `target`, for tokens or rows that it
-    lacks itself, and a block is its target's. Raises FileFormatError where the file cannot be cut, naming the reason.
+    `choose` is asked once the file is read; `multiple` is what the rows of a plain drafter are rounded up to. A
+    state-fed head may need its `target`, for tokens or rows that it lacks itself, and a block is its target's. Raises
+    FileFormatError naming the reason if the file cannot be cut.
     """
-    own = isinstance(drafter, OwnBlock)
     source = target if isinstance(drafter, OwnBlock) else drafter
     if source is None:
         raise ValueError("rows of an MTP block are cut from its target")
     file = GGUFFile(source)
-    if (reason := why_not(file, own)) is not None:
+    if (reason := why_not(file, isinstance(drafter, OwnBlock))) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
-    if own:
+    if isinstance(drafter, OwnBlock):
         return _lay_out_mtp(MtpBlock.of(file), choose)
     if file.architecture in STATE_FED:
-        return _lay_out_state_fed(StateFedHead.of(file), choose, target)
-    vocabulary, arch = Vocabulary(file), file.architecture
-    embedding = file.tensors[EMBEDDING]
-    keep = choose(vocabulary, embedding.n_rows)
+        return _lay_out_state_fed(Eagle3Head.of(file), choose, target)
+    vocabulary, arch, n_rows = Vocabulary(file), file.architecture, file.tensors[EMBEDDING].n_rows
+    keep = choose(vocabulary, np.ones(n_rows, bool), multiple)
     cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
     fields = [
         *(file.raw(key) for key in file.fields if not key.startswith("tokenizer.") and key != f"{arch}.vocab_size"),
@@ -114,7 +133,7 @@ def lay_out(drafter: DrafterSource, choose: Callable[..., Keep], target: Path | 
     ]
     pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()]
     whole = [Piece(file.tensors[name]) for name in sorted(cut_names)]
-    return _cut(file, keep, vocabulary, embedding.n_rows, fields, pieces, whole, scale=_embedding_scale(file))
+    return _cut(file, keep, vocabulary, n_rows, fields, pieces, whole, scale=_embedding_scale(file))
 
 
 def _embedding_scale(file: GGUFFile) -> float:
@@ -128,48 +147,7 @@ def _embedding_scale(file: GGUFFile) -> float:
     return scale if deepstack and isinstance(scale, float) and scale else 1.0
 
 
-def _cut(
-    file: GGUFFile,
-    keep: Keep,
-    vocabulary: Vocabulary,
-    n_vocab: int,
-    fields: list[bytes],
-    pieces: list[Piece],
-    whole: list[Piece],
-    named: GGUFFile | None = None,
-    scale: float = 1.0,
-    mtp: bool = False,
-) -> Cut:
-    """Both outputs: the trimmed file with `fields` and what both say, the companion with the tokenizer of `named` (the
-    file itself for None). `scale` is that of embeddings."""
-    identity = source_identity(file)
-    common = [
-        field("gguf_trim.version", FORMAT_VERSION),
-        field("gguf_trim.source", file.path.name),
-        field("gguf_trim.source_id", identity),
-        field("gguf_trim.vocab_size", n_vocab),
-        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
-        field("gguf_trim.embedding_scale", scale),
-    ]
-    kept = [field("gguf_trim.k", keep.k), field("gguf_trim.forced", keep.n_forced), field("gguf_trim.d2t", keep.ids)]
-    if keep.coverage is not None:
-        kept.append(field("gguf_trim.coverage", float(keep.coverage)))
-    named = named or file
-    words = [
-        *(file.raw(key) for key in file.fields if key.startswith("general.")),
-        *(named.raw(key) for key in named.fields if key.startswith("tokenizer.")),
-    ]
-    return Cut(
-        source=file,
-        identity=identity,
-        keep=keep,
-        trimmed=Output.of([*fields, *common, *kept], pieces, file.alignment),
-        companion=Output.of([*words, *common, field("gguf_trim.companion", True)], whole, file.alignment),
-        mtp=mtp,
-    )
-
-
-def _lay_out_state_fed(head: StateFedHead, choose: Callable[..., Keep], target: Path | None) -> Cut:
+def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None) -> Cut:
     """The cut of an EAGLE-3 head: rows of the head and entries of its d2t, nothing else (llama.cpp reads both).
 
     The trimmed file needs no companion to be run; the companion has the whole head, for rows beyond the kept ones.
@@ -187,7 +165,7 @@ def _lay_out_state_fed(head: StateFedHead, choose: Callable[..., Keep], target: 
     cut_head = replace(head_tensor(source), name=HEAD)
     order = np.arange(cut_head.n_rows) if head.ids is None else head.ids
     row_of = row_by_id(order, head.n_vocab)
-    keep = choose(vocabulary, head.n_vocab, having=row_of >= 0, multiple=MULTIPLE)
+    keep = choose(vocabulary, row_of >= 0, MULTIPLE)
     size_key = f"{file.architecture}.vocab_size"
     fields = [*(file.raw(key) for key in file.fields if key != size_key), field(size_key, head.n_vocab)]
     rows = np.sort(row_of[keep.ids])
@@ -197,20 +175,57 @@ def _lay_out_state_fed(head: StateFedHead, choose: Callable[..., Keep], target: 
     return _cut(file, keep, vocabulary, head.n_vocab, fields, pieces, whole, named)
 
 
-def _lay_out_mtp(block: MtpBlock, choose: Callable[..., Keep]) -> Cut:
-    """Rows for an MTP block, in a file that is no model; the companion has the whole head, for rows beyond them."""
-    file = block.file
-    vocabulary = Vocabulary(file)
-    keep = choose(vocabulary, block.n_vocab, multiple=MULTIPLE)
-    named = [file.raw(key) for key in file.fields if key in ("general.name", "general.license")]
-    fields = [field("general.architecture", MTP), *named]
-    head = replace(block.head, name=HEAD)
-    return _cut(file, keep, vocabulary, block.n_vocab, fields, [Piece(head, keep.ids)], [Piece(head)], mtp=True)
-
-
 def _d2t_piece(ids: np.ndarray) -> Piece:
     data = ids.astype("<i8").tobytes()
     return Piece(Tensor(D2T, (len(ids),), GGMLQuantizationType.I64, 0, len(data)), data=data)
+
+
+def _lay_out_mtp(block: MtpBlock, choose: ChooseRows) -> Cut:
+    """Rows for an MTP block, in a file that is no model; the companion has the whole head, for rows beyond them."""
+    file = block.file
+    vocabulary = Vocabulary(file)
+    keep = choose(vocabulary, np.ones(block.n_vocab, bool), MULTIPLE)
+    named = [file.raw(key) for key in file.fields if key in ("general.name", "general.license")]
+    fields = [field("general.architecture", MTP), *named]
+    head = replace(block.head, name=HEAD)
+    return _cut(file, keep, vocabulary, block.n_vocab, fields, [Piece(head, keep.ids)], [Piece(head)])
+
+
+def _cut(
+    file: GGUFFile,
+    keep: Keep,
+    vocabulary: Vocabulary,
+    n_vocab: int,
+    fields: list[bytes],
+    pieces: list[Piece],
+    whole: list[Piece],
+    named: GGUFFile | None = None,
+    scale: float = 1.0,
+) -> Cut:
+    """Both outputs: the trimmed file of `fields` and `pieces`, the companion of `whole` tensors.
+
+    The companion gets the tokenizer of `named` (None: of the file itself); `scale` is that of embeddings.
+    """
+    identity = source_identity(file)
+    common = [
+        field("gguf_trim.version", FORMAT_VERSION),
+        field("gguf_trim.source", file.path.name),
+        field("gguf_trim.source_id", identity),
+        field("gguf_trim.vocab_size", n_vocab),
+        field("gguf_trim.vocab_fingerprint", vocabulary.fingerprint),
+        field("gguf_trim.embedding_scale", scale),
+    ]
+    kept = [field("gguf_trim.k", keep.k), field("gguf_trim.forced", keep.n_forced), field("gguf_trim.d2t", keep.ids)]
+    if keep.coverage is not None:
+        kept.append(field("gguf_trim.coverage", float(keep.coverage)))
+    named = named or file
+    words = [
+        *(file.raw(key) for key in file.fields if key.startswith("general.")),
+        *(named.raw(key) for key in named.fields if key.startswith("tokenizer.")),
+    ]
+    trimmed = Output([*fields, *common, *kept], pieces, file.alignment)
+    companion = Output([*words, *common, field("gguf_trim.companion", True)], whole, file.alignment)
+    return Cut(file, identity, keep, trimmed, companion)
 
 
 def source_identity(file: GGUFFile) -> str:
@@ -227,7 +242,7 @@ def source_identity(file: GGUFFile) -> str:
 
 
 def require_outputs(source: Path, out: Path) -> None:
-    """Raise TrimError where a cut of `source` may not be written to `out` and its companion."""
+    """Raise TrimError if a cut of `source` may not be written to `out` and its companion."""
     named = out.name.removesuffix(".gguf")
     if named == out.name or not named or named.endswith(".vocab"):
         raise TrimError(f"{out}: the output's name must end in .gguf (and not in .vocab.gguf, its companion's ending)")
@@ -240,7 +255,7 @@ def require_outputs(source: Path, out: Path) -> None:
 def move(trimmed: Path, to: Path) -> None:
     """Rename a trimmed drafter and its companion: first the companion, before the file that needs it.
 
-    Raises TrimError where files of another kind are there.
+    Raises TrimError if a file of another kind has one of the names.
     """
     TRIMMED.require_own(to)
     COMPANION.require_own(companion_path(to))
@@ -257,9 +272,8 @@ def remove(trimmed: Path) -> None:
 def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None) -> None:
     """Write `out` and its companion; both appear whole or not at all, the companion first.
 
-    Raises TrimError as `require_outputs` does, and where the disk is full. Holds CHUNK bytes at a time.
+    Raises TrimError as `require_outputs` does, and if the disk is full. Holds CHUNK bytes at a time.
     """
-    out = Path(out)
     require_outputs(cut.source.path, out)
     require_room(out, cut.n_bytes)
     try:
@@ -269,34 +283,8 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             write_whole(out, TRIMMED) as trimmed_file,
             write_whole(companion_path(out), COMPANION) as companion_file,
         ):
-            write_output(cut.trimmed, source, trimmed_file, advance)
-            write_output(cut.companion, source, companion_file, advance)
+            cut.trimmed.write(source, trimmed_file, advance)
+            cut.companion.write(source, companion_file, advance)
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
-        raise TrimError(f"{cut.source.path}: has gone since it was read") from error
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A planned cut of `source` to the rows of `keep`: both outputs carry the source's `identity`."""
-
-    source: GGUFFile
-    identity: str
-    keep: Keep
-    trimmed: Output
-    companion: Output
-    mtp: bool = False  # whether it is the rows of the source's MTP block
-
-    @property
-    def n_bytes(self) -> int:
-        return self.trimmed.n_bytes + self.companion.n_bytes
-
-    @property
-    def tied(self) -> bool:
-        return HEAD not in self.source.tensors
-
-    @property
-    def step_bytes(self) -> int:
-        """Weight bytes one draft step of the trimmed file reads (its embedding table is never read)."""
-        skipped = set() if self.tied else {EMBEDDING}
-        return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)
+        raise TrimError(f"{cut.source.path}: was deleted after it was read") from error

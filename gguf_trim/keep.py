@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -14,12 +15,13 @@ from llamabase.files import read_text
 from llamabase.gguf.vocabulary import Vocabulary
 
 DEFAULT_K = 16384
-MULTIPLE = 16  # rows at a time in llama.cpp's kernels; what is left over goes another way, with other last bits
+MULTIPLE = 16  # rows that llama.cpp's kernels take at a time: another one takes the rest, and rounds differently
+REPACKED = 32  # rows that its kernels for repacked tables take at a time
 
 
 @dataclass(frozen=True)
 class Keep:
-    """`ids`: int32, ascending, unique. `n_forced` of them are there whatever was counted."""
+    """`ids`: int32, ascending, unique; `n_forced` of them are kept whatever was counted."""
 
     ids: np.ndarray
     n_forced: int
@@ -31,68 +33,66 @@ class Keep:
         return len(self.ids)
 
 
-def keep_order(vocabulary: Vocabulary, n_rows: int, counts: Counts, having: np.ndarray | None = None) -> np.ndarray:
-    """Every row id (int64) in the order in which it is kept: forced, then by falling count, then by id.
+class ChooseRows(Protocol):
+    """Chooses the rows that a head keeps, their number rounded up to a multiple.
 
-    `having` (bool by id) says which ids the head has rows of; None: of all.
+    `has_row` (bool by token id): the ids that the head has a row for, of which the kept ones are taken.
+    """
+
+    def __call__(self, vocabulary: Vocabulary, has_row: np.ndarray, multiple: int, /) -> Keep: ...
+
+
+def keep_order(vocabulary: Vocabulary, has_row: np.ndarray, counts: Counts) -> np.ndarray:
+    """Every id (int64) of `has_row`, see ChooseRows, in keep order: forced, then by falling count, then by id.
 
     Byte-pair vocabularies number frequent merges low, so the id is the best guess about what was never counted.
     Raises VocabularyMismatch for counts of another vocabulary.
     """
     counts.require_vocabulary(vocabulary)
-    forced = np.array([i for i in vocabulary.forced if i < n_rows], np.int64)
-    ranked = counts.ranked()
-    order = np.concatenate([forced, ranked[ranked < n_rows], np.arange(n_rows)])
-    _, first = np.unique(order, return_index=True)
-    order = order[np.sort(first)]
-    return order if having is None else order[having[order]]
+    return _distinct(has_row, vocabulary.forced, counts.ranked(), np.arange(len(has_row)))
 
 
-def _first(
-    vocabulary: Vocabulary, n_rows: int, order: np.ndarray, k: int, counts: Counts | None = None, multiple: int = 1
-) -> Keep:
-    """Keep the first k rows of an order that begins with the forced ones, k rounded up to a multiple.
+def keep_listed(vocabulary: Vocabulary, has_row: np.ndarray, listed: list[int], k: int | None = None) -> Keep:
+    """Keep the forced tokens and the listed ids that have a row, or the first k of these."""
+    _require_k(vocabulary, len(has_row), k)
+    return _first(vocabulary, _distinct(has_row, vocabulary.forced, listed), k)
 
-    Raises TrimError for k outside 1..n_rows.
-    """
-    n_rows = min(n_rows, len(order)) if counts is not None else n_rows
-    if not 1 <= k <= n_rows:
+
+def _distinct(has_row: np.ndarray, *parts: np.ndarray | list[int]) -> np.ndarray:
+    """The ids of the parts that have a row, each at its first place."""
+    ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
+    ids = ids[ids < len(has_row)]
+    ids = ids[has_row[ids]]
+    _, first = np.unique(ids, return_index=True)
+    return np.asarray(ids[np.sort(first)])
+
+
+def _require_k(vocabulary: Vocabulary, n_rows: int, k: int | None) -> None:
+    if k is not None and not 1 <= k <= n_rows:
         raise TrimError(f"{vocabulary.path}: k must be between 1 and its {n_rows} rows, and is {k}")
-    k = -(-k // multiple) * multiple
+
+
+def _first(vocabulary: Vocabulary, order: np.ndarray, k: int | None, counts: Counts | None = None) -> Keep:
+    """Keep the first k ids of an order that begins with the forced ones, or all if it has fewer."""
     ids = np.sort(order[:k]).astype(np.int32)
     n_forced = int(np.isin(vocabulary.forced, order).sum())
-    return Keep(ids, min(n_forced, k), max(0, n_forced - k), None if counts is None else counts.coverage(ids))
-
-
-def keep_counted(vocabulary: Vocabulary, n_rows: int, counts: Counts, k: int) -> Keep:
-    """Keep the first k of n_rows head rows in keep order. Raises TrimError for k outside 1..n_rows."""
-    return _first(vocabulary, n_rows, keep_order(vocabulary, n_rows, counts), k, counts)
-
-
-def keep_listed(
-    vocabulary: Vocabulary, n_rows: int, listed: list[int], k: int | None = None, having: np.ndarray | None = None
-) -> Keep:
-    """Keep every forced token and the listed ids; of these in this order the first k. `having`: see `keep_order`."""
-    order = np.array(list(dict.fromkeys([*(i for i in vocabulary.forced if i < n_rows), *listed])))
-    order = order if having is None else order[having[order]]
-    return _first(vocabulary, n_rows, order, len(order) if k is None else k)
+    kept = min(n_forced, len(ids))
+    return Keep(ids, kept, n_forced - kept, None if counts is None else counts.coverage(ids))
 
 
 def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None, min_count: int | None) -> int:
-    """The smallest k of a keep order to cover a share top_p of the counts, or all that was counted min_count times.
+    """The smallest k that covers a share top_p of the counts, or all ids counted min_count times, in a keep order.
 
-    Rounded up to a multiple of 32, which llama.cpp's repacked kernels need to work on all rows.
+    It is rounded up to REPACKED.
     """
-    n_rows = len(order)
-    seen = np.zeros(max(int(order.max()) + 1, counts.n_tokens), np.int64)
-    seen[counts.ids] = counts.counts
+    counted = np.bincount(counts.ids, counts.counts, int(order.max()) + 1)[order]
     if top_p is not None:
-        covered = np.cumsum(seen[order]) / max(1, counts.total)
+        covered = np.cumsum(counted) / max(1, counts.total)
         k = int(np.searchsorted(covered, min(top_p, covered[-1]))) + 1
     else:
-        often = np.flatnonzero(seen[order] >= (min_count or 1))
+        often = np.flatnonzero(counted >= (min_count or 1))
         k = int(often[-1]) + 1 if len(often) else n_forced
-    return min(n_rows, -(-k // 32) * 32)
+    return min(len(order), -(-k // REPACKED) * REPACKED)
 
 
 def read_keep_list(path: Path, n_rows: int) -> list[int]:
@@ -112,33 +112,34 @@ def read_keep_list(path: Path, n_rows: int) -> list[int]:
 
 def choose_rows(
     vocabulary: Vocabulary,
-    n_rows: int,
+    has_row: np.ndarray,
+    multiple: int = MULTIPLE,
+    *,
     k: int | None = None,
     counts: Path | None = None,
     keep_file: Path | None = None,
     top_p: float | None = None,
     min_count: int | None = None,
-    having: np.ndarray | None = None,
-    multiple: int = MULTIPLE,
 ) -> Keep:
-    """The rows to keep: those listed in a file, or the most frequent by counts (the shipped ones for None).
+    """A ChooseRows: the ids of a keep list, or the most frequent ones by counts (None: the shipped counts).
 
-    How many: k, or as many as cover a share top_p of the counts, or as were counted min_count times; filled up to a
-    `multiple` in keep order. `having` (bool by id): which ids there are rows of, None for all.
+    Their number is k, or the one that covers a share top_p of the counts, or of those counted min_count times; without
+    any of these the whole list, or DEFAULT_K rows at most. A list is filled up to a multiple in keep order.
     """
     listed = None
     if keep_file is not None:
-        ids = read_keep_list(keep_file, n_rows)
-        if having is not None and not having[ids].any():
+        ids = read_keep_list(keep_file, len(has_row))
+        if not has_row[ids].any():
             raise TrimError(f"{keep_file}: the head to be cut has a row for none of these ids; list ids that it has")
-        listed = keep_listed(vocabulary, n_rows, ids, k, having)
+        listed = keep_listed(vocabulary, has_row, ids, k)
         if listed.k % multiple == 0:
             return listed
     counted = ranking_counts(vocabulary, counts)
-    order = keep_order(vocabulary, n_rows, counted, having)
+    order = keep_order(vocabulary, has_row, counted)
     if listed is not None:
         held = np.isin(order, listed.ids)
         order, k = np.append(order[held], order[~held]), listed.k
     elif top_p is not None or min_count is not None:
         k = _k_for(order, int(np.isin(vocabulary.forced, order).sum()), counted, top_p, min_count)
-    return _first(vocabulary, n_rows, order, DEFAULT_K if k is None else k, counted, multiple)
+    _require_k(vocabulary, len(order), k)
+    return _first(vocabulary, order, -(-(k or DEFAULT_K) // multiple) * multiple, counted)

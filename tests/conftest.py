@@ -32,8 +32,8 @@ from .toy import write_model
 def keep_first(n: int):
     """A choice of rows: the first n ids and every forced token."""
 
-    def choose(vocabulary: Vocabulary, n_rows: int) -> Keep:
-        return keep_listed(vocabulary, n_rows, list(range(n)))
+    def choose(vocabulary: Vocabulary, has_row: np.ndarray, multiple: int) -> Keep:
+        return keep_listed(vocabulary, has_row, list(range(n)))
 
     return choose
 

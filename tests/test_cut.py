@@ -38,7 +38,9 @@ def run(*args: object) -> Result:
 
 def keep_exactly(k: int):
     """A choice of rows: every forced token, then every third id, k in all."""
-    return lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, [*range(0, n_rows, 3), *range(n_rows)], k)
+    return lambda vocabulary, has_row, _: keep_listed(
+        vocabulary, has_row, [*range(0, len(has_row), 3), *range(len(has_row))], k
+    )
 
 
 def rows_of(file: GGUFFile, name: str, ids: Sequence[int] | None = None) -> bytes:
@@ -175,7 +177,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     result = run("trim", source, "-o", out, "-k", 320, "--dry-run")
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    cut = lay_out(source, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(n_rows)), 320))
+    cut = lay_out(
+        source, lambda vocabulary, has_row, _: keep_listed(vocabulary, has_row, list(range(len(has_row))), 320)
+    )
     said = " ".join(result.stdout.split())
     assert "rows kept 320 of 600, " in said and "% of what was counted" in said
     assert "forced tokens 261" in said
@@ -201,6 +205,12 @@ def test_trim_prints_the_path_and_tells_the_plan_on_stderr(tmp_path: Path) -> No
     assert run("verify", out, "--source", source).stdout.startswith("ok: 320 rows equal as bytes")
     assert 0 < GGUFFile(out).get("gguf_trim.coverage") < 1
     assert GGUFFile(out).get("gguf_trim.forced") == 261
+
+
+def test_trim_without_k_keeps_all_rows_of_a_small_head(tmp_path: Path) -> None:
+    source, out = write_model(tmp_path / "m.gguf"), tmp_path / "t.gguf"
+    assert run("trim", source, "-o", out).exit_code == 0
+    assert Trimmed.open(out).d2t.tolist() == list(range(600)) and prove(out, source).ok
 
 
 def test_trim_warns_where_k_leaves_forced_tokens_out(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ from gguf_trim.keep import keep_listed
 def advance(n):
     print(n, flush=True)
     time.sleep(0.2)
-write(lay_out(sys.argv[1], lambda v, n: keep_listed(v, n, list(range(320)))), Path(sys.argv[2]), advance)
+write(lay_out(sys.argv[1], lambda v, has_row, _: keep_listed(v, has_row, list(range(320)))), Path(sys.argv[2]), advance)
 """
 
 

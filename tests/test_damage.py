@@ -162,7 +162,7 @@ def test_a_speculator_with_what_is_no_number(toys: dict[str, Path], tmp_path: Pa
     file = GGUFFile(companion_path(path))
     not_a_number = np.array(np.nan, "<f4" if name == DOWN else "<f2").tobytes()
     patched(file.path, file.tensors[name].offset + 18 * 4 * (name == UP), not_a_number)
-    with pytest.raises(FileFormatError, match="its speculator holds what is no number"):
+    with pytest.raises(FileFormatError, match="its speculator holds what is not a number"):
         Speculator.of(Trimmed.open(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_llama_needs_logits_all_beyond_a_batch(toys) -> None:
 def test_a_real_model(smollm2, tmp_path) -> None:
     """SmolLM2 speculating with its own trim; quantised, so texts may part at near-ties, but drafts must hold."""
     trimmed = tmp_path / "trimmed.gguf"
-    write(lay_out(smollm2, lambda vocabulary, rows: choose_rows(vocabulary, rows, k=8192)), trimmed)
+    write(lay_out(smollm2, partial(choose_rows, k=8192)), trimmed)
     draft = Watched(trimmed, target=smollm2, n_threads=1)
     text = say(llama(smollm2, draft), "The three primary colours are", 40)
     drafted, accepted = draft.figures(text)

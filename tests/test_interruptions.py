@@ -18,7 +18,7 @@ from gguf_trim.pairs import prepare as preparing
 from gguf_trim.pairs.prepare import prepare
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.interrupt import interruptible
+from llamabase.llama.library import interruptible
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import Sampling
 from runner.chat.__main__ import main as chat

@@ -272,5 +272,5 @@ def test_the_drafters_context_and_both_caches(toys) -> None:
     ) as lm:
         assert (lm._engine.context.n_ctx, lm._engine.drafter.n_ctx) == (512, 128)
         assert lm.chat("the king", **GREEDY, draft_max=3).tokens
-    with pytest.raises(ValueError, match="q9_0: is no type of a KV cache; there are f32, f16"):
+    with pytest.raises(ValueError, match="q9_0: is not a KV cache type; choose one of f32, f16"):
         Cache("q9_0")

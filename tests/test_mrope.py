@@ -49,7 +49,7 @@ def write_kind(path: Path, kind: str, type_: Quant = Quant.F32, seed: int = 0) -
 
 def keep(k: int) -> Callable[..., Keep]:
     """Every forced token, then every third id, then the others: k in all."""
-    return lambda known, n, **_: keep_listed(known, n, [*range(0, n, 3), *range(n)], k)
+    return lambda known, had, _: keep_listed(known, had, [*range(0, len(had), 3), *range(len(had))], k)
 
 
 @pytest.mark.parametrize("k", [288, 352])

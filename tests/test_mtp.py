@@ -17,7 +17,7 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.keep import Keep
+from gguf_trim.keep import ChooseRows, Keep
 from gguf_trim.pairs.shapes import SHAPES, write_shape
 from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, TrimError
@@ -40,11 +40,11 @@ ARCHITECTURES = ("qwen35", "glm4moe")
 MTP = OWN_BLOCK
 
 
-def some(k: int) -> Callable[..., Keep]:
+def some(k: int) -> ChooseRows:
     """k ids, the likely ones of FEW among them."""
     others = np.random.default_rng(k).permutation(600)
     ids = list(dict.fromkeys([*FEW, *others.tolist()]))[:k]
-    return lambda vocabulary, n_rows, **_: Keep(np.sort(ids).astype(np.int32), 0, 0, None)
+    return lambda *_: Keep(np.sort(ids).astype(np.int32), 0, 0, None)
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +270,8 @@ def test_what_was_changed_is_seen(files, tmp_path: Path) -> None:
 BAD_BLOCKS = {
     "none": (lambda path: write_model(path), "has no MTP block"),
     "taken out": (lambda path: write_mtp(path, without=("blk.2.nextn.eh_proj.weight",)), "has no MTP block"),
-    "another architecture": (lambda path: write_mtp(path, "mimo2"), "hands on no normed state for mimo2"),
-    "a block for each draft": (lambda path: write_mtp(path, "step35"), "hands on no normed state for step35"),
+    "another architecture": (lambda path: write_mtp(path, "mimo2"), "returns no normed state for mimo2"),
+    "a block for each draft": (lambda path: write_mtp(path, "step35"), "returns no normed state for step35"),
     "two blocks": (lambda path: write_mtp(path, "glm4moe", n_blocks=2), "cannot draft here: it has 2"),
 }
 

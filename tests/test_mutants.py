@@ -31,7 +31,7 @@ from gguf_trim.describe import describe
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import StateFedHead
+from gguf_trim.format.state_fed import Eagle3Head
 from gguf_trim.keep import read_keep_list
 from gguf_trim.pairs.catalog import load_catalog
 from llamabase.errors import TrimError
@@ -98,8 +98,8 @@ def read_companion(path: Path) -> None:
 
 def read_head(path: Path) -> None:
     file = GGUFFile(path)
-    StateFedHead.of(file)
-    lay_out(path, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows))
+    Eagle3Head.of(file)
+    lay_out(path, keep_first(64))
     Vocabulary(file)
     with Model(path, vocab_only=True) as model:  # as counting does
         model.tokenize("the king")
@@ -107,7 +107,7 @@ def read_head(path: Path) -> None:
 
 def read_block(path: Path) -> None:
     MtpBlock.of(GGUFFile(path))
-    lay_out(OWN_BLOCK, lambda vocabulary, n_rows, **_: keep_first(64)(vocabulary, n_rows), path)
+    lay_out(OWN_BLOCK, keep_first(64), path)
 
 
 def read_memory(path: Path) -> None:

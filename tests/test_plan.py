@@ -18,7 +18,7 @@ from gguf_trim.fit.closed_form import attach, fit
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.weights import Weights, step_bytes
-from gguf_trim.keep import keep_counted, keep_order
+from gguf_trim.keep import keep_listed, keep_order
 from gguf_trim.plan.added import AddedRows
 from gguf_trim.plan.matches import tau_of
 from gguf_trim.plan.planner import matches_of, sampled_acceptance
@@ -64,18 +64,19 @@ def counts(pair, answers) -> Counts:
     return Counts.of(dense, vocabulary, "two answers")
 
 
-def cut_to(drafter: Path, counts: Counts, k: int, out: Path) -> Path:
-    write(lay_out(drafter, lambda vocabulary, rows: keep_counted(vocabulary, rows, counts, k)), out)
+def cut_to(drafter: Path, order: np.ndarray, k: int, out: Path) -> Path:
+    write(lay_out(drafter, lambda vocabulary, has_row, _: keep_listed(vocabulary, has_row, order.tolist(), k)), out)
     return out
 
 
 def test_acceptance_is_a_replay_of_real_cuts(pair, answers, counts, tmp_path) -> None:
     """For every k tried: cut the drafter, read the same answers with it, take the argmax at each position."""
     vocabulary = Vocabulary(GGUFFile(pair[1]))
-    found = matches_of(pair[1], answers, keep_order(vocabulary, 600, counts))
+    order = keep_order(vocabulary, np.ones(600, bool), counts)
+    found = matches_of(pair[1], answers, order)
     assert 0.2 < share(found.right(600)) < 1  # a drafter that is always or never right would prove little
     for k in (64, 288, 320, 352, 384, 512):
-        trimmed = cut_to(pair[1], counts, k, tmp_path / f"k{k}.gguf")
+        trimmed = cut_to(pair[1], order, k, tmp_path / f"k{k}.gguf")
         opened = Trimmed.open(trimmed)
         with Model(trimmed) as model, Context(model, 256, n_outputs=64) as context:
             for answer, predicted in zip(answers, found.right(k), strict=True):
@@ -92,8 +93,8 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
         monkeypatch.setattr(f"{module}.CANDIDATES", 20)
     monkeypatch.setattr("gguf_trim.plan.added.CORES", (296,))
     vocabulary = Vocabulary(GGUFFile(pair[1]))
-    order = keep_order(vocabulary, 600, counts)
-    trimmed = cut_to(pair[1], counts, 296, tmp_path / "k296.gguf")
+    order = keep_order(vocabulary, np.ones(600, bool), counts)
+    trimmed = cut_to(pair[1], order, 296, tmp_path / "k296.gguf")
     opened = Trimmed.open(trimmed)
     attach(opened, fit(opened.companion, Reading.of(trimmed, answers, opened).states))
     added = AddedRows(np.argsort(order), Speculator.of(Trimmed.open(trimmed)))
@@ -116,8 +117,9 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
 
 def test_weights_are_what_a_cut_reads(pair, counts, tmp_path) -> None:
     weights = Weights.of(GGUFFile(pair[1]))
+    order = keep_order(Vocabulary(GGUFFile(pair[1])), np.ones(600, bool), counts)
     for k in (320, 512):
-        trimmed = cut_to(pair[1], counts, k, tmp_path / f"w{k}.gguf")
+        trimmed = cut_to(pair[1], order, k, tmp_path / f"w{k}.gguf")
         assert weights.bytes_at(k) == step_bytes(GGUFFile(trimmed))
     assert weights.bytes_at(600) == step_bytes(GGUFFile(pair[1]))
 
@@ -125,7 +127,7 @@ def test_weights_are_what_a_cut_reads(pair, counts, tmp_path) -> None:
 def test_sampled_acceptance_by_hand(pair, answers, counts) -> None:
     """The mean of the agreement, by its formula, from full rows of logits of both models, here in the plainest way."""
     vocabulary = Vocabulary(GGUFFile(pair[1]))
-    order = keep_order(vocabulary, 600, counts)
+    order = keep_order(vocabulary, np.ones(600, bool), counts)
     law = Sampling(temp=1.0, top_k=0, top_p=1, min_p=0)
     found = sampled_acceptance(*pair, answers[:1], order, [300, 600], law)
     rows = {}
@@ -189,7 +191,7 @@ def test_requantised_trim_runs(pair, counts, tmp_path) -> None:
         assert list(engine.rounds([65], Sampling(temp=0), max_tokens=5))
     done = CliRunner().invoke(main, [*arguments, "--requant", "nonsense"])
     assert done.exit_code == 2
-    assert "is no quantisation" in done.stderr
+    assert "is not a llama.cpp quantisation" in done.stderr
     assert len(Trimmed.open(out).d2t) == 320  # what was there stays
 
 

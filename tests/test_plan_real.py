@@ -13,7 +13,7 @@ from corpus.ready import ready_counts
 from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.calibrate import ROWS, share
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.keep import keep_counted, keep_order
+from gguf_trim.keep import keep_listed, keep_order
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
 from gguf_trim.plan.added import AddedRows
@@ -83,11 +83,11 @@ def test_every_k_is_a_replay_and_tau_is_the_loops(pair: str, n_prompts: int, n_t
     vocabulary = Vocabulary(GGUFFile(drafter))
     n_rows = GGUFFile(drafter).tensors[EMBEDDING].n_rows
     counts = ready_counts(vocabulary)
-    order = keep_order(vocabulary, n_rows, counts)
+    order = keep_order(vocabulary, np.ones(n_rows, bool), counts)
     cuts = {}
     for k in SIZES:
         cuts[k] = tmp_path / f"k{k}.gguf"
-        write(lay_out(drafter, lambda v, rows, k=k: keep_counted(v, rows, counts, k)), cuts[k])
+        write(lay_out(drafter, lambda v, has_row, _, k=k: keep_listed(v, has_row, order.tolist(), k)), cuts[k])
     prompts = [prompt.messages for prompt in spread(split(load_prompts(), "judge"), n_prompts)]
     for vocab in ("trim", "context"):
         answers, tau = live(target, cuts[8192], prompts, n_tokens, vocab)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import shutil
@@ -56,6 +57,15 @@ def test_a_script_is_named_in_its_help(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Usage: {script} ")
+
+
+@pytest.mark.parametrize("name", ["make_counts", "train_eagle3"])
+def test_what_a_tool_imports_of_ours_is_there(name: str) -> None:
+    """Without running it: what else it imports need not be installed."""
+    tree = ast.parse((ROOT / "tools" / f"{name}.py").read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and (ROOT / node.module.split(".")[0]).is_dir():
+            exec(f"from {node.module} import {', '.join(alias.name for alias in node.names)}", {})
 
 
 def test_nothing_that_lies_about_is_run(tmp_path: Path) -> None:

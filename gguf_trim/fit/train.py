@@ -1,7 +1,6 @@
-"""Distilling a speculator further: its scores' softmax against the full head's, as SpecVocab trains it.
+"""Trains a speculator further, by distillation from the full head as SpecVocab does (arXiv 2602.13836).
 
-(arXiv 2602.13836: D and U are learned by distillation; here they start from the closed form.) Needs the extra [train];
-the CPU is enough. docs/dynamic.md says what it adds.
+D and U start from the closed form. Needs the extra [train]; the CPU is enough. docs/dynamic.md says what it adds.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from llamabase.llama.ggml import dequantizer, quantize_rows
 
 from .closed_form import blocks
 
-BATCH = 32  # hidden states a step
-RATE = 1e-3  # of Adam, times the spread of what is trained; falls to nothing along a half cosine
+BATCH = 32  # hidden states of a step
+RATE = 1e-3  # learning rate of Adam, as a fraction of the matrix's standard deviation; falls to 0 along half a cosine
 
 
 def distil(start: Speculator, drafter: GGUFFile, states: np.ndarray, steps: int) -> Speculator:
     """`start` after `steps` steps of Adam on the cross entropy to softmax(W h), h from states (float32, n x n_embd).
 
-    Shows a bar. Holds the head, U and Adam's two moments of U as float32. Raises TrimError without PyTorch.
+    Shows a bar. Holds the head, U and Adam's two moments of U as float32. Raises TrimError if PyTorch is missing.
     """
     try:
         import torch
@@ -38,9 +37,8 @@ def distil(start: Speculator, drafter: GGUFFile, states: np.ndarray, steps: int)
     dequantizer(UP_TYPE)(np.ascontiguousarray(start.up), expanded)
     up = torch.nn.Parameter(torch.from_numpy(expanded))
     down = torch.nn.Parameter(torch.from_numpy(start.down.copy()))
-    groups = [{"params": [part], "lr": RATE * float(part.detach().std())} for part in (up, down)]
-    adam = torch.optim.Adam(groups)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    adam = torch.optim.Adam([{"params": [part], "lr": RATE * float(part.detach().std())} for part in (up, down)])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     rng = np.random.default_rng(0)
     with progress("training the speculator", steps, "steps") as advance:
         for _ in range(steps):
@@ -51,6 +49,6 @@ def distil(start: Speculator, drafter: GGUFFile, states: np.ndarray, steps: int)
             adam.zero_grad()
             loss.backward()
             adam.step()
-            falling.step()
+            schedule.step()
             advance(1)
     return Speculator(down.detach().numpy(), quantize_rows(up.detach().numpy(), UP_TYPE), start.n_positions)

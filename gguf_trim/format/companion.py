@@ -1,4 +1,4 @@
-"""The companion of a trimmed drafter: what stays at full vocabulary size, read one row at a time."""
+"""A trimmed drafter on disk, and its companion: what stays at full vocabulary size, read one row at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ from llamabase.llama.ggml import dequantizer
 from .mtp import MTP
 from .state_fed import D2T, STATE_FED, row_by_id
 
+FORMAT_VERSION = 1
+_FOREIGN = "was not made by this program"
+TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
+COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))
+
+
+def companion_path(trimmed: Path) -> Path:
+    """X.gguf -> X.vocab.gguf, in the same folder."""
+    return trimmed.with_name(f"{trimmed.name.removesuffix('.gguf')}.vocab.gguf")
+
 
 def companion_of(trimmed: Path) -> Path:
-    """The companion beside a trimmed file, or beside the file that a symbolic link leads to where that one is there."""
+    """The companion beside a trimmed file; if there is none, the one beside the file that a symbolic link leads to."""
     beside, real = companion_path(trimmed), companion_path(trimmed.resolve())
     return real if real.exists() and not beside.exists() else beside
 
@@ -52,24 +62,26 @@ class Trimmed:
         if not beside.exists():
             raise FileFormatError(f"{beside}: is missing and belongs beside {file.path.name}: move it or trim again")
         companion = GGUFFile(beside)
-        known = "gguf_trim.source_id" in file.fields.keys() & companion.fields.keys()
-        if not known or companion.raw("gguf_trim.source_id") != file.raw("gguf_trim.source_id"):
-            raise FileFormatError(
-                f"{companion.path}: was cut from another drafter than {file.path.name}; trim the drafter again"
-            )
-        d2t = file.integers("gguf_trim.d2t")
-        d2t = None if d2t is None else d2t.astype(np.int64)  # differences of fewer bits may wrap
-        k, n_vocab = file.integer("gguf_trim.k", 0), file.integer("gguf_trim.vocab_size", 0)
-        if d2t is None or len(d2t) != k or not k or (np.diff(d2t) <= 0).any() or d2t[0] < 0 or d2t[-1] >= n_vocab:
+        key = "gguf_trim.source_id"
+        if key not in file.fields.keys() & companion.fields.keys() or file.raw(key) != companion.raw(key):
+            raise FileFormatError(f"{beside}: was cut from another drafter than {file.path.name}; trim it again")
+        d2t, k = file.integers("gguf_trim.d2t"), file.integer("gguf_trim.k", 0)
+        n_vocab = file.integer("gguf_trim.vocab_size", 0)
+        d2t = np.empty(0) if d2t is None else d2t.astype(np.int64)  # differences of fewer bits may wrap
+        if len(d2t) != k or not k or (np.diff(d2t) <= 0).any() or d2t[0] < 0 or d2t[-1] >= n_vocab:
             raise FileFormatError(f"{file.path}: its remap table is not {k} ascending ids below {n_vocab}; trim again")
         scale = file.get("gguf_trim.embedding_scale")
         if not isinstance(scale, float) or not math.isfinite(scale):
             raise FileFormatError(f"{file.path}: its embedding scale is not a number; trim again")
-        whole = HEAD if file.architecture in (*STATE_FED, MTP) else EMBEDDING
-        if whole not in companion.tensors or (whole == EMBEDDING and companion.tensors[whole].n_rows != n_vocab):
-            raise FileFormatError(f"{companion.path}: lacks the full {whole}; trim the drafter again")
-        _require_shapes(file, companion, whole, n_vocab)
-        return cls(file, companion, d2t.astype(np.int32))
+        trimmed = cls(file, companion, d2t.astype(np.int32))
+        if (wrong := trimmed._wrong_table(n_vocab)) is not None:
+            raise FileFormatError(f"{beside}: {wrong}; trim the drafter again")
+        return trimmed
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether it reads its target's states, as EAGLE-3 heads and MTP blocks do, and no text of its own."""
+        return self.file.architecture in (*STATE_FED, MTP)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -78,7 +90,7 @@ class Trimmed:
 
     @property
     def row_of(self) -> np.ndarray:
-        """int32 by id: which row of the whole head in the companion stands for it, -1 for none."""
+        """int32 by id: its row in the whole head of the companion, -1 for none."""
         d2t = self.companion.tensors.get(D2T)
         ids = None if d2t is None else np.frombuffer(self.companion.read(d2t), "<i8")
         return row_by_id(ids, self.file.integer("gguf_trim.vocab_size"))
@@ -86,33 +98,34 @@ class Trimmed:
     def embeddings(self) -> EmbeddingTable:
         return EmbeddingTable(self.companion, self.file.get("gguf_trim.embedding_scale"))
 
-
-def _require_shapes(file: GGUFFile, companion: GGUFFile, whole: str, n_vocab: int) -> None:
-    """Raise FileFormatError where tables of the companion are not those of the trimmed file, whole."""
-    width = file.tensors[whole].shape[0] if whole in file.tensors else None
-    for name in (EMBEDDING, HEAD):
-        tensor = companion.tensors.get(name)
-        if tensor is not None and (len(tensor.shape) != 2 or tensor.shape[0] != width):
-            raise FileFormatError(f"{companion.path}: rows of its {name} are not {width} wide; trim the drafter again")
-    bias, head = companion.tensors.get(HEAD_BIAS), head_tensor(companion)
-    if (bias is not None and bias.shape != (head.n_rows,)) or (bias is None) != (HEAD_BIAS not in file.tensors):
-        raise FileFormatError(f"{companion.path}: its {HEAD_BIAS} is not that of its head; trim the drafter again")
-    rows = companion.tensors.get(D2T)
-    if rows is None and head.n_rows != n_vocab:
-        raise FileFormatError(f"{companion.path}: its head has not {n_vocab} rows; trim the drafter again")
-    if rows is not None:
-        ids = np.frombuffer(companion.read(rows), "<i8") if rows.type == GGMLQuantizationType.I64 else np.empty(0)
-        if len(ids) != head.n_rows or ids.min() < 0 or ids.max() >= n_vocab:
-            raise FileFormatError(f"{companion.path}: its {D2T} is not one token a row; trim the drafter again")
+    def _wrong_table(self, n_vocab: int) -> str | None:
+        """Which table of the companion is not one of the trimmed file, whole."""
+        whole, tensors = HEAD if self.reads_states else EMBEDDING, self.companion.tensors
+        if whole not in tensors or (whole == EMBEDDING and tensors[whole].n_rows != n_vocab):
+            return f"lacks the full {whole}"
+        width = self.file.tensors[whole].shape[0] if whole in self.file.tensors else None
+        for name in (EMBEDDING, HEAD):
+            if name in tensors and (len(tensors[name].shape) != 2 or tensors[name].shape[0] != width):
+                return f"rows of its {name} are not {width} wide"
+        bias, rows, n_rows = tensors.get(HEAD_BIAS), tensors.get(D2T), head_tensor(self.companion).n_rows
+        if (bias is not None and bias.shape != (n_rows,)) or (bias is None) != (HEAD_BIAS not in self.file.tensors):
+            return f"its {HEAD_BIAS} is not that of its head"
+        if rows is None:
+            return None if n_rows == n_vocab else f"its head has not {n_vocab} rows"
+        is_i64 = rows.type == GGMLQuantizationType.I64
+        ids = np.frombuffer(self.companion.read(rows), "<i8") if is_i64 else np.empty(0)
+        if len(ids) != n_rows or ids.min() < 0 or ids.max() >= n_vocab:
+            return f"its {D2T} is not one token a row"
+        return None
 
 
 class EmbeddingTable:
     """Rows of a full embedding table as the vectors llama.cpp would make of the ids, bit for bit.
 
-    The table is memory-mapped and touched a row at a time, so it costs next to no memory.
+    The table is memory-mapped and read a row at a time, so it costs next to no memory.
     """
 
-    def __init__(self, file: GGUFFile, scale: float = 1.0) -> None:
+    def __init__(self, file: GGUFFile, scale: float) -> None:
         tensor = file.tensors[EMBEDDING]
         self._expand = dequantizer(tensor.type)
         self._scale = np.float32(scale)
@@ -129,14 +142,3 @@ class EmbeddingTable:
         if self._scale != 1:
             out *= self._scale
         return out
-
-
-FORMAT_VERSION = 1
-_FOREIGN = "was not made by this program"
-TRIMMED = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.k"))
-COMPANION = Kind(_FOREIGN, marked(b"GGUF", b"gguf_trim.companion"))
-
-
-def companion_path(trimmed: Path) -> Path:
-    """X.gguf -> X.vocab.gguf, in the same folder."""
-    return trimmed.with_name(f"{trimmed.name.removesuffix('.gguf')}.vocab.gguf")

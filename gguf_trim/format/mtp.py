@@ -1,8 +1,8 @@
 """MTP blocks (DeepSeek-V3, arXiv 2412.19437, section 2.2): a drafter inside its target's own file, with its head.
 
-Nothing of the block can be cut away, since the head is its target's. But llama.cpp computes a head only where logits
-are asked for, and hands on the very state that the head is multiplied by. So the rows that a block drafts from are kept
-in a file of their own, and multiplied here.
+Nothing of the block can be cut away, since the head is its target's. But llama.cpp computes a head only if logits are
+asked for, and returns the very state that the head is multiplied by. So the rows that a block drafts from are kept in a
+file of their own, and multiplied here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.ggml import Backend, Product, Table
 
 MTP = "mtp"  # how a user names the target's own block as the drafter; the architecture of files that hold rows for it
-# Whose graphs, as llama.cpp of `states.KNOWN` has them, hand on the normed state of a single block. Others hand on what
-# comes before the norm, or take a block of its own for every draft.
+# Architectures whose graphs, in the llama.cpp of `states.KNOWN`, return the normed state of a single block. Others
+# return the state before the norm, or use another block for every draft.
 POST_NORM = frozenset(
     {"qwen35", "qwen35moe", "glm4moe", "glm-dsa", "deepseek2", "deepseek32", "hy_v3", "cohere2moe"}
 )  # fmt: skip
@@ -40,13 +40,13 @@ DrafterSource = Path | OwnBlock
 
 
 def drafter_source(named: str | Path) -> DrafterSource:
-    """What a user names as the drafter: a file, or `mtp`."""
+    """The drafter that a user names: a file, or `mtp`."""
     return OWN_BLOCK if str(named) == MTP else Path(named)
 
 
 @dataclass(frozen=True)
 class MtpBlock:
-    """The MTP block of a target. `head`: the tensor that makes its logits, its own or the target's."""
+    """The MTP block of a target: a StateFedHead. `head`: the tensor that makes its logits, its own or the target's."""
 
     file: GGUFFile
     head: Tensor
@@ -59,16 +59,16 @@ class MtpBlock:
 
     @classmethod
     def of(cls, file: GGUFFile) -> MtpBlock:
-        """Raises FileFormatError where the file has no block, or one that cannot draft here."""
-        arch = file.architecture
+        """Raises FileFormatError if the file has no block, or one that cannot draft here."""
+        arch, tensors = file.architecture, file.tensors
         n_blocks = file.integer(f"{arch}.nextn_predict_layers", 0)
         layer = file.integer(f"{arch}.block_count", 0) - n_blocks
-        if not n_blocks or f"blk.{layer}.nextn.eh_proj.weight" not in file.tensors:
+        if not n_blocks or f"blk.{layer}.nextn.eh_proj.weight" not in tensors:
             raise FileFormatError(
                 f"{file.path}: has no MTP block; convert the model again with it, or use a drafter of its own"
             )
         if arch not in POST_NORM or n_blocks > 1:
-            why = f"it has {n_blocks}" if arch in POST_NORM else f"llama.cpp hands on no normed state for {arch}"
+            why = f"it has {n_blocks}" if arch in POST_NORM else f"llama.cpp returns no normed state for {arch}"
             raise FileFormatError(
                 f"{file.path}: its MTP block cannot draft here: {why}; that is known to work for one block of "
                 f"{', '.join(sorted(POST_NORM))}"
@@ -77,9 +77,9 @@ class MtpBlock:
             raise FileFormatError(
                 f"{file.path}: its MTP block cannot draft: llama.cpp ends the process over the M-RoPE of such a block"
             )
-        if EMBEDDING not in file.tensors:
+        if EMBEDDING not in tensors:
             raise FileFormatError(f"{file.path}: has no {EMBEDDING}: not a language model")
-        head = file.tensors.get(f"blk.{layer}.nextn.shared_head_head.weight") or head_tensor(file)
+        head = tensors.get(f"blk.{layer}.nextn.shared_head_head.weight") or head_tensor(file)
         n_embd = file.integer(f"{arch}.embedding_length", 0)
         if len(head.shape) != 2 or head.shape[0] != n_embd:
             raise FileFormatError(f"{file.path}: rows of its {head.name} are not {n_embd} wide; convert it again")
@@ -87,18 +87,18 @@ class MtpBlock:
         return cls(file, head, layer, n_embd, head.n_rows, float(scale) if isinstance(scale, float) and scale else 1.0)
 
     def hidden(self, states: np.ndarray) -> np.ndarray:
-        """What the head is multiplied by, of states (float32, ... x n_embd) that the block has made."""
+        """What the head is multiplied by, for states (float32, ... x n_embd) that the block made."""
         return states if self.scale == 1 else states * np.float32(self.scale)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What a step reads beside the head."""
+        """The tensors that a step reads beside the head."""
         prefix = f"blk.{self.layer}."
         tables = (f"{prefix}nextn.embed_tokens.weight", self.head.name)
         return [t for name, t in self.file.tensors.items() if name.startswith(prefix) and name not in tables]
 
     def require_rows(self, rows: GGUFFile, vocabulary: Vocabulary) -> None:
-        """Raise FileFormatError or VocabularyMismatch, naming both files, where `rows` were not cut for this block."""
+        """Raise FileFormatError or VocabularyMismatch, naming both files, if `rows` were not cut for this block."""
         both = f"{rows.path} was not cut for {self.file.path}"
         head = rows.tensors.get(HEAD)
         if head is None or head.shape != (self.n_embd, rows.integer("gguf_trim.k", 0)):
@@ -109,7 +109,7 @@ class MtpBlock:
 
 
 def kept_rows(rows: GGUFFile, n_threads: int | None = None) -> Product:
-    """What makes the logits of a trimmed file's own rows (float32, k) of a hidden state, as llama.cpp itself would."""
+    """The product that makes the logits of a file's kept rows (float32, k) from a hidden state, as llama.cpp would."""
     head = rows.tensors[HEAD]
     table = np.asarray(np.memmap(rows.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
     return Product(Backend(n_threads), Table(table, head.type, head.shape[0], packs=True))

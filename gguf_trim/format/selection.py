@@ -1,4 +1,4 @@
-"""Which ids beyond the kept ones a text and a hidden state ask for."""
+"""Which ids beyond the kept ones are worth computing after a text, by the text itself and by a hidden state."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llamabase.sampling.chain import likeliest
 
 from .speculator import UP_TYPE, Speculator
 
-CONTEXT_ROWS = 1024  # of the text, at most
-CANDIDATES = 512  # of the speculator, a step
-_PACKED = 16  # rows that matrix kernels take at a time, or a part of it
+CONTEXT_ROWS = 1024  # rows that the text brings, at most
+CANDIDATES = 512  # rows that the speculator brings at each step
+_PACKED = 16  # rows: a multiple of what matrix kernels take at a time
 
 
 class Recent:
     """The last `size` distinct tokens of a text that are `wanted` (bool by id), oldest first: the text alone decides.
 
-    `slots` gives each a number below `size` that it keeps while it stays. Following a text that goes on is incremental;
-    after a rewind or in another conversation it is read from its beginning.
+    `slots` gives each of them a number below `size`, which it keeps while it is one of the last. A text that continues
+    the one before is read on; after a rewind or in another conversation it is read from its beginning.
     """
 
     def __init__(self, wanted: np.ndarray, size: int) -> None:
@@ -36,11 +36,11 @@ class Recent:
         self._text = []
 
     def follow(self, text: Sequence[int]) -> list[tuple[int, int]]:
-        """Read on to the end of `text`; returns (slot, id) for what has come in."""
+        """Read on to the end of `text`; returns (slot, id) of the tokens that were added."""
         if self._text != list(text[: len(self._text)]):
             self.forget()
         known = len(self._text)
-        news: dict[int, int] = {}
+        added: dict[int, int] = {}
         for token in text[known:]:
             if token >= len(self._wanted) or not self._wanted[token]:
                 continue
@@ -49,24 +49,23 @@ class Recent:
             else:
                 slot = len(self.slots) if len(self.slots) < self._size else self.slots.popitem(last=False)[1]
                 self.slots[token] = slot
-                news[slot] = token
+                added[slot] = token
         self._text.extend(text[known:])
-        return list(news.items())
+        return list(added.items())
 
 
 def top(scores: np.ndarray, m: int) -> np.ndarray:
     """Places of the m greatest scores, in no order."""
     places = likeliest(scores, m)
-    if len(places) < m:  # a score that is no number is as good as the least
+    if len(places) < m:  # a score that is not a number counts as the least
         return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:m]
-    chosen: np.ndarray = places[scores[places].argpartition(-min(m, len(places)))[-m:]]
-    return chosen
+    return np.asarray(places[scores[places].argpartition(-m)[-m:]])
 
 
 def scorer(
     backend: Backend, speculator: Speculator, ids: np.ndarray | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """U (D h) as a ggml graph, for some ids or all."""
+    """A function that scores ids (None: all) at a hidden state by U (D h), as a ggml graph."""
     rank, n_embd = speculator.down.shape
     down = aligned(speculator.down.nbytes).reshape(rank, -1)
     down[:] = np.ascontiguousarray(speculator.down, "<f4").view(np.uint8)

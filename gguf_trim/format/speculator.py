@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llamabase.errors import FileFormatError
 from llamabase.gguf.tensors import head_tensor
@@ -23,9 +23,8 @@ from llamabase.gguf.tensors import head_tensor
 from .companion import Trimmed
 
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
-UP_TYPE = GGMLQuantizationType.Q4_0  # what little it loses is in the candidates, never in their logits
-_UP_BLOCK = 18  # bytes of a block of UP_TYPE, of which the first two are its scale
-BLOCK = 32  # a rank is a whole number of UP_TYPE's blocks
+UP_TYPE = GGMLQuantizationType.Q4_0  # its error may change the candidates, never their logits
+BLOCK, _BLOCK_BYTES = GGML_QUANT_SIZES[UP_TYPE]  # numbers of a block, of which a rank is a multiple, and its bytes
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,20 @@ class Speculator:
     down: np.ndarray
     up: np.ndarray
     n_positions: int
-    acceptance: float = 0.0  # of the drafter on the answers it was fitted on, from the rows it has; 0: not known
+    acceptance: float = 0.0  # rate of the drafter, from the rows it has, on the answers it was fitted on; 0: unknown
 
     @property
     def rank(self) -> int:
         return len(self.down)
 
     def step(self, k: int) -> tuple[float, float]:
-        """(parameters, bytes) that scoring all rows but k reads."""
+        """(parameters, bytes) that are read to score all rows but k."""
         scored = 1 - k / len(self.up)
-        return (
-            self.down.size + scored * self.rank * len(self.up),
-            self.down.nbytes + scored * self.up.nbytes,
-        )
+        return self.down.size + scored * self.rank * len(self.up), self.down.nbytes + scored * self.up.nbytes
 
     @classmethod
     def of(cls, trimmed: Trimmed) -> Speculator | None:
-        """The speculator a companion carries, memory-mapped; None where it has none."""
+        """The speculator of a companion, memory-mapped; None if it has none."""
         file = trimmed.companion
         if not {DOWN, UP} <= file.tensors.keys():
             return None
@@ -61,10 +57,10 @@ class Speculator:
             raise FileFormatError(f"{file.path}: its speculator does not fit its head; make it again with `speculator`")
         table = np.memmap(file.path, np.uint8, "r", up.offset, (up.n_rows, up.row_bytes))
         rows = np.memmap(file.path, np.float32, "r", down.offset, (down.n_rows, down.shape[0]))
-        scales = np.ndarray((up.n_rows, up.row_bytes // _UP_BLOCK), "<f2", table, strides=(up.row_bytes, _UP_BLOCK))
+        scales = table.reshape(-1, _BLOCK_BYTES)[:, :2].copy().view("<f2")  # the first two bytes of a block
         if not np.isfinite(rows).all() or not np.isfinite(scales).all():
             raise FileFormatError(
-                f"{file.path}: its speculator holds what is no number; make it again with `speculator`"
+                f"{file.path}: its speculator holds what is not a number; make it again with `speculator`"
             )
         acceptance = file.get("gguf_trim.spec_acceptance")
         known = isinstance(acceptance, float) and 0 <= acceptance <= 1

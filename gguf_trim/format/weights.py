@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
 
-from .mtp import MtpBlock
+from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
 
 
 def step_bytes(file: GGUFFile) -> int:
-    """Weight bytes one draft step reads: every tensor, except an embedding table that is not also the head."""
+    """Weight bytes that one draft step reads: every tensor, except an embedding table that is not also the head."""
     skipped = {EMBEDDING} if HEAD in file.tensors else set()
     return sum(tensor.n_bytes for tensor in file.tensors.values() if tensor.name not in skipped)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes and parameters a step reads: fixed, and per row of the head."""
+    """Bytes and parameters that a step reads: fixed, and for each of the `n_rows` rows of the head."""
 
+    n_rows: int
     fixed_bytes: int
     row_bytes: float
     fixed_params: int
@@ -30,18 +32,28 @@ class Weights:
         head = head_tensor(file)
         skipped = {head.name, EMBEDDING}
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
-        return cls(step_bytes(file) - head.n_bytes, head.n_bytes / head.n_rows, params, head.shape[0])
+        fixed = step_bytes(file) - head.n_bytes
+        return cls(head.n_rows, fixed, head.n_bytes / head.n_rows, params, head.shape[0])
 
     @classmethod
     def of_block(cls, block: MtpBlock) -> Weights:
         n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
-        return cls(n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
+        return cls(block.n_vocab, n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
 
     def bytes_at(self, k: float) -> float:
         return self.fixed_bytes + self.row_bytes * k
 
     def params_at(self, k: float) -> float:
         return self.fixed_params + self.row_params * k
+
+
+def draft_weights(drafter: DrafterSource, target: Path) -> Weights:
+    """What a draft step reads: of a model file its own weights, of an MTP block or rows for one its target's."""
+    rows = None if isinstance(drafter, OwnBlock) else GGUFFile(drafter)
+    if rows is not None and rows.architecture != MTP:
+        return Weights.of(rows)
+    weights = Weights.of_block(MtpBlock.of(GGUFFile(target)))
+    return weights if rows is None else replace(weights, n_rows=head_tensor(rows).n_rows)
 
 
 def mbsu(tau: float, c: float, draft_max: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import STATE_FED
-from gguf_trim.keep import Keep, choose_rows
+from gguf_trim.keep import ChooseRows, choose_rows
 from gguf_trim.prove import prove
 from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
@@ -56,7 +55,7 @@ def prepare(
     model: str | None = None,
     target: Path | None = None,
     drafter: DrafterSource | None = None,
-    choose: Callable[[Vocabulary, int], Keep] = choose_rows,
+    choose: ChooseRows = choose_rows,
     requant: str | None = None,
 ) -> Prepared:
     """Fetch what is missing, trim the drafter where this very cut is not there yet, and prove a fresh cut.

@@ -18,7 +18,7 @@ from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
 from gguf_trim.fit.calibrate import Reading, calibration
 from gguf_trim.format.mtp import DrafterSource, OwnBlock, drafter_source
-from gguf_trim.format.state_fed import EAGLE3, StateFedHead
+from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
 from llamabase.cli.command import FILE, THREADS, quantisation
 from llamabase.cli.plot import drawing
@@ -162,7 +162,7 @@ def _ranking(target: Path, drafter: Path, counts: Path | None) -> Counts:
     """The counts that rank a drafter's rows; raises VocabularyMismatch where the target has other tokens."""
     file, theirs = GGUFFile(drafter), Vocabulary(GGUFFile(target))
     if file.architecture == EAGLE3:
-        StateFedHead.of(file).require_target(GGUFFile(target), theirs)
+        Eagle3Head.of(file).require_target(GGUFFile(target), theirs)
         return ranking_counts(theirs, counts)
     vocabulary = Vocabulary(file)
     require_same(theirs, vocabulary)

@@ -14,7 +14,7 @@ import numpy as np
 from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import StateFedHead
+from gguf_trim.format.state_fed import Eagle3Head
 from gguf_trim.keep import Keep
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING
@@ -71,7 +71,7 @@ def head_cost(
     drafter: Path, target: Path, n_threads: int | None = None, speculator: Speculator | None = None
 ) -> DraftCost:
     """The same of an EAGLE-3 head, which needs its target to be loaded."""
-    head = StateFedHead.of(GGUFFile(drafter))
+    head = Eagle3Head.of(GGUFFile(drafter))
     n_rows = head.n_vocab if head.ids is None else len(head.ids)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder, contextlib.ExitStack() as stack:
         other = opened(stack, target, n_threads)
@@ -107,14 +107,13 @@ def _cost_by_k(
     core = min(TIMED_CORE, n_rows // 2)
     steps: dict[int | str, Callable[[], None]] = {n_rows: step(drafter, None)(None)}
 
-    def first(k: int, having: np.ndarray | None = None) -> Keep:
+    def first(k: int, has_row: np.ndarray) -> Keep:
         # Any rows will do: a row costs what a row costs.
-        ids = np.arange(k) if having is None else np.flatnonzero(having)[:k]
-        return Keep(ids.astype(np.int32), 0, 0, None)
+        return Keep(np.flatnonzero(has_row)[:k].astype(np.int32), 0, 0, None)
 
     for k in [k for k in (*CUTS, *([core] if speculator else [])) if k < n_rows]:
         path = folder / f"k{k}.gguf"
-        write(lay_out(drafter, lambda _, rows, k=k, having=None, multiple=1: first(k, having), target), path)
+        write(lay_out(drafter, lambda _, has_row, __, k=k: first(k, has_row), target), path)
         trimmed = Trimmed.open(path)
         steps[k] = (run := step(path, trimmed))(None)
         if speculator is not None and k == core:

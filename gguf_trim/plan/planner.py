@@ -18,7 +18,7 @@ from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from gguf_trim.fit.calibrate import read_state_fed, read_through, share
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import EAGLE3, StateFedHead, row_by_id
+from gguf_trim.format.state_fed import EAGLE3, Eagle3Head, row_by_id
 from gguf_trim.format.weights import Weights, mbsu
 from gguf_trim.keep import keep_order
 from llamabase.cli.progress import progress
@@ -66,20 +66,20 @@ def matches_of(
     intervals = [np.zeros((len(answer.answer), 2), np.int64) for answer in answers]
     with progress(title, len(answers), "answers") as advance:
         if target is not None and (file := GGUFFile(drafter)).architecture == EAGLE3:
-            head = StateFedHead.of(file)
-            steps, n_ids = read_state_fed(head, target, answers, advance, n_threads), head.n_vocab
+            head = Eagle3Head.of(file)
+            positions, n_ids = read_state_fed(head, target, answers, advance, n_threads), head.n_vocab
         else:
-            steps, n_ids = read_through(drafter, answers, advance, n_threads=n_threads), len(order)
+            positions, n_ids = read_through(drafter, answers, advance, n_threads=n_threads), len(order)
         rank = rank_of(order, n_ids)
-        for n, i, logits, hidden in steps:
-            answer = answers[n]
+        for at in positions:
+            answer, i = answers[at.answer], at.token
             if not 0 <= i < len(answer.answer):
                 continue
             token = answer.answer[i]
-            better = beaters(logits, token)
-            intervals[n][i] = interval(token, better, rank)
+            better = beaters(at.logits, token)
+            intervals[at.answer][i] = interval(token, better, rank)
             if added is not None:
-                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], hidden, token, better)
+                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], at.hidden, token, better)
     return Matches(intervals, [answer.label for answer in answers], len(order))
 
 
@@ -109,12 +109,12 @@ def sampled_acceptance(
     kept = {k: np.sort(order[:k]) for k in sizes}
     with progress(f"sampling at {sampling.temp}", 2 * len(answers), "answers") as advance:
         wanted = {
-            (n, i): chain.distribution(logits)
-            for n, i, logits, _ in read_through(target, answers, advance, n_threads=n_threads)
+            (at.answer, at.token): chain.distribution(at.logits)
+            for at in read_through(target, answers, advance, n_threads=n_threads)
         }
-        for n, i, logits, _ in read_through(drafter, answers, advance, n_threads=n_threads):
+        for at in read_through(drafter, answers, advance, n_threads=n_threads):
             for k, ids in kept.items():
-                sums[k] += wanted[n, i].agreement(chain.distribution(logits[ids], ids))
+                sums[k] += wanted[at.answer, at.token].agreement(chain.distribution(at.logits[ids], ids))
     return {k: total / len(wanted) for k, total in sums.items()}
 
 
@@ -194,13 +194,13 @@ def make_plan(
     file, title = GGUFFile(drafter), f"judging the drafter {type_}"
     judged = requantized(drafter, type_, folder)
     if file.architecture == EAGLE3:
-        head = StateFedHead.of(file)
-        having = row_by_id(head.ids, head.n_vocab) >= 0
-        order = keep_order(Vocabulary(GGUFFile(target)), head.n_vocab, counts, having)
+        head = Eagle3Head.of(file)
+        has_row = row_by_id(head.ids, head.n_vocab) >= 0
+        order = keep_order(Vocabulary(GGUFFile(target)), has_row, counts)
         added = AddedRows(rank_of(order, head.n_vocab), speculator, n_threads, head.ids)
         draft = head_cost(judged, target, n_threads, speculator) if verify else None
     else:
-        order = keep_order(Vocabulary(file), file.tensors[EMBEDDING].n_rows, counts)
+        order = keep_order(Vocabulary(file), np.ones(file.tensors[EMBEDDING].n_rows, bool), counts)
         added = AddedRows(np.argsort(order), speculator, n_threads)
         draft = draft_cost(judged, n_threads, speculator) if verify else None
     matches = matches_of(judged, answers, order, added, n_threads, title, target)

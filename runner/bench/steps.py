@@ -78,7 +78,7 @@ def _cut(drafter: Path, k: int, mtp: bool) -> Path:
     out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
     first = list(range(k))
     source, target = (OWN_BLOCK, drafter) if mtp else (drafter, None)
-    write(lay_out(source, lambda vocabulary, n_rows, **_: keep_listed(vocabulary, n_rows, first, k), target), out)
+    write(lay_out(source, lambda vocabulary, has_row, _: keep_listed(vocabulary, has_row, first, k), target), out)
     if mtp:  # with a speculator of random numbers, as a step of it costs what it costs
         trimmed, rng = Trimmed.open(out), np.random.default_rng(2)
         head = head_tensor(trimmed.companion)

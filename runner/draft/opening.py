@@ -11,7 +11,7 @@ import numpy as np
 from gguf_trim.format.companion import EmbeddingTable, Trimmed, companion_of
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import DFLASH, EAGLE3, StateFedHead
+from gguf_trim.format.state_fed import DFLASH, EAGLE3, Eagle3Head
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary, require_same
@@ -67,7 +67,7 @@ def open_drafter(
     if file.architecture == "gemma4-assistant":  # llama.cpp would end the process
         raise FileFormatError(f"{source}: is fed the states of its Gemma 4 target: this runner cannot run it")
     if file.architecture == EAGLE3:
-        return _open_state_fed(options, StateFedHead.of(file), target, target_context, model)
+        return _open_state_fed(options, Eagle3Head.of(file), target, target_context, model)
     return _open_own(options, file, target, model)
 
 
@@ -106,7 +106,7 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
 
 
 def _open_state_fed(
-    options: DraftOptions, head: StateFedHead, target: Vocabulary, target_context: Context | None, loaded: Model | None
+    options: DraftOptions, head: Eagle3Head, target: Vocabulary, target_context: Context | None, loaded: Model | None
 ) -> ModelDrafter:
     path = head.file.path
     if target_context is None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gguf_trim.format.mtp import MtpBlock
 from gguf_trim.format.state_fed import StateFedHead
 from llamabase.llama.context import Context
 from llamabase.llama.ggml import Product
@@ -131,7 +130,7 @@ class StateFedReading:
     """
 
     def __init__(
-        self, context: PairContext, recorded: Recorded, head: StateFedHead | MtpBlock, rows: Product | None = None
+        self, context: PairContext, recorded: Recorded, head: StateFedHead, rows: Product | None = None
     ) -> None:
         self.context = context
         self._recorded, self._head, self._rows = recorded, head, rows

@@ -96,7 +96,7 @@ def test_arguments_that_a_template_adds_to_text_are_json(tmp_path: Path) -> None
     source = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
     source += "{{ '\n```json\n' + c.function.arguments + '\n```' }}{{ c.function.arguments }}{% endfor %}{% endfor %}"
     target = write_model(tmp_path / "t.gguf", seed=1, template=source)
-    with serving(Engine(target, n_ctx=512, n_threads=1, cache=F32)) as (url, _):
+    with serving(Engine(LoadOptions(target, n_ctx=512, n_threads=1, cache=F32))) as (url, _):
         for arguments in ('{"a": true}', {"a": True}):
             call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
             messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "so"}]

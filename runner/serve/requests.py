@@ -193,6 +193,7 @@ def _not_zero(limit: int) -> int:
 
 
 AnswerLimit = Annotated[int, Field(ge=-1, le=MOST_TOKENS), AfterValidator(_not_zero)]
+Breakers = Annotated[tuple[str, ...], BeforeValidator(_breakers), Field(max_length=MOST_BREAKERS)]
 Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float | bool, AfterValidator(_bias)]
@@ -244,9 +245,7 @@ class Common(Body):
     dry_base: Number | None = None
     dry_allowed_length: TokenCount | None = None
     dry_penalty_last_n: LastTokens | None = None
-    dry_sequence_breakers: Annotated[tuple[str, ...] | None, BeforeValidator(_breakers)] = Field(
-        None, max_length=MOST_BREAKERS
-    )
+    dry_sequence_breakers: Breakers | None = None
     adaptive_target: Number | None = None
     min_keep: TokenCount | None = None
     mirostat: int | None = None

@@ -239,9 +239,8 @@ class Server:
 
         An empty one is BOS. Raises BadRequest.
         """
-        if isinstance(given, list) and given and not any(isinstance(part, int) for part in given):
-            return [self._prompt(part) for part in given]
-        return [self._prompt(given)]
+        several = isinstance(given, list) and given and not any(isinstance(part, int) for part in given)
+        return [self._prompt(each) for each in (given if several else [given])]
 
     def _prompt(self, given: Any) -> list[int]:
         if isinstance(given, dict) and "prompt_string" in given:

@@ -127,8 +127,8 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
     short = [found | {name: found[name][:2] for name in ("rounds", "token_ids")} for found in record["answers"][:8]]
     record = {name: record[name] for name in ("machine", "files", "settings", "modes", "target_step")}
     record |= {"answers": short}
-    bins = [[1.0, 2.0]] * 16
-    facts = {"verify": {"1": 0.1}, "draft": {"1": 0.1}, "known": {"usual": 0.5, "certainties": bins}, "measured": 1e10}
+    known = {"tokens": 2.0, "steps": 3.0} | dict.fromkeys(("certainties", "matches"), [[1.0, 2.0]] * 13)
+    facts = {"verify": {"1": 0.1}, "draft": {"1": 0.1}, "known": known, "measured": 1e10}
     texts: dict[str, tuple[str, Callable[[Path], object]]] = {
         "answers.jsonl": (json.dumps(answer) + "\n" + json.dumps(answer) + "\n", answered),
         "ids.json": (json.dumps({"a": [[5, 6], [8, 9]], "b": [[1], [2]]}), read_answers),

@@ -188,7 +188,7 @@ class Engine(Closing):
 
     def close(self) -> None:
         if self._auto is not None and self._first is None:
-            remember_known(self._key, self._auto.known)
+            remember_known(self._key, self._auto.stats)
         self._auto = None
         if self.drafter is not None:
             self.drafter.close()

@@ -206,13 +206,38 @@ def test_short_answers_cost_no_more_than_the_budget(acceptance: float) -> None:
     assert lost < BUDGET + LOSS * 24 * 16 + 1
 
 
-def test_what_reading_took_is_no_part_of_what_rounds_take() -> None:
-    world = World(0.95, 0, StepCost(FLAT), reading(QUICK, FLAT, 0.3), prompt=100)
-    auto = AutoDrafter(None, StepCost(dict(FLAT)), reading(QUICK, FLAT, 0.3))
-    seconds_of(world, auto)
-    tokens, seconds = best_fixed(0.9, 16, StepCost(FLAT), QUICK[1])
-    assert auto._saved > 0
-    assert auto.stats.speedup > tokens / seconds * FLAT[1]  # though reading took 5 plain steps
+def test_reading_is_not_charged_to_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the prompt takes five plain steps, ahead of the first round or in it."""
+
+    def speedup() -> float:
+        auto = AutoDrafter(None, StepCost(dict(FLAT)), reading(QUICK, FLAT, 0.3))
+        seconds_of(World(0.95, 0, StepCost(FLAT), reading(QUICK, FLAT, 0.3), prompt=100, tokens=40), auto)
+        assert auto._saved > 0
+        return auto.stats.speedup
+
+    ahead = speedup()
+    monkeypatch.setattr(Simulated, "prepare", lambda self, text, left: None)
+    assert speedup() == pytest.approx(ahead, rel=0.05)
+
+
+def test_what_the_text_suggests_replaces_the_drafter_if_it_brings_more() -> None:
+    world, text = World(0.95, 0, StepCost(FLAT), StepCost(QUICK)), list(range(60))
+    auto = AutoDrafter(Simulated(world), StepCost(dict(FLAT)), StepCost(dict(QUICK)))  # type: ignore[arg-type]
+    auto.prepare(text, 256)
+    read = auto.seconds
+    assert len(auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0))) == 15 and auto.seconds == read
+    assert auto.draft(text, 15, GREEDY, Noise(0)) and auto.seconds > read
+
+
+@pytest.mark.parametrize(("accepted", "tokens", "judged"), [(0, 1, 1), (2, 3, 3), (2, 2, 2), (15, 16, 15)])
+def test_learns_of_judged_drafts_alone(accepted: int, tokens: int, judged: int) -> None:
+    """Up to the first that was not accepted, or to the end of the answer."""
+    auto = AutoDrafter(None, StepCost(dict(FLAT)), None)
+    auto.prepare([1], 256)
+    assert len(auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0))) == 15
+    auto.learn(15, 15, accepted, tokens, FLAT[8], FLAT[8])
+    counts = np.sum(auto.stats.matches.seen, axis=0)
+    assert counts == pytest.approx([accepted, judged], rel=0.3)  # earlier ones count for less
 
 
 def test_a_long_prompt_is_not_read_for_a_short_answer() -> None:

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.draft.drafters import Proposal
-from runner.draft.lookup import LONGEST, REACH, Lookup, certainty
+from runner.draft.lookup import LONGEST, REACH, Lookup
 
 TEXT = st.lists(st.integers(0, 3), max_size=30)
 
 
 def proposals(tokens: list[int], length: int) -> list[Proposal]:
-    return [Proposal(token, certainty(length + i)) for i, token in enumerate(tokens)]
+    return [Proposal(token, 1 - 3 / (3 + (length + i) ** 1.5)) for i, token in enumerate(tokens)]
 
 
 def expected(text: list[int], n: int, tail: list[int], shortest: int = 1) -> list[Proposal]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -16,15 +15,6 @@ from .reading import shared
 LONGEST = 3  # tokens of a suffix that is looked up; the match itself may reach further back
 SHORTEST = 2  # tokens of a match that suffice for a fixed draft length
 REACH = 16  # tokens of the longest match that is measured
-
-
-def certainty(length: int) -> float:
-    """The chance of a token that continues a match of this length.
-
-    After one token a quarter came true, after four two thirds, after ten and more nineteen in twenty (the default
-    target's answers to 40 of the bundled prompts).
-    """
-    return 1 - 3 / (3 + math.pow(length, 1.5))
 
 
 def _suffixes(text: Sequence[int], end: int) -> list[tuple[int, ...]]:
@@ -67,7 +57,9 @@ class Lookup:
                 while length < reach and whole[-length - 1] == text[place - length - 1]:
                     length += 1
                 tokens = islice(cycle([*text[place : place + n], *tail]), n)
-                return [Proposal(token, certainty(length + i)) for i, token in enumerate(tokens)]
+                # After one token a quarter came true, after four two thirds, after ten and more nineteen in twenty (the
+                # default target's answers to 40 of the bundled prompts).
+                return [Proposal(token, 1 - 3 / (3 + (length + i) ** 1.5)) for i, token in enumerate(tokens)]
         return []
 
 

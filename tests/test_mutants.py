@@ -42,10 +42,10 @@ from llamabase.llama.ggml import release_threads
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.settings import Sampling
-from llamabase.store import recall
 from runner.bench.runs import read_record
 from runner.bench.steps import acceptance_in
 from runner.chat.conversation import load
+from runner.draft.measured import recall_known
 from runner.loop.engine import Engine
 
 from .conftest import copy_trimmed, keep_first
@@ -110,8 +110,9 @@ def read_block(path: Path) -> None:
 
 
 def read_memory(path: Path) -> None:
-    os.environ["GGUF_TRIM_CACHE"] = str(path.parent)
-    recall("key")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llamabase.store.costs_file", lambda: path)
+        recall_known("key")
 
 
 def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:

@@ -33,8 +33,9 @@ from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Distribution, Sampling
 from runner.draft import rows as dynamic
-from runner.draft.drafters import ModelDrafter, Proposal
-from runner.draft.opening import open_drafter
+from runner.draft.contracts import Proposal
+from runner.draft.drafters import ModelDrafter
+from runner.draft.opening import DraftOptions, open_drafter
 from runner.draft.rows import DynamicHead
 
 from .conftest import TEXTS, copy_trimmed, keep_first, with_speculator
@@ -248,7 +249,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_with(toys: dict[str, Path], path: Path, vocab: str) -> ModelDrafter:
-    return open_drafter(path, Vocabulary(GGUFFile(toys["target"])), 256, vocab=vocab)
+    return open_drafter(DraftOptions(path, 256, vocab=vocab), Vocabulary(GGUFFile(toys["target"])))
 
 
 def test_more_sources_draft_more_tokens_right(toys: dict[str, Path], spec: Path) -> None:

@@ -21,6 +21,7 @@ from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
 from runner.bench.machine import resident
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .toy import ARCHITECTURES, HEAD_TYPES, write_model
 
@@ -105,7 +106,7 @@ def test_fifty_cycles_leak_nothing(toys) -> None:
     """Neither memory nor file handles grow over 50 openings of a target with a trimmed drafter."""
 
     def cycle() -> None:
-        with Engine(toys["target"], toys["good-trimmed"], n_ctx=64) as engine:
+        with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=64)) as engine:
             engine.context.decode([1, 2, 3])
 
     for _ in range(5):

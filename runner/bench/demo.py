@@ -13,7 +13,8 @@ from llamabase.cli.progress import progress
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
 from llamabase.sampling.settings import GREEDY
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
 from runner.options import FULL, Models
 
 from .modes import SPEC, Files, open_modes

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
+from .contracts import Drafter, Proposal
 from .cost import WEIGHT, Chances, DraftStats, StepCost, best_cut, best_fixed
-from .drafters import Drafter, ModelDrafter, Proposal
+from .drafters import ModelDrafter
 from .lookup import Lookup
 
 # BUDGET: plain-decoding steps a session may lose. LOSS: fraction of its tokens it may lose besides. In the worlds of
@@ -56,10 +57,6 @@ class AutoDrafter(Drafter):
         self._emitted = self._answers = 0
         self._rest = 0.0  # expected tokens of the answer
         self._drafts: list[_Draft] = []  # of this round, whether or not they are verified
-
-    def share_weights(self, drafter: ModelDrafter | None) -> AutoDrafter:
-        """For another conversation, which shares what is measured and learned but has a budget of its own."""
-        return AutoDrafter(drafter, self._verify, self._step, self.stats)
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""

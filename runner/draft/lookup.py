@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-from .drafters import NoDrafter, Proposal
+from .contracts import NoDrafter, Proposal
 from .reading import shared
 
 LONGEST = 3  # tokens of a suffix that is looked up; the match itself may reach further back

@@ -1,4 +1,4 @@
-"""Drafting by cost: exact whatever it decides, and near the best there is, in worlds of known costs."""
+"""Drafting by cost: exact whatever it decides, and near the best fixed draft length in worlds of known costs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reading(draft: dict[int, float], verify: dict[int, float], share: float) -> 
 
 @dataclass
 class World:
-    """A text of which the drafter gets each token right with a chance of its own, that it half knows."""
+    """A text; the drafter gets each token right with a chance of its own, and claims a noisy version of it."""
 
     acceptance: float
     seed: int
@@ -139,8 +139,8 @@ def test_sessions_are_never_slower_and_near_the_best_fixed_length(
     costs: dict[int, float], steps: dict[int, float], acceptance: float, share: float
 ) -> None:
     sessions = [session(costs, steps, share, acceptance, seed) for seed in range(8)]
-    assert min(found["plain"] / found["auto"] for found in sessions) > 0.96
-    total = {way: sum(found[way] for found in sessions) for way in sessions[0]}
+    assert min(seconds["plain"] / seconds["auto"] for seconds in sessions) > 0.96
+    total = {way: sum(seconds[way] for seconds in sessions) for way in sessions[0]}
     best = min(total[way] for way in ("plain", *FIXED))
     assert best / total["auto"] > 0.95
 

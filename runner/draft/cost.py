@@ -1,4 +1,4 @@
-"""What drafting costs and brings on this machine, learned while running: step costs and chances of acceptance."""
+"""What drafting costs and brings on this machine, learned while running: step costs, chances, the drafter's speedup."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class Chances:
     def __init__(self, seen: Sequence[Sequence[float]] = ((0.0, 0.0),) * (2 * _BINS + 1)) -> None:
         self.seen = [[float(accepted), float(n)] for accepted, n in seen]
         if len(self.seen) != 2 * _BINS + 1 or not all(0 <= accepted <= n < math.inf for accepted, n in self.seen):
-            raise ValueError("no chances")
+            raise ValueError("not counts of accepted drafts")
 
     def of(self, claimed: float) -> float:
         accepted, n = self.seen[_bin(claimed)]
         return (accepted + WEIGHT * claimed) / (n + WEIGHT)
 
     def mean(self, prior: float) -> float:
-        """The chance of a draft that is not made yet; `prior` where nothing was observed."""
-        accepted, n = sum(bin_[0] for bin_ in self.seen), sum(bin_[1] for bin_ in self.seen)
+        """The chance of a draft that is not made yet, of which nothing is claimed."""
+        accepted, n = sum(counts[0] for counts in self.seen), sum(counts[1] for counts in self.seen)
         return (accepted + WEIGHT * prior) / (n + WEIGHT)
 
     def observe(self, claimed: float, accepted: bool) -> None:

@@ -428,8 +428,8 @@ def test_the_demo_shows_what_the_cut_brings(toys: dict[str, Path]) -> None:
     ("least", "stands", "said"),
     [
         (None, 1.0, "does not pay here: verifying four tokens takes 3.9 times as long as one"),
-        (0.9, 0.8, "does not pay here: .*so drafts pay where 90% of them stand, and 80% do"),
-        (0.4, 0.8, "Drafting pays here: .*40% of them stand, and 80% do; 1.50 x plain decoding"),
+        (0.9, 0.8, "does not pay here: .*so drafts pay if 90% of them are accepted, and 80% are"),
+        (0.4, 0.8, "Drafting pays here: .*40% of them are accepted, and 80% are; 1.50 x plain decoding"),
     ],
 )
 def test_the_verdict(least: float | None, stands: float, said: str) -> None:

@@ -151,9 +151,11 @@ def run_command(
         record |= {"answers": left.get("answers", []), "modes": left.get("modes", {})}
         if n := len(record["answers"]):
             stderr.print(f"{output}: continues after the {n} answers there (remove it to begin anew)", markup=False)
+        answers = sum(1 + len(prompt.more) for prompt in chosen) * len(settings["modes"]) * settings["repeat"]
+        record["missing"] = answers - n
         with contextlib.suppress(KeyboardInterrupt):  # the report says what is missing
             runs.measure(record, files, pair, chosen, tools, output)
-    record |= {"missing": runs.missing(record, chosen), "figures": figures(record)}
+    record["figures"] = figures(record)
     if not record["missing"]:
         del record["missing"]
     runs.write_record(record, output)

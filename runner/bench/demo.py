@@ -14,7 +14,7 @@ from llamabase.sampling.settings import GREEDY
 from runner.loop.engine import Engine, Record
 from runner.options import FULL, Models
 
-from .modes import SPEC, Files, head_of, open_modes
+from .modes import SPEC, Files, head_rows, open_modes
 from .report import table
 from .runs import answer
 from .steps import paying, ratios, time_steps
@@ -50,7 +50,7 @@ def the_cut(models: Models, files: Files, max_tokens: int) -> dict[str, Any]:
             assert mode.file is not None
             cut[mode.name] = {
                 "file": mode.file.name,
-                "rows": head_of(mode.file, files.target).n_rows,
+                "rows": head_rows(mode.file, files.target),
                 "bytes": mode.step()[1],
                 "seconds": statistics.median(steps["seconds"][mode.name]),
                 "tau": float(tokens.mean()),

@@ -19,7 +19,7 @@ from gguf_trim.format.weights import Weights
 from gguf_trim.keep import DEFAULT_K, choose_rows
 from gguf_trim.pairs.prepare import NONE, prepare
 from llamabase.cli.progress import stderr
-from llamabase.gguf.reader import GGUFFile, Tensor
+from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import requantized
@@ -130,9 +130,11 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
     return names
 
 
-def head_of(drafter: DrafterSource, target: Path) -> Tensor:
-    """The tensor that makes a drafter's logits."""
-    return MtpBlock.of(GGUFFile(target)).head if isinstance(drafter, OwnBlock) else head_tensor(GGUFFile(drafter))
+def head_rows(drafter: DrafterSource, target: Path) -> int:
+    """Rows of the head that a drafter drafts from."""
+    if isinstance(drafter, OwnBlock):
+        return MtpBlock.of(GGUFFile(target)).n_vocab
+    return head_tensor(GGUFFile(drafter)).n_rows
 
 
 @contextmanager
@@ -181,7 +183,7 @@ def _step_reader(
         weights = Weights.of_block(MtpBlock.of(GGUFFile(target)))
     else:
         weights = Weights.of(GGUFFile(path))
-    k, dynamic, scored = head_of(path, target).n_rows, drafter.dynamic, (0.0, 0.0)
+    k, dynamic, scored = head_rows(path, target), drafter.dynamic, (0.0, 0.0)
     if dynamic is not None and dynamic.speculates and isinstance(path, Path):
         speculator = Speculator.of(Trimmed.open(path))
         scored = scored if speculator is None else speculator.step(k)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,6 @@ def answer(engine: Engine, mode: Mode, prompt: list[int], sampling: Sampling, ma
     return {"first_token_seconds": first, "seconds": seconds, "rounds": rounds, "token_ids": tokens}
 
 
-def missing(record: dict[str, Any], prompts: Sequence[Prompt]) -> int:
-    """How many answers a record still lacks."""
-    turns = sum(1 + len(prompt.more) for prompt in prompts)
-    wanted: int = turns * len(record["settings"]["modes"]) * record["settings"]["repeat"]
-    return wanted - len(record["answers"])
-
-
 def measure(
     record: dict[str, Any],
     files: Files,
@@ -77,47 +71,46 @@ def measure(
     tools: peers.Tools | None,
     output: Path | None,
 ) -> None:
-    """Add to the record all that is timed and not in it yet; it is written after every answer.
+    """Add to the record what is missing of it, and write it after every answer.
 
-    The answer of a mode that fails is noted with its error, and the others go on.
+    Modes take turns, forwards and backwards alternately. If one fails, its answer is noted with the error.
     """
-    settings, answers = record["settings"], record["answers"]
+    settings = record["settings"]
     record["copy_bytes_per_second"] = bandwidth(models.n_threads)
     target = GGUFFile(files.target)
     weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
     record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
-    done: dict[tuple[str, int, int, str], Answer] = {place(answered): answered for answered in answers}
+    done: dict[tuple[str, int, int, str], Answer] = {place(answered): answered for answered in record["answers"]}
     how = Sampling(**settings["sampling"]), settings["max_tokens"], settings["seed"]
     with (
         replace(models, target=files.target, draft=None).open() as engine,
         open_modes(settings["modes"], files, engine, models, settings["draft_max"]) as modes,
-        progress("measuring", missing(record, prompts), "answers") as advance,
+        progress("measuring", record["missing"], "answers") as advance,
     ):
+        order = cycle((modes, modes[::-1]))
         for prompt in prompts:
             messages = list(prompt.messages)
             for turn, more in enumerate((*prompt.more, "")):
                 ids = engine.prompt(messages)
                 read_once = cache(partial(_read, engine, ids))
-                for repeat in range(settings["repeat"]):
-                    for mode in modes:
-                        here = prompt.id, turn, repeat, mode.name
-                        if here in done:
-                            continue
-                        answered = Answer(prompt=prompt.id, turn=turn, repeat=repeat, mode=mode.name)
-                        answered |= {"task": task_of(prompt), "prompt_tokens": len(ids)}
-                        try:
-                            answered["prompt_seconds"] = read_once()
-                            answered |= answer(engine, mode, ids, *how)
-                        except TrimError as error:
-                            answered["error"] = str(error)
-                        done[here] = answered
-                        answers.append(answered)
-                        record["modes"][mode.name] = mode.as_json()
-                        record["peak_bytes"] = max(record.get("peak_bytes", 0), peak())
-                        record["missing"] = missing(record, prompts)
-                        write_record(record, output)
-                        advance(1, mode.name)
-                    modes.reverse()  # forwards and backwards by turns
+                for repeat, mode in [(i, mode) for i in range(settings["repeat"]) for mode in next(order)]:
+                    here = prompt.id, turn, repeat, mode.name
+                    if here in done:
+                        continue
+                    answered = Answer(prompt=prompt.id, turn=turn, repeat=repeat, mode=mode.name)
+                    answered |= {"task": task_of(prompt), "prompt_tokens": len(ids)}
+                    try:
+                        answered["prompt_seconds"] = read_once()
+                        answered |= answer(engine, mode, ids, *how)
+                    except TrimError as error:
+                        answered["error"] = str(error)
+                    done[here] = answered
+                    record["answers"].append(answered)
+                    record["modes"][mode.name] = mode.as_json()
+                    record["peak_bytes"] = max(record.get("peak_bytes", 0), peak())
+                    record["missing"] -= 1
+                    write_record(record, output)
+                    advance(1, mode.name)
                 tokens = done[prompt.id, turn, settings["repeat"] - 1, settings["modes"][0]].get("token_ids", ())
                 said = b"".join(map(engine.model.piece, tokens)).decode("utf-8", "replace")
                 messages += [{"role": "assistant", "content": said}, {"role": "user", "content": more}]

@@ -198,9 +198,11 @@ def main(
         sampling = replace(sampling, temp=0.0)
     law = Law(sampling, seed or 0)
     chosen, pair, results = load_prompts(prompts, limit), models(), []
-    with pair.open() as engine, progress("checking", len(chosen), "prompts") as advance:
-        limits: dict[str, Any] = {"n_outputs": max_tokens, "cache": pair.cache, "rewinds": REWINDS}
-        with Context(engine.model, engine.context.n_ctx, pair.n_threads, **limits) as context:
+    with pair.open() as engine:
+        context = Context(
+            engine.model, engine.context.n_ctx, pair.n_threads, n_outputs=max_tokens, cache=pair.cache, rewinds=REWINDS
+        )
+        with context, progress("checking", len(chosen), "prompts") as advance:
             for prompt in chosen:
                 ids = engine.prompt(prompt.messages)
                 results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max, law))

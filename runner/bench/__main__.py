@@ -93,7 +93,7 @@ def files_options(command: Any) -> Any:
     type=modes,
     default=",".join(KINDS),
     metavar="MODE[:N],...",
-    help=f"Of {', '.join(KINDS)}, with a draft length of its own as in spec:2; again: plain once more.  [default: all]",
+    help=f"Some of {', '.join(KINDS)}; spec:2 sets a draft length; again: plain once more.  [default: all]",
 )
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
 @click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
@@ -178,7 +178,7 @@ def _print_json(record: dict[str, Any]) -> None:
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @draft_max_option()
 def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: int, draft_max: int | None) -> None:
-    """What the cut brings to a draft step, three prompts with drafts and without, and whether drafting pays here."""
+    """Show what the cut brings to a draft step, three answers with drafts and without, and whether drafting pays."""
     pair = models()
     record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
     files = find_files(pair, Path(), full)
@@ -197,8 +197,8 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 @files_options
 @click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes, or of TARGET+mtp, not files.")
 @click.option("--quant", type=quantisation, default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
-@click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
-@click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
+@click.option("--acceptance", type=FILE, help='Acceptance to compute with: {"draft_max": n, "tau": {step: tau}}.')
+@click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of each kind.")
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
@@ -209,9 +209,9 @@ def steps_command(
     output: Path | None,
     **wanted: Any,
 ) -> None:
-    """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone.
+    """Time single steps by turns: drafting, by what is drafted from; verifying, by batch size; the head alone.
 
-    And from which acceptance per draft these steps pay.
+    Then compute from which acceptance per draft drafting pays.
     """
     STEPS.require(output)
     given = None if acceptance is None else acceptance_in(acceptance)
@@ -246,7 +246,7 @@ def steps_command(
 @click.option("--labels", type=names, metavar="A,B", help="Names of the two in the plot.  [default: their files']")
 @click.option("--plot", "picture", type=FILE, help="Draw the speeds of both, as a PNG.")
 def compare_command(a: Path, b: Path, labels: list[str] | None, picture: Path | None) -> None:
-    """Two records of `run`, mode by mode."""
+    """Compare two records of `run`, mode by mode."""
     PLOT.require(picture)
     if labels is not None and len(labels) != 2:
         raise click.UsageError("--labels: two names with a comma between them")

@@ -116,11 +116,9 @@ def priced(mine: Sequence[Answer], good: Sequence[Answer]) -> dict[str, float] |
         return None
     host = float(np.median(_rounds(plain)[:, 5]))
     usual = {size: statistics.median(seconds) for size, seconds in _batches(good).items()}
-    prompts = _by_prompt(good)
-    took, whole = [], []  # by prompt: seconds at these prices, and of plain decoding
+    prompts, took, whole = _by_prompt(good), [], []  # by prompt: seconds at these prices, and of plain decoding
     for key, answers in _by_prompt(mine).items():
-        batches = _batches(prompts[key])
-        if 1 not in batches:
+        if 1 not in (batches := _batches(prompts[key])):
             continue
         one = statistics.median(batches[1])
         price = {

@@ -1,4 +1,4 @@
-"""What is compared: ways to decode with one target, each with its drafter open and what a draft step of it reads."""
+"""The ways to decode that are compared on one target, each with its open drafter and what a draft step of it reads."""
 
 from __future__ import annotations
 

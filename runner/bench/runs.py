@@ -50,10 +50,11 @@ def answer(engine: Engine, mode: Mode, prompt: list[int], sampling: Sampling, ma
     mode.drafter.settle()
     if mode.model is not None:
         mode.model.prepare(prompt[:1], 0)  # forgets all but the first token, and reads nothing
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "draft_max": mode.draft_max, "seed": seed}
     before, started = resident(), time.perf_counter()
     first, rounds, tokens = 0.0, list[list[float]](), list[int]()
-    for round_ in engine.rounds(prompt, sampling, drafter=mode.drafter, **limits):
+    for round_ in engine.rounds(
+        prompt, sampling, max_tokens=max_tokens, draft_max=mode.draft_max, seed=seed, drafter=mode.drafter
+    ):
         first = first or time.perf_counter() - started
         tokens += round_.tokens
         parts = (round(part, 7) for part in (round_.draft_seconds, round_.verify_seconds, round_.host_seconds))
@@ -80,8 +81,8 @@ def measure(
     target = GGUFFile(files.target)
     weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
     record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
-    done: dict[tuple[str, int, int, str], Answer] = {place(answered): answered for answered in record["answers"]}
-    how = Sampling(**settings["sampling"]), settings["max_tokens"], settings["seed"]
+    done = {place(answered): answered for answered in record["answers"]}
+    sampling, max_tokens, seed = Sampling(**settings["sampling"]), settings["max_tokens"], settings["seed"]
     with (
         replace(models, target=files.target, draft=None).open() as engine,
         open_modes(settings["modes"], files, engine, models, settings["draft_max"]) as modes,
@@ -94,17 +95,16 @@ def measure(
                 ids = engine.prompt(messages)
                 read_once = cache(partial(_read, engine, ids))
                 for repeat, mode in [(i, mode) for i in range(settings["repeat"]) for mode in next(order)]:
-                    here = prompt.id, turn, repeat, mode.name
-                    if here in done:
-                        continue
                     answered = Answer(prompt=prompt.id, turn=turn, repeat=repeat, mode=mode.name)
+                    if place(answered) in done:
+                        continue
                     answered |= {"task": task_of(prompt), "prompt_tokens": len(ids)}
                     try:
                         answered["prompt_seconds"] = read_once()
-                        answered |= answer(engine, mode, ids, *how)
+                        answered |= answer(engine, mode, ids, sampling, max_tokens, seed)
                     except TrimError as error:
                         answered["error"] = str(error)
-                    done[here] = answered
+                    done[place(answered)] = answered
                     record["answers"].append(answered)
                     record["modes"][mode.name] = mode.as_json()
                     record["peak_bytes"] = max(record.get("peak_bytes", 0), peak())

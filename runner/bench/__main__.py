@@ -195,7 +195,7 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 @main.command("steps")
 @model_options
 @files_options
-@click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes, or of TARGET+mtp, not files.")
+@click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes, not files; or TARGET+mtp.")
 @click.option("--quant", type=quantisation, default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
 @click.option("--acceptance", type=FILE, help='Acceptance to compute with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of each kind.")

@@ -51,7 +51,7 @@ def the_cut(models: Models, files: Files, max_tokens: int) -> dict[str, Any]:
             cut[mode.name] = {
                 "file": mode.file.name,
                 "rows": head_rows(mode.file, files.target),
-                "bytes": mode.step()[1],
+                "bytes": mode.step().bytes,
                 "seconds": statistics.median(steps["seconds"][mode.name]),
                 "tau": float(tokens.mean()),
                 "acceptance": float(accepted.sum() / max(drafted.sum(), 1)),

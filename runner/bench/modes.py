@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -41,6 +41,13 @@ KINDS = (PLAIN, FULL, *CUT, LOOKUP, AUTO)
 AGAIN = "again"  # plain decoding a second time, which shows the machine's noise
 
 
+class Reads(NamedTuple):
+    """Weights that a draft step has read, on average so far."""
+
+    params: float
+    bytes: float
+
+
 @dataclass
 class Mode:
     """A way to decode. Its name is a kind, then @k if several cuts are compared, then :n for a draft length of its own.
@@ -53,12 +60,11 @@ class Mode:
     draft_max: int | None
     file: DrafterSource | None
     model: ModelDrafter | None  # the drafter that reads; `drafter` may only decide about it
-    step: Callable[[], tuple[float, float]]  # (parameters, bytes) that a draft step reads
+    step: Callable[[], Reads]  # what a draft step reads
     memory: int  # bytes that opening the drafter and answering with it took
 
     def as_json(self) -> dict[str, Any]:
-        step = dict(zip(("params", "bytes"), self.step(), strict=True))
-        file = self.file.name if self.file else None
+        file, step = self.file.name if self.file else None, self.step()._asdict()
         return {"draft_max": self.draft_max, "file": file, "memory_bytes": self.memory, "step": step}
 
 
@@ -170,15 +176,10 @@ def open_modes(
         yield modes
 
 
-def _step_reader(
-    path: DrafterSource | None, drafter: ModelDrafter | None, target: Path
-) -> Callable[[], tuple[float, float]]:
-    """A function that tells the (parameters, bytes) that a draft step has read on average so far.
-
-    The files are read once, here, since it is called after every answer.
-    """
+def _step_reader(path: DrafterSource | None, drafter: ModelDrafter | None, target: Path) -> Callable[[], Reads]:
+    """`Mode.step`. The files are read here, once, since it is called after every answer."""
     if path is None or drafter is None:
-        return lambda: (0.0, 0.0)
+        return lambda: Reads(0.0, 0.0)
     if isinstance(path, OwnBlock) or GGUFFile(path).architecture == MTP:
         weights = Weights.of_block(MtpBlock.of(GGUFFile(target)))
     else:
@@ -188,10 +189,10 @@ def _step_reader(
         speculator = Speculator.of(Trimmed.open(path))
         scored = scored if speculator is None else speculator.step(k)
 
-    def step() -> tuple[float, float]:
+    def step() -> Reads:
         if dynamic is None or not dynamic.steps:
-            return weights.params_at(k), weights.bytes_at(k)
+            return Reads(weights.params_at(k), weights.bytes_at(k))
         rows = k + dynamic.rows / dynamic.steps
-        return weights.params_at(rows) + scored[0], weights.bytes_at(rows) + scored[1]
+        return Reads(weights.params_at(rows) + scored[0], weights.bytes_at(rows) + scored[1])
 
     return step

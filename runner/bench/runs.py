@@ -123,7 +123,7 @@ def _read(engine: Engine, ids: list[int]) -> float:
     started = time.perf_counter()
     engine.reader.settle()
     engine.reader.keep([], 0)
-    if 1 < len(ids) <= engine.context.n_ctx:  # of a longer one every mode will say that it does not fit
+    if 1 < len(ids) <= engine.context.n_ctx:  # every mode refuses a longer one
         engine.reader.read(ids[:-1], 0)
     return time.perf_counter() - started
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from llamabase.errors import FileFormatError
 from llamabase.files import CHUNK, Kind, read_text
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 
-from .counts import MOST_TOKENS
 from .prompts import spread
 
 

@@ -17,9 +17,8 @@ import numpy as np
 
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import Kind, marked, require_regular, write_whole
-from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary
 
-MOST_TOKENS = 1 << 24  # of a vocabulary: far beyond any there is
 _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")
 COUNTS = Kind("is not a counts file", marked(b"PK", b"fingerprint.npy", b"made_from.npy"))
 

@@ -18,7 +18,7 @@ from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import Context
+from llamabase.llama.context import ParallelContext
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.chain import Chain
@@ -44,7 +44,7 @@ class Answer:
 
 def answers(
     model: Model,
-    context: Context,
+    context: ParallelContext,
     prompts: Iterable[tuple[str, list[int]]],
     *,
     n_parallel: int,
@@ -129,7 +129,7 @@ def generate(
     total, started = 0, time.perf_counter()
     try:
         with (
-            Context(model, n_ctx, n_threads, n_outputs=n_parallel, n_sequences=n_parallel) as context,
+            ParallelContext(model, n_ctx, n_parallel, n_threads) as context,
             open(out, "a", encoding="utf-8") as lines,
             progress("answering", len(prompts), "prompts") as advance,
         ):

@@ -25,7 +25,7 @@ from llamabase.files import require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.gguf.writer import Output, Piece, field, write_output
+from llamabase.gguf.writer import Output, Piece, field
 
 from .keep import MULTIPLE, Keep
 
@@ -163,8 +163,8 @@ def _cut(
         source=file,
         identity=identity,
         keep=keep,
-        trimmed=Output.of([*fields, *common, *kept], pieces, file.alignment),
-        companion=Output.of([*words, *common, field("gguf_trim.companion", True)], whole, file.alignment),
+        trimmed=Output([*fields, *common, *kept], pieces, file.alignment),
+        companion=Output([*words, *common, field("gguf_trim.companion", True)], whole, file.alignment),
         mtp=mtp,
     )
 
@@ -269,8 +269,8 @@ def write(cut: Cut, out: Path, advance: Callable[[int], object] = lambda _: None
             write_whole(out, TRIMMED) as trimmed_file,
             write_whole(companion_path(out), COMPANION) as companion_file,
         ):
-            write_output(cut.trimmed, source, trimmed_file, advance)
-            write_output(cut.companion, source, companion_file, advance)
+            cut.trimmed.write(source, trimmed_file, advance)
+            cut.companion.write(source, companion_file, advance)
             trimmed_file.flush()  # what may fail fails before the companion takes its name
     except FileNotFoundError as error:
         raise TrimError(f"{cut.source.path}: has gone since it was read") from error

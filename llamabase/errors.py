@@ -1,6 +1,6 @@
-"""The project's exceptions: the library raises them, the commands print them as one sentence.
+"""The project's exceptions: the library raises them, and the commands print them as one sentence.
 
-Every message names the file, the cause and the way out, because it is all that a user will see.
+Every message names the file, the cause and the way out, because a user will see nothing else.
 """
 
 
@@ -9,11 +9,11 @@ class TrimError(Exception):
 
 
 class FileFormatError(TrimError):
-    """A file is not what it should be: not a GGUF, truncated, of another version, already trimmed."""
+    """A file is not what it should be: not a GGUF, truncated, of an unknown version, already trimmed."""
 
 
 class VocabularyMismatch(TrimError):
-    """Two files meet whose vocabularies differ."""
+    """The vocabularies of two files differ."""
 
 
 class FetchError(TrimError):
@@ -25,12 +25,12 @@ class EngineError(TrimError):
 
 
 class SettingError(EngineError, ValueError):
-    """A setting that nothing can be computed with, such as a grammar that does not parse or that lets no token come."""
+    """An invalid setting, such as a grammar that does not parse or that allows no token."""
 
 
 class TextError(SettingError):
-    """A text that cannot be tokenized: llama.cpp would end the process over it, or hold everybody up."""
+    """A text that cannot be tokenized: llama.cpp would end the process over it, or take minutes."""
 
 
 class PromptTooLong(TextError):
-    """A prompt that cannot be read in the context, whatever its tokens are."""
+    """A prompt that is too long for the context."""

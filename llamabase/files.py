@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all (temporary sibling, fsync, rename), and replace none of another kind."""
+"""Files that appear whole or not at all (temporary sibling, fsync, rename), and replace no file of another kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -23,33 +22,29 @@ if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
 
 APP = "gguf-trim"
-CHUNK = 8 << 20  # bytes moved at a time: large enough for full disk speed, small enough to stay in memory
-_HEAD = 4 * CHUNK  # bytes in which a file shows its kind: the metadata of a companion holds a vocabulary
+CHUNK = 8 << 20  # bytes moved at a time: enough for full disk speed, and little memory
+_HEAD = 4 * CHUNK  # bytes in which a file shows its kind: a companion's metadata holds a vocabulary
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that is written under a name the user chose: a file of any other kind is never replaced.
+    """A kind of file. Under a name that a user chose, no file of another kind is ever replaced.
 
-    `known` tells whether a file is of it, `differs` is what is said of any other: "is not a counts file".
+    `known` tells whether a file is of this kind, and `differs` what any other is: "is not a counts file".
     """
 
     differs: str
     known: Callable[[Path], bool]
 
     def require(self, path: Path | None) -> None:
-        """Raise TrimError in one sentence, before the work begins, where write_whole would after it; None is no file.
-
-        It writes a page beside `path`, and removes it.
-        """
+        """Fail now, by writing and removing a page, if write_whole would fail later; does nothing for None."""
         if path is not None:
-            while not path.parent.exists():  # its folder will be made
-                path = path.parent
-            with write_whole(path, self, keep=False) as file:
+            with write_whole(_in_a_folder(path), self, keep=False) as file:
                 file.write(bytes(4096))
 
     def require_own(self, path: Path) -> None:
-        """Raise TrimError in one sentence where `path` is there and is not of this kind."""
+        """Raise TrimError in one sentence if `path` exists and is not of this kind."""
         if not path.exists():
             return
         if not path.is_file():
@@ -59,7 +54,7 @@ class Kind:
 
 
 def marked(begins: bytes, *marks: bytes) -> Callable[[Path], bool]:
-    """Know a file by its first bytes and by marks in its first 32 MB. An empty one passes: nothing is lost with it."""
+    """Know a file by its first bytes and by marks in its first 32 MB. An empty one passes: it has nothing to lose."""
 
     def known(path: Path) -> bool:
         with open(path, "rb") as file:
@@ -70,11 +65,11 @@ def marked(begins: bytes, *marks: bytes) -> Callable[[Path], bool]:
 
 
 PLOT = Kind("is not a plot", marked(b"\x89PNG", b"Matplotlib"))  # a photo is a PNG, too
-CACHED = Kind("", lambda _: True)  # under names of our own, in the cache or a temporary folder
+CACHED = Kind("", lambda _: True)  # under our own names, in the cache or a temporary folder
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":  # where os.kill would send the process a Ctrl-C
+    if os.name == "nt":  # os.kill would send the process a Ctrl-C
         return True
     try:
         os.kill(pid, 0)
@@ -85,68 +80,74 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sweep(path: Path) -> None:
-    """Remove temporary siblings that a killed process has left."""
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _in_a_folder(path: Path) -> Path:
+    """The path itself, or the highest of its folders that is still to be made."""
+    while not path.parent.exists():
+        path = path.parent
+    return path
+
+
+@contextlib.contextmanager
+def _sibling(path: Path) -> Iterator[Path]:
+    """The path of a temporary sibling, which is gone in the end, as are those that killed processes have left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.part")
-    for sibling in path.parent.iterdir():
-        if (match := pattern.fullmatch(sibling.name)) and not _alive(int(match[1])):
-            if sibling.is_dir():
-                shutil.rmtree(sibling, ignore_errors=True)
-            else:
-                sibling.unlink(missing_ok=True)
+    for other in path.parent.iterdir():
+        if (match := pattern.fullmatch(other.name)) and not _alive(int(match[1])):
+            _remove(other)
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        yield part
+    finally:
+        _remove(part)
 
 
 @contextlib.contextmanager
 def write_whole(path: Path, kind: Kind, keep: bool = True) -> Iterator[BinaryIO]:
-    """Open a temporary sibling of `path` for writing; on success it takes the name, otherwise, or unless `keep`, it is
-    gone.
+    """Open a temporary sibling of `path` for writing. On success it takes the name if `keep`; else it is removed.
 
-    Raises TrimError in one sentence where a file of another kind is there, and where the folder is missing, not
-    writable or full.
+    Raises TrimError in one sentence if a file of another kind has the name, or its folder cannot be written or is full.
     """
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         kind.require_own(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        try:
+        with _sibling(path) as part:
             with open(part, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             if keep:
                 part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        if keep:
-            _sync_folder(path.parent)
+                _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise TrimError(f"{path}: the disk is full; free some room or write elsewhere") from error
         raise TrimError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def work_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for files that are not yet what they should be; in the end it is gone with what is left.
+    """A temporary folder beside `path` for unfinished files, which is gone in the end with what is left in it.
 
-    What a killed process has left of its own goes first. Raises TrimError where the folder cannot be made.
+    Raises TrimError if the folder cannot be made.
     """
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        part.mkdir()
-    except OSError as error:
-        raise TrimError(f"{part}: cannot be made: {error.strerror or error}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            part = stack.enter_context(_sibling(path))
+            part.mkdir()
+        except OSError as error:
+            raise TrimError(f"{path}: no folder can be made beside it: {error.strerror or error}") from error
         yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets folders be synced."""
+    """Make a rename last through a power cut, if the system can sync folders."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -156,27 +157,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def require_regular(path: Path | Traversable) -> None:
-    """Raise FileFormatError for what is there and no file: a pipe or a device may never end."""
+    """Raise FileFormatError for a pipe or a device, which may never end."""
     if not path.is_file() and isinstance(path, Path) and path.exists() and not path.is_dir():
         raise FileFormatError(f"{path}: is not a regular file")
 
 
 def encoding_of(begins: bytes) -> str:
-    """The encoding of a text by its first bytes: UTF-16 if it has that byte order mark, else UTF-8, with a mark or not.
-
-    Python reads over the mark in either.
-    """
+    """The encoding of a text by its first bytes: UTF-16 or UTF-8. Python skips the byte order mark of either."""
     return "utf-16" if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def decoded(data: bytes, errors: str = "strict") -> str:
-    r"""The text of a whole file, its lines ending in \n alone. `errors`: as for bytes.decode."""
-    with io.TextIOWrapper(io.BytesIO(data), encoding_of(data), errors) as file:
-        return file.read()
+    r"""The text of a whole file, whose lines end in \n alone. `errors`: as for bytes.decode."""
+    return data.decode(encoding_of(data), errors).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path: Path | Traversable, kind: str = "") -> str:
-    """All of a text file; raises FileFormatError, saying as what `kind` it cannot be read."""
+    """A whole text file. Raises FileFormatError, naming the `kind` that it cannot be read as."""
     require_regular(path)
     try:
         return decoded(path.read_bytes())
@@ -186,11 +183,8 @@ def read_text(path: Path | Traversable, kind: str = "") -> str:
 
 
 def require_room(path: Path, n_bytes: int) -> None:
-    """Raise TrimError before the work begins where the disk of `path` cannot hold n_bytes more."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    """Raise TrimError, before the work begins, if the disk of `path` cannot hold n_bytes more."""
+    free = shutil.disk_usage(_in_a_folder(path).parent).free
     if free < n_bytes:
         raise TrimError(
             f"{path}: needs {n_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free; "
@@ -201,13 +195,13 @@ def require_room(path: Path, n_bytes: int) -> None:
 def copy_range(
     source: BinaryIO, offset: int, count: int, out: BinaryIO, advance: Callable[[int], object] = lambda _: None
 ) -> None:
-    """Append `count` bytes of an open file, from `offset`, to another; inside the kernel where it can."""
+    """Append `count` bytes of an open file, from `offset`, to another; in the kernel if it can."""
     out.flush()
     while count:
         try:
             moved = os.copy_file_range(source.fileno(), out.fileno(), min(count, CHUNK), offset)
         except (AttributeError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) in _FULL:
                 raise
             source.seek(offset)
             moved = out.write(source.read(min(count, CHUNK)))
@@ -231,11 +225,11 @@ def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> 
 
 
 def cache_folder() -> Path:
-    """Where fetched models and trimmed drafters live; GGUF_TRIM_CACHE overrides the system's cache folder."""
+    """The folder of fetched models and trimmed drafters: GGUF_TRIM_CACHE, or one in the system's cache folder."""
     override = os.environ.get("GGUF_TRIM_CACHE")
     return expand(override) if override else platformdirs.user_cache_path(APP)
 
 
 def expand(path: str) -> Path:
-    """A path with its ~ expanded; an unknown user's stays as it is, where Path.expanduser would raise."""
+    """A path with its ~ expanded, except an unknown user's, for which Path.expanduser would raise."""
     return Path(os.path.expanduser(path))  # noqa: PTH111

@@ -14,12 +14,12 @@ from llamabase.cli.interrupt import run
 
 if TYPE_CHECKING:
     from llamabase.llama.context import Cache as Cache
-    from runner.loop.engine import Record as Record
+    from runner.loop.record import Record as Record
 
     from .draft_model import TrimmedDraft as TrimmedDraft
     from .lm import SpeculativeLM as SpeculativeLM
 
-_MODULES = {"SpeculativeLM": "lm", "Cache": "lm", "Record": "loop.engine", "TrimmedDraft": "draft_model"}
+_MODULES = {"SpeculativeLM": "lm", "Cache": "lm", "Record": "loop.record", "TrimmedDraft": "draft_model"}
 
 
 def command() -> NoReturn:

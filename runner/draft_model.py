@@ -1,4 +1,4 @@
-"""TrimmedDraft: a trimmed (or stock) drafter where llama-cpp-python's `Llama` takes a draft model.
+"""TrimmedDraft: a trimmed (or stock) drafter as the draft model of llama-cpp-python's `Llama`.
 
 from llama_cpp import Llama
 from runner import TrimmedDraft
@@ -23,8 +23,9 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.library import Closing
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
-from runner.draft.drafters import AUTO, ModelDrafter
-from runner.draft.opening import open_drafter
+from runner.draft.contracts import AUTO
+from runner.draft.drafters import ModelDrafter
+from runner.draft.opening import DraftOptions, open_drafter
 
 _NO_NOISE = Noise(0)  # greedy drafts have none
 
@@ -32,16 +33,16 @@ _NO_NOISE = Noise(0)  # greedy drafts have none
 class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the package is untyped
     """Drafts num_pred_tokens tokens greedily from a drafter GGUF; for one `Llama` at a time, in one thread.
 
-    With `target`, the path that `Llama` loads, the pair is checked here and VocabularyMismatch raised for a wrong one.
-    Without it a wrong drafter shows only by ids it does not have (VocabularyMismatch at the call) or by drafts that are
-    never accepted; where the target's table is shorter, `Llama` may be handed an id it does not know. n_ctx should be
-    no less than Llama's: a text beyond it is not drafted for. `vocab`, and other errors: see
-    `runner.draft.opening.open_drafter`.
+    With `target`, the path that `Llama` loads, the pair is checked here, and VocabularyMismatch is raised for a wrong
+    one. Without it a wrong drafter shows only by ids that it does not have (VocabularyMismatch at the call) or by
+    drafts that are never accepted; if the target's table is shorter, `Llama` may get an id that it does not know. n_ctx
+    should be no less than Llama's, since nothing is drafted for longer texts. `vocab` and other errors: see
+    `runner.draft.opening`.
 
-    What `Llama` makes of drafts (llama-cpp-python 0.3.36) is slower than `SpeculativeLM`; docs/llama-cpp-python.md:
-    it keeps the logits of every position, and needs logits_all=True for texts beyond n_batch tokens; it asks for a
-    draft of the same length whatever is left to say; at a temperature it samples from the target and compares, which
-    is exact but accepts less often than with shared noise; it does not see refused rewinds (recurrent targets).
+    `Llama` (llama-cpp-python 0.3.36) uses drafts more slowly than `SpeculativeLM` does; see docs/llama-cpp-python.md.
+    It keeps the logits of every position, and needs logits_all=True for texts beyond n_batch tokens. It asks for drafts
+    of the same length whatever is left to say. At a temperature it samples from the target and compares, which is
+    exact but accepts less often than shared noise does. It does not notice refused rewinds (recurrent targets).
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
         self._path, self.num_pred_tokens = Path(path), num_pred_tokens
         vocabulary = self._own_vocabulary() if target is None else Vocabulary(GGUFFile(target))
         self._n_ids = len(vocabulary)
-        self._drafter: ModelDrafter | None = open_drafter(self._path, vocabulary, n_ctx, n_threads, n_gpu_layers, vocab)
+        options = DraftOptions(self._path, n_ctx, n_threads, n_gpu_layers, vocab)
+        self._drafter: ModelDrafter | None = open_drafter(options, vocabulary)
         self._settled = True
 
     def _own_vocabulary(self) -> Vocabulary:
@@ -66,9 +68,9 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
         return Trimmed.open(self._path).vocabulary if "gguf_trim.d2t" in file.fields else Vocabulary(file)
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
-        """Up to num_pred_tokens ids (int32) to follow `input_ids`, the whole text so far; none where its context ends.
+        """At most num_pred_tokens ids (int32) to follow `input_ids`, the text so far; none if its context is full.
 
-        Reads on from the longest beginning that it shares with the call before, whatever conversation that was.
+        Reading continues from the longest prefix shared with the last call, whatever conversation that was.
         """
         if self._drafter is None:
             raise EngineError(f"{self._path}: used after it was closed")

@@ -23,28 +23,29 @@ from typing import Any
 from gguf_trim.format.mtp import drafter_source
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, prepare
 from llamabase.errors import EngineError, SettingError
-from llamabase.llama.context import F16, Cache
+from llamabase.llama.context import Cache as Cache
 from llamabase.llama.library import Closing
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import Sampling, samplers_named
-from runner.draft.drafters import AUTO
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
+from runner.loop.weights import LoadOptions
 
 Messages = str | Sequence[Mapping[str, Any]]
 
 
 def _whole(name: str, value: Any) -> int:
-    """A whole number in any of Python's forms: 40, 40.0, numpy's. Raises SettingError, which names the setting."""
+    """A whole number, which may be written as 40, 40.0 or numpy's. Raises SettingError, which names the setting."""
     try:
-        if (found := int(value)) == value:
-            return found
+        if (number := int(value)) == value:
+            return number
     except (TypeError, ValueError, OverflowError):
         pass
     raise SettingError(f"{name}={value!r} is not a whole number")
 
 
 def _plain(name: str, value: Any, default: Any) -> Any:
-    """A setting as its default's type has it, so that llama.cpp gets what it asks for. Raises SettingError."""
+    """A setting converted to its default's type, which llama.cpp asks for. Raises SettingError."""
     if isinstance(default, int):
         return _whole(name, value)
     if isinstance(default, float):
@@ -60,21 +61,20 @@ def _plain(name: str, value: Any, default: Any) -> Any:
 
 
 def _number(token: Any) -> Any:
-    """A token's id, which OpenAI's clients give as text."""
+    """A token's id. OpenAI's clients give it as text."""
     return int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """Keyword settings as Sampling: every field of it, with temperature for temp and json_schema for a guide.
+    """Keyword settings as Sampling: its fields, but temperature for temp and json_schema for guide.
 
-    None stands for the default, as for OpenAI's library.
+    None stands for the default, as in OpenAI's library.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     if (schema := settings.pop("json_schema", None)) is not None:
         settings["guide"] = schema_guide(schema if isinstance(schema, str) else json.dumps(schema))
-    known = {
-        "temperature" if field.name == "temp" else field.name: field.name for field in dataclasses.fields(Sampling)
-    }
+    fields = dataclasses.fields(Sampling)
+    known = {"temperature" if field.name == "temp" else field.name: field.name for field in fields}
     for name in settings:
         if name not in known:
             others = ("json_schema", "max_tokens", "stop", "seed", "draft_max")
@@ -86,7 +86,7 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
 
 
 class _Answer:
-    """One generation: the pieces of its text, the stream that hands them out, and whether somebody wants it ended."""
+    """One generation: the pieces of its text, the stream that hands them out, and whether it was cancelled."""
 
     def __init__(self, pieces: Generator[str, None, None]) -> None:
         self.pieces = pieces
@@ -95,7 +95,7 @@ class _Answer:
 
     @property
     def live(self) -> bool:
-        """Whether its stream may be read on. Asked of the stream itself: no interruption can leave that untrue."""
+        """Whether its stream may be read on. The stream itself knows, so no interruption can make this wrong."""
         stream = self.stream()
         return stream is not None and inspect.getgeneratorstate(stream) != inspect.GEN_CLOSED
 
@@ -105,55 +105,32 @@ class _Answer:
 
 
 class SpeculativeLM(Closing):
-    """A target GGUF and, where `draft` is given, a drafter of the same vocabulary, trimmed or not.
+    """A target GGUF and, if `draft` is given, a drafter of the same vocabulary, trimmed or not.
 
-    The text is the target's own, with a drafter or without. `vocab` says what a trimmed drafter may draft from: see
-    `runner.draft.opening.open_drafter`. n_ctx 0: as many tokens as the model was trained on; n_threads None: as many as
-    physical cores; n_gpu_layers None: llama.cpp's default; n_ctx_draft: tokens that the drafter remembers, where that
-    is fewer; n_threads_draft and n_gpu_layers_draft: its own, None for the target's; cache and cache_draft: types of
-    the KV caches, such as Cache("q8_0", "q8_0"). Raises EngineError or FileFormatError where a file does not load and
-    VocabularyMismatch for a wrong pair.
+    The text is the target's own, with a drafter or without. `draft` "mtp" is the target's own MTP block. The options,
+    n_ctx to n_gpu_layers_draft, are those of `runner.loop.weights.LoadOptions`, such as cache=Cache("q8_0", "q8_0").
+    Raises EngineError or FileFormatError if a file does not load, VocabularyMismatch for a wrong pair, TypeError for an
+    unknown option.
 
     Threads: any thread may use it, one generation at a time. A generation runs from the first chunk of a stream to its
     end, its close() or its collection; starting another meanwhile raises EngineError (it does not wait: the stream may
     be the caller's own). cancel() and close() may be called from any thread and from a signal handler.
     """
 
-    def __init__(
-        self,
-        target: str | Path,
-        draft: str | Path | None = None,
-        n_ctx: int = 4096,
-        n_threads: int | None = None,
-        n_gpu_layers: int | None = None,
-        vocab: str = AUTO,
-        n_ctx_draft: int | None = None,
-        cache: Cache = F16,
-        cache_draft: Cache = F16,
-        n_threads_draft: int | None = None,
-        n_gpu_layers_draft: int | None = None,
-    ) -> None:
+    __signature__ = inspect.signature(LoadOptions)
+
+    def __init__(self, target: str | Path, draft: str | Path | None = None, *more: Any, **options: Any) -> None:
+        source = None if draft is None else drafter_source(draft)
+        loading = LoadOptions(Path(target), source, *more, **options)
         self._closed = False
         self._current: _Answer | None = None
-        # Held while llama.cpp computes. Reentrant: a signal handler or the collector may come back in.
+        # Held while llama.cpp computes. It is reentrant, since a signal handler or the garbage collector may come in.
         self._lock = threading.RLock()
-        self._engine = Engine(
-            Path(target),
-            None if draft is None else drafter_source(draft),
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            n_gpu_layers=n_gpu_layers,
-            vocab=vocab,
-            n_ctx_draft=n_ctx_draft,
-            cache=cache,
-            cache_draft=cache_draft,
-            n_threads_draft=n_threads_draft,
-            n_gpu_layers_draft=n_gpu_layers_draft,
-        )
+        self._engine = Engine(loading)
 
     @classmethod
     def from_pair(cls, name: str = DEFAULT_MODEL, **settings: Any) -> SpeculativeLM:
-        """A pair of the catalog (`python -m gguf_trim models`), fetched, trimmed and verified where that is not done.
+        """A pair of the catalog (`python -m gguf_trim models`), fetched, trimmed and verified unless that is done.
 
         `settings` are the constructor's. Raises what `gguf_trim.pairs.prepare.prepare` raises.
         """
@@ -174,22 +151,22 @@ class SpeculativeLM(Closing):
         record: Record | None = None,
         **sampling: Any,
     ) -> Generator[str, None, None]:
-        """The answer chunk by chunk, each whole in UTF-8; nothing is computed before the first is asked for.
+        """The answer chunk by chunk, each whole in UTF-8. Nothing is computed before the first is asked for.
 
-        messages: {"role": ..., "content": ...} one after the other, or a string, which is a user's message; it goes
-        through the model's chat template, or with template=False, as a string, to the model as it is (`<|im_end|>` and
-        its like read as tokens). A last message of the assistant's is the beginning of the answer. tools: functions in
-        OpenAI's form, of which the template is told. chat_template_kwargs: further names for the template, such as
-        {"enable_thinking": False}. max_tokens: None for as many as the context holds. stop: the text ends before the
-        first of these strings. seed: same seed, same text; -1 or None draws one. draft_max: tokens to draft a round, 0
+        messages: a list of {"role": ..., "content": ...}, or a string, which is a user's message. They go through the
+        model's chat template. With template=False a string goes to the model as it is (`<|im_end|>` and its like are
+        read as tokens). If the last message is the assistant's, the answer continues it. tools: functions in OpenAI's
+        form, for the template. chat_template_kwargs: further names for the template, such as {"enable_thinking":
+        False}. max_tokens: None for as many as the context holds. stop: the text ends before the first of these
+        strings. seed: the same seed gives the same text; -1 or None draws one. draft_max: tokens to draft in a round; 0
         for plain decoding, None or "auto" for as many as pay. record: filled as the answer goes; its tokens are the
         target's, those of the stop string included. sampling: temperature (0 is greedy) and the other fields of
-        `Sampling` under their own names; json_schema: a dict or its text, instead of a grammar. None
-        stands for a setting's default, and numbers may be numpy's.
+        `Sampling` under their own names; json_schema: a dict or its text, instead of a grammar. None stands for a
+        setting's default, and numbers may be numpy's.
 
         A stream that is closed, dropped or interrupted (Ctrl-C) leaves the object usable. Raises TypeError for unknown
-        settings, ValueError for impossible ones, FileFormatError for a schema that cannot be obeyed, and EngineError
-        when it is closed, busy, or the context too small.
+        settings, ValueError for impossible ones, FileFormatError for a schema that cannot be obeyed, and EngineError if
+        it is closed or busy, or if the context is too small.
         """
         chosen = _sampling(sampling)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -218,13 +195,13 @@ class SpeculativeLM(Closing):
         return record
 
     def complete(self, prompt: str, **settings: Any) -> Record:
-        """Continue a text as it is, without the chat template; like `chat` in all else."""
+        """Continue a text as it is, without the chat template; otherwise like `chat`."""
         return self.chat(prompt, template=False, **settings)
 
     def cancel(self) -> None:
         """End the generation that runs, if any: its stream stops after the round that is being computed.
 
-        Returns once nothing computes any more; from within the computing thread (a signal handler) at once.
+        Returns when nothing computes any more, or at once if the computing thread itself calls it (a signal handler).
         """
         if (answer := self._current) is not None:
             answer.cancelled = True
@@ -259,11 +236,11 @@ class SpeculativeLM(Closing):
     ) -> Generator[str, None, None]:
         prompt = self._prompt(messages, how)
         with contextlib.closing(self._engine.pieces(prompt, sampling, record, **settings)) as pieces:
-            for text, _ in pieces:
-                yield text
+            for piece in pieces:
+                yield piece.text
 
     def _run(self, answer: _Answer) -> Generator[str, None, None]:
-        """The pieces of an answer, each computed under the lock; between them others may cancel or close."""
+        """The pieces of an answer. Each is computed under the lock; between them others may cancel or close."""
         try:
             self._claim(answer)
             while not answer.cancelled:
@@ -286,7 +263,7 @@ class SpeculativeLM(Closing):
         return (answer := self._current) is not None and answer.live
 
     def _claim(self, answer: _Answer) -> None:
-        if not self._busy:  # asked before the lock as well, so as not to wait for another's round
+        if not self._busy:  # also asked before the lock, so as not to wait for another's round
             with self._lock:
                 self._require_open()
                 if not self._busy:
@@ -301,7 +278,7 @@ class SpeculativeLM(Closing):
             )
 
     def _release(self, answer: _Answer) -> None:
-        """End an answer, once, from wherever; one that computes in this very thread ends itself a little later."""
+        """End an answer once, from any thread. One that this very thread computes ends itself a little later."""
         with self._lock:
             if self._current is not answer or answer.running:
                 return

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from llamabase.cli.command import FILE, THREADS
 from llamabase.cli.progress import step
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
-from llamabase.llama.context import CACHE_TYPES, F16, Cache
+from llamabase.llama.context import CACHE_TYPES, Cache
 from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
-from runner.draft.drafters import AUTO, VOCABS
+from runner.draft.contracts import AUTO, VOCABS
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 FULL = "full"
+LOADING = [field.name for field in fields(LoadOptions)]
 
 
 def _draft_max(text: str) -> int | None:
@@ -85,31 +87,14 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 @dataclass(frozen=True)
-class Models:
-    """Which files to run, and how to load them."""
+class Models(LoadOptions):
+    """Which files to run, how to load them and, for a pair of the catalog, what `prepare` made of it."""
 
-    target: Path
-    draft: DrafterSource | None
-    prepared: Prepared | None
-    n_ctx: int
-    n_threads: int | None
-    n_gpu_layers: int | None
-    vocab: str
-    n_ctx_draft: int | None = None
-    cache: Cache = F16
-    cache_draft: Cache = F16
-    n_threads_draft: int | None = None
-    n_gpu_layers_draft: int | None = None
-
-    @property
-    def own(self) -> tuple[int | None, int | None]:
-        """The drafter's threads and layers on the GPU."""
-        layers = self.n_gpu_layers if self.n_gpu_layers_draft is None else self.n_gpu_layers_draft
-        return self.n_threads_draft or self.n_threads, layers
+    prepared: Prepared | None = None
 
     def open(self) -> Engine:
-        """The engine these options describe."""
-        return Engine(**{name: value for name, value in vars(self).items() if name != "prepared"})
+        """The engine that these options describe."""
+        return Engine(self)
 
 
 def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
@@ -129,6 +114,11 @@ def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
             engine.close()
             raise
     return engine
+
+
+def _layers_option(*flags: str, help: str) -> Callable[[Any], Any]:
+    name = "n_gpu_layers_draft" if flags[0] == "-ngld" else "n_gpu_layers"
+    return click.option(*flags, name, type=_layers, metavar="N|all|auto", help=help)
 
 
 def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
@@ -170,54 +160,32 @@ def _refused(flags: Sequence[str], why: str) -> Callable[[Any], Any]:
 
 
 def model_options(command: Any) -> Any:
-    """--model | --target --draft, and how to load them; the command receives `models`, a function that finds them.
+    """--model | --target --draft, and how to load them. The command receives `models`, a function that finds them.
 
-    A pair of the catalog is fetched, trimmed and verified where that has not been done yet.
+    A pair of the catalog is fetched, trimmed and verified unless that is done.
     """
 
     @click.option("-m", "--model", metavar="NAME", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
     @click.option("--target", type=FILE, help="The target's GGUF, instead of --model.")
     @click.option(
-        "-md",
-        "--model-draft",
-        "--spec-draft-model",
-        "--draft",
-        "draft",
+        *("-md", "--model-draft", "--spec-draft-model", "--draft", "draft"),
         type=drafter_source,
         metavar="PATH",
         help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
     )
-    @click.option(
-        "-ngl",
-        "--n-gpu-layers",
-        "--gpu-layers",
-        "n_gpu_layers",
-        type=_layers,
-        metavar="N|all|auto",
-        help="Layers on the GPU.  [default: llama.cpp's]",
-    )
-    @click.option(
-        "-ngld",
-        "--n-gpu-layers-draft",
-        "--gpu-layers-draft",
-        "--spec-draft-ngl",
-        "n_gpu_layers_draft",
-        type=_layers,
-        metavar="N|all|auto",
+    @_layers_option("-ngl", "--n-gpu-layers", "--gpu-layers", help="Layers on the GPU.  [default: llama.cpp's]")
+    @_layers_option(
+        *("-ngld", "--n-gpu-layers-draft", "--gpu-layers-draft", "--spec-draft-ngl"),
         help="The drafter's.  [default: --n-gpu-layers]",
     )
     @THREADS
     @click.option(
-        "-td",
-        "--threads-draft",
-        "--spec-draft-threads",
-        "threads_draft",
+        *("-td", "--threads-draft", "--spec-draft-threads", "n_threads_draft"),
         type=click.IntRange(1, 512),
         help="The drafter's.  [default: --threads]",
     )
     @click.option(
-        "-c",
-        "--ctx-size",
+        *("-c", "--ctx-size", "n_ctx"),
         type=_context,
         metavar="N",
         default="4096",
@@ -225,8 +193,7 @@ def model_options(command: Any) -> Any:
         help="Tokens of context; 0: as many as the model was trained on.",
     )
     @click.option(
-        "-fa",
-        "--flash-attn",
+        *("-fa", "--flash-attn"),
         type=_flash,
         metavar="on|off|auto",
         default="auto",
@@ -234,9 +201,7 @@ def model_options(command: Any) -> Any:
         help="Flash attention.",
     )
     @click.option(
-        "-cd",
-        "--draft-ctx",
-        "--ctx-size-draft",
+        *("-cd", "--draft-ctx", "--ctx-size-draft", "n_ctx_draft"),
         type=click.IntRange(64),
         help="Tokens that the drafter remembers, to save memory.  [default: --ctx-size]",
     )
@@ -252,40 +217,28 @@ def model_options(command: Any) -> Any:
     @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
     @wraps(command)
     def with_models(
-        model: str | None,
-        target: Path | None,
-        draft: DrafterSource | None,
-        n_gpu_layers: int | None,
-        n_gpu_layers_draft: int | None,
-        threads: int | None,
-        threads_draft: int | None,
-        ctx_size: int,
-        flash_attn: bool | None,
-        vocab: str,
-        draft_ctx: int | None,
-        cache_type_k: str,
-        cache_type_v: str,
-        cache_type_k_draft: str,
-        cache_type_v_draft: str,
-        **others: Any,
+        model: str | None, target: Path | None, draft: DrafterSource | None, flash_attn: bool | None, **others: Any
     ) -> Any:
-        cache = Cache(cache_type_k, cache_type_v, flash_attn)
-        cache_draft = Cache(cache_type_k_draft, cache_type_v_draft, flash_attn)
-        drafting = draft_ctx, cache, cache_draft, threads_draft, n_gpu_layers_draft
+        loading = {field: others.pop(field) for field in LOADING if field in others}
+        loading["n_threads"] = others.pop("threads")
+        for whose in ("", "_draft"):
+            keys, values = (others.pop(f"cache_type_{letter}{whose}") for letter in "kv")
+            loading[f"cache{whose}"] = Cache(keys, values, flash_attn)
+        full = loading["vocab"] == FULL
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, a pair of the catalog, or --target with --draft, not both")
         if draft is not None and target is None:
             raise click.UsageError("--draft needs --target")
-        if vocab == FULL and target is not None:
+        if full and target is not None:
             raise click.UsageError("--vocab full is for a --model; with --target give the uncut drafter as --draft")
 
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
-            how = ctx_size, threads, n_gpu_layers, vocab, *drafting
             if (given := instead or target) is not None:
-                return Models(given, None if instead else draft, None, *how)
+                return Models(given, None if instead else draft, **loading)
             prepared = prepare(model or DEFAULT_MODEL)
-            return Models(prepared.target, prepared.drafter if vocab == FULL else prepared.trimmed, prepared, *how)
+            drafter = prepared.drafter if full else prepared.trimmed
+            return Models(prepared.target, drafter, prepared=prepared, **loading)
 
         return command(models=find, **others)
 

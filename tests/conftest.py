@@ -24,6 +24,7 @@ from llamabase.gguf.vocabulary import Vocabulary
 from runner import SpeculativeLM
 from runner.draft.cost import StepCost
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .toy import write_model
 
@@ -72,7 +73,7 @@ def engines(toys: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
 
     def get(name: str | None) -> Engine:
         if name not in opened:
-            opened[name] = Engine(toys["target"], toys[name] if name else None, n_ctx=256)
+            opened[name] = Engine(LoadOptions(toys["target"], toys[name] if name else None, n_ctx=256))
         return opened[name]
 
     yield get
@@ -105,7 +106,7 @@ def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which drafting always pays: toys are so fast that it never would."""
     cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
-    monkeypatch.setattr("runner.loop.engine.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
+    monkeypatch.setattr("runner.loop.weights.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
     monkeypatch.setattr(StepCost, "observe", lambda self, n, seconds: None)
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import BUDGET, LOSS, AutoDrafter, DraftStats
+from runner.draft.contracts import Proposal
 from runner.draft.cost import Chances, StepCost, best_cut, best_fixed
-from runner.draft.drafters import Proposal
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 GREEDY = Sampling(temp=0)
 # Seconds by batch size: kernels that like batches of four, dear verifying, and a machine bound by memory.
@@ -303,7 +304,7 @@ def test_costs_follow_what_is_seen_and_not_a_hiccup() -> None:
 
 @pytest.mark.parametrize("name", [None, "target", "good-trimmed", "wrong", "tiny-trimmed", "spec-trimmed"])
 def test_greedy_text_is_plain_greedy(toys, name: str | None, eager) -> None:
-    with Engine(toys["target"], toys[name] if name else None, n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys[name] if name else None, n_ctx=256)) as engine:
         engine.model.is_end = lambda token: False  # type: ignore[method-assign]
         drafted = 0
         for text in ("the sea and the tea", "a rose is a rose is a rose is a", "in"):

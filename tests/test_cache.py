@@ -12,6 +12,7 @@ from llamabase.llama.model import Model
 from llamabase.sampling.settings import GREEDY
 from runner.draft.reading import AHEAD
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 
 def tokens_and_drafts(engine: Engine, draft_max: int) -> tuple[list[int], list[int]]:
@@ -23,7 +24,7 @@ def tokens_and_drafts(engine: Engine, draft_max: int) -> tuple[list[int], list[i
 @pytest.mark.parametrize("name", ["target", "good-trimmed", "spec-trimmed"])
 @pytest.mark.parametrize("n_ctx", [64, 96])
 def test_a_drafter_with_a_small_context_drafts_to_the_end(toys: dict[str, Path], name: str, n_ctx: int) -> None:
-    with Engine(toys["target"], toys[name], n_ctx=256, n_ctx_draft=n_ctx) as engine:
+    with Engine(LoadOptions(toys["target"], toys[name], n_ctx=256, n_ctx_draft=n_ctx)) as engine:
         plain, _ = tokens_and_drafts(engine, 0)
         text, drafted = tokens_and_drafts(engine, 3)
         assert text == plain
@@ -34,13 +35,13 @@ def test_a_drafter_with_a_small_context_drafts_to_the_end(toys: dict[str, Path],
 
 def test_the_part_it_reads_moves_by_halves(toys: dict[str, Path]) -> None:
     """Most rounds read a token or two; the whole part is read anew once every half of the context."""
-    with Engine(toys["target"], toys["target"], n_ctx=256, n_ctx_draft=64) as engine:
+    with Engine(LoadOptions(toys["target"], toys["target"], n_ctx=256, n_ctx_draft=64)) as engine:
         drafter = engine.drafter
         assert drafter is not None
         text = list(range(20, 240))
         starts = []
         for n in range(1, len(text)):
-            seen = drafter.reading._seen(text[:n])
+            seen = drafter.reading._window(text[:n])
             assert len(seen) + AHEAD <= 64
             assert list(seen[-3:]) == text[:n][-3:]
             assert list(seen[:3]) == text[: min(3, n)]
@@ -51,12 +52,12 @@ def test_the_part_it_reads_moves_by_halves(toys: dict[str, Path]) -> None:
 @pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f32", "f32"), ("q8_0", "f16")])
 def test_cache_types(toys: dict[str, Path], types: tuple[str, str]) -> None:
     cache = Cache(*types)
-    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256, cache_draft=cache) as engine:
+    with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256, cache_draft=cache)) as engine:
         plain, _ = tokens_and_drafts(engine, 0)
         text, drafted = tokens_and_drafts(engine, 3)
         assert text == plain
         assert sum(drafted) > 100
-    with Engine(toys["target"], None, n_ctx=256, cache=cache) as engine:
+    with Engine(LoadOptions(toys["target"], None, n_ctx=256, cache=cache)) as engine:
         assert len(tokens_and_drafts(engine, 0)[0]) == 220
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import Sampling
-from runner.draft.drafters import NoDrafter
+from runner.draft.contracts import NoDrafter
 from runner.exact import plain_tokens
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .chains import llama_cpp_chain
 
@@ -128,6 +129,6 @@ def test_every_answer_obeys_the_schema(engines, name: str, n: int) -> None:
 
 @pytest.mark.slow
 def test_every_answer_of_a_real_model_obeys_the_schema(smollm2: Path) -> None:
-    with Engine(smollm2, smollm2, n_ctx=512) as engine:
+    with Engine(LoadOptions(smollm2, smollm2, n_ctx=512)) as engine:
         prompt = engine.prompt([{"role": "user", "content": "Describe a house as JSON."}])
         answers(engine, prompt, 200, 120)

@@ -19,7 +19,9 @@ from llamabase.errors import TrimError
 from llamabase.sampling.settings import Sampling
 from runner.chat.__main__ import HELP, Chat, main
 from runner.chat.conversation import load, save
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
+from runner.loop.weights import LoadOptions
 
 from .toy import write_model
 
@@ -83,7 +85,7 @@ def test_the_closing_line_says_what_cut_the_answer_off(pair) -> None:
 
 
 def test_the_closing_line_says_that_no_draft_pays(toys) -> None:
-    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
         nothing, something = Record(tokens=9), Record(tokens=9, drafted=3)
         assert "no draft pays" in Chat(engine, GREEDY, None, None, 60).closing(nothing)
         assert "no draft pays" not in Chat(engine, GREEDY, None, None, 60).closing(something)
@@ -182,7 +184,7 @@ def test_a_reader_that_leaves_ends_it_quietly(pair) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(toys) -> None:
-    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
         engine.model.is_end = lambda token: False
         session = Chat(engine, Sampling(temp=0), seed=None, draft_max=3, max_tokens=60)
         shown: list[str] = []
@@ -200,7 +202,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(toys) -> None:
 
 
 def test_failed_answer_leaves_the_conversation_as_it_was(toys) -> None:
-    with Engine(toys["target"], None, n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], None, n_ctx=256)) as engine:
         session = Chat(engine, Sampling(temp=0), seed=None, draft_max=0, max_tokens=5)
         with pytest.raises(Exception, match="does not fit"):
             session.ask("the sea " * 200, lambda piece: None)
@@ -213,7 +215,7 @@ TEXT = "naïve — 猫🐈 ok"
 @pytest.fixture
 def bytewise(toys, monkeypatch):
     """A target whose tokens are the single bytes of TEXT, again and again, and a drafter it always agrees with."""
-    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
         pieces = itertools.cycle(bytes([byte]) for byte in TEXT.encode())
         monkeypatch.setattr(engine.model, "piece", lambda token, special=False: next(pieces))
         engine.model.is_end = lambda token: False
@@ -237,7 +239,7 @@ def test_characters_split_over_tokens_come_out_whole(bytewise, draft_max: int) -
 
 def test_pieces_say_what_was_drafted(toys) -> None:
     """Of each round first what was accepted, then the target's own token."""
-    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
         engine.model.is_end = lambda token: False
         engine.model.piece = lambda token, special=False: f"{token} ".encode()
         prompt, record = engine.model.tokenize("the king and the sea"), Record()
@@ -270,7 +272,7 @@ def test_ctrl_c_within_a_character_leaves_none_of_it(bytewise) -> None:
 
 
 def test_conversations_are_saved_and_loaded(toys, tmp_path) -> None:
-    with Engine(toys["target"], None, n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], None, n_ctx=256)) as engine:
         session = Chat(engine, GREEDY, seed=None, draft_max=0, max_tokens=5)
         session.set_system("Sprich wie ein 猫.")
         session.ask("the sea", lambda piece: None)
@@ -301,7 +303,7 @@ def test_a_wrong_file_changes_nothing(toys, tmp_path, content: bytes) -> None:
     """Neither the conversation, when it is loaded, nor itself, when it is saved to."""
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    with Engine(toys["target"], None, n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], None, n_ctx=256)) as engine:
         session = Chat(engine, GREEDY, seed=None, draft_max=0, max_tokens=5)
         session.ask("the sea", lambda piece: None)
         before = list(session.messages)
@@ -317,7 +319,7 @@ def test_a_wrong_file_changes_nothing(toys, tmp_path, content: bytes) -> None:
 def test_a_conversation_that_the_template_refuses(tmp_path) -> None:
     template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     model = write_model(tmp_path / "m.gguf", template=template + "{{ m['content'] }}{% endfor %}")
-    with Engine(model, None, n_ctx=256) as engine:
+    with Engine(LoadOptions(model, None, n_ctx=256)) as engine:
         session = Chat(engine, GREEDY, seed=None, draft_max=0, max_tokens=5)
         session.ask("the sea", lambda piece: None)
         before = list(session.messages)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from llamabase.llama.context import F32
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .test_serve import ROOT, SAY, serving
 from .toy import CHAT_TEMPLATE, write_model
@@ -53,7 +54,7 @@ TOOLS: Any = [openai.pydantic_function_tool(Place, name="look_at"), openai.pydan
 def url(toys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A toy pair whose template writes calls; random weights say nonsense, but in the form that is asked for."""
     target = write_model(tmp_path_factory.mktemp("clients") / "t.gguf", seed=1, template=TOOL_TEMPLATE, n_ctx=2048)
-    engine = Engine(target, toys["good-trimmed"], n_ctx=2048, n_threads=1, cache=F32, cache_draft=F32)
+    engine = Engine(LoadOptions(target, toys["good-trimmed"], n_ctx=2048, n_threads=1, cache=F32, cache_draft=F32))
     with serving(engine) as (found, _):
         yield found
 

@@ -33,8 +33,9 @@ from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Distribution, Sampling
 from runner.draft import rows as dynamic
-from runner.draft.drafters import ModelDrafter, Proposal
-from runner.draft.opening import open_drafter
+from runner.draft.contracts import Proposal
+from runner.draft.drafters import ModelDrafter
+from runner.draft.opening import DraftOptions, open_drafter
 from runner.draft.rows import DynamicHead
 
 from .conftest import TEXTS, copy_trimmed, keep_first, with_speculator
@@ -81,7 +82,7 @@ def test_products_are_ggmls_own(type_: Quant) -> None:
 
 
 def test_tables_that_ggml_would_misread_are_refused() -> None:
-    with pytest.raises(EngineError, match="whole number of Q8_0 blocks"):
+    with pytest.raises(ValueError, match="multiple of Q8_0 block size"):
         Table(aligned(4 * 34).reshape(4, 34), Quant.Q8_0, 33)
     with pytest.raises(EngineError, match="do not look like"):
         Table(aligned(4 * 34).reshape(4, 34), Quant.Q8_0, 64)
@@ -248,7 +249,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_with(toys: dict[str, Path], path: Path, vocab: str) -> ModelDrafter:
-    return open_drafter(path, Vocabulary(GGUFFile(toys["target"])), 256, vocab=vocab)
+    return open_drafter(DraftOptions(path, 256, vocab=vocab), Vocabulary(GGUFFile(toys["target"])))
 
 
 def test_more_sources_draft_more_tokens_right(toys: dict[str, Path], spec: Path) -> None:

@@ -62,7 +62,7 @@ def test_corpus_computes_with_a_model_only_to_generate() -> None:
         names = {
             node.id for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))) if isinstance(node, ast.Name)
         }
-        using |= {name} if "Context" in names else set()
+        using |= {name} if "ParallelContext" in names else set()
     assert using == {"corpus.generate"}
 
 

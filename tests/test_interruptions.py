@@ -18,11 +18,12 @@ from gguf_trim.pairs import prepare as preparing
 from gguf_trim.pairs.prepare import prepare
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.interrupt import interruptible
+from llamabase.llama.library import interruptible
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import Sampling
 from runner.chat.__main__ import main as chat
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .conftest import keep_first
 from .toy import write_model
@@ -77,7 +78,7 @@ def test_ctrl_c_stops_a_load(toys, monkeypatch) -> None:
 @pytest.mark.parametrize("who", ["target", "drafter"])
 def test_second_ctrl_c_while_the_first_is_settled(toys, monkeypatch, who: str) -> None:
     """Whatever the caches were left with, the next answer is the one of a fresh engine."""
-    with Engine(toys["target"], toys["good-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
         engine.model.is_end = lambda token: False
         ids = engine.model.tokenize("the king and the sea")
         wanted = [token for r in engine.rounds(ids, GREEDY, max_tokens=30, draft_max=3) for token in r.tokens]

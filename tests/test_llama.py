@@ -14,13 +14,15 @@ import pytest
 from gguf_trim.format.companion import EmbeddingTable
 from llamabase.errors import EngineError, TrimError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ParallelContext
 from llamabase.llama.ggml import dequantizer
 from llamabase.llama.library import physical_cores
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
+from llamabase.llama.states import Recorded
 from runner.bench.machine import resident
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .toy import ARCHITECTURES, HEAD_TYPES, write_model
 
@@ -47,6 +49,26 @@ def test_long_prompts_go_in_batches_with_the_same_result(toys) -> None:
                 assert a.shape == b.shape == (outputs, model.n_vocab)
                 assert np.allclose(a, b, atol=0.05)  # the cache is F16
             assert pieces.decode([5], 0).shape == (0, model.n_vocab)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_sequences_that_share_batches_have_the_logits_and_states_of_their_own(tmp_path, unified: bool) -> None:
+    texts = ([10, 20, 30, 40], [50, 60, 70, 80])
+    path = write_model(tmp_path / "m.gguf", n_layer=2)
+    with Model(path) as model, ParallelContext(model, 512, 2, unified=unified) as parallel:
+        recorded = Recorded(parallel, "llama", [1])
+        parallel.decode_each([1, 2], [0, 1], [0, 0], [False, False])
+        parallel.drop(0), parallel.drop(1)
+        for i in range(4):
+            logits = parallel.decode_each([text[i] for text in texts], [0, 1], [i, i], [True, True])
+            assert recorded.n == 2
+        for i, text in enumerate(texts):
+            with Context(model, 64) as alone:
+                own = Recorded.of(alone, "llama", [1])
+                assert np.allclose(alone.decode(text)[0], logits[i], atol=0.05)  # the cache is F16
+                assert np.allclose(own.rows[3], recorded.rows[i], atol=0.05)
+                assert Recorded.of(alone, "llama", [1]) is own
+            assert not np.allclose(logits[0], logits[1], atol=0.5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -105,7 +127,7 @@ def test_fifty_cycles_leak_nothing(toys) -> None:
     """Neither memory nor file handles grow over 50 openings of a target with a trimmed drafter."""
 
     def cycle() -> None:
-        with Engine(toys["target"], toys["good-trimmed"], n_ctx=64) as engine:
+        with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=64)) as engine:
             engine.context.decode([1, 2, 3])
 
     for _ in range(5):

@@ -25,7 +25,8 @@ from llamabase.sampling.settings import Sampling
 from runner import Cache, Record, SpeculativeLM
 from runner.draft.opening import open_drafter
 from runner.loop.engine import Engine
-from runner.loop.stops import StopFilter
+from runner.loop.stops import StopFilter, TextPiece
+from runner.loop.weights import LoadOptions
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
 
@@ -34,7 +35,7 @@ GREEDY = {"temperature": 0, "max_tokens": 40}
 
 
 def test_it_is_the_engines_own_text(toys, lm) -> None:
-    with Engine(toys["target"], None, n_ctx=512) as engine:
+    with Engine(LoadOptions(toys["target"], None, n_ctx=512)) as engine:
         engine.model.is_end = lambda token: False
         messages = [{"role": "user", "content": "the king and the sea"}]
         wanted = Record()
@@ -127,9 +128,9 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[s
     ends = [(end, end - len(s)) for s in stops for end in range(len(text) + 1) if text[:end].endswith(s)]
     hold = StopFilter(stops)
 
-    def spoken() -> Iterator[tuple[str, bool]]:
+    def spoken() -> Iterator[TextPiece]:
         for n, piece in enumerate(pieces, 1):
-            yield piece, n % 2 == 0
+            yield TextPiece(piece, n % 2 == 0)
             seen = "".join(pieces[:n])
             waits = max((k for s in stops for k in range(1, len(s)) if seen.endswith(s[:k])), default=0)
             assert hold.given == len(seen) - waits  # all else was given out before this went on
@@ -190,9 +191,9 @@ def test_the_drafters_own_threads(toys, monkeypatch) -> None:
     """And its layers on the GPU; both are the target's where they are not given. n_ctx=0 is the model's own."""
     opened = []
 
-    def noted(path, vocabulary, n_ctx, n_threads, n_gpu_layers, *others, **more):
-        opened.append((n_ctx, n_threads, n_gpu_layers))
-        return open_drafter(path, vocabulary, n_ctx, n_threads, n_gpu_layers, *others, **more)
+    def noted(options, *others):
+        opened.append((options.n_ctx, options.n_threads, options.n_gpu_layers))
+        return open_drafter(options, *others)
 
     monkeypatch.setattr(runner.loop.engine, "open_drafter", noted)
     pair = toys["target"], toys["good-trimmed"]
@@ -271,5 +272,5 @@ def test_the_drafters_context_and_both_caches(toys) -> None:
     ) as lm:
         assert (lm._engine.context.n_ctx, lm._engine.drafter.n_ctx) == (512, 128)
         assert lm.chat("the king", **GREEDY, draft_max=3).tokens
-    with pytest.raises(ValueError, match="q9_0: is no type of a KV cache; there are f32, f16"):
+    with pytest.raises(ValueError, match="q9_0: is not a KV cache type; choose one of f32, f16"):
         Cache("q9_0")

@@ -19,6 +19,7 @@ import pytest
 from llamabase.errors import EngineError
 from llamabase.llama.context import Context
 from runner import Record, SpeculativeLM
+from runner.loop.stops import TextPiece
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
 LONG = {"temperature": 0, "max_tokens": 400}
@@ -170,7 +171,7 @@ def test_a_stream_that_is_left_says_how_far_it_was_read(lm) -> None:
                 read = "".join(next(stream) for _ in range(n))
             assert (record.text, record.finish_reason) == (read, "cancelled") and record.tokens < most
             assert record.token_ids == whole.token_ids[: record.tokens]
-    lm._engine.token_texts = lambda *_, **__: (piece for piece in [("helloSTOP", False)])
+    lm._engine.token_texts = lambda *_, **__: (piece for piece in [TextPiece("helloSTOP", False)])
     record = Record()
     with contextlib.closing(lm.stream("x", stop="STOP", record=record)) as stream:
         assert next(stream) == "hello"
@@ -246,7 +247,7 @@ def test_ctrl_c_while_step_costs_are_measured(lm, monkeypatch) -> None:
             if next(calls) == stop:
                 raise KeyboardInterrupt
 
-        lm._engine._auto = None
+        lm._engine.measure()
         with monkeypatch.context() as patch:
             patch.setattr(Context, "_decode", interrupted)
             with pytest.raises(KeyboardInterrupt):

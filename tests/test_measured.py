@@ -14,12 +14,13 @@ from llamabase.sampling.settings import GREEDY
 from runner.draft import measured
 from runner.draft.measured import measured_draft, measured_verify
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .conftest import copy_trimmed
 
 
 def test_measures_and_leaves_no_trace(toys) -> None:
-    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=256)) as engine:
         before = [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
         verify, draft = measured_verify(engine.reader), measured_draft(engine.drafter)
         assert list(verify) == [1, 2, 3, 4, 5, 6, 8]
@@ -42,7 +43,7 @@ class Pair:
 
     def is_measured(self, target: Path, draft: Path | None = None, **settings) -> bool:
         before = self.measured
-        with Engine(target, draft, **({"n_ctx": 128} | settings)) as engine:
+        with Engine(LoadOptions(target, draft, **({"n_ctx": 128} | settings))) as engine:
             engine.measure()
         return self.measured > before
 
@@ -107,12 +108,12 @@ def test_not_more_pairs_than_are_kept(toys, pair: Pair, memory: Path, monkeypatc
 
 
 def test_what_a_session_learned_is_remembered(toys, memory: Path) -> None:
-    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=256)) as engine:
         list(engine.rounds([65, 66, 65, 66, 65, 66], GREEDY, max_tokens=40))
         learned = engine.auto.known
         seen = learned.certainties.seen, learned.matches.seen
     assert learned.tokens > 0
-    with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=256)) as engine:
         again = engine.auto.known
         assert (again.usual, again.tokens, again.steps) == (learned.usual, learned.tokens, learned.steps)
         assert (again.certainties.seen, again.matches.seen) == seen
@@ -126,7 +127,7 @@ def known_of(memory: Path) -> dict:
 @pytest.mark.parametrize("damage", ["x", {}, {"usual": 2}, {"tokens": 0}, {"steps": "y"}, {"matches": [[2, 1]]}])
 def test_what_is_damaged_is_learned_anew(toys, memory: Path, damage) -> None:
     def learn() -> None:
-        with Engine(toys["target"], toys["spec-trimmed"], n_ctx=256) as engine:
+        with Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=256)) as engine:
             list(engine.rounds([65, 66, 65, 66, 65, 66], GREEDY, max_tokens=40))
 
     learn()

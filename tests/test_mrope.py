@@ -26,6 +26,7 @@ from llamabase.llama.model import Model
 from llamabase.sampling.settings import GREEDY, Sampling
 from runner import TrimmedDraft
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .conftest import with_speculator
 from .toy import MROPE, N_EMBD, write_model, write_mtp
@@ -131,7 +132,7 @@ def plain(files: dict[str, Path]) -> Iterator[Callable[[str, str], list[int]]]:
 
     def get(kind: str, sampling: str) -> list[int]:
         if kind not in engines:
-            engines[kind] = Engine(files[kind], n_ctx=128, n_threads=1)
+            engines[kind] = Engine(LoadOptions(files[kind], n_ctx=128, n_threads=1))
         if (kind, sampling) not in texts:
             texts[kind, sampling], _ = text_of(engines[kind], SAMPLINGS[sampling], 0)
         return texts[kind, sampling]
@@ -162,7 +163,7 @@ def test_the_text_is_the_plain_one(files, cuts, plain, kind: str, vocab: str, sa
     for name in ("good", "wrong"):
         if name == "wrong" and vocab == "spec":
             continue  # it has no speculator
-        with Engine(files[kind], cuts[kind, name], n_ctx=128, n_threads=1, vocab=vocab) as engine:
+        with Engine(LoadOptions(files[kind], cuts[kind, name], n_ctx=128, n_threads=1, vocab=vocab)) as engine:
             for draft_max in (1, 4):
                 text, stood = text_of(engine, SAMPLINGS[sampling], draft_max)
                 assert text == plain(kind, sampling) and len(stood) >= 20
@@ -197,7 +198,7 @@ def test_a_hybrid_model_is_cut_rightly_and_not_drafted_with(tmp_path: Path, n_bl
     found = prove(tmp_path / "t.gguf", source)
     assert found.ok and found.max_logit_difference == 0, found.differences
     with pytest.raises(EngineError, match=r"t\.gguf: llama\.cpp cannot take back what a qwen35 model has drafted"):
-        Engine(write_model(tmp_path / "target.gguf"), tmp_path / "t.gguf")
+        Engine(LoadOptions(write_model(tmp_path / "target.gguf"), tmp_path / "t.gguf"))
 
 
 def test_what_llama_cpp_would_end_the_process_over_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from runner.exact import Law, check_prompt
 from runner.exact import main as exact
 from runner.loop import engine as engine_module
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .test_state_fed import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, interrupt_at, text_of
 from .toy import write_model, write_mtp
@@ -68,7 +69,7 @@ def engines(files: dict[str, Path]) -> Iterator[Callable[[str, str | None], Engi
     def get(name: str, what: str | None) -> Engine:
         if (name, what) not in opened:
             draft = None if what is None else MTP if what == "mtp" else files[f"{name} {what}"]
-            opened[name, what] = Engine(files[name], draft, cache=F32, cache_draft=F32, n_ctx=256)
+            opened[name, what] = Engine(LoadOptions(files[name], draft, cache=F32, cache_draft=F32, n_ctx=256))
         return opened[name, what]
 
     yield get
@@ -93,7 +94,7 @@ def read(engine: Engine, text: list[int]) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_text_is_the_plain_one(engines, eager, name: str, what: str, kind: str) -> None:
     engine, sampling = engines(name, what), SAMPLINGS[kind]
-    engine._auto = None
+    engine.measure()
     for seed in (3, 4):
         plain = text_of(engines(name, None), sampling, draft_max=0, seed=seed)
         for draft_max in (1, 3, 8, None):
@@ -263,7 +264,7 @@ def test_what_was_changed_is_seen(files, tmp_path: Path) -> None:
     np.frombuffer(data, "<f4", tensor.n_elements, tensor.offset)[:] *= -1
     cut.write_bytes(data)
     with pytest.raises(EngineError, match="are not the head of"):
-        Engine(target, cut, n_ctx=64)
+        Engine(LoadOptions(target, cut, n_ctx=64))
 
 
 BAD_BLOCKS = {
@@ -285,25 +286,25 @@ def test_what_cannot_draft_is_refused_by_name(tmp_path: Path, name: str) -> None
         lay_out(OWN_BLOCK, some(16), path)
     if name in ("none", "two blocks"):  # llama.cpp loads it
         with pytest.raises(FileFormatError, match=said):
-            Engine(path, MTP, n_ctx=64)
+            Engine(LoadOptions(path, MTP, n_ctx=64))
 
 
 def test_rows_of_another_target_are_refused(files, tmp_path: Path) -> None:
     other = write_mtp(tmp_path / "other.gguf", "glm4moe", n_tokens=560)
     with pytest.raises(TrimError, match=r"was not cut for .*other\.gguf: it is of another vocabulary"):
-        Engine(other, files["glm4moe cut"], n_ctx=64)
+        Engine(LoadOptions(other, files["glm4moe cut"], n_ctx=64))
     with pytest.raises(FileFormatError, match="has no MTP block"):
-        Engine(write_model(tmp_path / "plain.gguf"), files["glm4moe cut"], n_ctx=64)
+        Engine(LoadOptions(write_model(tmp_path / "plain.gguf"), files["glm4moe cut"], n_ctx=64))
 
 
 def test_what_cannot_be_rewound_drafts_nothing(files, monkeypatch) -> None:
     """An architecture of whose state llama.cpp keeps no copies, and one that should draft by itself."""
     with pytest.raises(EngineError, match="cannot take back what a qwen35 model has drafted"):
-        Engine(files["glm4moe"], files["qwen35"], n_ctx=64)
+        Engine(LoadOptions(files["glm4moe"], files["qwen35"], n_ctx=64))
     monkeypatch.setattr(engine_module, "REWINDS", 0)
     with pytest.raises(EngineError, match="cannot rewind the cache of a qwen35 model, which drafting needs"):
-        Engine(files["qwen35"], MTP, n_ctx=64)
-    with Engine(files["qwen35"], n_ctx=128, cache=F32) as engine:
+        Engine(LoadOptions(files["qwen35"], MTP, n_ctx=64))
+    with Engine(LoadOptions(files["qwen35"], n_ctx=128, cache=F32)) as engine:
         rounds = list(engine.rounds(engine.model.tokenize(PROMPT), SAMPLINGS["greedy"], max_tokens=8))
         assert [len(round_.drafted) for round_ in rounds] == [0] * 8
 
@@ -352,7 +353,7 @@ def test_shapes_of_published_models_load_and_draft(tmp_path: Path) -> None:
     assert SHAPES["qwen3.5-4b"].n_params == pytest.approx(4.3e9, rel=0.01)
     path = tmp_path / "few.gguf"
     write_shape(replace(SHAPES["qwen3.5-0.8b"], n_layer=4, n_vocab=1024), path, "Q4_K_M")
-    with Engine(path, MTP, n_ctx=64) as engine:
+    with Engine(LoadOptions(path, MTP, n_ctx=64)) as engine:
         assert len(text_of(engine, SAMPLINGS["greedy"], 8, "tea", draft_max=2)) == 8
 
 

@@ -47,6 +47,7 @@ from runner.bench.runs import read_record
 from runner.bench.steps import acceptance_in
 from runner.chat.conversation import load
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .conftest import copy_trimmed, keep_first
 from .test_soak import own_memory
@@ -296,7 +297,7 @@ GREEDY, N = Sampling(temp=0), 8
 
 
 def plain_text(target: Path) -> list[int]:
-    with Engine(target, n_ctx=128, n_threads=1, cache=F32) as engine:
+    with Engine(LoadOptions(target, n_ctx=128, n_threads=1, cache=F32)) as engine:
         rounds = list(engine.rounds([65, 66, 67], GREEDY, max_tokens=N, draft_max=0))
     return [token for round_ in rounds for token in round_.tokens]
 
@@ -304,7 +305,7 @@ def plain_text(target: Path) -> list[int]:
 def drafts(target: Path, drafter: Path, wanted: list[int]) -> None:
     """Open the pair and answer; SystemExit with 0 for the target's own text, 3 for a refusal, 4 for another text."""
     try:
-        with Engine(target, drafter, n_ctx=128, n_threads=1, cache=F32, cache_draft=F32) as engine:
+        with Engine(LoadOptions(target, drafter, n_ctx=128, n_threads=1, cache=F32, cache_draft=F32)) as engine:
             rounds = list(engine.rounds([65, 66, 67], GREEDY, max_tokens=N, draft_max=3))
     except TrimError:
         raise SystemExit(3) from None

@@ -99,19 +99,26 @@ def found_by(*arguments: str) -> Models:
     return found[0]
 
 
+def own(models: Models) -> tuple[int | None, int | None]:
+    """The drafter's threads and layers on the GPU."""
+    assert models.draft is not None
+    options = models.of_drafter(models.draft, models.n_ctx)
+    return options.n_threads, options.n_gpu_layers
+
+
 def test_the_models_in_llama_cpps_words() -> None:
     """Each flag by every name it has there, old and new; what is said of the drafter alone is the drafter's."""
     usual = found_by()
-    assert (usual.n_ctx, usual.cache.flash, usual.own) == (4096, None, (None, None))
+    assert (usual.n_ctx, usual.cache.flash, own(usual)) == (4096, None, (None, None))
     assert found_by("-c", "0").n_ctx == 0
     for layers, n in (("all", -1), ("auto", None), ("7", 7)):
         for flag in ("-ngl", "--gpu-layers", "--n-gpu-layers"):
-            assert found_by(flag, layers).own == (None, n)
+            assert own(found_by(flag, layers)) == (None, n)
         for flag in ("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl"):
-            assert found_by(flag, layers, "-ngl", "5").own == (None, 5 if n is None else n)
+            assert own(found_by(flag, layers, "-ngl", "5")) == (None, 5 if n is None else n)
     for flag in ("-td", "--threads-draft", "--spec-draft-threads"):
-        assert found_by("-t", "3", flag, "2").own == (2, None)
-    assert found_by("-t", "3").own == (3, None)
+        assert own(found_by("-t", "3", flag, "2")) == (2, None)
+    assert own(found_by("-t", "3")) == (3, None)
     for word, wanted in (("on", True), ("1", True), ("off", False), ("false", False), ("auto", None)):
         found = found_by("-fa", word)
         assert found.cache.flash is found.cache_draft.flash is wanted

@@ -12,6 +12,7 @@ import pytest
 
 from llamabase.llama.model import Model
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .test_serve import F32, serving
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def page(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page at 360 px, over a toy whose drafter is right and whose texts do not end."""
     monkeypatch.setattr(Model, "is_end", lambda self, token: False)
-    engine = Engine(toys["target"], toys["spec-trimmed"], n_ctx=512, cache=F32, cache_draft=F32)
+    engine = Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=512, cache=F32, cache_draft=F32))
     with serving(engine, draft_max=2) as (url, _), sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": 360, "height": 640})

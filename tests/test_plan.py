@@ -30,6 +30,7 @@ from llamabase.llama.quantize import requantized
 from llamabase.sampling.settings import Sampling
 from runner.exact import plain_tokens
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .toy import write_model
 
@@ -98,7 +99,7 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     added = AddedRows(np.argsort(order), Speculator.of(Trimmed.open(trimmed)))
     found = matches_of(pair[1], answers, order, added=added)
     rights = found.right(296) if vocab == "trim" else added.found[vocab, 296].rights
-    with Engine(pair[0], trimmed, n_ctx=256, vocab=vocab) as engine:
+    with Engine(LoadOptions(pair[0], trimmed, n_ctx=256, vocab=vocab)) as engine:
         engine.model.is_end = lambda token: False
         rounds = [
             round_
@@ -184,11 +185,11 @@ def test_requantised_trim_runs(pair, counts, tmp_path) -> None:
     assert done.exit_code == 0, done.output
     assert len(Trimmed.open(out).d2t) == 320
     assert {tensor.type.name for tensor in GGUFFile(out).tensors.values()} == {"F32", "Q8_0"}
-    with Engine(pair[0], out, n_ctx=128) as engine:
+    with Engine(LoadOptions(pair[0], out, n_ctx=128)) as engine:
         assert list(engine.rounds([65], Sampling(temp=0), max_tokens=5))
     done = CliRunner().invoke(main, [*arguments, "--requant", "nonsense"])
     assert done.exit_code == 2
-    assert "is no quantisation" in done.stderr
+    assert "is not a llama.cpp quantisation" in done.stderr
     assert len(Trimmed.open(out).d2t) == 320  # what was there stays
 
 

@@ -26,7 +26,9 @@ from llamabase.llama.context import Context
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
 from llamabase.sampling.settings import Sampling
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
+from runner.loop.weights import LoadOptions
 
 GREEDY = Sampling(temp=0)
 SIZES = (2048, 8192, 32768)
@@ -55,7 +57,7 @@ def replay(drafter: Path, answers: list[TargetAnswer]) -> list[list[bool]]:
 def live(target: Path, drafter: Path, prompts: list[list[dict[str, str]]], n: int, vocab: str) -> tuple[list, float]:
     """What the loop says with a drafter at draft length 3: answers, and tau."""
     answers, tokens, rounds = [], 0, 0
-    with Engine(target, drafter, n_ctx=1024, vocab=vocab) as engine:
+    with Engine(LoadOptions(target, drafter, n_ctx=1024, vocab=vocab)) as engine:
         for i, messages in enumerate(prompts):
             prompt, record = engine.prompt(messages), Record()
             for _ in engine.pieces(prompt, GREEDY, record, max_tokens=n, draft_max=3):

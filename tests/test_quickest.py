@@ -133,7 +133,7 @@ def test_a_type_decided_by_hand_is_not_measured(toy, toys, tmp_path: Path) -> No
         ],
     )
     assert done.exit_code == 2
-    assert "NONSENSE: is no quantisation of llama.cpp's" in " ".join(done.stderr.split())
+    assert "NONSENSE: is not a llama.cpp quantisation" in " ".join(done.stderr.split())
 
 
 def test_an_interruption_leaves_nothing_that_is_not_whole(toy, tmp_path: Path, monkeypatch) -> None:

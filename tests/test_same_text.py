@@ -13,7 +13,8 @@ from llamabase.llama.model import Model
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
-from runner.draft.drafters import ModelDrafter, NoDrafter
+from runner.draft.contracts import NoDrafter
+from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Lookup, LookupDrafter
 from runner.loop import speculative
 from runner.loop.engine import Engine
@@ -103,7 +104,7 @@ class Moody(NoDrafter):
 def test_text_is_the_plain_one_whatever_the_drafter(engines, plain, eager, name: str, kind: str) -> None:
     """Its vocabulary and the draft length; also by cost, which a clock decides, and at random."""
     engine, sampling = engines(name), SAMPLINGS[kind]
-    engine._auto = None  # costs as `eager` gives them
+    engine.measure()
     for seed in SEEDS:
         for draft_max in (1, 3, 8, None):
             rounds = rounds_of(engine, sampling, draft_max=draft_max, seed=seed)
@@ -118,7 +119,7 @@ def test_text_is_the_plain_one_whatever_the_drafter(engines, plain, eager, name:
 @pytest.mark.parametrize("kind", SAMPLINGS)
 def test_text_is_the_plain_one_with_the_texts_own_suggestions(engines, plain, eager, kind: str) -> None:
     engine, drafted = engines(None), 0
-    engine._auto = None
+    engine.measure()
     for seed in SEEDS:
         for settings in ({"draft_max": 3, "drafter": LookupDrafter()}, {"draft_max": None}):
             rounds = rounds_of(engine, SAMPLINGS[kind], seed=seed, **settings)
@@ -142,7 +143,7 @@ def test_drafts_are_accepted_where_laws_agree(engines, kind: str) -> None:
 def test_goes_on_as_it_would_have(engines, plain, kind: str) -> None:
     """The same seed again after stopping in the middle, drafting by cost; without a grammar also from there on."""
     engine, sampling = engines("good-trimmed"), SAMPLINGS[kind]
-    engine._auto = None
+    engine.measure()
     prompt = engine.model.tokenize(PROMPT)
     stopped = engine.rounds(prompt, sampling, max_tokens=N, seed=5)
     next(stopped)

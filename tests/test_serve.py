@@ -31,6 +31,7 @@ from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 from runner.serve.__main__ import _bound
 from runner.serve.__main__ import main as serve
 from runner.serve.app import make_app
@@ -68,14 +69,14 @@ def toy(toys: dict[str, Path]) -> Iterator[tuple[str, Server]]:
     """A toy pair in F32, whose texts end at their limit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Model, "is_end", lambda self, token: False)
-        engine = Engine(toys["target"], toys["good-trimmed"], n_ctx=512, cache=F32, cache_draft=F32)
+        engine = Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=512, cache=F32, cache_draft=F32))
         with serving(engine, draft_max=3, metrics=True) as found:
             yield found
 
 
 @pytest.fixture(scope="module")
 def library(toys: dict[str, Path]) -> Iterator[Engine]:
-    with Engine(toys["target"], n_ctx=512, cache=F32) as engine:
+    with Engine(LoadOptions(toys["target"], n_ctx=512, cache=F32)) as engine:
         yield engine
 
 
@@ -199,7 +200,7 @@ def test_tools_through_the_template_and_back(toys: dict[str, Path], tmp_path: Pa
     grammar = (
         'root ::= "so <tool_call>" "{" "\\"name\\": \\"f\\", \\"arguments\\": {\\"a\\": " [0-9] "}}" "</tool_call>"'
     )
-    with serving(Engine(target, n_ctx=512, cache=F32)) as (url, _):
+    with serving(Engine(LoadOptions(target, n_ctx=512, cache=F32))) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         asked: dict[str, Any] = {"model": "any", "messages": SAY, "max_tokens": 120, "temperature": 0, "tools": tools}
         found = client.chat.completions.create(**asked, extra_body={"grammar": grammar}).choices[0]
@@ -349,7 +350,7 @@ def test_a_client_that_goes_ends_its_answer(toy: tuple[str, Server], monkeypatch
 
 def test_a_full_queue_says_so(toys: dict[str, Path], monkeypatch) -> None:
     monkeypatch.setattr(Model, "is_end", lambda self, token: False)
-    with serving(Engine(toys["target"], n_ctx=512), waiting=1, parallel=1) as (url, server):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=512)), waiting=1, parallel=1) as (url, server):
         go = threading.Event()
         monkeypatch.setattr(server.engine, "set_cancel_check", lambda go_on: go.wait())
         answers: list[httpx.Response] = []
@@ -372,7 +373,7 @@ def test_a_full_queue_says_so(toys: dict[str, Path], monkeypatch) -> None:
 
 def test_keys_bounds_and_origins(toys: dict[str, Path]) -> None:
     settings = {"api_key": "secret", "most_bytes": 1000}
-    with serving(Engine(toys["target"], n_ctx=128), **settings) as (url, _):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=128)), **settings) as (url, _):
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secre"}).status_code == 401
@@ -387,7 +388,7 @@ def test_keys_bounds_and_origins(toys: dict[str, Path]) -> None:
         asked = {**key, "Origin": "http://evil.example"}
         assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers=asked).headers
         assert httpx.get(f"{url}/metrics", headers=key).status_code == 501
-    with serving(Engine(toys["target"], n_ctx=128), cors=("http://good.example",)) as (url, _):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=128)), cors=("http://good.example",)) as (url, _):
         asked = {"Origin": "http://good.example"}
         assert httpx.get(f"{url}/v1/models", headers=asked).headers["access-control-allow-origin"] == asked["Origin"]
 
@@ -666,7 +667,7 @@ def test_a_prompt_of_many_parts_is_refused_early(toy: tuple[str, Server], monkey
 
 
 def test_clients_that_went_keep_no_places(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(Engine(toys["target"], n_ctx=512), waiting=2, parallel=1) as (url, server):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=512)), waiting=2, parallel=1) as (url, server):
         go = threading.Event()
         monkeypatch.setattr(server.engine, "set_cancel_check", lambda go_on: go.wait())
         body = {"prompt": "a", "max_tokens": 2}
@@ -691,7 +692,7 @@ def test_what_the_end_cuts_off_is_told(toys: dict[str, Path], monkeypatch: pytes
         decode(self, batch)
 
     monkeypatch.setattr(Context, "_decode", slow)
-    with serving(Engine(toys["target"], n_ctx=512), parallel=1) as (url, server):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=512)), parallel=1) as (url, server):
         answers: list[httpx.Response] = []
 
         def ask(**more: Any) -> threading.Thread:
@@ -728,7 +729,7 @@ def test_a_long_last_batch_does_not_hold_up_the_end(toys: dict[str, Path], monke
         go.wait()
         decode(self, batch)
 
-    engine = Engine(toys["target"], n_ctx=512)
+    engine = Engine(LoadOptions(toys["target"], n_ctx=512))
     monkeypatch.setattr(Context, "_decode", slow)
     with serving(engine) as (url, server):
         with contextlib.suppress(httpx.TimeoutException):
@@ -749,7 +750,7 @@ def test_small_things_of_http(toy: tuple[str, Server], toys: dict[str, Path]) ->
     (top,) = nested["choices"][0]["logprobs"]["top_logprobs"]
     assert list(top) == nested["choices"][0]["logprobs"]["tokens"]
     origin = {"Origin": "http://site.example"}
-    with serving(Engine(toys["target"], n_ctx=64), api_key="k", cors=(origin["Origin"],)) as (other, _):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=64)), api_key="k", cors=(origin["Origin"],)) as (other, _):
         refused = httpx.get(f"{other}/v1/models", headers=origin)
         assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, origin["Origin"])
 

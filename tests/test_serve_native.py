@@ -19,6 +19,7 @@ from llamabase.llama.context import F32
 from llamabase.llama.infill import infill_prompt
 from llamabase.llama.model import Model
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 from runner.serve import requests
 from runner.serve.native import _Lines
 from runner.serve.requests import Common
@@ -52,7 +53,7 @@ def server(code: Path) -> Iterator[tuple[str, Server]]:
     """A server of it whose texts end at their limit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Model, "is_end", lambda self, token: False)
-        with serving(Engine(code, n_ctx=512, n_threads=1, cache=F32), draft_max=0) as found:
+        with serving(Engine(LoadOptions(code, n_ctx=512, n_threads=1, cache=F32)), draft_max=0) as found:
             yield found
 
 
@@ -177,7 +178,7 @@ def test_a_suffix_is_filled_in_before(server: tuple[str, Server], model: Model) 
 
 
 def test_a_vocabulary_without_such_tokens_says_so(toys: dict[str, Path]) -> None:
-    with serving(Engine(toys["target"], n_ctx=64, n_threads=1), draft_max=0) as other:
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=64, n_threads=1)), draft_max=0) as other:
         for path, body in (
             ("/infill", {"input_prefix": "a", "input_suffix": "b"}),
             ("/v1/completions", {"prompt": "a", "suffix": "b"}),
@@ -406,7 +407,7 @@ def test_properties_templates_and_slots(server: tuple[str, Server], code: Path) 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", " Bearer "])
 def test_the_scheme_of_a_key_knows_no_case(toys: dict[str, Path], scheme: str) -> None:
-    with serving(Engine(toys["target"], n_ctx=64, n_threads=1), api_key="secret", draft_max=0) as (url, _):
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=64, n_threads=1)), api_key="secret", draft_max=0) as (url, _):
 
         def status(**headers: str) -> int:
             return httpx.get(f"{url}/v1/models", headers=headers).status_code

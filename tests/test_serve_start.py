@@ -26,7 +26,7 @@ from pathlib import Path
 import runner.options
 from gguf_trim.pairs.prepare import Prepared
 from llamabase.errors import TrimError
-from llamabase.progress import progress
+from llamabase.cli.progress import progress
 from runner.serve.__main__ import main
 
 folder, target, trimmed = map(Path, sys.argv[1:4])

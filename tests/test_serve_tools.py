@@ -15,6 +15,7 @@ import pytest
 from llamabase.llama.context import F32
 from runner import SpeculativeLM
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .test_calls import EACH, END, TEMPLATES
 from .test_serve import SAY, serving
@@ -38,7 +39,9 @@ def url(
     """A toy pair whose template writes calls in one of the forms."""
     source = EACH + TEMPLATES[request.param] + END + "{{ 'assistant: ' if add_generation_prompt }}"
     target = write_model(tmp_path_factory.mktemp("tools") / "t.gguf", seed=1, template=source)
-    with serving(Engine(target, toys["good-trimmed"], n_ctx=512, n_threads=1, cache=F32, cache_draft=F32)) as (
+    with serving(
+        Engine(LoadOptions(target, toys["good-trimmed"], n_ctx=512, n_threads=1, cache=F32, cache_draft=F32))
+    ) as (
         found,
         _,
     ):
@@ -92,7 +95,9 @@ def test_what_reaches_the_template_is_the_same_for_server_and_python(tmp_path: P
     source = "{{ mood }}{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
     target = write_model(tmp_path / "t.gguf", seed=1, template=source)
     messages: Any = [*SAY, {"role": "assistant", "content": "the and"}]
-    with serving(Engine(target, n_ctx=512, n_threads=1, cache=F32), template_kwargs={"mood": "sad", "x": 1}) as (
+    with serving(
+        Engine(LoadOptions(target, n_ctx=512, n_threads=1, cache=F32)), template_kwargs={"mood": "sad", "x": 1}
+    ) as (
         url,
         server,
     ):

@@ -26,7 +26,7 @@ from llamabase.llama.model import Model
 from llamabase.llama.quantize import requantized
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
-from runner.draft.opening import open_drafter
+from runner.draft.opening import DraftOptions, open_drafter
 
 N_VOCAB = 2048
 SMALL = Shape("small", "llama", N_VOCAB, 512, 2, 8, 2, 64, 768, True)
@@ -111,7 +111,7 @@ def test_llama_cpp_loads_it_trims_and_drafts(folder: Path, tmp_path: Path, quant
     assert prove(trimmed, path).ok
     target = Vocabulary(GGUFFile(path))
     for drafter in (path, trimmed):
-        opened = open_drafter(drafter, target, 128)
+        opened = open_drafter(DraftOptions(drafter, 128), target)
         draft = opened.draft([5, 300, 7], 4, Sampling(temp=0), Noise(0))
         opened.close()
         assert len(draft) == 4
@@ -175,7 +175,7 @@ def test_two_shapes_of_one_family_are_a_pair(tmp_path: Path, name: str, n_vocab:
     assert SHAPES[name].n_vocab != n_vocab
     target = _sparse(SHAPES[name], "Q4_0", tmp_path / "target.gguf")
     write_shape(replace(SMALL, n_vocab=n_vocab), tmp_path / "small.gguf", "Q4_0")
-    open_drafter(tmp_path / "small.gguf", Vocabulary(GGUFFile(target)), 64).close()
+    open_drafter(DraftOptions(tmp_path / "small.gguf", 64), Vocabulary(GGUFFile(target))).close()
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

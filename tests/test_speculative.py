@@ -10,13 +10,15 @@ from click.testing import CliRunner
 from llamabase.errors import EngineError, VocabularyMismatch
 from llamabase.llama.context import Context
 from llamabase.sampling.settings import Sampling
-from runner.draft.drafters import NoDrafter
-from runner.draft.reading import PIECE, shared
+from runner.draft.contracts import NoDrafter
+from runner.draft.reading import COMPARED, shared
 from runner.exact import Law, check_prompt, plain_tokens, replay
 from runner.exact import main as exact
 from runner.loop import speculative
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
 from runner.loop.speculative import Round
+from runner.loop.weights import LoadOptions
 
 GREEDY = Sampling(temp=0)
 PROMPTS = ("the king and the sea", "a", "once more into the <|im_start|>house<|im_end|> of tea")
@@ -63,11 +65,11 @@ def test_a_good_drafter_is_accepted_and_a_wrong_one_is_not(engines, monkeypatch)
     assert rates["wrong"] < 0.1
 
 
-@pytest.mark.parametrize("n", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 7])
+@pytest.mark.parametrize("n", [0, 1, COMPARED - 1, COMPARED, COMPARED + 1, 2 * COMPARED + 7])
 def test_what_a_cache_shares_with_a_text(n: int) -> None:
     """Wherever they part, also at the edges of the pieces that are compared."""
     held = list(range(n))
-    for m in {*range(0, n, 100), *range(max(n - 3, 0), n), *range(PIECE - 2, min(PIECE + 2, n))}:
+    for m in {*range(0, n, 100), *range(max(n - 3, 0), n), *range(COMPARED - 2, min(COMPARED + 2, n))}:
         assert shared(held, [*range(m), -1, *range(m + 1, n + 5)], n + 5) == m
     for text in (range(n), range(n + 5), range(n // 2)):
         assert shared(held, [*text], n + 5) == min(n, len(text))
@@ -98,7 +100,7 @@ def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
 def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str, monkeypatch) -> None:
     """Teacher-forced, with penalties, a grammar, a bias, sampled; a state that forgets what was said is seen."""
     law = Law(sampling, seed=3)
-    with Engine(toys["target"], toys[name], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys[name], n_ctx=256)) as engine:
         ids = engine.model.tokenize(PROMPTS[0])
         with Context(engine.model, 256, n_outputs=40) as context:
             found = check_prompt(engine, context, "x", ids, 32, 3, law)
@@ -117,7 +119,7 @@ def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str, 
 @pytest.mark.parametrize("fault", ["no rewind", "rows mixed up"])
 def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
     """The exactness check by replay can fail: rejected drafts left in the cache, or rows taken in the wrong order."""
-    with Engine(toys["target"], toys["wrong-trimmed"], n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys["wrong-trimmed"], n_ctx=256)) as engine:
         never_ends(engine, monkeypatch)
         ids = engine.model.tokenize(PROMPTS[0])
         with Context(engine.model, 256, n_outputs=40) as context:
@@ -159,7 +161,7 @@ def test_end_token_stops_also_inside_a_draft(engines, name, monkeypatch) -> None
 @pytest.mark.parametrize("name", ["good-trimmed", "wrong", None])
 def test_context_limit_stops_cleanly(toys, name) -> None:
     """Generation fills the context to the last place and stops; a prompt that does not fit is refused."""
-    with Engine(toys["target"], toys[name] if name else None, n_ctx=256) as engine:
+    with Engine(LoadOptions(toys["target"], toys[name] if name else None, n_ctx=256)) as engine:
         engine.model.is_end = lambda token: False
         for length in (253, 255, 256):
             prompt = (engine.model.tokenize("the sea and the tea ") * 60)[:length]
@@ -230,14 +232,14 @@ def test_stopping_in_the_middle_leaves_everything_usable(engines, monkeypatch) -
 
 def test_wrong_pair_is_refused_with_both_names(toys) -> None:
     with pytest.raises(VocabularyMismatch, match=r"target\.gguf and .*foreign\.gguf.*token 256 is"):
-        Engine(toys["target"], toys["foreign"])
+        Engine(LoadOptions(toys["target"], toys["foreign"]))
 
 
 def test_pair_with_more_padding_works(toys) -> None:
     """Tables of one family are padded to different lengths; neither side sees an id of the other's padding."""
     plain = None
     for target, draft in (("target", "other-padding"), ("other-padding", "target")):
-        with Engine(toys[target], toys[draft], n_ctx=256) as engine:
+        with Engine(LoadOptions(toys[target], toys[draft], n_ctx=256)) as engine:
             engine.model.is_end = lambda token: False
             found = tokens_of(run(engine, PROMPTS[0], n=20))
             plain = tokens_of(run(engine, PROMPTS[0], n=20, draft_max=0))

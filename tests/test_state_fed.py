@@ -32,10 +32,11 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.bench.__main__ import main as bench
 from runner.chat.__main__ import main as chat
-from runner.draft.drafters import NoDrafter
+from runner.draft.contracts import NoDrafter
 from runner.exact import Law, check_prompt, replay
 from runner.exact import main as exact
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .toy import write_head, write_model
 
@@ -73,7 +74,7 @@ def engines(heads: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
 
     def get(name: str | None) -> Engine:
         if name not in opened:
-            opened[name] = Engine(heads["target"], heads[name] if name else None, cache=F32, n_ctx=256)
+            opened[name] = Engine(LoadOptions(heads["target"], heads[name] if name else None, cache=F32, n_ctx=256))
         return opened[name]
 
     yield get
@@ -98,7 +99,7 @@ NAMES = ("whole", "mapped", "one row", "own embeddings", "no head")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_text_is_the_plain_one(engines, eager, name: str, kind: str) -> None:
     engine, sampling = engines(name), SAMPLINGS[kind]
-    engine._auto = None
+    engine.measure()
     for seed in (3, 4):
         plain = text_of(engines(None), sampling, draft_max=0, seed=seed)
         for draft_max in (1, 3, 8, None):
@@ -155,7 +156,7 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
     states_only = write_head(tmp_path / "s.gguf", zeros=("blk.0.attn_output.weight", "blk.0.ffn_down.weight"))
     tokens_only = write_head(tmp_path / "t.gguf", zeros=("fc.weight", "blk.0.ffn_down.weight"))
     for path in (states_only, tokens_only):
-        with Engine(heads["target"], path, cache=F32, n_ctx=64) as engine:
+        with Engine(LoadOptions(heads["target"], path, cache=F32, n_ctx=64)) as engine:
             text = engine.model.tokenize(PROMPT)[:length]
             engine.reader.read(text[:-1], 0)
             found = engine.drafter.reading.begin(text)[0]
@@ -175,8 +176,8 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
 def test_a_prompt_in_pieces_and_a_full_context(heads) -> None:
     """Longer than a batch; drafting ends where the context does."""
     with (
-        Engine(heads["target"], heads["whole"], cache=F32, n_ctx=512) as engine,
-        Engine(heads["target"], cache=F32, n_ctx=512) as other,
+        Engine(LoadOptions(heads["target"], heads["whole"], cache=F32, n_ctx=512)) as engine,
+        Engine(LoadOptions(heads["target"], cache=F32, n_ctx=512)) as other,
     ):
         for context in (engine.context, engine.drafter.reading.context, other.context):
             context.n_batch = 64
@@ -291,7 +292,9 @@ def test_five_hundred_turns_with_interruptions_and_openings(heads, engines, monk
                     text_of(engine, sampling, 12, text, draft_max=3, seed=turn)
             assert faults(engine, prompt, sampling, turn) == 0
             if turn % 10 == 9:
-                with Engine(heads["target"], heads[NAMES[turn // 10 % len(NAMES)]], cache=F32, n_ctx=128) as other:
+                with Engine(
+                    LoadOptions(heads["target"], heads[NAMES[turn // 10 % len(NAMES)]], cache=F32, n_ctx=128)
+                ) as other:
                     assert faults(other, prompt, sampling, turn) == 0
             if turn == 100:
                 before, descriptors = resident(), len(list(Path("/proc/self/fd").iterdir()))
@@ -327,7 +330,7 @@ BAD_HEADS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
 def test_a_wrong_head_is_refused_before_llama_cpp_sees_it(heads, tmp_path: Path, name: str) -> None:
     changes, kind, said = BAD_HEADS[name]
     path = write_head(tmp_path / "head.gguf", **changes)
-    with pytest.raises(kind, match=said), Engine(heads["target"], path, cache=F32, n_ctx=64):
+    with pytest.raises(kind, match=said), Engine(LoadOptions(heads["target"], path, cache=F32, n_ctx=64)):
         pass
 
 
@@ -336,7 +339,7 @@ def test_a_target_that_records_nothing_is_refused(heads, tmp_path: Path, archite
     target = write_model(tmp_path / "t.gguf", architecture, n_layer=4)
     with (
         pytest.raises(FileFormatError, match=f"records no inputs of layers for {architecture}"),
-        Engine(target, heads["whole"], n_ctx=64),
+        Engine(LoadOptions(target, heads["whole"], n_ctx=64)),
     ):
         pass
 
@@ -345,8 +348,8 @@ def test_a_head_is_no_target_and_hangs_on_no_other_program(heads) -> None:
     from runner import TrimmedDraft
 
     with pytest.raises(FileFormatError, match="holds no tokenizer"):
-        Engine(heads["whole"])
-    with pytest.raises((FileFormatError, EngineError), match="hangs on its target's states"):
+        Engine(LoadOptions(heads["whole"]))
+    with pytest.raises((FileFormatError, EngineError), match="is fed its target's states"):
         TrimmedDraft(heads["own embeddings"], target=heads["target"])
 
 
@@ -355,7 +358,7 @@ def test_a_build_without_the_functions_is_told_what_to_install(heads, monkeypatc
     states._experimental.cache_clear()
     with (
         pytest.raises(EngineError, match=r"pip install llama-cpp-python==0\.3\.36"),
-        Engine(heads["target"], heads["whole"]),
+        Engine(LoadOptions(heads["target"], heads["whole"])),
     ):
         pass
     monkeypatch.undo()
@@ -403,8 +406,8 @@ def test_a_cut_drafts_what_its_source_does_where_that_was_kept(heads, tmp_path: 
     kept = set(StateFedHead.of(GGUFFile(cut)).ids.tolist())
     sampling = Sampling(temp=0)
     with (
-        Engine(heads["target"], heads[name], cache=F32, n_ctx=128) as whole,
-        Engine(heads["target"], cut, cache=F32, n_ctx=128) as part,
+        Engine(LoadOptions(heads["target"], heads[name], cache=F32, n_ctx=128)) as whole,
+        Engine(LoadOptions(heads["target"], cut, cache=F32, n_ctx=128)) as part,
     ):
         for n in range(4, 20):
             text = whole.model.tokenize(PROMPT)[:n]
@@ -423,7 +426,7 @@ def test_a_cut_needs_no_companion_to_be_run(heads, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     write(lay_out(heads["whole"], rows(64), heads["target"]), cut)
     companion_path(cut).unlink()
-    with Engine(heads["target"], cut, cache=F32, n_ctx=128, vocab="trim") as engine:
+    with Engine(LoadOptions(heads["target"], cut, cache=F32, n_ctx=128, vocab="trim")) as engine:
         assert len(text_of(engine, SAMPLINGS["greedy"], 8, draft_max=2)) == 8
 
 
@@ -453,12 +456,12 @@ def test_a_dflash_head_is_cut_and_not_run(heads, tmp_path: Path) -> None:
     write(lay_out(path, rows(64)), cut)
     assert prove(cut, path).ok
     with pytest.raises(FileFormatError, match="is a DFlash drafter"):
-        Engine(heads["target"], cut)
+        Engine(LoadOptions(heads["target"], cut))
 
 
 def test_an_assistant_of_gemma_4_is_not_run(heads, tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="hangs on its Gemma 4 target"):
-        Engine(heads["target"], write_head(tmp_path / "a.gguf", architecture="gemma4-assistant"))
+    with pytest.raises(FileFormatError, match="is fed the states of its Gemma 4 target"):
+        Engine(LoadOptions(heads["target"], write_head(tmp_path / "a.gguf", architecture="gemma4-assistant")))
 
 
 def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
@@ -526,8 +529,8 @@ def test_rows_are_added_at_every_step(heads, dynamic, name: str, vocab: str) -> 
     """With all candidates the drafts are those of the whole head, with those of the text what they can be."""
     few = SAMPLINGS["few"]
     with (
-        Engine(heads["target"], heads[name], cache=F32, n_ctx=128) as whole,
-        Engine(heads["target"], dynamic[name], cache=F32, n_ctx=128, vocab=vocab) as part,
+        Engine(LoadOptions(heads["target"], heads[name], cache=F32, n_ctx=128)) as whole,
+        Engine(LoadOptions(heads["target"], dynamic[name], cache=F32, n_ctx=128, vocab=vocab)) as part,
     ):
         assert (part.drafter.dynamic is None) == (vocab == "trim")
         text = whole.model.tokenize(PROMPT)
@@ -553,7 +556,7 @@ def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Pat
     ids, answers = answers_file(tmp_path), [[97, 101, 116] * 5]
     (tmp_path / "own.json").write_text(json.dumps({"a": [answers[0][:5], answers[0][5:]]}))
     made = fitted(cut, tmp_path / "own.json", heads["target"])
-    with Engine(heads["target"], cut, cache=F32, n_ctx=64) as engine:
+    with Engine(LoadOptions(heads["target"], cut, cache=F32, n_ctx=64)) as engine:
         right = []
         for n in range(5, 15):
             engine.reader.keep(answers[0], n - 1)
@@ -566,7 +569,7 @@ def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Pat
 
 def test_a_head_does_not_agree_with_rows_of_another(heads, dynamic, tmp_path: Path) -> None:
     """What is read of the companion are the head's own rows: their products are llama.cpp's logits."""
-    with Engine(heads["target"], dynamic["mapped"], cache=F32, n_ctx=64) as engine:
+    with Engine(LoadOptions(heads["target"], dynamic["mapped"], cache=F32, n_ctx=64)) as engine:
         text = engine.model.tokenize(PROMPT)[:9]
         engine.reader.read(text[:-1], 0)
         logits, hidden = engine.drafter.reading.begin(text)

@@ -17,6 +17,7 @@ import pytest
 from llamabase.errors import PromptTooLong, TextError
 from runner import SpeculativeLM
 from runner.loop.engine import Engine
+from runner.loop.weights import LoadOptions
 
 from .test_serve import serving
 from .toy import write_model
@@ -40,7 +41,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def url(target: Path) -> Iterator[str]:
-    with Engine(target, n_ctx=512, n_threads=1) as engine, serving(engine) as (found, _):
+    with Engine(LoadOptions(target, n_ctx=512, n_threads=1)) as engine, serving(engine) as (found, _):
         yield found
 
 

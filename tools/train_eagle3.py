@@ -41,7 +41,8 @@ from corpus.prompts import load_prompts, split
 from gguf_trim.format.state_fed import StateFedHead
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ParallelContext
+from llamabase.llama.library import floats
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
 from llamabase.llama.states import PairContext, Recorded
@@ -121,8 +122,8 @@ def speak(
     model = Model(fast)
     end = model.tokenize(tail, add_bos=False)
     n_each = MOST_PROMPT + MOST_MADE_UP + MOST_ANSWER + 32
-    context = Context(model, N_PARALLEL * n_each, threads, n_outputs=N_PARALLEL, n_sequences=N_PARALLEL, unified=False)
-    inputs = Recorded.of(context, GGUFFile(target).architecture, layers)
+    context = ParallelContext(model, N_PARALLEL * n_each, N_PARALLEL, threads, unified=False)
+    inputs = Recorded(context, GGUFFile(target).architecture, layers)
     llama_cpp.llama_set_embeddings(context.handle, True)  # the final states, too
     memory = llama_cpp.llama_get_memory(context.handle)
     running: list[Text | None] = [None] * N_PARALLEL
@@ -151,8 +152,8 @@ def speak(
                 text.tokens.append(fed[-1][0])
         n = len(fed)
         logits = context.decode_each([t for t, _ in fed], range(n), [p for _, p in fed], [True] * n)
-        inputs.take(0, n)
-        states = np.concatenate([inputs.rows[:n], context.hidden_states(n)], axis=1).astype(np.float16)
+        final = floats(llama_cpp.llama_get_embeddings(context.handle), n, model.n_embd)
+        states = np.concatenate([inputs.rows[:n], final], axis=1).astype(np.float16)
         for i, text in enumerate(running):
             if text is None:
                 continue
@@ -637,7 +638,7 @@ def judged(path: Path, target: Path, n: int, n_tokens: int) -> list[Judged]:
         prompts = [(name, task, ids) for name, task, ids in prompts if len(ids) <= 1500]
         tasks = {name: task for name, task, _ in prompts}
         longest = max(len(ids) for *_, ids in prompts) + n_tokens
-        with Context(model, 4 * longest, n_outputs=4, n_sequences=4) as context:
+        with ParallelContext(model, 4 * longest, 4) as context:
             found = answers(context=context, model=model, prompts=[(name, ids) for name, _, ids in prompts],
                             n_parallel=4, max_tokens=n_tokens, sampling=GREEDY)  # fmt: skip
             return [(tasks[a.id], [*a.prompt, *a.tokens], len(a.prompt)) for a in found]

@@ -13,7 +13,7 @@ from llamabase.cli.progress import progress
 from llamabase.files import CHUNK, require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor, bytes_of
 from llamabase.gguf.tensors import head_tensor
-from llamabase.gguf.writer import Output, Piece, field, write_output
+from llamabase.gguf.writer import Output, Piece, field
 from llamabase.llama.ggml import dequantizer, quantize_rows
 
 RIDGE = 1e-6  # of C's mean eigenvalue: directions that no calibration text went are not divided by nothing
@@ -81,7 +81,7 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
     fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
     fields.append(field("gguf_trim.spec_acceptance", float(speculator.acceptance)))
-    output = Output.of(fields, pieces, file.alignment)
+    output = Output(fields, pieces, file.alignment)
     require_room(file.path, output.n_bytes)
     with open(file.path, "rb") as source, write_whole(file.path, COMPANION) as out:
-        write_output(output, source, out)
+        output.write(source, out)

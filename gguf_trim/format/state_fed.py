@@ -13,11 +13,10 @@ from functools import cached_property
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from corpus.counts import MOST_TOKENS
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD
-from llamabase.gguf.vocabulary import Vocabulary, require_same
+from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary, require_same
 from llamabase.llama.states import RECORDING
 
 EAGLE3, DFLASH = "eagle3", "dflash"

@@ -23,7 +23,7 @@ from llamabase.cli.progress import progress
 from llamabase.files import CACHED, require_room, write_whole
 from llamabase.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
 from llamabase.gguf.tensors import EMBEDDING, HEAD
-from llamabase.gguf.writer import Piece, encode_head, field
+from llamabase.gguf.writer import Output, Piece, field
 from llamabase.llama.ggml import quantize_rows
 from llamabase.llama.quantize import quantize
 
@@ -162,7 +162,7 @@ def outline(shape: Shape, quant: str) -> tuple[bytes, list[Tensor]]:
     types = types_of(shape, quant)
     tensors = [_tensor(name, size, types[name]) for name, size in shape.tensors.items()]
     fields = [*_hyperparameters(shape), *_tokenizer(shape.n_vocab)]
-    return encode_head(fields, [Piece(tensor) for tensor in tensors], DEFAULT_ALIGNMENT), tensors
+    return Output(fields, [Piece(tensor) for tensor in tensors], DEFAULT_ALIGNMENT).head, tensors
 
 
 @lru_cache
@@ -176,7 +176,7 @@ def types_of(shape: Shape, quant: str) -> dict[str, GGMLQuantizationType]:
     for name, size in shape.tensors.items():
         small = size if len(size) == 1 else (32 if size[0] % 256 else 256, 2)
         tensors.append(_tensor(name, small, GGMLQuantizationType.F32))
-    head = encode_head(_hyperparameters(shape), [Piece(tensor) for tensor in tensors], DEFAULT_ALIGNMENT)
+    head = Output(_hyperparameters(shape), [Piece(tensor) for tensor in tensors], DEFAULT_ALIGNMENT).head
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         source, out = Path(folder) / f"{shape.name}.gguf", Path(folder) / "out.gguf"
         source.write_bytes(head + b"\0" * sum(_padded(tensor.n_bytes) for tensor in tensors))
@@ -185,7 +185,7 @@ def types_of(shape: Shape, quant: str) -> dict[str, GGMLQuantizationType]:
 
 
 def _tensor(name: str, shape: tuple[int, ...], type_: GGMLQuantizationType) -> Tensor:
-    return Tensor(name, shape, type_, 0, bytes_of(type_, math.prod(shape)))  # encode_head gives each its place
+    return Tensor(name, shape, type_, 0, bytes_of(type_, math.prod(shape)))  # Output gives each its place
 
 
 def _padded(n_bytes: int) -> int:

@@ -1,7 +1,7 @@
-"""The seam over ggml: rows of quantised tables, expanded or multiplied by a vector as llama.cpp itself would.
+"""ggml itself: rows of quantised tables, expanded or multiplied by a vector exactly as llama.cpp does it.
 
-Calls the public C API of the libraries that llama-cpp-python ships. A Table sees rows where they lie (in a mapped file,
-in a numpy buffer); nothing is copied or dequantised to multiply by it.
+Calls the public C API of the libraries that llama-cpp-python ships. A Table is rows in memory that belongs to others (a
+mapped file, a numpy array): nothing is copied or dequantised in order to multiply by it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quant_shape_to_byte_shape
 
 from llamabase.errors import EngineError
-from llamabase.gguf.reader import bytes_of
 
 from .library import Owner, physical_cores, start
 
@@ -43,69 +44,63 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), [c_int]),
+    "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_init": (c_void_p, [_InitParams]),
+    "ggml_free": (None, [c_void_p]),
+    "ggml_tensor_overhead": (c_size_t, []),
+    "ggml_graph_overhead": (c_size_t, []),
+    "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
+    "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
+    "ggml_new_graph": (c_void_p, [c_void_p]),
+    "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
+    "ggml_backend_init_by_type": (c_void_p, [c_int, c_char_p]),
+    "ggml_backend_free": (None, [c_void_p]),
+    "ggml_backend_get_device": (c_void_p, [c_void_p]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_backend_dev_supports_op": (c_bool, [c_void_p, c_void_p]),
+    "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, c_size_t]),
+    "ggml_backend_buft_alloc_buffer": (c_void_p, [c_void_p, c_size_t]),
+    "ggml_backend_buffer_get_base": (c_void_p, [c_void_p]),
+    "ggml_backend_buffer_free": (None, [c_void_p]),
+    "ggml_backend_tensor_alloc": (c_int, [c_void_p, c_void_p, c_void_p]),
+    "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
+}
+
+
 @lru_cache(maxsize=1)
-def _ggml() -> dict[str, Any]:
-    """The functions used here, of libraries that llama_cpp has already loaded; file names differ by system."""
-    functions: dict[str, dict[str, tuple[Any, list[Any]]]] = {
-        "ggml-base": {
-            "ggml_get_type_traits": (ctypes.POINTER(_TypeTraits), [c_int]),
-            "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
-            "ggml_init": (c_void_p, [_InitParams]),
-            "ggml_free": (None, [c_void_p]),
-            "ggml_tensor_overhead": (c_size_t, []),
-            "ggml_graph_overhead": (c_size_t, []),
-            "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
-            "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
-            "ggml_new_graph": (c_void_p, [c_void_p]),
-            "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
-            "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, c_size_t]),
-            "ggml_backend_tensor_alloc": (c_int, [c_void_p, c_void_p, c_void_p]),
-            "ggml_backend_buffer_free": (None, [c_void_p]),
-            "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
-            "ggml_backend_free": (None, [c_void_p]),
-            "ggml_backend_get_device": (c_void_p, [c_void_p]),
-            "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
-            "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
-            "ggml_backend_dev_supports_op": (c_bool, [c_void_p, c_void_p]),
-            "ggml_backend_buft_alloc_buffer": (c_void_p, [c_void_p, c_size_t]),
-            "ggml_backend_buffer_get_base": (c_void_p, [c_void_p]),
-            "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
-        },
-        "ggml": {"ggml_backend_init_by_type": (c_void_p, [c_int, c_char_p])},
-    }
+def _ggml() -> Any:
+    """These functions, as attributes, of the libraries that llama_cpp has loaded; file names differ by system."""
     folder = Path(llama_cpp.__file__).parent / "lib"
-    found: dict[str, Any] = {}
-    for name, wanted in functions.items():
+    libraries = []
+    for name in ("ggml", "ggml-base"):
         files = (folder / f"{prefix}{name}{end}" for prefix in ("lib", "") for end in (".so", ".dylib", ".dll"))
         file = next((file for file in files if file.exists()), None)
         if file is None:
             raise EngineError(f"{folder}: no {name} library; install llama-cpp-python again")
-        library = ctypes.CDLL(str(file))
-        for function, (result, arguments) in wanted.items():
-            found[function] = getattr(library, function)
-            found[function].restype, found[function].argtypes = result, arguments
-        if name == "ggml":  # OpenMP's, where it is built with one that has it
-            found["omp_pause_resource_all"] = getattr(library, "omp_pause_resource_all", None)
-    return found
+        libraries.append(ctypes.CDLL(str(file)))
+    ggml, base = libraries
+    # OpenMP's, if ggml is built with an OpenMP that has it.
+    functions = SimpleNamespace(omp_pause_resource_all=getattr(ggml, "omp_pause_resource_all", None))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(ggml, name, None) or getattr(base, name)
+        function.restype, function.argtypes = result, arguments
+        setattr(functions, name, function)
+    return functions
 
 
 def release_threads() -> None:
-    """End the threads that compute for this one; they come again when it computes again.
+    """End the threads that compute for this one; they start again when it computes again.
 
-    OpenMP keeps them for each thread that ever computed, waiting. libgomp counts those too: with more of them than
-    cores, it puts threads to sleep at every barrier of whoever computes then. On two cores that takes a third of the
-    speed of a thread that computes after another one did.
+    OpenMP keeps such threads for each thread that ever computed, waiting. With more of them than cores, libgomp puts
+    threads to sleep at every barrier of whichever thread computes. On two cores that takes a third of the speed of a
+    thread that computes after another one did.
     """
-    if (pause := _ggml()["omp_pause_resource_all"]) is not None:
+    if (pause := _ggml().omp_pause_resource_all) is not None:
         pause(1)  # omp_pause_soft
-
-
-def row_bytes(type_: GGMLQuantizationType, n: int) -> int:
-    """Bytes of a row of n numbers; n is a whole number of blocks."""
-    block, _ = GGML_QUANT_SIZES[type_]
-    if n % block:
-        raise EngineError(f"a row of {n} numbers is no whole number of {type_.name} blocks ({block})")
-    return bytes_of(type_, n)
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -116,67 +111,62 @@ def aligned(n_bytes: int) -> np.ndarray:
 
 
 def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], None]:
-    """ggml's own row function: (bytes of rows, float32 out) -> None; the very function its CPU get_rows uses."""
+    """ggml's own row function: (bytes of rows, float32 out) -> None; the very function that its CPU get_rows uses."""
     if type_ == GGMLQuantizationType.F32:
-
-        def copy(rows: np.ndarray, out: np.ndarray) -> None:
-            out.reshape(-1).view(np.uint8)[:] = rows.reshape(-1)
-
-        return copy
-    to_float = _ggml()["ggml_get_type_traits"](int(type_)).contents.to_float
+        return lambda rows, out: np.copyto(out.reshape(-1).view(np.uint8), rows.reshape(-1))
+    to_float = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
     if not to_float:
         raise EngineError(f"ggml cannot expand rows of type {type_.name}")
-
-    def expand(rows: np.ndarray, out: np.ndarray) -> None:
-        to_float(rows.ctypes.data, out.ctypes.data, out.size)
-
-    return expand
+    return lambda rows, out: to_float(rows.ctypes.data, out.ctypes.data, out.size)
 
 
 def quantize_rows(rows: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
-    """float32 (n x columns) as uint8 (n x bytes of a row), by ggml's own function."""
+    """float32 (n x columns) as uint8 (n x bytes of a row), by ggml's own function.
+
+    Raises ValueError unless columns is a whole number of the type's blocks.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
-    out = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
-    _ggml()["ggml_quantize_chunk"](int(type_), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    out = np.empty(quant_shape_to_byte_shape(rows.shape, type_), np.uint8)
+    _ggml().ggml_quantize_chunk(int(type_), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
     return out
 
 
 class Backend(Owner):
-    """ggml's CPU backend, with a thread a physical core for None. `seconds` adds up the wall time spent in it."""
+    """ggml's CPU backend, with n_threads or one thread per physical core. `seconds`: wall time spent in it so far."""
 
     def __init__(self, n_threads: int | None = None) -> None:
         self.handle, self.seconds = None, 0.0
         start()
         ggml = _ggml()
-        self.handle = ggml["ggml_backend_init_by_type"](_CPU, None)
+        self.handle = ggml.ggml_backend_init_by_type(_CPU, None)
         if not self.handle:
             raise EngineError("ggml has no CPU backend; install llama-cpp-python again")
-        self.device = ggml["ggml_backend_get_device"](self.handle)
-        registry = ggml["ggml_backend_dev_backend_reg"](self.device)
-        if address := ggml["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_set_n_threads"):
+        self.device = ggml.ggml_backend_get_device(self.handle)
+        registry = ggml.ggml_backend_dev_backend_reg(self.device)
+        if address := ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads"):
             ctypes.CFUNCTYPE(None, c_void_p, c_int)(address)(self.handle, n_threads or physical_cores())
-        # Kinds of memory in which the CPU keeps tables rearranged for its matrix kernels.
+        # Kinds of memory in which the CPU keeps tables rearranged for its matrix kernels, up to a null pointer.
         self.packings: list[int] = []
-        if address := ggml["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts"):
-            listed = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(address)(self.device)
-            for kind in itertools.takewhile(bool, (listed[i] for i in itertools.count()) if listed else ()):
-                self.packings.append(kind)
+        if address := ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts"):
+            kinds = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(address)(self.device)
+            self.packings = list(itertools.takewhile(bool, map(kinds.__getitem__, itertools.count()))) if kinds else []
 
     def close(self) -> None:
         if self.handle:
-            _ggml()["ggml_backend_free"](self.handle)
+            _ggml().ggml_backend_free(self.handle)
             self.handle = None
 
 
 class Table:
-    """A matrix of `type_`, n_rows x n_columns, in memory that stays where it is.
+    """A matrix of `type_`, n_rows x n_columns, in memory that stays in its place.
 
-    `rows` is uint8 (n_rows x bytes of a row), aligned as GGUF tensors and `aligned` memory are. One that `packs` never
-    changes, and is copied into the order that the processor's matrix kernels like best, where they have one for it.
+    `rows` is uint8 (n_rows x bytes of a row), aligned as GGUF tensors and `aligned` memory are. With `packs` it never
+    changes, and is copied into the order that the processor's matrix kernels like best, if they have one for it.
     """
 
     def __init__(self, rows: np.ndarray, type_: GGMLQuantizationType, n_columns: int, packs: bool = False) -> None:
-        if rows.ndim != 2 or rows.shape[1] != row_bytes(type_, n_columns) or not rows.flags.c_contiguous:
+        shape = quant_shape_to_byte_shape((len(rows), n_columns), type_)
+        if rows.shape != shape or not rows.flags.c_contiguous:
             raise EngineError(f"rows of {n_columns} {type_.name} numbers do not look like {rows.shape} bytes")
         if rows.ctypes.data % 32:
             raise EngineError("ggml needs tables that begin at a multiple of 32 bytes")
@@ -186,7 +176,7 @@ class Table:
 class Product(Owner):
     """tables[-1] @ ... @ tables[0] @ vector, as one ggml graph over the first `n_rows` rows of the last table.
 
-    Tables after the first take the product of the one before, so their columns are its rows.
+    The columns of each table after the first are the rows of the one before.
     """
 
     def __init__(self, backend: Backend, *tables: Table, n_rows: int | None = None) -> None:
@@ -195,52 +185,49 @@ class Product(Owner):
         self.backend = backend
         ggml = _ggml()
         n_tensors = 2 * len(tables) + 1 + 2 * len(backend.packings) * sum(table.packs for table in tables)
-        size = n_tensors * ggml["ggml_tensor_overhead"]() + ggml["ggml_graph_overhead"]()
-        self._context = ggml["ggml_init"](_InitParams(size, None, True))
+        size = n_tensors * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
+        self._context = ggml.ggml_init(_InitParams(size, None, True))
         self._vector = aligned(4 * tables[0].n_columns).view(np.float32)
-        self._memory: list[np.ndarray] = [self._vector]
-        self._graph = ggml["ggml_new_graph"](self._context)
-        last = self._tensor(GGMLQuantizationType.F32, tables[0].n_columns, 1, self._vector)
-        for i, table in enumerate(tables):
-            count = n_rows if n_rows is not None and i == len(tables) - 1 else len(table.rows)
+        self._memory: list[np.ndarray] = []  # all that the graph uses; the last is the product
+        self._graph = ggml.ggml_new_graph(self._context)
+        last = self._tensor(GGMLQuantizationType.F32, tables[0].n_columns, 1)
+        self._place(last, self._vector)
+        for i, table in enumerate(tables, 1):
+            count = n_rows if n_rows is not None and i == len(tables) else len(table.rows)
             weights = self._packed(table, count, last) if table.packs else None
             if weights is None:
-                weights = self._tensor(table.type, table.n_columns, count, table.rows)
-                self._memory.insert(0, table.rows)
-            last = ggml["ggml_mul_mat"](self._context, weights, last)
-            self._memory.append(aligned(4 * count).view(np.float32))
-            self._place(last, self._memory[-1])
-        ggml["ggml_build_forward_expand"](self._graph, last)
-        self._compute = ggml["ggml_backend_graph_compute"]
+                weights = self._tensor(table.type, table.n_columns, count)
+                self._place(weights, table.rows)
+            last = ggml.ggml_mul_mat(self._context, weights, last)
+            self._place(last, aligned(4 * count).view(np.float32))
+        ggml.ggml_build_forward_expand(self._graph, last)
+        self._compute = ggml.ggml_backend_graph_compute
 
-    def _tensor(self, type_: int, n_columns: int, n_rows: int, memory: np.ndarray) -> Any:
-        tensor = _ggml()["ggml_new_tensor_2d"](self._context, int(type_), n_columns, n_rows)
-        self._place(tensor, memory)
-        return tensor
+    def _tensor(self, type_: GGMLQuantizationType, n_columns: int, n_rows: int) -> Any:
+        return _ggml().ggml_new_tensor_2d(self._context, int(type_), n_columns, n_rows)
+
+    def _place(self, tensor: Any, memory: np.ndarray) -> None:
+        self._memory.append(memory)
+        self._buffers.append(_ggml().ggml_backend_cpu_buffer_from_ptr(memory.ctypes.data, memory.nbytes))
+        _ggml().ggml_backend_tensor_alloc(self._buffers[-1], tensor, memory.ctypes.data)
 
     def _packed(self, table: Table, n_rows: int, vector: Any) -> Any:
-        """The table's rows rearranged for the matrix kernels; None where there are none for it."""
+        """The table's rows rearranged for the matrix kernels; None if there are none for it."""
         ggml = _ggml()
+        rows = np.ascontiguousarray(table.rows[:n_rows])
         for kind in self.backend.packings:
-            buffer = ggml["ggml_backend_buft_alloc_buffer"](kind, table.rows[:n_rows].nbytes + ALIGNMENT)
+            buffer = ggml.ggml_backend_buft_alloc_buffer(kind, rows.nbytes + ALIGNMENT)
             if not buffer:
                 continue
             self._buffers.append(buffer)
-            tensor = ggml["ggml_new_tensor_2d"](self._context, int(table.type), table.n_columns, n_rows)
-            ggml["ggml_backend_tensor_alloc"](buffer, tensor, ggml["ggml_backend_buffer_get_base"](buffer))
+            tensor = self._tensor(table.type, table.n_columns, n_rows)
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, ggml.ggml_backend_buffer_get_base(buffer))
             # As llama.cpp asks: the answer depends on the processor, the type and the shape.
-            if ggml["ggml_backend_dev_supports_op"](
-                self.backend.device, ggml["ggml_mul_mat"](self._context, tensor, vector)
-            ):
-                rows = np.ascontiguousarray(table.rows[:n_rows])
-                ggml["ggml_backend_tensor_set"](tensor, rows.ctypes.data, 0, rows.nbytes)
+            product = ggml.ggml_mul_mat(self._context, tensor, vector)
+            if ggml.ggml_backend_dev_supports_op(self.backend.device, product):
+                ggml.ggml_backend_tensor_set(tensor, rows.ctypes.data, 0, rows.nbytes)
                 return tensor
         return None
-
-    def _place(self, tensor: Any, memory: np.ndarray) -> None:
-        buffer = _ggml()["ggml_backend_cpu_buffer_from_ptr"](memory.ctypes.data, memory.nbytes)
-        self._buffers.append(buffer)
-        _ggml()["ggml_backend_tensor_alloc"](buffer, tensor, memory.ctypes.data)
 
     def __call__(self, vector: np.ndarray) -> np.ndarray:
         """float32 (rows of the last table), a view that the next call overwrites."""
@@ -254,8 +241,8 @@ class Product(Owner):
 
     def close(self) -> None:
         for buffer in self._buffers:
-            _ggml()["ggml_backend_buffer_free"](buffer)
+            _ggml().ggml_backend_buffer_free(buffer)
         self._buffers = []
         if self._context:
-            _ggml()["ggml_free"](self._context)
+            _ggml().ggml_free(self._context)
             self._context = None

@@ -1,4 +1,4 @@
-"""Requantising a GGUF with llama.cpp's own quantize function."""
+"""Rewriting a GGUF to another quantisation, with llama.cpp's own quantize function."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from llamabase.errors import EngineError
 from llamabase.files import CACHED, require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, bytes_of
 
-from .interrupt import interruptible
-from .library import LAST_ERRORS, last_error, physical_cores, start
+from .library import interruptible, last_error, physical_cores, start
 
 _FTYPES = {
     name.removeprefix("LLAMA_FTYPE_MOSTLY_"): value
@@ -24,7 +23,7 @@ _FTYPES = {
 
 
 def _size_as(type_: str, file: GGUFFile) -> int:
-    """About the bytes of a file requantised: its matrices all in the type that gives a mix such as Q4_K_M its name."""
+    """Approximate bytes of a requantised file, as if all matrices got the type that a mix (Q4_K_M) is named after."""
     begins = [type_[:n] for n in range(len(type_) + 1)]
     named = max(GGMLQuantizationType, key=lambda known: sum(map(known.name.startswith, begins)))
     matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
@@ -32,17 +31,16 @@ def _size_as(type_: str, file: GGUFFile) -> int:
 
 
 def require_type(type_: str) -> str:
-    """The name itself; raises EngineError for what is no quantisation of llama.cpp's."""
+    """The name itself; raises EngineError if llama.cpp has no quantisation of this name."""
     if type_ not in _FTYPES:
-        raise EngineError(f"{type_}: is no quantisation of llama.cpp's; there are {', '.join(sorted(_FTYPES))}")
+        raise EngineError(f"{type_}: is not a llama.cpp quantisation; choose one of {', '.join(sorted(_FTYPES))}")
     return type_
 
 
 def quantize(source: Path, out: Path, type_: str) -> None:
-    """Rewrite a GGUF to another quantisation with llama.cpp's own quantize function; `out` appears whole or not at all.
+    """Rewrite a GGUF to another quantisation; `out` appears whole or not at all, and replaces what was there.
 
-    Callers name files of their own, as whatever is there is replaced. Raises EngineError for a type llama.cpp does not
-    know and where it fails, TrimError where the disk lacks the room.
+    Raises EngineError for an unknown type, or with llama.cpp's reason if it fails, and TrimError if the disk is full.
     """
     start()
     require_type(type_)
@@ -51,7 +49,6 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     params.ftype = _FTYPES[type_]
     params.allow_requantize = True
     params.nthread = physical_cores()
-    LAST_ERRORS.clear()
     with write_whole(out, CACHED) as file:
         with interruptible():
             code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file.name), ctypes.byref(params))
@@ -59,19 +56,19 @@ def quantize(source: Path, out: Path, type_: str) -> None:
             raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}: {last_error()}")
 
 
-AS_SHIPPED = "as shipped"  # a file in the types it has
+AS_SHIPPED = "as shipped"  # a file in the types that it has
 
 
 def renamed(path: Path, type_: str) -> Path:
-    """Beside a file, the name of the same in another quantisation."""
+    """The path, beside a file, of the same in another quantisation."""
     return path if type_ in ("", AS_SHIPPED) else path.with_name(f"{path.stem}-{type_}.gguf")
 
 
 def requantized(path: Path, type_: str, folder: Path) -> Path:
-    """`path` rewritten to another quantisation in `folder`, by llama.cpp's own quantize function; or as it is."""
-    if renamed(path, type_) == path:
+    """The path of a file rewritten to another quantisation in `folder`; or its own, if it is to stay as shipped."""
+    if (out := renamed(path, type_)) == path:
         return path
-    out = folder / renamed(path, type_).name
+    out = folder / out.name
     if not out.exists():
         quantize(path, out, type_)
     return out

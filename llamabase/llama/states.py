@@ -1,13 +1,11 @@
-"""What llama.cpp gives and takes beside tokens: states of a target's, and a hidden state with every token.
+"""A target's hidden states: recorded while it reads, and read by a drafter together with the tokens.
 
-EAGLE-3 heads and MTP blocks live on this. The functions that llama.cpp keeps apart as experimental are looked up here
-and nowhere else.
+EAGLE-3 heads and MTP blocks need this. Only this module looks up the functions that llama.cpp calls experimental.
 """
 
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -17,14 +15,13 @@ import numpy as np
 
 from llamabase.errors import EngineError
 
-from .context import F16, Cache, Context
-from .interrupt import interruptible
-from .library import LAST_ERRORS, floats, last_error
+from .context import F16, BaseContext, Cache, Context, SequenceContext
+from .library import floats
 from .model import Model
 
-KNOWN = "0.3.36"  # the llama-cpp-python whose llama.cpp has all that is used here
-# Architectures whose graphs record the inputs of their layers, as llama.cpp of that version names them. It ends the
-# process where another one is asked to.
+KNOWN = "0.3.36"  # the llama-cpp-python whose llama.cpp has everything that is used here
+# Architectures whose graphs record the inputs of their layers, as that llama.cpp names them. If asked of another
+# architecture, it ends the process.
 RECORDING = frozenset({
     *("llama", "llama-embed", "qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe", "qwen4exp", "gemma4", "gpt-oss"),
     *("lfm2", "lfm2moe", "deepseek4", "bailingmoe3", "hunyuan_vl", "mimo2", "minimax-01", "minimax-m2"),
@@ -32,7 +29,7 @@ RECORDING = frozenset({
 })  # fmt: skip
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
-# What each gives and takes after the context, and how GCC's and Clang's, and Microsoft's compiler name that.
+# Result, arguments after the context, and how the names of these are mangled by GCC and Clang, and by Microsoft's C++.
 _EXPERIMENTAL: dict[str, tuple[Any, list[Any], str, str]] = {
     "llama_set_embeddings_layer_inp": (None, [ctypes.c_uint32, ctypes.c_bool], "jb", "XPEAUllama_context@@I_N"),
     "llama_get_embeddings_layer_inp": (_FLOATS, [ctypes.c_uint32], "j", "PEAMPEAUllama_context@@I"),
@@ -45,36 +42,36 @@ _BOUND = ("llama_batch_ext_init", "llama_process", "llama_embd", "LLAMA_PROCESS_
 @lru_cache(maxsize=1)
 def _experimental() -> dict[str, Any]:
     library = getattr(llama_cpp.llama_cpp, "_lib", None)
-    found: dict[str, Any] = {}
+    functions: dict[str, Any] = {}
     for name, (result, arguments, itanium, microsoft) in _EXPERIMENTAL.items():
         for form in (name, f"_Z{len(name)}{name}P13llama_context{itanium}", f"?{name}@@YA{microsoft}@Z"):
             if (function := getattr(library, form, None)) is not None:
                 function.restype, function.argtypes = result, [ctypes.c_void_p, *arguments]
-                found[name] = function
+                functions[name] = function
                 break
-    if found.keys() != _EXPERIMENTAL.keys() or not all(hasattr(llama_cpp, name) for name in _BOUND):
+    if functions.keys() != _EXPERIMENTAL.keys() or not all(hasattr(llama_cpp, name) for name in _BOUND):
         raise EngineError(
-            f"the installed llama-cpp-python cannot run drafters that hang on their target; {KNOWN} can: "
+            f"the installed llama-cpp-python cannot run drafters that read their target's states; {KNOWN} can: "
             f"pip install llama-cpp-python=={KNOWN}"
         )
-    return found
+    return functions
 
 
 class Recorded:
-    """States of a target that a drafter hangs on, kept for every token that its context reads.
+    """A target's states at every token that its context decodes: a `Recorder`.
 
-    `rows[P]` (float32) are those of the token at position P, for P < n. With `layers` they are what goes into those,
-    one after another in a row (len(layers) x n_embd), which EAGLE-3 heads read; without, what the head is multiplied by
-    (n_embd), whether or not logits are asked for, which MTP blocks read.
+    `rows[P]` (float32) are the states at position P, for P < n. With `layers` they are the inputs of these layers side
+    by side (len(layers) x n_embd), which EAGLE-3 heads read. Without, they are what the head is multiplied by (n_embd),
+    also at tokens whose logits are not wanted; MTP blocks read that.
 
-    Raises EngineError where the target's graph records no inputs of layers; nothing is decoded then.
+    Raises EngineError, before anything is decoded, if llama.cpp records no layers of the target's architecture.
     """
 
-    def __init__(self, context: Context, architecture: str, layers: Sequence[int]) -> None:
+    def __init__(self, context: BaseContext, architecture: str, layers: Sequence[int]) -> None:
         if layers and architecture not in RECORDING:
             raise EngineError(
-                f"{context.model.path}: a drafter that hangs on its target needs the inputs of its layers, and "
-                f"llama.cpp records none for {architecture}; use a drafter that reads the text itself"
+                f"{context.model.path}: the drafter needs inputs of its target's layers, and llama.cpp records none "
+                f"for {architecture}; use a drafter that reads the text itself"
             )
         library = _experimental()
         self.n, self.layers = 0, tuple(layers)
@@ -87,17 +84,19 @@ class Recorded:
             self._parts = [partial(library["llama_get_embeddings_nextn"], context.handle)]
         self._n_embd = context.model.n_embd
         self.rows = np.empty((context.n_ctx, len(self._parts) * self._n_embd), np.float32)
-        context.rewind(0)  # what was read unrecorded is of no use
         context.recorders.append(self)
 
     @classmethod
     def of(cls, context: Context, architecture: str = "", layers: Sequence[int] = ()) -> Recorded:
-        """Those of a context, which several drafters may hang on."""
-        found = next((known for known in context.recorders if known.layers == tuple(layers)), None)
-        return found or cls(context, architecture, layers)
+        """The record of these layers, which several drafters may read; a new one begins with an empty cache."""
+        for recorder in context.recorders:
+            if isinstance(recorder, cls) and recorder.layers == tuple(layers):
+                return recorder
+        recorded = cls(context, architecture, layers)
+        context.rewind(0)
+        return recorded
 
     def take(self, first: int, n: int) -> None:
-        """After n tokens were read from position `first` on."""
         self.n = min(self.n, first)
         for i, part in enumerate(self._parts):
             columns = slice(i * self._n_embd, (i + 1) * self._n_embd)
@@ -105,14 +104,16 @@ class Recorded:
         self.n = first + n
 
 
-class PairContext(Context):
-    """One sequence of (token, state) pairs in one cache: what a head that hangs on its target reads.
+class PairContext(SequenceContext):
+    """A sequence of (token, state) pairs, which a drafter that reads its target's states decodes.
 
-    The pair at position P is the token at P + 1 of the text with the state of P: what `encode` makes of the target's
-    recorded states there or, while drafting, what `decode` gave for the pair before. `model` is an EAGLE-3 head, and
-    `other` its target's context; or it is the target itself, and its MTP block reads (`mtp`). Without `head` no logits
-    are computed, whatever is asked.
+    The pair at position P is the token at P + 1 of the text with a state at P: what `encode` makes of the target's
+    recorded states there or, while drafting, the state that `pairs` returned for the pair before. `model` is an EAGLE-3
+    head, and `other` its target's context; or `model` is the target itself, and `mtp` decodes with its MTP block.
+    Without `head` no logits are computed.
     """
+
+    _extended: Any = None
 
     def __init__(
         self,
@@ -125,34 +126,34 @@ class PairContext(Context):
         head: bool = True,
         cache: Cache = F16,
     ) -> None:
-        self._extended = None
         self._library = _experimental()
         self._mtp, self._head = mtp, head
-        super().__init__(model, n_ctx, n_threads, n_outputs=n_outputs, other=other, mtp=mtp, cache=cache)
-        self._library["llama_set_embeddings_nextn"](self.handle, True, head)  # of all tokens, or of outputs only
+        kind = llama_cpp.LLAMA_CONTEXT_TYPE_MTP if mtp else llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT
+        target = None if other is None else other.handle  # whose context must outlive this one
+        super().__init__(model, n_ctx, n_threads, n_outputs, cache, ctx_type=kind, ctx_other=target)
+        self._library["llama_set_embeddings_nextn"](self.handle, True, head)  # of all tokens, or only of outputs
         self._extended = llama_cpp.llama_batch_ext_init(self.handle)
 
     def encode(self, recorded: np.ndarray) -> np.ndarray:
-        """The states (float32, n x n_embd) of what was recorded of a target (float32, n x its width)."""
+        """The states (float32, n x n_embd) to pair tokens with, made of a target's (float32, n x width of a record)."""
         if self._mtp:
             return recorded
-        found = np.empty((len(recorded), self.model.n_embd), np.float32)
-        # Positions are not looked at, and must be those that come next all the same.
+        states = np.empty((len(recorded), self.model.n_embd), np.float32)
         for start in range(0, len(recorded), self.n_batch):
             part = np.ascontiguousarray(recorded[start : start + self.n_batch])
+            # The encoder ignores positions, but llama.cpp insists on those that come next.
             self._process(llama_cpp.LLAMA_PROCESS_TYPE_ENCODE, self.count(), None, part, True)
-            found[start : start + len(part)] = self._states(len(part))
-        return found
+            states[start : start + len(part)] = self._states(len(part))
+        return states
 
     def pairs(self, tokens: Sequence[int], states: np.ndarray, outputs: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Append pairs. With `outputs`: (logits, states) after each of the last n_outputs of them at most, float32
-        (n x n_vocab, a view) and (n x n_embd); the head is computed for every one, so mostly there is one.
+        """Append pairs. With `outputs`, (logits, states) after the last of them, at most n_outputs: float32
+        (n x n_vocab, a view) and (n x n_embd). The head is computed for each of them, so n_outputs is mostly 1.
         """
         logits, made = np.empty((0, self.model.n_vocab), np.float32), np.empty((0, self.model.n_embd), np.float32)
         size = self.n_outputs if outputs else self.n_batch
         for start in range(0, len(tokens), size):
-            if not self.go_on():
-                raise EngineError(f"{self.model.path}: was cancelled while it read {len(tokens)} tokens")
+            self._require_going_on(len(tokens))
             part = np.ascontiguousarray(states[start : start + size], np.float32)
             n, ids = len(part), tokens[start : start + size]
             self._process(llama_cpp.LLAMA_PROCESS_TYPE_DECODE, self.n_past, ids, part, outputs and self._head)
@@ -170,7 +171,7 @@ class PairContext(Context):
         batch = self._extended
         llama_cpp.llama_batch_ext_clear(batch)
         width = states.shape[1]
-        for i, row in enumerate(states):  # whose memory llama.cpp copies at once
+        for i, row in enumerate(states):  # llama.cpp copies its memory at once
             state = llama_cpp.llama_embd(row.ctypes.data_as(_FLOATS), 1, width)
             if tokens is None:
                 place = llama_cpp.llama_batch_ext_add_embd(batch, 0, state)
@@ -179,14 +180,8 @@ class PairContext(Context):
                 llama_cpp.llama_batch_ext_set_embd_token(batch, place, state)
             llama_cpp.llama_batch_ext_set_pos(batch, place, ctypes.byref(llama_cpp.llama_pos(first + i)))
             llama_cpp.llama_batch_ext_set_output_logits(batch, place, outputs)
-        started = time.perf_counter()
-        LAST_ERRORS.clear()
-        with interruptible():
-            code = llama_cpp.llama_process(self.handle, kind, batch)
-            llama_cpp.llama_synchronize(self.handle)
-        self.seconds += time.perf_counter() - started
-        if code:
-            raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {last_error()}")
+        with self._timed():
+            self._compute(llama_cpp.llama_process, kind, batch)
 
     def close(self) -> None:
         if self._extended is not None:

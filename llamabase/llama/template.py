@@ -1,10 +1,11 @@
-"""A model's own chat template: from messages to the text, and the token ids, it was trained on."""
+"""A model's own chat template: from messages to the text, and the token ids, that it was trained on."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from llamabase.gguf.vocabulary import Vocabulary
 from .model import Model
 
 Messages = Sequence[dict[str, Any]]
-ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LETTERS_OF_ID = 9  # letters and digits: the only ids of calls that Mistral's templates take
-RESERVED = {  # names that the formatter itself gives to a template
+ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+LETTERS_OF_ID = 9  # letters and digits of a call's id: Mistral's templates take no other length
+RESERVED = {  # names of a template's variables that the formatter itself sets
     *("messages", "tools", "functions", "function_call", "tool_choice", "eos_token", "bos_token", "raise_exception"),
     *("add_generation_prompt", "strftime_now", "self"),
 }
@@ -28,8 +29,8 @@ RESERVED = {  # names that the formatter itself gives to a template
 class ChatTemplate:
     """The templates of a GGUF, through llama-cpp-python's Jinja formatter; a model without one gets the bare text.
 
-    The template named `tool_use`, if there is one, is used for conversations with tools. Raises FileFormatError for one
-    that is no Jinja.
+    The template named `tool_use`, if there is one, is used for conversations with tools. Raises FileFormatError for a
+    template that is not Jinja.
     """
 
     def __init__(self, file: GGUFFile, vocabulary: Vocabulary) -> None:
@@ -37,7 +38,7 @@ class ChatTemplate:
 
         def text(key: str) -> str:
             token = file.get(f"tokenizer.ggml.{key}_token_id")
-            known = token is not None and 0 <= token < len(vocabulary)  # as llama.cpp, which takes no others for one
+            known = token is not None and 0 <= token < len(vocabulary)  # llama.cpp ignores others, too
             return vocabulary.text(token).decode("utf-8", "replace") if known else ""
 
         self._bos, eos = text("bos"), text("eos")
@@ -48,7 +49,7 @@ class ChatTemplate:
                 return Jinja2ChatFormatter(source, eos_token=eos, bos_token=self._bos) if source else None
             except Exception as error:  # a source may be anything
                 raise FileFormatError(
-                    f"{self._path}: its chat template cannot be used: {error}; get another file"
+                    f"{file.path}: its chat template cannot be used: {error}; get another file"
                 ) from error
 
         self._format = formatter("tokenizer.chat_template")
@@ -68,14 +69,14 @@ class ChatTemplate:
         continued: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the model reads it, up to where its answer begins.
+        """The conversation as the model reads it, up to the beginning of its answer.
 
         answered: up to its end instead, with no answer to follow. continued: the last message is the beginning of the
-        answer, which goes on from its end. variables: further names for the template, such as enable_thinking.
+        answer. variables: further variables for the template, such as enable_thinking.
 
-        A template that refuses the messages (ids of calls that are not nine letters and digits, arguments that are
-        objects) gets them in its own form. Raises FileFormatError if it refuses all of these (roles out of order, say),
-        and SettingError for variables that it cannot have.
+        If a template refuses the messages (for ids that are not nine letters and digits, or arguments that are
+        objects), it gets them in other forms. Raises FileFormatError if it refuses all forms (roles out of order, say),
+        and SettingError for reserved variables.
         """
         if taken := sorted(RESERVED & (variables or {}).keys()):
             raise SettingError(f"chat_template_kwargs: {taken[0]} is set by the conversation itself; leave it out")
@@ -100,9 +101,9 @@ class ChatTemplate:
         return self.tokens(model, self.text(messages, tools), n_ctx)
 
     def tokens(self, model: Model, text: str, n_ctx: int | None = None) -> list[int]:
-        """Token ids of a text that the template wrote, with BOS if the model wants one and it has none; never empty.
+        """Token ids of a text that the template wrote, never empty. BOS comes first if the model wants it.
 
-        n_ctx: raise PromptTooLong for a large text that this context cannot hold, before it is split.
+        n_ctx: raise PromptTooLong, before it is split, for a large text that needs more tokens than this.
         """
         begun = bool(self._bos) and text.startswith(self._bos)
         tokens = model.tokenize(text, special=True, add_bos=not begun, n_ctx=n_ctx)
@@ -110,7 +111,7 @@ class ChatTemplate:
 
 
 def _begun(message: Mapping[str, Any], head: str) -> str:
-    """The beginning of an answer after `head`, its reasoning included, as far as it was said."""
+    """The beginning of an answer after `head`, including its reasoning."""
     reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
     opened = head.rstrip().endswith("<think>")
     if not opened and not reasoning:
@@ -119,40 +120,41 @@ def _begun(message: Mapping[str, Any], head: str) -> str:
     return f"{start}\n</think>\n\n{content}" if content else start
 
 
-def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
-    """The messages as they are, and in the other forms in which templates want calls."""
-    yield list(messages)
-    if not any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
-        return
-    for as_text, short in ((False, True), (True, False), (True, True)):
-        waiting: list[str] = []  # ids of calls that no result names yet
-        form = []
-        for i, message in enumerate(messages):
-            changed = dict(message)
-            if calls := message.get("tool_calls"):
-                changed["tool_calls"] = [_call(call, f"{i}.{n}", as_text, short) for n, call in enumerate(calls)]
-                waiting = [call["id"] for call in changed["tool_calls"] if "id" in call]
-            if message.get("role") == "tool" and short:
-                given = message.get("tool_call_id")
-                changed["tool_call_id"] = short_id(given) if given else (waiting or [short_id("")])[0]
-                waiting = [id_ for id_ in waiting if id_ != changed["tool_call_id"]]
-            form.append(changed)
-        yield form
+def _forms(messages: Messages) -> Iterator[Messages]:
+    """The messages as they are, then with calls in the other forms that templates want."""
+    yield messages
+    if any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
+        as_text = [_with_text_arguments(message) for message in messages]
+        yield from (list(_with_short_ids(messages)), as_text, list(_with_short_ids(as_text)))
 
 
-def _call(call: Mapping[str, Any], place: str, as_text: bool, short: bool) -> dict[str, Any]:
-    """A call with its arguments as JSON text, and with a short id, if it is wanted so."""
-    changed = dict(call)
-    if short:
-        changed["id"] = short_id(call.get("id") or place)
-    function = dict(call.get("function") or {})
-    if as_text and not isinstance(function.get("arguments"), str):
-        function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return changed | {"function": function}
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = dict(call.get("function") or {})
+        if not isinstance(function.get("arguments"), str):
+            function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+        calls.append(call | {"function": function})
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _with_short_ids(messages: Messages) -> Iterator[dict[str, Any]]:
+    """The messages with short ids of calls; a result without an id gets that of the first call without a result."""
+    waiting: list[str] = []
+    for i, message in enumerate(messages):
+        changed = dict(message)
+        if calls := message.get("tool_calls"):
+            waiting = [short_id(call.get("id") or f"{i}.{n}") for n, call in enumerate(calls)]
+            changed["tool_calls"] = [call | {"id": id_} for call, id_ in zip(calls, waiting, strict=True)]
+        if message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            changed["tool_call_id"] = short_id(given) if given else (waiting or [short_id("")])[0]
+            waiting = [id_ for id_ in waiting if id_ != changed["tool_call_id"]]
+        yield changed
 
 
 def short_id(given: str) -> str:
-    """An id of nine letters and digits: the given one if it is such, else always the same for the same."""
+    """The given id if it is nine letters and digits, else such an id that is always the same for the given one."""
     if len(given) == LETTERS_OF_ID and given.isascii() and given.isalnum():
         return given
     number = int.from_bytes(hashlib.sha256(given.encode("utf-8", "replace")).digest()[:8], "big")

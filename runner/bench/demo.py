@@ -11,7 +11,8 @@ import numpy as np
 
 from llamabase.cli.progress import progress
 from llamabase.sampling.settings import GREEDY
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
 from runner.options import FULL, Models
 
 from .modes import SPEC, Files, head_rows, open_modes

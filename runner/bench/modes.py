@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from llamabase.gguf.tensors import head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import requantized
 from runner.draft.auto import AutoDrafter
+from runner.draft.contracts import Drafter, NoDrafter
 from runner.draft.cost import StepCost
-from runner.draft.drafters import Drafter, ModelDrafter, NoDrafter
+from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import LookupDrafter
 from runner.draft.measured import measured_draft, measured_verify
 from runner.draft.opening import open_drafter
@@ -161,9 +162,9 @@ def open_modes(
             length = int(own) if own else draft_max
             before, model = resident(), None
             if path is not None:
-                n_ctx, vocab = found.n_ctx_draft or engine.context.n_ctx, kind if kind in CUT else found.vocab
-                limits = n_ctx, *found.own, vocab, found.cache_draft
-                model = open_drafter(path, vocabulary, *limits, target_context=engine.context)
+                options = found.of_drafter(path, engine.context.n_ctx)
+                options = replace(options, vocab=kind if kind in CUT else found.vocab)
+                model = open_drafter(options, vocabulary, engine.context)
                 stack.callback(model.close)
             drafter: Drafter = model or LookupDrafter()
             if kind in (PLAIN, AGAIN):

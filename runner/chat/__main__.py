@@ -30,8 +30,9 @@ from llamabase.cli.progress import stderr
 from llamabase.errors import TrimError
 from llamabase.files import decoded, expand
 from llamabase.sampling.settings import Sampling
-from runner.draft.drafters import NoDrafter
-from runner.loop.engine import Engine, Record
+from runner.draft.contracts import NoDrafter
+from runner.loop.engine import Engine
+from runner.loop.record import Record
 from runner.options import Models, limit_of, model_options, open_measured, sampling_options, template_kwargs_option
 
 from .conversation import Messages, load, save

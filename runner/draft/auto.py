@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
+from .contracts import Drafter, Proposal
 from .cost import MEMORY, WEIGHT, Chances, StepCost, best_cut, best_fixed
-from .drafters import Drafter, ModelDrafter, Proposal
+from .drafters import ModelDrafter
 from .lookup import Lookup
 
 # A session may lose so many plain steps, and this share of its tokens: in the worlds of tests/test_auto.py less leaves
@@ -57,10 +58,6 @@ class AutoDrafter(Drafter):
         self._claims: list[tuple[Chances, float]] = []  # who suggested each draft of this round, and how surely
         self._modelled = False
         self._read = 0.0  # seconds of this round that the drafter took to read what others wrote
-
-    def share_weights(self, drafter: ModelDrafter | None) -> AutoDrafter:
-        """For another conversation: what is measured and learned is shared."""
-        return AutoDrafter(drafter, self._verify, self._draft, self.known)
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """A new answer. Part of what is believed of the drafter is then what is hoped, since another text may suit it

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-from .drafters import NoDrafter
+from .contracts import NoDrafter
 
 LONGEST = 3  # tokens of a suffix that are looked up; the match itself may reach further back
 SHORTEST = 2  # a match of one token suggests too little for a fixed draft length

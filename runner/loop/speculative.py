@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from llamabase.llama.ggml import release_threads
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Distribution, Sampling
-from runner.draft.drafters import Drafter
+from runner.draft.contracts import Drafter
 from runner.draft.reading import Reader
 
 from .acceptance import accept
@@ -27,10 +26,10 @@ from .acceptance import accept
 @dataclass(frozen=True)
 class Round:
     """One target call. `tokens` is what it emitted: the accepted drafts and the token after them. `drafted` are the
-    drafts that it verified: those that a schema forbids are not among them.
+    drafts that it verified, without those that a schema forbids.
 
-    Seconds are wall time; draft and verify count time inside llama.cpp only, host is everything else of the round.
-    `finish` is "stop" (an end token, which is the last of `tokens`) or "length" on the last round, else None.
+    Seconds are wall time: draft and verify inside llama.cpp, host everywhere else. `finish` is "stop" (the last of
+    `tokens` is an end token) or "length" on the last round, else None.
     """
 
     tokens: list[int]
@@ -40,6 +39,11 @@ class Round:
     verify_seconds: float
     host_seconds: float
     finish: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole round."""
+        return self.draft_seconds + self.verify_seconds + self.host_seconds
 
 
 def generate(
@@ -52,7 +56,7 @@ def generate(
     draft_max: int,
     is_end: Callable[[int], bool],
     noise: Noise,
-    on_logits: Callable[[np.ndarray, list[int]], Any] = lambda logits, tokens: None,
+    on_logits: Callable[[np.ndarray, list[int]], object] | None = None,
 ) -> Iterator[Round]:
     """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
 
@@ -60,11 +64,11 @@ def generate(
     target, where the shape of a batch changes the last bits of a logit.
 
     Emits at most max_tokens tokens and never more than the context holds. The target may already hold a beginning of
-    the prompt: only the rest is read. Closing the generator leaves target and drafter usable. `look` is shown the
-    target's logits (float32, a row for each emitted token, a view) before samplers touch them, and the tokens.
+    the prompt: only the rest is read. Closing the generator leaves target and drafter usable. `on_logits` gets the
+    target's logits (float32, a row for each emitted token, a view) before samplers change them, and the tokens.
     """
     if not prompt:
-        raise ValueError("the prompt is empty: give at least one token (BOS, where the vocabulary has one)")
+        raise ValueError("the prompt is empty: give at least one token (BOS, if the vocabulary has one)")
     text = list(prompt)
     n_ctx = target.context.n_ctx
     if len(text) > n_ctx:
@@ -74,7 +78,7 @@ def generate(
         )
     left = min(max_tokens, n_ctx - len(text) + 1)
     chain = Chain(sampling, text, target.context.model, noise)
-    # Where an interruption cut the settling of the last answer short.
+    # An interruption may have cut the settling of the last answer short.
     target.settle()
     drafter.settle()
     try:
@@ -89,7 +93,7 @@ def generate(
             n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
             drafts = drafter.draft(text, n, sampling, noise)
             n_drafted = len(drafts)
-            del drafts[chain.fitting(drafts) :]  # those after a draft that may not come fall without being verified
+            del drafts[chain.fitting(drafts) :]  # a draft that a schema forbids falls, with those after it
             logits = target.read([text[-1], *drafts], len(drafts) + 1)
             accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
             chain.accept(following)
@@ -97,10 +101,11 @@ def generate(
             end = next((i for i, token in enumerate(tokens) if is_end(token)), None)
             if end is not None:
                 del tokens[end + 1 :]
-            on_logits(logits[: len(tokens)], tokens)
+            if on_logits is not None:
+                on_logits(logits[: len(tokens)], tokens)
             text += tokens
             left -= len(tokens)
-            # What was emitted last has not been read yet.
+            # The last token that was emitted has not been read yet.
             target.keep(text, len(text) - 1)
             after = (drafter.seconds, target.context.seconds)
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
@@ -125,7 +130,7 @@ def generate(
 
 
 def _p_at(logits: np.ndarray, chain: Chain, drafts: Sequence[int], i: int) -> Distribution:
-    """The target's distribution in row i. `accept` asks for it once the draft before it stands, and once only."""
+    """The target's distribution in row i. `accept` asks for it once, after the draft before it was accepted."""
     if i:
         chain.accept(drafts[i - 1])
     return chain.distribution(logits[i])

@@ -27,7 +27,7 @@ from llamabase.errors import TrimError
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
-from runner.draft.drafters import AUTO
+from runner.draft.contracts import AUTO
 from runner.tools.calls import Tools
 
 log = logging.getLogger("uvicorn.error")

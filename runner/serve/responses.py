@@ -19,7 +19,8 @@ from llamabase.llama.model import Model
 from llamabase.llama.template import ALPHABET, LETTERS_OF_ID
 from llamabase.sampling.settings import Sampling
 from runner.draft.reading import shared
-from runner.loop.engine import Engine, Record
+from runner.loop.engine import Engine
+from runner.loop.record import Record
 from runner.loop.stops import StopFilter
 from runner.tools.calls import HERMES, Call, CallReader, Form, Tools
 
@@ -110,7 +111,7 @@ class Answer:
         asked, n_read, seen = self.asked, 0, deque[dict[str, Any]]()
         self.n_cached = min(shared(engine.reader.held, asked.prompt, len(asked.prompt)), len(asked.prompt) - 1)
         if engine.drafter is not None:
-            engine.drafter.use(asked.vocab)
+            engine.drafter.vocab = asked.vocab
         model, n = engine.model, asked.n_logprobs
 
         def on_logits(rows: np.ndarray, tokens: list[int]) -> None:

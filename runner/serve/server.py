@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+import numpy as np
 import prometheus_client as prometheus
 from fastapi import Request
+from gguf.constants import TokenType
 from starlette.concurrency import run_in_threadpool
 
 from llamabase.errors import FileFormatError, PromptTooLong
 from llamabase.sampling.settings import Sampling
-from runner.draft.drafters import AUTO
+from runner.draft.contracts import AUTO
 from runner.loop.engine import Engine
-from runner.tools.calls import HERMES, Tools, guide_of
+from runner.tools.calls import HERMES, Form, Tools, control_tokens, form_of, guide_of
 
 from .conversations import Conversations, Job, Unavailable
 from .requests import BadRequest, Chat, Completion, Native
@@ -155,8 +157,8 @@ class Server:
             n_logprobs=None if n_logprobs is None else min(n_logprobs, n_vocab),
             tools=tools,
             vocab=body.vocab,
-            form=HERMES if tools is None else self.engine.form,
-            shown=frozenset() if tools is None else frozenset(self.engine.control_tokens.values()),
+            form=HERMES if tools is None else self.form,
+            shown=frozenset() if tools is None else frozenset(self.control_tokens.values()),
         )
         return [replace(first, seed=body.seed_of(i)) for i in range(body.n)]
 
@@ -180,10 +182,22 @@ class Server:
         end = b"".join(model.piece(token, special=True) for token in prompt[-8:])  # tokens that may spell <think>
         thinking = end.rstrip().endswith(b"<think>")
         try:
-            guide = guide_of(self.engine.form, tools, self.engine.control_tokens, thinking)
+            guide = guide_of(self.form, tools, self.control_tokens, thinking)
         except FileFormatError as error:
             raise BadRequest(f"tools: {error}", "tools") from error
         return replace(sampling, guide=guide)
+
+    @cached_property
+    def form(self) -> Form:
+        """How this model writes calls of tools."""
+        return form_of(self.engine.weights.template)
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the control tokens that this model writes calls with, by name. Elsewhere they stand for no text."""
+        vocabulary = self.engine.weights.vocabulary
+        controls = np.flatnonzero(vocabulary.types == TokenType.CONTROL).tolist()
+        return control_tokens(self.form, {vocabulary.tokens[i].decode("utf-8", "replace"): i for i in controls})
 
     @cached_property
     def ends(self) -> list[int]:

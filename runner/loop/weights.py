@@ -1,0 +1,103 @@
+"""What is loaded once for a pair, whatever the number of conversations: weights, vocabulary, template, step costs."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from gguf_trim.format.companion import companion_of
+from gguf_trim.format.mtp import DrafterSource, OwnBlock
+from llamabase.errors import EngineError
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import F16, Cache
+from llamabase.llama.library import Closing
+from llamabase.llama.model import Model
+from llamabase.llama.template import ChatTemplate
+from llamabase.store import key_of
+from runner.draft.auto import AutoDrafter, DraftStats
+from runner.draft.contracts import AUTO
+from runner.draft.cost import StepCost
+from runner.draft.drafters import ModelDrafter
+from runner.draft.measured import recall_known, remember_known, step_costs
+from runner.draft.opening import DraftOptions
+from runner.draft.reading import Reader
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which files to run, and how to load them.
+
+    draft: a file of the target's vocabulary, trimmed or not, the target's own MTP block, or None. n_ctx: tokens of
+    context; 0 takes as many as the model was trained on. n_threads: None for one per physical core. n_gpu_layers: None
+    for llama.cpp's default. vocab: see `DraftOptions`. n_ctx_draft: tokens that the drafter remembers, if fewer than
+    n_ctx. n_threads_draft, n_gpu_layers_draft: the drafter's; None for the target's. cache, cache_draft: the types of
+    the KV caches.
+    """
+
+    target: Path
+    draft: DrafterSource | None = None
+    n_ctx: int = 4096
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    vocab: str = AUTO
+    n_ctx_draft: int | None = None
+    cache: Cache = F16
+    cache_draft: Cache = F16
+    n_threads_draft: int | None = None
+    n_gpu_layers_draft: int | None = None
+
+    def of_drafter(self, source: DrafterSource, n_ctx: int) -> DraftOptions:
+        """The drafter's share, for a target that has n_ctx tokens of context."""
+        layers = self.n_gpu_layers if self.n_gpu_layers_draft is None else self.n_gpu_layers_draft
+        n_ctx = min(self.n_ctx_draft or n_ctx, n_ctx)
+        threads = self.n_threads_draft or self.n_threads
+        return DraftOptions(source, n_ctx, threads, layers, self.vocab, self.cache_draft)
+
+
+class Weights(Closing):
+    """A target loaded with its vocabulary and chat template, the drafter's model once a conversation has loaded it, and
+    what steps cost here and sessions have learned of the pair.
+
+    Raises EngineError or FileFormatError if the target does not load.
+    """
+
+    def __init__(self, options: LoadOptions) -> None:
+        self.options = options
+        file = GGUFFile(options.target)
+        if "gguf_trim.d2t" in file.fields:
+            raise EngineError(f"{file.path}: is a trimmed drafter and cannot be the target; give it as the drafter")
+        if "gguf_trim.companion" in file.fields:
+            raise EngineError(f"{file.path}: is the companion of a trimmed drafter, not a model")
+        self.vocabulary = Vocabulary(file)
+        self.template = ChatTemplate(file, self.vocabulary)
+        self.architecture = file.architecture
+        self.model = Model(options.target, options.n_gpu_layers)
+        self.draft_model: Model | None = None
+        self._costs: tuple[StepCost, StepCost | None] | None = None
+        self._stats = DraftStats()
+
+    @cached_property
+    def _key(self) -> str:
+        draft = self.options.draft
+        files = [self.options.target, *([draft, companion_of(draft)] if isinstance(draft, Path) else [])]
+        return key_of(files, [isinstance(draft, OwnBlock), *astuple(self.options)[2:]])
+
+    def measure(self, reader: Reader, drafter: ModelDrafter | None) -> None:
+        """Find out what steps cost here, which takes seconds if this pair never drafted here before."""
+        self._costs = step_costs(reader, drafter, self._key)
+        self._stats = recall_known(self._key) or DraftStats()
+
+    def auto(self, reader: Reader, drafter: ModelDrafter | None) -> AutoDrafter:
+        """Drafting by cost for a conversation. All conversations share what is measured and learned."""
+        if self._costs is None:
+            self.measure(reader, drafter)
+        assert self._costs is not None
+        return AutoDrafter(drafter, *self._costs, self._stats)
+
+    def close(self) -> None:
+        if self._costs is not None:
+            remember_known(self._key, self._stats)
+            self._costs = None
+        self.model.close()

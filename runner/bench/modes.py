@@ -85,7 +85,7 @@ def named(cuts: Sequence[Path]) -> dict[str, Path]:
 
 
 def find_files(
-    found: Models,
+    models: Models,
     folder: Path,
     full: DrafterSource | None,
     ks: Sequence[int] = (),
@@ -93,9 +93,9 @@ def find_files(
     draft_quant: str = "",
 ) -> Files:
     """The files to compare: requantised to the types that are given, and cut to every k, all in `folder`."""
-    trimmed = found.draft
-    if found.prepared:
-        full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
+    trimmed = models.draft
+    if models.prepared:
+        full, trimmed = full or models.prepared.drafter, models.prepared.trimmed
     if trimmed is not None and (isinstance(trimmed, OwnBlock) or "gguf_trim.d2t" not in GGUFFile(trimmed).fields):
         full, trimmed = full or trimmed, None
     if trimmed is not None and GGUFFile(trimmed).architecture == MTP:
@@ -104,7 +104,7 @@ def find_files(
         raise click.UsageError(
             f"{'--draft-quant' if draft_quant else '--k'} needs the uncut drafter; give it as --full"
         )
-    target = requantized(found.target, target_quant, folder)
+    target = requantized(models.target, target_quant, folder)
     cuts = [] if trimmed is None else [trimmed]
     if isinstance(full, OwnBlock):
         for k in ks or ([] if cuts else [DEFAULT_K]):
@@ -146,7 +146,7 @@ def head_rows(drafter: DrafterSource, target: Path) -> int:
 
 @contextmanager
 def open_modes(
-    names: Sequence[str], files: Files, engine: Engine, found: Models, draft_max: int | None
+    names: Sequence[str], files: Files, engine: Engine, models: Models, draft_max: int | None
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
@@ -162,8 +162,8 @@ def open_modes(
             length = int(own) if own else draft_max
             before, model = resident(), None
             if path is not None:
-                options = found.of_drafter(path, engine.context.n_ctx)
-                options = replace(options, vocab=kind if kind in CUT else found.vocab)
+                options = models.of_drafter(path, engine.context.n_ctx)
+                options = replace(options, vocab=kind if kind in CUT else models.vocab)
                 model = open_drafter(options, vocabulary, engine.context)
                 stack.callback(model.close)
             drafter: Drafter = model or LookupDrafter()

@@ -1,18 +1,16 @@
 """python -m runner.exact: is the output really the target's, and only the target's?
 
-Batch shape changes floating point: on a quantised target the same position has slightly different logits decoded alone
-and in a batch of four, so two correct greedy runs part at near-ties. This check tells a near-tie from a bug. For every
+Batch shape changes floating point: a quantised target's logits for one position differ slightly between a batch of one
+and a batch of four, so two correct greedy runs part at near-ties. This check tells near-ties from bugs. For every
 prompt, greedily or with the noise of a seed:
 
-1. plain: the target decodes one token at a time, in code that shares nothing with the speculative loop;
-2. the speculative loop answers, and its rounds are kept;
-3. replay: the kept rounds are decoded again, in the same batch shapes, on an empty cache: every emitted token must be
-   the argmax of its row, as the samplers and the noise make it;
-4. one pass: the emitted text is read in one batch: no token may lie further below the maximum than the batch-shape
-   noise, which is measured apart from the loop, on the plain text (between one token at a time and one pass, how far
-   the lead of the best token over the second moves, and how far it falls below whichever is the best then); where a
-   filter such as top-p leaves a token out in one shape and not in another, it is counted, too;
-5. where the loop's text parts from the plain one, the gap between the two tokens is printed.
+1. plain: the target decodes one token a call, in code that shares nothing with the speculative loop;
+2. loop: the speculative loop answers, and its rounds are kept;
+3. replay: the rounds are decoded again in the same batches on an empty cache; every emitted token must be the argmax of
+   its row of scores, that is, of logits after samplers and noise;
+4. one pass: the emitted text is read in one batch; no token may score further below the maximum than batch shape alone
+   moves scores, which is measured on the plain text; a token that a filter such as top-p leaves out is counted apart;
+5. parting: if the loop's text parts from the plain one, the gap between the two tokens is printed.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -47,29 +45,30 @@ from runner.loop.speculative import Round
 
 from .options import Models, model_options, sampling_options
 
-MOST = 512  # tokens that are read in one pass
+MOST = 512  # tokens of an answer, since it is read in one batch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exactness:
-    """What one prompt showed. Gaps are logits."""
+    """What one prompt showed. Gaps and noise are in logits."""
 
     prompt: str
     tokens: int
     replay_faults: int
-    gaps: np.ndarray  # one pass: maximum minus the emitted token's logit, per position
-    noise: np.ndarray  # per position of the plain text
+    gaps: np.ndarray  # one pass: the maximum minus the emitted token's score, by position
+    noise: np.ndarray  # of batch shape, by position of the plain text
     parts_at: int | None
-    parting_gap: float | None  # None, too, where a filter leaves one of the two tokens out
+    parting_gap: float | None  # None, too, if a filter leaves one of the two tokens out
 
     def as_json(self, epsilon: float) -> dict[str, Any]:
+        finite = self.gaps[np.isfinite(self.gaps)]
         return {
             "prompt": self.prompt,
             "tokens": self.tokens,
             "replay_faults": self.replay_faults,
-            "greatest_gap": float(self.gaps.max(initial=0, where=np.isfinite(self.gaps))),
-            "beyond_noise": int((self.gaps[np.isfinite(self.gaps)] > epsilon).sum()),
-            "at_filters_edge": int(np.isinf(self.gaps).sum()),
+            "greatest_gap": float(finite.max(initial=0)),
+            "beyond_noise": int((finite > epsilon).sum()),
+            "at_filters_edge": len(self.gaps) - len(finite),
             "parts_at": self.parts_at,
             "parting_gap": self.parting_gap,
         }
@@ -77,62 +76,67 @@ class Exactness:
 
 @dataclass(frozen=True)
 class Law:
-    """How the target draws: its samplers, and the seed of the noise where they are not greedy."""
+    """How the target draws: its samplers, and the seed of the noise if they are not greedy."""
 
     sampling: Sampling = GREEDY
     seed: int = 0
 
     def scores(self, chain: Chain, logits: np.ndarray, position: int) -> np.ndarray:
-        """A row of logits made so that the token to draw is its argmax; -inf for what the samplers leave out.
+        """One score (float64) per token, such that the token to draw is the argmax; -inf for what samplers leave out.
 
-        Greedily that is the row with bias and penalties. Otherwise the noise is added, times the temperature, so that
-        differences are logits still.
+        Greedily these are the logits with bias and penalties. Otherwise noise is added, and the sum is multiplied by
+        the temperature, so that differences are still in logits.
         """
         if self.sampling.sight == 1:
             return chain.logits(logits).astype(np.float64)
-        row = np.full(len(logits), -np.inf)
-        law = chain.distribution(logits)
+        scores, law = np.full(len(logits), -np.inf), chain.distribution(logits)
         gumbel = -np.log(Noise(self.seed).exponentials(position, law.ids))
-        row[law.ids] = self.sampling.temp * (np.log(law.probs) + gumbel)
-        return row
+        scores[law.ids] = self.sampling.temp * (np.log(law.probs) + gumbel)
+        return scores
+
+
+class Batch(NamedTuple):
+    """One call of the target: the drafts that follow the last token, and the tokens emitted (None: the argmax)."""
+
+    drafted: Sequence[int] = ()
+    emitted: Sequence[int | None] = (None,)
+
+
+class Second(NamedTuple):
+    """The second-best token of a position, and by how many logits the best one leads it."""
+
+    token: int
+    lead: float
 
 
 def read(
-    context: Context,
-    prompt: Sequence[int],
-    batches: Iterable[tuple[Sequence[int], Sequence[int | None]]],
-    law: Law,
+    context: Context, prompt: Sequence[int], batches: Iterable[Batch], law: Law
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each token of a text and the scores (n_vocab) before it, where the target decodes in these batches.
-
-    A batch is the tokens that follow the last one into the target, and those that it says then: None for the argmax.
-    """
+    """Decode a text in these batches; yields each token with the scores (n_vocab) that precede it."""
     context.truncate(0)
     if len(prompt) > 1:
         context.decode(prompt[:-1], 0)
     chain = Chain(law.sampling, prompt, context.model, Noise(law.seed))
     last, position = prompt[-1], len(prompt)
-    for drafted, said in batches:
-        logits = context.decode([last, *drafted], len(drafted) + 1)
-        for row, token in zip(logits, said, strict=False):  # after an end token nothing is said
+    for batch in batches:
+        logits = context.decode([last, *batch.drafted], len(batch.drafted) + 1)
+        for row, token in zip(logits, batch.emitted, strict=False):  # an end token may end the batch early
             scores = law.scores(chain, row, position)
             last = int(scores.argmax()) if token is None else token
             yield last, scores
-            # What a filter leaves out here, and did not in another shape, can be drawn all the same.
-            chain.accept(last)
+            chain.accept(last)  # even if a filter leaves it out here: in another shape it may not
             position += 1
         context.truncate(position - 1)
 
 
 def plain_tokens(
     context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool], law: Law = Law()
-) -> tuple[list[int], list[tuple[int, float]]]:
-    """Decoding one token a call: the tokens, and of each position the second best and by how much the best leads."""
-    tokens: list[int] = []
-    seconds: list[tuple[int, float]] = []
-    for token, scores in read(context, prompt, [((), (None,))] * n, law):
+) -> tuple[list[int], list[Second]]:
+    """Decode one token a call: the tokens, and the second-best of each position."""
+    tokens, seconds = list[int](), list[Second]()
+    for token, scores in read(context, prompt, [Batch()] * n, law):
         second = next(int(i) for i in np.argpartition(scores, -2)[-2:] if i != token)
-        seconds.append((second, float(scores[token] - scores[second])))
+        seconds.append(Second(second, float(scores[token] - scores[second])))
         tokens.append(token)
         if is_end(token):
             break
@@ -140,19 +144,13 @@ def plain_tokens(
 
 
 def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], law: Law = Law()) -> int:
-    """Decode the rounds again in the shapes the loop used; how many emitted tokens are not the argmax."""
-    batches = [(round_.drafted, round_.tokens) for round_ in rounds]
+    """Decode the rounds again in the loop's own batches; how many emitted tokens are not the argmax."""
+    batches = [Batch(round_.drafted, round_.tokens) for round_ in rounds]
     return sum(token != int(scores.argmax()) for token, scores in read(context, prompt, batches, law))
 
 
 def check_prompt(
-    engine: Engine,
-    context: Context,
-    name: str,
-    prompt: list[int],
-    n: int,
-    draft_max: int | None,
-    law: Law = Law(),
+    engine: Engine, context: Context, name: str, prompt: list[int], n: int, draft_max: int | None, law: Law = Law()
 ) -> Exactness:
     """All five steps for one prompt; `context` is a second one over the target with room for n rows of logits."""
     plain, seconds = plain_tokens(context, prompt, n, engine.model.is_end, law)
@@ -161,18 +159,17 @@ def check_prompt(
     tokens = [token for round_ in rounds for token in round_.tokens]
     faults = replay(context, prompt, rounds, law)
     noise = []
-    one_pass = read(context, prompt, [(plain[:-1], plain)], law)
-    for (token, scores), (second, lead) in zip(one_pass, seconds, strict=True):
-        moved = abs(lead - (float(scores[token]) - float(scores[second])))
+    for (token, scores), second in zip(read(context, prompt, [Batch(plain[:-1], plain)], law), seconds, strict=True):
+        moved = abs(second.lead - (float(scores[token]) - float(scores[second.token])))
         below = float(scores.max()) - float(scores[token])
         finite = [each for each in (moved, below) if np.isfinite(each)]  # samplers may leave out one, or the second
         noise += [max(finite)] if finite else []
-    gaps, parts_at, parting = [], None, None
-    for i, (token, scores) in enumerate(read(context, prompt, [(tokens[:-1], tokens)], law)):
+    gaps, parting = [], None
+    parts_at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), None)
+    for i, (token, scores) in enumerate(read(context, prompt, [Batch(tokens[:-1], tokens)], law)):
         gaps.append(scores.max() - scores[token])
-        if parts_at is None and i < len(plain) and plain[i] != token:
-            gap = float(scores[plain[i]] - scores[token])
-            parts_at, parting = i, gap if np.isfinite(gap) else None
+        if i == parts_at and np.isfinite(gap := float(scores[plain[i]] - scores[token])):
+            parting = gap
     return Exactness(name, len(tokens), faults, np.array(gaps), np.array(noise or [0.0]), parts_at, parting)
 
 
@@ -200,26 +197,18 @@ def main(
     if click.get_current_context().get_parameter_source("temp") is ParameterSource.DEFAULT:
         sampling = replace(sampling, temp=0.0)
     law = Law(sampling, seed or 0)
-    chosen = load_prompts(prompts, limit)
-    found = models()
-    results = []
-    with (
-        found.open() as engine,
-        Context(
-            engine.model,
-            engine.context.n_ctx,
-            found.n_threads,
-            n_outputs=max_tokens,
-            cache=found.cache,
-            rewinds=REWINDS,
-        ) as context,
-        progress("checking", len(chosen), "prompts") as advance,
-    ):
-        for prompt in chosen:
-            ids = engine.prompt(prompt.messages)
-            results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max, law))
-            advance(1)
-    epsilon = float(max(result.noise.max() for result in results))
+    chosen, pair, results = load_prompts(prompts, limit), models(), []
+    with pair.open() as engine:
+        context = Context(
+            engine.model, engine.context.n_ctx, pair.n_threads, n_outputs=max_tokens, cache=pair.cache, rewinds=REWINDS
+        )
+        with context, progress("checking", len(chosen), "prompts") as advance:
+            for prompt in chosen:
+                ids = engine.prompt(prompt.messages)
+                results.append(check_prompt(engine, context, prompt.id, ids, max_tokens, draft_max, law))
+                advance(1)
+    noise = np.concatenate([result.noise for result in results])
+    epsilon = float(noise.max())
     rows = [result.as_json(epsilon) for result in results]
     for row in rows:
         parting = "same text"
@@ -230,22 +219,22 @@ def main(
     summed = ("tokens", "replay_faults", "beyond_noise", "at_filters_edge")
     total = {
         "machine": machine(),
-        "target": found.target.name,
-        "draft": found.draft.name if found.draft else None,
+        "target": pair.target.name,
+        "draft": pair.draft.name if pair.draft else None,
         "draft_max": draft_max,
         "sampling": asdict(sampling) | {"logit_bias": {str(i): str(bias) for i, bias in sampling.logit_bias.items()}},
         "seed": law.seed,
         **{name: sum(row[name] for row in rows) for name in summed},
         "noise": epsilon,
-        "noise_median": float(np.median(np.concatenate([result.noise for result in results]))),
+        "noise_median": float(np.median(noise)),
         "greatest_gap": max(row["greatest_gap"] for row in rows),
         "parted": sum(row["parts_at"] is not None for row in rows),
         "prompts": rows,
     }
-    edge = f", where filters leave {total['at_filters_edge']} out" if total["at_filters_edge"] else ""
+    edge = f", and filters leave out {total['at_filters_edge']} tokens" if total["at_filters_edge"] else ""
     click.echo(
-        f"{total['tokens']} tokens: {total['replay_faults']} are not the target's in the loop's own batch shapes; in "
-        f"one pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}{edge}; "
+        f"{total['tokens']} tokens: {total['replay_faults']} are not the target's in the loop's own batches; in one "
+        f"pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}{edge}; "
         f"{total['parted']} of {len(rows)} texts part from plain decoding"
     )
     click.echo(json.dumps(total))

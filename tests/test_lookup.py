@@ -8,26 +8,31 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.draft.drafters import Proposal
 from runner.draft.lookup import LONGEST, REACH, Lookup
 
 TEXT = st.lists(st.integers(0, 3), max_size=30)
 
 
-def expected(text: list[int], n: int, tail: list[int]) -> tuple[list[int], int]:
+def proposals(tokens: list[int], length: int) -> list[Proposal]:
+    return [Proposal(token, 1 - 3 / (3 + (length + i) ** 1.5)) for i, token in enumerate(tokens)]
+
+
+def expected(text: list[int], n: int, tail: list[int], shortest: int = 1) -> list[Proposal]:
     """The definition, by brute force: the latest place after the longest suffix of at most LONGEST tokens."""
     whole = text + tail
-    for length in range(min(LONGEST, len(whole)), 0, -1):
+    for length in range(min(LONGEST, len(whole)), shortest - 1, -1):
         places = [i for i in range(length, len(text)) if text[i - length : i] == whole[len(whole) - length :]]
         if places:
             place = places[-1]
             reach = min(REACH, len(whole) - 1, place)
             while length < reach and whole[len(whole) - length - 1] == text[place - length - 1]:
                 length += 1
-            found = list(whole)
+            continued = list(whole)
             for i in range(n):
-                found.append(found[place + i])
-            return found[len(whole) :], length
-    return [], 0
+                continued.append(continued[place + i])
+            return proposals(continued[len(whole) :], length)
+    return []
 
 
 @given(st.lists(TEXT, min_size=1, max_size=6), st.integers(1, 8), st.lists(st.integers(0, 3), max_size=3))
@@ -38,12 +43,13 @@ def test_guesses_as_a_fresh_index_would(texts: list[list[int]], n: int, tail: li
         lookup.follow(text)
         assert lookup.guess(n) == expected(text, n, [])
         assert lookup.guess(n, tail) == expected(text, n, tail)
+        assert lookup.guess(n, tail, shortest=2) == expected(text, n, tail, shortest=2)
 
 
 def test_continues_a_repetition_over_its_own_end() -> None:
     lookup = Lookup()
     lookup.follow([1, 2, 3, 1, 2, 3])
-    assert lookup.guess(7) == ([1, 2, 3, 1, 2, 3, 1], 3)
+    assert lookup.guess(7) == proposals([1, 2, 3, 1, 2, 3, 1], 3)
 
 
 def interrupted(lookup: Lookup, text: list[int], at: int) -> None:

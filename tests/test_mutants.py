@@ -42,10 +42,10 @@ from llamabase.llama.ggml import release_threads
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.settings import Sampling
-from llamabase.store import recall
 from runner.bench.runs import read_record
 from runner.bench.steps import acceptance_in
 from runner.chat.conversation import load
+from runner.draft.measured import recall_known
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
@@ -111,8 +111,9 @@ def read_block(path: Path) -> None:
 
 
 def read_memory(path: Path) -> None:
-    os.environ["GGUF_TRIM_CACHE"] = str(path.parent)
-    recall("key")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llamabase.store.costs_file", lambda: path)
+        recall_known("key")
 
 
 def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
@@ -128,8 +129,8 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
     short = [found | {name: found[name][:2] for name in ("rounds", "token_ids")} for found in record["answers"][:8]]
     record = {name: record[name] for name in ("machine", "files", "settings", "modes", "target_step")}
     record |= {"answers": short}
-    bins = [[1.0, 2.0]] * 16
-    facts = {"verify": {"1": 0.1}, "draft": {"1": 0.1}, "known": {"usual": 0.5, "certainties": bins}, "measured": 1e10}
+    known = {"tokens": 2.0, "steps": 3.0} | dict.fromkeys(("certainties", "matches"), [[1.0, 2.0]] * 13)
+    facts = {"verify": {"1": 0.1}, "draft": {"1": 0.1}, "known": known, "measured": 1e10}
     texts: dict[str, tuple[str, Callable[[Path], object]]] = {
         "answers.jsonl": (json.dumps(answer) + "\n" + json.dumps(answer) + "\n", answered),
         "ids.json": (json.dumps({"a": [[5, 6], [8, 9]], "b": [[1], [2]]}), read_answers),

@@ -93,7 +93,8 @@ class Moody(NoDrafter):
         kind = self._rng.integers(4)
         if kind < 2:
             return self._drafter.draft(text, n, sampling, noise)
-        return self._lookup.guess(n)[0] if kind == 2 else self._rng.integers(0, 600, n).tolist()
+        guess = [proposal.token for proposal in self._lookup.guess(n)]
+        return guess if kind == 2 else self._rng.integers(0, 600, n).tolist()
 
     def settle(self) -> None:
         self._drafter.settle()

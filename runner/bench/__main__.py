@@ -1,7 +1,7 @@
 """python -m runner.bench: what trimming gains, measured here.
 
-Both sides of a comparison run in one process, alternating, on the same prompts and with the same token ruler; medians
-are given. The last line of stdout is a JSON record, but in a terminal, where it would push the tables off the screen.
+Both sides of a comparison run in one process, by turns, on the same prompts, and count the same tokens. The last line
+of stdout is a JSON record, except in a terminal, where it would push the tables off the screen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 import click
 
-from gguf_trim.format.mtp import OwnBlock
 from llamabase.cli.command import FILE, Commands, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
@@ -38,7 +37,7 @@ from .modes import AGAIN, KINDS, find_files, names_of
 from .report import compare, plot, report
 from .steps import STEPS, acceptance_in, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
-SHAPED_KS = (16384, 32768)
+SHAPED_KS = (16384, 32768)  # rows of the cuts of a --shape
 
 
 def names(text: str) -> list[str]:
@@ -51,7 +50,7 @@ def sizes(text: str) -> list[int]:
 
 
 def modes(text: str) -> list[str]:
-    """Kinds of modes, each with a draft length of its own after a colon: spec:2."""
+    """Kinds of modes, each with an optional draft length of its own after a colon: spec:2."""
     for name in names(text):
         kind, colon, n = name.partition(":")
         click.Choice((*KINDS, AGAIN))(kind)
@@ -61,7 +60,7 @@ def modes(text: str) -> list[str]:
 
 
 class Default(Commands):
-    """A group whose first command needs no name."""
+    """A group whose command `run` needs no name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--help" not in args[:1] and (not args or args[0] not in self.commands):
@@ -78,14 +77,12 @@ full_option = click.option("--full", type=FILE, help="The uncut drafter, with --
 
 
 def files_options(command: Any) -> Any:
-    """What is compared: the command receives what `find_files` asks for."""
+    """The files to compare: the command receives what `find_files` takes."""
     for name, whose in (("target", "target"), ("draft", "drafter")):
-        text = f"Requantise the {whose} first, to Q4_0 or Q8_0 say."
+        text = f"Requantise the {whose} first, to Q4_0 or Q8_0 for example."
         command = click.option(f"--{name}-quant", type=quantisation, default="", metavar="TYPE", help=text)(command)
-    k_option = click.option(
-        "--k", "ks", type=sizes, default="", metavar="K,K,...", help="Cut to each of these.  [default: --draft's]"
-    )
-    return full_option(k_option(command))
+    text = "Cut to each of these.  [default: --draft's]"
+    return full_option(click.option("--k", "ks", type=sizes, default="", metavar="K,K,...", help=text)(command))
 
 
 @main.command("run")
@@ -96,11 +93,9 @@ def files_options(command: Any) -> Any:
     type=modes,
     default=",".join(KINDS),
     metavar="MODE[:N],...",
-    help=f"Of {', '.join(KINDS)}, with a draft length of its own as spec:2; again: plain once more.  [default: all]",
+    help=f"Some of {', '.join(KINDS)}; spec:2 sets a draft length; again: plain once more.  [default: all]",
 )
-@click.option(
-    "--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench where it is found, else the bundled ones]"
-)
+@click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
 @click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
 @click.option("--tasks", type=names, default="", metavar="A,B,...", help="Only these tasks.")
 @click.option("--limit", type=click.IntRange(1), help="How many prompts, spread over the tasks.")
@@ -110,9 +105,7 @@ def files_options(command: Any) -> Any:
 @draft_max_option("3")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Answers of each prompt and mode.")
 @click.option("--llama-cpp", type=FILE, help="A folder with llama.cpp's own tools, to run beside (docs/peers.md).")
-@click.option(
-    "-o", "--output", type=FILE, help="Keep the record here, after every answer; goes on where one is cut off."
-)
+@click.option("-o", "--output", type=FILE, help="Keep the record here, after every answer; continue one that is there.")
 @click.option("--plot", "picture", type=FILE, help="Draw the speeds by task, as a PNG.")
 def run_command(
     models: Callable[[], Models],
@@ -135,21 +128,21 @@ def run_command(
     PLOT.require(picture)
     chosen = runs.chosen(runs.prompts_of(prompts, spec_bench), tasks, limit)
     tools = peers.find(llama_cpp) if llama_cpp else None
-    found = models()
+    pair = models()
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
-        files = find_files(found, Path(folder), full, ks, target_quant, draft_quant)
+        files = find_files(pair, Path(folder), full, ks, target_quant, draft_quant)
         described = {
             "target": [describe(files.target)],
-            "full": [] if files.full is None or isinstance(files.full, OwnBlock) else [describe(files.full)],
+            "full": [describe(files.full)] if isinstance(files.full, Path) else [],
             "trimmed": [describe(path) for path in files.trimmed.values()],
         }
         settings |= {
             "modes": names_of(settings["modes"], files),
             "prompts": [prompt.id for prompt in chosen],
             "sampling": json.loads(json.dumps(asdict(Sampling(temp=temp)))),
-            "n_ctx": found.n_ctx,
-            "n_threads": found.n_threads,
-            "n_gpu_layers": found.n_gpu_layers,
+            "n_ctx": pair.n_ctx,
+            "n_threads": pair.n_threads,
+            "n_gpu_layers": pair.n_gpu_layers,
             "sha256": [entry["sha256"] for entries in described.values() for entry in entries],
         }
         if left.get("settings", settings) != settings:
@@ -157,22 +150,24 @@ def run_command(
         record: dict[str, Any] = {"machine": machine(), "files": described, "settings": settings}
         record |= {"answers": left.get("answers", []), "modes": left.get("modes", {})}
         if n := len(record["answers"]):
-            stderr.print(f"{output}: {n} answers are there; going on (remove it to begin anew)", markup=False)
-        with contextlib.suppress(KeyboardInterrupt):  # what is missing is said at the end
-            runs.measure(record, files, found, chosen, tools, lambda: runs.write_record(record, output))
-    record |= {"missing": runs.missing(record, chosen), "figures": figures(record)}
+            stderr.print(f"{output}: continues after the {n} answers there (remove it to begin anew)", markup=False)
+        answers = sum(1 + len(prompt.more) for prompt in chosen) * len(settings["modes"]) * settings["repeat"]
+        record["missing"] = answers - n
+        with contextlib.suppress(KeyboardInterrupt):  # the report says what is missing
+            runs.measure(record, files, pair, chosen, tools, output)
+    record["figures"] = figures(record)
     if not record["missing"]:
         del record["missing"]
     runs.write_record(record, output)
     if picture is not None and record["answers"]:
         plot(list(record["figures"]), list(record["figures"].values()), picture)
     click.echo(report(record))
-    _last_line(record)
+    _print_json(record)
     if "missing" in record:
         sys.exit(130)
 
 
-def _last_line(record: dict[str, Any]) -> None:
+def _print_json(record: dict[str, Any]) -> None:
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False))
 
@@ -183,31 +178,27 @@ def _last_line(record: dict[str, Any]) -> None:
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most per answer.")
 @draft_max_option()
 def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: int, draft_max: int | None) -> None:
-    """What the cut brings to a draft step, three prompts with drafts and without, and whether drafting pays here."""
-    found = models()
+    """Show what the cut brings to a draft step, three answers with drafts and without, and whether drafting pays."""
+    pair = models()
     record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
-    files = find_files(found, Path(), full)
+    files = find_files(pair, Path(), full)
     if files.full is not None:
-        record["cut"] = demo.the_cut(found, files, max_tokens)
+        record["cut"] = demo.the_cut(pair, files, max_tokens)
         click.echo(demo.cut_table(record["cut"]) + "\n")
-    record["prompts"] = demo.answers(found, max_tokens, draft_max)
+    record["prompts"] = demo.answers(pair, max_tokens, draft_max)
     click.echo(demo.texts(record["prompts"]))
     if files.full is not None:
         click.echo(demo.verdict(record))
-    _last_line(record)
+    _print_json(record)
 
 
 @main.command("steps")
 @model_options
 @files_options
-@click.option(
-    "--shape",
-    metavar="TARGET+DRAFTER",
-    help="Random weights of these shapes instead of files; TARGET+mtp, too.",
-)
+@click.option("--shape", metavar="TARGET+DRAFTER", help="Random weights of these shapes, not files; or TARGET+mtp.")
 @click.option("--quant", type=quantisation, default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
-@click.option("--acceptance", type=FILE, help='Acceptance to reckon with: {"draft_max": n, "tau": {step: tau}}.')
-@click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Steps of each.")
+@click.option("--acceptance", type=FILE, help='Acceptance to compute with: {"draft_max": n, "tau": {step: tau}}.')
+@click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of each kind.")
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
@@ -218,26 +209,26 @@ def steps_command(
     output: Path | None,
     **wanted: Any,
 ) -> None:
-    """Single steps by turns: drafting by what is drafted from, verifying by batch size, the head alone.
+    """Time single steps by turns: drafting, by what is drafted from; verifying, by batch size; the head alone.
 
-    And from which acceptance per draft these steps pay.
+    Then compute from which acceptance per draft drafting pays.
     """
     STEPS.require(output)
     given = None if acceptance is None else acceptance_in(acceptance)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         if shape is not None:
             files = shaped(shape, quant, wanted["ks"] or SHAPED_KS, Path(folder))
-            found = models(files.target)
+            pair = models(files.target)
         else:
-            found = models()
-            files = find_files(found, Path(folder), **wanted)
+            pair = models()
+            files = find_files(pair, Path(folder), **wanted)
         record: dict[str, Any] = {
             "machine": machine(),
             "shape": shape,
             "target": files.target.name,
             "full": files.full.name if files.full else None,
-            **time_steps(files, found, repeat),
-            "copy_bytes_per_second": bandwidth(found.n_threads),
+            **time_steps(files, pair, repeat),
+            "copy_bytes_per_second": bandwidth(pair.n_threads),
         }
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
     record["paying"] = paying(record)
@@ -246,7 +237,7 @@ def steps_command(
         parts.append(promised(record, acceptance, *given))
     click.echo("\n\n".join(parts))
     runs.write_record(record, output, STEPS)
-    _last_line(record)
+    _print_json(record)
 
 
 @main.command("compare")
@@ -255,14 +246,14 @@ def steps_command(
 @click.option("--labels", type=names, metavar="A,B", help="Names of the two in the plot.  [default: their files']")
 @click.option("--plot", "picture", type=FILE, help="Draw the speeds of both, as a PNG.")
 def compare_command(a: Path, b: Path, labels: list[str] | None, picture: Path | None) -> None:
-    """Two records of `run`, mode by mode."""
+    """Compare two records of `run`, mode by mode."""
     PLOT.require(picture)
     if labels is not None and len(labels) != 2:
         raise click.UsageError("--labels: two names with a comma between them")
-    records = [runs.read_record(path, f"make one with `run -o {path}`") for path in (a, b)]
-    click.echo(compare(records[0], records[1], (str(a), str(b))))
+    first, second = (runs.read_record(path, f"make one with `run -o {path}`") for path in (a, b))
+    click.echo(compare(first, second, (str(a), str(b))))
     if picture is not None:
-        plot(labels or [a.stem, b.stem], [record["figures"][ALL] for record in records], picture)
+        plot(labels or [a.stem, b.stem], [first["figures"][ALL], second["figures"][ALL]], picture)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -20,16 +21,15 @@ from llamabase.files import sha256_of
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.library import backends, physical_cores
 
-COPIED = 256 << 20  # bytes a thread copies: far beyond any cache
-COPIES = 5
+COPIED = 256 << 20  # bytes that each thread copies: far more than any cache holds
+COPIES = 5  # the fastest counts
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, llama.cpp's backends and library versions."""
-    try:
+    memory = 0
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        memory = 0
     return {
         "cpu": _cpu(),
         "cores": physical_cores(),
@@ -46,22 +46,20 @@ def machine() -> dict[str, Any]:
 
 def _cpu() -> str:
     if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     path = Path("/proc/cpuinfo")
     info = path.read_text() if path.exists() else ""
     for key in ("model name", "Model", "Hardware"):  # ARM boards name the board, not the core
-        if found := re.search(rf"^{key}\s*: (.+)", info, re.MULTILINE):
-            return found[1]
+        if line := re.search(rf"^{key}\s*: (.+)", info, re.MULTILINE):
+            return line[1]
     return platform.processor() or platform.machine()
 
 
 def bandwidth(n_threads: int | None = None) -> float:
-    """Bytes per second that a plain copy moves (read and written), the best of a few: what memory gives at most."""
-    n = n_threads or physical_cores()
+    """Bytes per second that a plain copy reads and writes, which is about what memory can give."""
+    n, best = n_threads or physical_cores(), 0.0
     pairs = [(np.ones(COPIED, np.uint8), np.ones(COPIED, np.uint8)) for _ in range(n)]
-    best = 0.0
     with ThreadPoolExecutor(n) as pool:
         for _ in range(COPIES):
             started = time.perf_counter()
@@ -72,11 +70,10 @@ def bandwidth(n_threads: int | None = None) -> float:
 
 def describe(path: Path) -> dict[str, Any]:
     """A model file: its name, size, SHA-256, and the share of its bytes in each type."""
-    file = GGUFFile(path)
     sizes: Counter[str] = Counter()
-    for tensor in file.tensors.values():
+    for tensor in GGUFFile(path).tensors.values():
         sizes[tensor.type.name] += tensor.n_bytes
-    total = sum(sizes.values())
+    total = sizes.total()
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
@@ -86,18 +83,16 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of memory this process holds now (the most it ever held, where the system tells only that)."""
+    """Bytes of memory that this process holds now, or the most it ever held if the system tells only that."""
     statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else peak()
 
 
 def peak() -> int:
-    """The most bytes of memory this process ever held; 0 where the system does not tell."""
+    """The most bytes of memory that this process ever held; 0 if the system does not tell."""
     try:
         import resource
     except ImportError:
         return 0
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

@@ -1,4 +1,4 @@
-"""What is compared: ways to decode with one target, each with its drafter open and what a draft step of it reads."""
+"""The ways to decode that are compared on one target, each with its open drafter and what a draft step of it reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -39,37 +39,39 @@ PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
 SPEC = "spec"
 CUT = ("trim", "context", SPEC)  # what a trimmed drafter may draft from
 KINDS = (PLAIN, FULL, *CUT, LOOKUP, AUTO)
-AGAIN = "again"  # plain decoding a second time: what differs between the two is the machine's noise
+AGAIN = "again"  # plain decoding a second time, which shows the machine's noise
+
+
+class Reads(NamedTuple):
+    """Weights that a draft step has read, on average so far."""
+
+    params: float
+    bytes: float
 
 
 @dataclass
 class Mode:
-    """A way to decode: its kind, @k where several cuts are compared, :n where it has a draft length of its own.
+    """A way to decode. Its name is a kind, then @k if several cuts are compared, then :n for a draft length of its own.
 
-    draft_max None: by cost.
+    `draft_max` None: as many drafts as pay, by measured costs.
     """
 
     name: str
     drafter: Drafter
     draft_max: int | None
     file: DrafterSource | None
-    model: ModelDrafter | None  # the drafter that reads, whoever decides on its drafts
-    step: Callable[[], tuple[float, float]]  # (params, bytes) of a draft step
-    memory: int  # bytes that opening its drafter and answering with it took
+    model: ModelDrafter | None  # the drafter that reads; `drafter` may only decide about it
+    step: Callable[[], Reads]  # what a draft step reads
+    memory: int  # bytes that opening the drafter and answering with it took
 
     def as_json(self) -> dict[str, Any]:
-        params, n_bytes = self.step()
-        return {
-            "draft_max": self.draft_max,
-            "file": self.file.name if self.file else None,
-            "memory_bytes": self.memory,
-            "step": {"params": params, "bytes": n_bytes},
-        }
+        file, step = self.file.name if self.file else None, self.step()._asdict()
+        return {"draft_max": self.draft_max, "file": file, "memory_bytes": self.memory, "step": step}
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a comparison; trimmed by what tells them apart in the names of modes, the smallest first."""
+    """The files of a comparison. `trimmed` is by what `named` appends to names of modes."""
 
     target: Path
     full: DrafterSource | None
@@ -77,23 +79,23 @@ class Files:
 
 
 def named(cuts: Sequence[Path]) -> dict[str, Path]:
-    """Cuts of one drafter by what follows in the name of a mode: @k where there are several, else nothing."""
+    """Cuts of one drafter, the smallest first, by what names of modes append: @k if there are several, else nothing."""
     by_k = {len(Trimmed.open(cut).d2t): cut for cut in cuts}
     return {f"@{k}" * (len(by_k) > 1): cut for k, cut in sorted(by_k.items())}
 
 
 def find_files(
-    found: Models,
+    models: Models,
     folder: Path,
     full: DrafterSource | None,
     ks: Sequence[int] = (),
     target_quant: str = "",
     draft_quant: str = "",
 ) -> Files:
-    """Requantise into `folder` what is to be, and trim to every k."""
-    trimmed = found.draft
-    if found.prepared:
-        full, trimmed = full or found.prepared.drafter, found.prepared.trimmed
+    """The files to compare: requantised to the types that are given, and cut to every k, all in `folder`."""
+    trimmed = models.draft
+    if models.prepared:
+        full, trimmed = full or models.prepared.drafter, models.prepared.trimmed
     if trimmed is not None and (isinstance(trimmed, OwnBlock) or "gguf_trim.d2t" not in GGUFFile(trimmed).fields):
         full, trimmed = full or trimmed, None
     if trimmed is not None and GGUFFile(trimmed).architecture == MTP:
@@ -102,7 +104,7 @@ def find_files(
         raise click.UsageError(
             f"{'--draft-quant' if draft_quant else '--k'} needs the uncut drafter; give it as --full"
         )
-    target = requantized(found.target, target_quant, folder)
+    target = requantized(models.target, target_quant, folder)
     cuts = [] if trimmed is None else [trimmed]
     if isinstance(full, OwnBlock):
         for k in ks or ([] if cuts else [DEFAULT_K]):
@@ -116,12 +118,12 @@ def find_files(
 
 
 def names_of(wanted: Sequence[str], files: Files) -> list[str]:
-    """Every mode that the files allow, trimmed ones once for each k where there are several."""
-    found = []
+    """The modes that the files allow. Those that draft from a trimmed file are named once for each."""
+    names = []
     for name in wanted:
         kind, colon, n = name.partition(":")
         if kind not in CUT:
-            found += [name] if kind != FULL or files.full is not None else []
+            names += [name] if kind != FULL or files.full is not None else []
             continue
         for at, path in files.trimmed.items():
             if kind == SPEC and Speculator.of(trimmed := Trimmed.open(path)) is None:
@@ -131,22 +133,24 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
                     markup=False,
                 )
             else:
-                found.append(f"{kind}{at}{colon}{n}")
-    return found
+                names.append(f"{kind}{at}{colon}{n}")
+    return names
+
+
+def head_rows(drafter: DrafterSource, target: Path) -> int:
+    """Rows of the head that a drafter drafts from."""
+    if isinstance(drafter, OwnBlock):
+        return MtpBlock.of(GGUFFile(target)).n_vocab
+    return head_tensor(GGUFFile(drafter)).n_rows
 
 
 @contextmanager
 def open_modes(
-    names: Sequence[str], files: Files, engine: Engine, found: Models, draft_max: int | None
+    names: Sequence[str], files: Files, engine: Engine, models: Models, draft_max: int | None
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
-    verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # anew, whatever is remembered
-
-    def by_cost(model: ModelDrafter | None) -> AutoDrafter:
-        draft = None if model is None else StepCost(measured_draft(model, engine.reader))
-        return AutoDrafter(model, verify(), draft)
-
+    verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # measured anew, whatever is remembered
     with ExitStack() as stack:
         modes = []
         for name in names:
@@ -158,47 +162,38 @@ def open_modes(
             length = int(own) if own else draft_max
             before, model = resident(), None
             if path is not None:
-                options = found.of_drafter(path, engine.context.n_ctx)
-                options = replace(options, vocab=kind if kind in CUT else found.vocab)
+                options = models.of_drafter(path, engine.context.n_ctx)
+                options = replace(options, vocab=kind if kind in CUT else models.vocab)
                 model = open_drafter(options, vocabulary, engine.context)
                 stack.callback(model.close)
             drafter: Drafter = model or LookupDrafter()
             if kind in (PLAIN, AGAIN):
                 drafter, length = NoDrafter(), 0
             elif kind == AUTO or length is None:
-                drafter, length = by_cost(model), None
+                draft = None if model is None else StepCost(measured_draft(model, engine.reader))
+                drafter, length = AutoDrafter(model, verify(), draft), None
             memory = resident() - before if path else 0
-            step = _step_reader(path, model, files.target)
-            modes.append(Mode(name, drafter, length, path, model, step, memory))
+            modes.append(Mode(name, drafter, length, path, model, _step_reader(path, model, files.target), memory))
         yield modes
 
 
-def _step_reader(
-    path: DrafterSource | None, drafter: ModelDrafter | None, target: Path
-) -> Callable[[], tuple[float, float]]:
-    """A function that says what a draft step of this file has read on average so far: (parameters, bytes).
-
-    The files are read here, once: it is asked after every answer.
-    """
+def _step_reader(path: DrafterSource | None, drafter: ModelDrafter | None, target: Path) -> Callable[[], Reads]:
+    """`Mode.step`. The files are read here, once, since it is called after every answer."""
     if path is None or drafter is None:
-        return lambda: (0.0, 0.0)
-    dynamic = drafter.dynamic
-    if isinstance(path, OwnBlock):
-        weights = Weights.of_block(block := MtpBlock.of(GGUFFile(target)))
-        k = block.n_vocab
+        return lambda: Reads(0.0, 0.0)
+    if isinstance(path, OwnBlock) or GGUFFile(path).architecture == MTP:
+        weights = Weights.of_block(MtpBlock.of(GGUFFile(target)))
     else:
-        file = GGUFFile(path)
-        weights = Weights.of_block(MtpBlock.of(GGUFFile(target))) if file.architecture == MTP else Weights.of(file)
-        k = head_tensor(file).n_rows
-    speculator = None
-    if dynamic is not None and dynamic.speculates and not isinstance(path, OwnBlock):
+        weights = Weights.of(GGUFFile(path))
+    k, dynamic, scored = head_rows(path, target), drafter.dynamic, (0.0, 0.0)
+    if dynamic is not None and dynamic.speculates and isinstance(path, Path):
         speculator = Speculator.of(Trimmed.open(path))
-    scored = (0.0, 0.0) if speculator is None else speculator.step(k)
+        scored = scored if speculator is None else speculator.step(k)
 
-    def step() -> tuple[float, float]:
+    def step() -> Reads:
         if dynamic is None or not dynamic.steps:
-            return weights.params_at(k), float(weights.bytes_at(k))
+            return Reads(weights.params_at(k), weights.bytes_at(k))
         rows = k + dynamic.rows / dynamic.steps
-        return weights.params_at(rows) + scored[0], weights.bytes_at(rows) + scored[1]
+        return Reads(weights.params_at(rows) + scored[0], weights.bytes_at(rows) + scored[1])
 
     return step

@@ -14,17 +14,15 @@ from .figures import ALL, Figures
 WIDTH = 100
 
 
-def number(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its columns aligned for reading as text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _speed(f: Figures, which: str = "total") -> float | None:
@@ -32,32 +30,21 @@ def _speed(f: Figures, which: str = "total") -> float | None:
 
 
 def report(record: dict[str, Any]) -> str:
-    """All modes, then their speed by task where that is not too wide, then what failed, is missing, or stands beside.
-
-    Everything else that was reckoned is in the record alone.
-    """
-    found = record["figures"]
-    header = ["mode", "tau", "acceptance", "tok/s", "x plain (quartiles)", "with prompt", "MBSU bytes"]
+    """All modes, their speed by task if that table is narrow enough, failures, what is missing, llama.cpp's tools."""
+    figures = record["figures"]
     rows = []
-    for mode, f in found[ALL].items():
+    for mode, f in figures[ALL].items():
         quartiles = "" if _speed(f) is None else f" ({_speed(f, 'low'):.2f} to {_speed(f, 'high'):.2f})"
-        rows.append([
-            mode,
-            number(f["tau"]),
-            number(f["acceptance_rate"], ".3f"),
-            number(f["tokens_per_second"], ".1f"),
-            number(_speed(f)) + quartiles,
-            number(_speed(f, "overall")),
-            number(f.get("mbsu_bytes")),
-        ])  # fmt: skip
-    parts = [table(header, rows)]
-    tasks = [task for task in found if task != ALL]
-    by_task = table(
-        ["x plain", *tasks], [[mode, *(number(_speed(found[task][mode])) for task in tasks)] for mode in found[ALL]]
-    )
+        counted = _number(f["tau"]), _number(f["acceptance_rate"], ".3f"), _number(f["tokens_per_second"], ".1f")
+        speeds = _number(_speed(f)) + quartiles, _number(_speed(f, "overall")), _number(f.get("mbsu_bytes"))
+        rows.append([mode, *counted, *speeds])
+    parts = [table(["mode", "tau", "acceptance", "tok/s", "x plain (quartiles)", "with prompt", "MBSU bytes"], rows)]
+    tasks = [task for task in figures if task != ALL]
+    rows = [[mode, *(_number(_speed(figures[task][mode])) for task in tasks)] for mode in figures[ALL]]
+    by_task = table(["x plain", *tasks], rows)
     if len(tasks) > 1 and by_task.index("\n") <= WIDTH:
         parts.append(by_task)
-    for mode, f in found[ALL].items():
+    for mode, f in figures[ALL].items():
         if f["failed"]:
             parts.append(f"{mode}: failed on {f['failed']} answers, which are not in its figures:")
             parts += sorted({f"    {a['error']}" for a in record["answers"] if a["mode"] == mode and "error" in a})
@@ -65,18 +52,16 @@ def report(record: dict[str, Any]) -> str:
         parts.append(f"Interrupted: {record['missing']} answers are missing; run the same command again to go on.")
     if peers := record.get("peers"):
         rows = [
-            [row["name"], number(row.get("tau")), number(row["tokens_per_second"], ".1f"), row.get("ratio", "-")]
+            [row["name"], _number(row.get("tau")), _number(row["tokens_per_second"], ".1f"), row.get("ratio", "-")]
             for row in peers["rows"]
         ]
-        header = ["llama.cpp's own tools, in the same run", "tau", "tok/s", "ours / theirs"]
-        parts.append(table(header, rows))
+        parts.append(table(["llama.cpp's own tools, in the same run", "tau", "tok/s", "ours / theirs"], rows))
     return "\n\n".join(parts)
 
 
 def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str:
     """Two records, mode by mode: B over A."""
-    first, second = a["figures"][ALL], b["figures"][ALL]
-    modes = [mode for mode in first if mode in second]
+    modes = [mode for mode in a["figures"][ALL] if mode in b["figures"][ALL]]
     if not modes:
         raise TrimError(f"{names[0]} and {names[1]}: have no mode in common")
     lines = []
@@ -84,34 +69,31 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str
         x, y = a["machine"].get(key), b["machine"].get(key)
         lines.append(f"{key}: {x}" if x == y else f"{key}: {x} | {y}")
     for which in ("target", "full", "trimmed"):
-        x, y = ([f["sha256"] for f in record["files"].get(which, [])] for record in (a, b))
+        x, y = ([file["sha256"] for file in record["files"].get(which, [])] for record in (a, b))
         if x != y and (which != "full" or any(mode.startswith("full") for mode in modes)):
-            lines.append(f"the {which} files differ: no comparison of like with like")
+            lines.append(f"the {which} files differ, so the speeds are not comparable")
     rows = []
     for mode in modes:
-        f, g = first[mode], second[mode]
-        rows.append([
-            mode,
-            f"{f['tau']:.2f}, {g['tau']:.2f}",
-            f"{number(f['acceptance_rate'], '.3f')}, {number(g['acceptance_rate'], '.3f')}",
-            f"{number(_speed(f))}, {number(_speed(g))}",
-            number((g["tokens_per_second"] or 0) / f["tokens_per_second"] if f["tokens_per_second"] else None),
-        ])  # fmt: skip
+        f, g = a["figures"][ALL][mode], b["figures"][ALL][mode]
+        ratio = (g["tokens_per_second"] or 0) / f["tokens_per_second"] if f["tokens_per_second"] else None
+        acceptance = (_number(x["acceptance_rate"], ".3f") for x in (f, g))
+        speed = (_number(_speed(x)) for x in (f, g))
+        rows.append([mode, f"{f['tau']:.2f}, {g['tau']:.2f}", ", ".join(acceptance), ", ".join(speed), _number(ratio)])
     return "\n".join(lines) + "\n\n" + table(["A, B", "tau", "acceptance", "x plain", "tok/s B / A"], rows)
 
 
 def plot(labels: Sequence[str], groups: Sequence[dict[str, Figures]], path: Path) -> None:
     """Bars of every mode's speed over plain decoding's for each group, a task or a record, as a PNG.
 
-    Only modes that all groups have. Needs the extra [plot].
+    Only modes that all groups have are drawn. Needs the extra [plot].
     """
-    modes = [mode for mode in groups[0] if all(mode in found for found in groups)]
+    modes = [mode for mode in groups[0] if all(mode in group for group in groups)]
     modes = [mode for mode in modes if mode not in ("plain", "again")] or modes
     width = 0.8 / len(modes)
     with drawing(path, (max(8, 0.35 * len(groups) * len(modes)), 4), dpi=110) as figure:
         axes = figure.subplots()
         for i, mode in enumerate(modes):
-            heights = [_speed(found[mode]) or 0.0 for found in groups]
+            heights = [_speed(group[mode]) or 0.0 for group in groups]
             bars = axes.bar([x + i * width for x in range(len(groups))], heights, width, label=mode)
             axes.bar_label(bars, fmt="%.2f", fontsize="small")
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels)

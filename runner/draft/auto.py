@@ -1,158 +1,121 @@
-"""Drafting by cost: every round takes what brings the most expected tokens per second, as measured on this machine.
+"""Drafting by cost: every round goes on in the way that should bring the most tokens per second on this machine.
 
-There are three ways to go on: plain decoding; what the text itself suggests (`lookup`), whose chances are learned; and
-the drafter, which is worth the tokens and the seconds of its rounds so far. The drafter goes on while its next token is
-worth its step and its row of the verify batch, and what the text suggests fills rows that cost less than they bring.
-Text that the drafter has not read yet is read where that pays over the rest of the answer. Over a session all of this
-may lose to plain decoding what one budget says, whatever the estimates say.
+Eight concepts decide:
+
+1. step cost: the seconds of a step by the number of its tokens, measured once and then followed (`StepCost`);
+2. chance: how sure a draft's source is of it, corrected by how often drafts as sure as that were accepted (`Chances`);
+3. speedup: the tokens of the drafter's recent rounds per plain-decoding step that their seconds equal;
+4. prior: each answer counts as one more round at the speedup of the best fixed draft length;
+5. worth: what drafts should add in tokens, less what their seconds bring at the current speedup (`best_cut`);
+6. suggestion: what the text itself continues with (`Lookup`) replaces the drafter if it brings more, else extends it;
+7. reading: the drafter is used if it should save more over the answer than reading the text up to here costs;
+8. budget: a session loses at most BUDGET and LOSS to plain decoding, whatever the other seven say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .contracts import Drafter, Proposal
-from .cost import MEMORY, WEIGHT, Chances, StepCost, best_cut, best_fixed
+from .cost import WEIGHT, Chances, DraftStats, StepCost, best_cut, best_fixed
 from .drafters import ModelDrafter
 from .lookup import Lookup
 
-# A session may lose so many plain steps, and this share of its tokens: in the worlds of tests/test_auto.py less leaves
-# no room to read a prompt and try a drafter that would pay, and more loses 4 % of 512 tokens to one that does not.
+# BUDGET: plain-decoding steps a session may lose. LOSS: fraction of its tokens it may lose besides. In the worlds of
+# tests/test_auto.py less does not pay for reading a prompt to try a drafter; more loses 4 % of 512 tokens to a bad one.
 BUDGET, LOSS = 16.0, 0.005
-USUAL = 0.8  # the chance of a draft where nothing is known: about that of the default pair (2026-11-21-vocab.json)
-LEFT_UNREAD = 2  # tokens that a round whose drafts were all accepted leaves for the drafter to read
+USUAL = 0.8  # acceptance rate of an unknown drafter: about that of the default pair (2026-11-21-vocab.json)
 LONGEST = 16  # drafts in a round
 
 
-@dataclass
-class DraftStats:
-    """What sessions have learned of a pair: remembered with what its steps cost.
+@dataclass(frozen=True)
+class _Draft:
+    """A draft of this round, and how often drafts of its source were accepted."""
 
-    `usual` is the mean chance of a drafted token, `tokens` and `steps` are what rounds of the drafter brought of late
-    and took, in plain steps (0: none was seen); and the corrections of what the drafter and the text claim.
-    """
+    proposal: Proposal
+    source: Chances
 
-    usual: float = USUAL
-    tokens: float = 0.0
-    steps: float = 0.0
-    certainties: Chances = field(default_factory=Chances)
-    matches: Chances = field(default_factory=Chances)
+    @property
+    def chance(self) -> float:
+        return self.source.of(self.proposal.certainty)
 
 
 class AutoDrafter(Drafter):
     """A model drafter (None: lookup alone) and the text's own suggestions, each used where it pays."""
 
     def __init__(
-        self, drafter: ModelDrafter | None, verify: StepCost, draft: StepCost | None, known: DraftStats | None = None
+        self, drafter: ModelDrafter | None, verify: StepCost, draft: StepCost | None, stats: DraftStats | None = None
     ) -> None:
-        self._drafter, self._verify, self._draft = drafter, verify, draft
-        self.known = known or DraftStats()
+        self._drafter, self._verify, self._step = drafter, verify, draft or verify
+        self.stats = stats or DraftStats()
         self._lookup = Lookup()
-        self._won = 0.0  # plain steps that drafting has saved this session, or lost
-        self._emitted = self._answers = self._left = 0
-        self._length = 0.0  # tokens of an answer on average; so many are yet to come, too, whenever one asks
-        self._claims: list[tuple[Chances, float]] = []  # who suggested each draft of this round, and how surely
-        self._modelled = False
-        self._read = 0.0  # seconds of this round that the drafter took to read what others wrote
+        self._saved = 0.0  # plain steps that drafting has saved this session; negative if it has lost some
+        self._emitted = self._answers = 0
+        self._rest = 0.0  # expected tokens of the answer
+        self._drafts: list[_Draft] = []  # of this round, whether or not they are verified
 
     def prepare(self, text: Sequence[int], left: int) -> None:
-        """A new answer. Part of what is believed of the drafter is then what is hoped, since another text may suit it
-        better. It reads the prompt where that pays; else a later round may find that it does.
-        """
+        """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
         self._answers += 1
-        self._length = (self._emitted + left / 2) / self._answers
-        self._left = left
-        drafter, cost, known = self._drafter, self._draft, self.known
-        if drafter is None or cost is None:
+        self._rest = min((self._emitted + left / 2) / self._answers, left)
+        drafter, stats, plain, step = self._drafter, self.stats, self._verify.of(1), self._step.of(1)
+        if drafter is None:
             return
-        # The text that a trim was fitted to need not be this target's own, and may then say too little of it.
-        hope, share = max(USUAL, drafter.acceptance), 1 - MEMORY**WEIGHT if known.steps else 1.0
-        tokens, seconds = best_fixed(hope, LONGEST, self._verify, cost.of(1))
-        known.usual += share * (hope - known.usual)
-        known.tokens += share * (WEIGHT * tokens - known.tokens)
-        known.steps += share * (WEIGHT * seconds / self._verify.of(1) - known.steps)
-        if self._pays(drafter, cost, text):
+        # `acceptance` was measured on the text of the fit, which says too little of other text.
+        tokens, seconds = best_fixed(max(USUAL, drafter.acceptance), LONGEST, self._verify, step)
+        stats.observe(tokens, seconds / plain, 1.0 if stats.steps else WEIGHT)
+        if self._pays(drafter, text):
             unread, before = drafter.unread(text), drafter.seconds
             drafter.prepare(text, left)
             took = drafter.seconds - before
-            cost.observe(unread, took + cost.of(1))
-            self._won -= took / self._verify.of(1)
+            self._step.observe(unread, took + step)
+            self._saved -= took / plain
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
-        self._claims, self._modelled, self._read = [], False, 0.0
+        self._drafts = drafts = list[_Draft]()
         if n <= 0:
             return []
-        plain, known, drafter, cost = self._verify.of(1), self.known, self._drafter, self._draft
-        rate, most, before = 1 / plain, self._most, self.seconds
-        drafts, chances = list[int](), list[float]()
-        self._lookup.follow(text)
-        guess, claims = self._suggest(n)
-        if drafter is not None and cost is not None and self._pays(drafter, cost, text):
-            rate = known.tokens / (known.steps * plain)
-            _, worth = best_cut([known.matches.of(claim) for claim in claims], self._verify, rate, most=most)
-            # At the drafter's own rate a round of it is worth nothing, and plain decoding so much less.
-            self._modelled = worth <= rate * plain - 1
-            if self._modelled:
-                proposals = drafter.propose(text, sampling, noise)
-                drafts, chances = self._run(proposals, cost, drafter.unread(text), n, rate, most)
-                guess, claims = self._suggest(n - len(drafts), drafts)
-        self._claims += [(known.matches, claim) for claim in claims]
-        chances += [known.matches.of(claim) for claim in claims]
-        kept, _ = best_cut(chances, self._verify, rate, most=most - (self.seconds - before))
-        del self._claims[kept:]
-        return [*drafts, *guess][:kept]
+        before, most, rate = self.seconds, self._budget, 1 / self._verify.of(1)
+        drafter, stats, lookup = self._drafter, self.stats, self._lookup
+        lookup.follow(text)
+        suggested = lookup.guess(n)
+        if drafter is not None and self._pays(drafter, text):
+            rate *= stats.speedup
+            _, worth = best_cut([stats.matches.of(p.certainty) for p in suggested], self._verify, rate, most=most)
+            if 1 + worth <= stats.speedup:
+                drafts += self._modelled(drafter.propose(text, sampling, noise), drafter.unread(text), n, rate)
+                suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
+        drafts += [_Draft(proposal, stats.matches) for proposal in suggested]
+        kept, _ = best_cut([draft.chance for draft in drafts], self._verify, rate, most=most - (self.seconds - before))
+        return [draft.proposal.token for draft in drafts[:kept]]
 
-    def _suggest(self, n: int, tail: Sequence[int] = ()) -> tuple[list[int], list[float]]:
-        """What the text suggests, and the chance that each claims by the length of the match before it.
-
-        Of one token a quarter came true, of four two thirds, of ten and more nineteen in twenty (the default target's
-        answers to 40 of the bundled prompts).
-        """
-        guess, length = self._lookup.guess(n, tail)
-        return guess, [1 - 1 / (1 + (length + i) ** 1.5 / 3) for i in range(len(guess))]
+    def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
+        """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
+        drafts, certainties = list[_Draft](), self.stats.certainties
+        before, most = self.seconds, self._budget - self._step.of(unread) + self._step.of(1)
+        for made, proposal in enumerate(proposals, 1):
+            self._step.observe(unread, self.seconds - before)
+            unread, before = 1, self.seconds
+            drafts.append(_Draft(proposal, certainties))
+            chances = [draft.chance for draft in drafts] + [certainties.mean(USUAL)] * (n - made)
+            if best_cut(chances, self._verify, rate, self._step.of(1), made, most)[0] <= made:
+                break
+        return drafts
 
     @property
-    def _most(self) -> float:
+    def _budget(self) -> float:
         """Seconds that may be lost now."""
-        return self._verify.of(1) * (BUDGET + LOSS * self._emitted + self._won)
+        return self._verify.of(1) * (BUDGET + LOSS * self._emitted + self._saved)
 
-    def _pays(self, drafter: ModelDrafter, draft: StepCost, text: Sequence[int]) -> bool:
-        """Whether what the drafter saves over the rest of the answer is more than reading up to here costs.
-
-        Reading leaves as much of the budget as it takes to find out that it was in vain.
-        """
-        first, plain = draft.of(drafter.unread(text)), self._verify.of(1)
-        saved = plain * (1 - self.known.steps / self.known.tokens) * min(self._length, self._left)
-        return saved > first - draft.of(1) and first + WEIGHT * draft.of(1) <= self._most
-
-    def _run(
-        self, proposals: Iterator[Proposal], cost: StepCost, unread: int, n: int, rate: float, most: float
-    ) -> tuple[list[int], list[float]]:
-        """(drafts, their chances): as long as the next one is worth it."""
-        known, drafts, chances, together = self.known, [], [], 1.0
-        before, most = self.seconds, most + self.seconds
-        for proposal in proposals:
-            took = self.seconds - before
-            cost.observe(unread, took)
-            if unread > LEFT_UNREAD:
-                self._read = max(took - cost.of(1), 0.0)
-            chance = known.certainties.of(proposal.certainty)
-            known.usual += (1 - MEMORY) * (chance - known.usual)
-            together *= chance
-            drafts.append(proposal.token)
-            chances.append(chance)
-            self._claims.append((known.certainties, proposal.certainty))
-            rows, more = len(drafts) + 1, [known.usual] * (n - len(drafts))
-            more[:1] = [together * chance for chance in more[:1]]
-            left = most - self.seconds - (self._verify.of(rows) - self._verify.of(1))
-            if not best_cut(more, self._verify, rate, cost.of(1), rows, left)[0]:
-                break
-            unread, before = 1, self.seconds
-        return drafts, chances
+    def _pays(self, drafter: ModelDrafter, text: Sequence[int]) -> bool:
+        """Whether to use the drafter; reading must leave the budget of as many steps as its prior counts for."""
+        first, step = self._step.of(drafter.unread(text)), self._step.of(1)
+        saved = self._verify.of(1) * (1 - 1 / self.stats.speedup) * self._rest
+        return saved > first - step and first + WEIGHT * step <= self._budget
 
     def learn(
         self, drafted: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
@@ -160,16 +123,13 @@ class AutoDrafter(Drafter):
         self._verify.observe(verified + 1, verify_seconds)
         plain = self._verify.of(1)
         self._emitted += tokens
-        self._left -= tokens
-        if drafted or self._modelled:
-            self._won += tokens - seconds / plain
-        if self._modelled:
-            self.known.tokens = MEMORY * self.known.tokens + tokens
-            self.known.steps = MEMORY * self.known.steps + (seconds - self._read) / plain
-        # A draft after an end token was never judged.
-        judged = min(drafted, accepted + 1 if accepted < tokens else accepted)
-        for i, (chances, claim) in enumerate(self._claims[:judged]):
-            chances.observe(claim, i < accepted)
+        made = sum(draft.source is self.stats.certainties for draft in self._drafts)
+        if drafted or made:
+            self._saved += tokens - seconds / plain
+        if made:  # without the seconds of catching up with the text, which belong to reading
+            self.stats.observe(tokens, (verify_seconds + made * self._step.of(1)) / plain)
+        for i, draft in enumerate(self._drafts[: min(drafted, tokens)]):  # drafts after an end token were not judged
+            draft.source.observe(draft.proposal.certainty, i < accepted)
 
     def settle(self) -> None:
         if self._drafter is not None:

@@ -1,13 +1,14 @@
-"""What drafting costs and brings on this machine, learned while running: step costs and chances of acceptance."""
+"""What drafting costs and brings on this machine, learned while running: step costs, chances, the drafter's speedup."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-# What was believed before is worth so many observations, and one weighs so much when the next one comes. In the worlds
-# of tests/test_auto.py 3 to 12 and 0.95 to 0.99 do about as well.
+# WEIGHT: observations that a prior counts for. MEMORY: decay of an observation's weight at each later one. In the
+# worlds of tests/test_auto.py 3 to 12 and 0.95 to 0.99 do about as well.
 WEIGHT, MEMORY = 6.0, 0.97
 _BINS = 6  # of a claim's odds, by powers of two, each way
 
@@ -45,24 +46,29 @@ class StepCost:
 
 
 class Chances:
-    """The chance that a draft is accepted, from the chance it claims, corrected by what came of its like.
+    """The chance that a draft is accepted, from the chance its source claims, corrected by what came of such claims.
 
-    `seen`: (accepted, seen) by bins of the claim's odds, as an earlier session left them. Raises ValueError or
+    `seen`: [accepted, observed] by bins of the claim's odds, as an earlier session left them. Raises ValueError or
     TypeError for anything else.
     """
 
     def __init__(self, seen: Sequence[Sequence[float]] = ((0.0, 0.0),) * (2 * _BINS + 1)) -> None:
         self.seen = [[float(accepted), float(n)] for accepted, n in seen]
         if len(self.seen) != 2 * _BINS + 1 or not all(0 <= accepted <= n < math.inf for accepted, n in self.seen):
-            raise ValueError("no chances")
+            raise ValueError("not counts of accepted drafts")
 
     def of(self, claimed: float) -> float:
         accepted, n = self.seen[_bin(claimed)]
         return (accepted + WEIGHT * claimed) / (n + WEIGHT)
 
+    def mean(self, prior: float) -> float:
+        """The chance of a draft that is not made yet, of which nothing is claimed."""
+        accepted, n = sum(counts[0] for counts in self.seen), sum(counts[1] for counts in self.seen)
+        return (accepted + WEIGHT * prior) / (n + WEIGHT)
+
     def observe(self, claimed: float, accepted: bool) -> None:
-        found = self.seen[_bin(claimed)]
-        found[:] = MEMORY * found[0] + accepted, MEMORY * found[1] + 1
+        counts = self.seen[_bin(claimed)]
+        counts[:] = MEMORY * counts[0] + accepted, MEMORY * counts[1] + 1
 
 
 def _bin(claimed: float) -> int:
@@ -70,28 +76,50 @@ def _bin(claimed: float) -> int:
     return _BINS + round(min(max(odds, -_BINS), _BINS))
 
 
-def best_cut(
-    chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, rows: int = 1, most: float = math.inf
-) -> tuple[int, float]:
-    """(m, worth in tokens) of the best beginning of a draft, on top of a batch of `rows` tokens.
+@dataclass
+class DraftStats:
+    """What sessions have learned of a pair, remembered with its step costs.
 
-    chances[i] is that of draft i if those before it were accepted. A beginning is worth its expected tokens less what
-    the seconds it adds would bring otherwise, at `rate` tokens per second; `step` is what each draft takes to make, in
-    seconds, and `most` what all may add. m is 0 where nothing is worth it.
+    `tokens` and `steps`: of the drafter's recent rounds, their tokens and their seconds in plain-decoding steps (0: no
+    rounds). `certainties` and `matches`: how often the drafts of the drafter, and those of the text, were accepted.
     """
-    best, chosen, together, expected = 0.0, 0, 1.0, 0.0
-    base = verify.of(rows)
+
+    tokens: float = 0.0
+    steps: float = 0.0
+    certainties: Chances = field(default_factory=Chances)
+    matches: Chances = field(default_factory=Chances)
+
+    def observe(self, tokens: float, steps: float, rounds: float = 1.0) -> None:
+        """Count so many rounds of the drafter, each of these tokens and steps."""
+        self.tokens = MEMORY * self.tokens + rounds * tokens
+        self.steps = MEMORY * self.steps + rounds * steps
+
+    @property
+    def speedup(self) -> float:
+        """Tokens of the drafter's rounds per plain-decoding step."""
+        return self.tokens / self.steps
+
+
+def best_cut(
+    chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, made: int = 0, most: float = math.inf
+) -> tuple[int, float]:
+    """(m, worth in tokens) of the best beginning of a draft; m is 0 if none is worth anything.
+
+    chances[i] is that of draft i if those before it are accepted. A beginning is worth its expected tokens, less what
+    the seconds it adds would bring otherwise, at `rate` tokens per second. A draft takes `step` seconds to make, but
+    the first `made` are made already; all may add at most `most` seconds.
+    """
+    best, worth, together, expected = 0, 0.0, 1.0, 0.0
     for m, chance in enumerate(chances, 1):
         together *= chance
         expected += together
-        added = m * step + verify.of(rows + m) - base
-        worth = expected - rate * added
-        if worth > best and added <= most:
-            best, chosen = worth, m
-    return chosen, best
+        added = max(m - made, 0) * step + verify.of(m + 1) - verify.of(1)
+        if expected - rate * added > worth and added <= most:
+            best, worth = m, expected - rate * added
+    return best, worth
 
 
 def best_fixed(chance: float, n: int, verify: StepCost, step: float) -> tuple[float, float]:
     """(tokens, seconds) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`."""
-    lengths = [(sum(chance**i for i in range(m + 1)), verify.of(m + 1) + m * step) for m in range(1, n + 1)]
-    return max(lengths, key=lambda found: found[0] / found[1])
+    rounds = [(sum(chance**i for i in range(m + 1)), verify.of(m + 1) + m * step) for m in range(1, n + 1)]
+    return max(rounds, key=lambda one: one[0] / one[1])

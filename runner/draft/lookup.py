@@ -4,63 +4,63 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-from .contracts import NoDrafter
+from .contracts import NoDrafter, Proposal
+from .reading import shared
 
-LONGEST = 3  # tokens of a suffix that are looked up; the match itself may reach further back
-SHORTEST = 2  # a match of one token suggests too little for a fixed draft length
-REACH = 16  # how far back a match is measured
+LONGEST = 3  # tokens of a suffix that is looked up; the match itself may reach further back
+SHORTEST = 2  # tokens of a match that suffice for a fixed draft length
+REACH = 16  # tokens of the longest match that is measured
+
+
+def _suffixes(text: Sequence[int], end: int) -> list[tuple[int, ...]]:
+    """The n-grams that end before this place, shortest first."""
+    return [tuple(text[end - n : end]) for n in range(1, min(LONGEST, end) + 1)]
 
 
 class Lookup:
     """An index of a growing text by its n-grams, n = 1 to LONGEST; rewinds with it."""
 
     def __init__(self) -> None:
-        self._text: list[int] = []
-        self._after: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # where an n-gram was followed
-        self._settled = True
+        # The text, and the places after each n-gram in it: one attribute, so that they change together.
+        self._index: tuple[list[int], defaultdict[tuple[int, ...], list[int]]] = [], defaultdict(list)
 
     def follow(self, text: Sequence[int]) -> None:
-        """Take in a text that mostly begins as the last one did."""
-        if not self._settled:  # an interruption cut the last call short, and the index is of no text
-            self._text, self._after = [], defaultdict(list)
-        self._settled = False
-        known = self._text
-        same = min(len(known), len(text))
-        if known[:same] != text[:same]:
-            same = next(i for i in range(same) if known[i] != text[i])
+        """Index a text, which mostly begins as the last one did."""
+        known, places = self._index
+        self._index = [], defaultdict(list)  # for the next call, if an interruption cuts this one short
+        same = shared(known, text, len(text))
         for i in reversed(range(same, len(known))):
-            for n in range(1, min(LONGEST, i) + 1):
-                self._after[tuple(known[i - n : i])].pop()
-        del known[same:]
-        known.extend(text[same:])
+            for ngram in _suffixes(known, i):
+                places[ngram].pop()
+        known[same:] = text[same:]
         for i in range(same, len(known)):
-            for n in range(1, min(LONGEST, i) + 1):
-                self._after[tuple(known[i - n : i])].append(i)
-        self._settled = True
+            for ngram in _suffixes(known, i):
+                places[ngram].append(i)
+        self._index = known, places
 
-    def guess(self, n: int, tail: Sequence[int] = ()) -> tuple[list[int], int]:
-        """(up to n tokens to follow the text and `tail`, length of the match that suggests them).
+    def guess(self, n: int, tail: Sequence[int] = (), shortest: int = 1) -> list[Proposal]:
+        """Up to n tokens to follow the text and `tail`, as they followed the longest suffix the last time.
 
-        The latest of the places that the longest suffix was seen at; a text that repeats itself is continued over its
-        own end.
+        A text that repeats itself is continued over its own end. A match of fewer than `shortest` tokens is ignored.
         """
-        whole = [*self._text[-REACH - LONGEST :], *tail]
-        for length in range(min(LONGEST, len(whole)), 0, -1):
-            if places := self._after.get(tuple(whole[-length:])):
-                place = places[-1]
-                while (
-                    length < min(REACH, len(whole) - 1, place) and whole[-length - 1] == self._text[place - length - 1]
-                ):
+        text, places = self._index
+        whole = [*text[-REACH - LONGEST :], *tail]
+        for ngram in reversed(_suffixes(whole, len(whole))[shortest - 1 :]):
+            if places.get(ngram):
+                place, length = places[ngram][-1], len(ngram)
+                reach = min(REACH, len(whole) - 1, place)
+                while length < reach and whole[-length - 1] == text[place - length - 1]:
                     length += 1
-                rest = list(tail)
-                for i in range(place, place + n):
-                    rest.append(self._text[i] if i < len(self._text) else rest[i - len(self._text)])
-                return rest[len(tail) :], length
-        return [], 0
+                tokens = islice(cycle([*text[place : place + n], *tail]), n)
+                # After one token a quarter came true, after four two thirds, after ten and more nineteen in twenty (the
+                # default target's answers to 40 of the bundled prompts).
+                return [Proposal(token, 1 - 3 / (3 + (length + i) ** 1.5)) for i, token in enumerate(tokens)]
+        return []
 
 
 class LookupDrafter(NoDrafter):
@@ -71,5 +71,4 @@ class LookupDrafter(NoDrafter):
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         self._lookup.follow(text)
-        tokens, length = self._lookup.guess(n) if n > 0 else ([], 0)
-        return tokens if length >= SHORTEST else []
+        return [proposal.token for proposal in self._lookup.guess(n, shortest=SHORTEST)] if n > 0 else []

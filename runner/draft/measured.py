@@ -14,8 +14,7 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from llamabase.store import recall, remember
 
-from .auto import DraftStats
-from .cost import Chances, StepCost
+from .cost import Chances, DraftStats, StepCost
 from .drafters import ModelDrafter
 from .reading import Reader
 
@@ -39,11 +38,10 @@ def recall_known(key: str) -> DraftStats | None:
     """What earlier sessions have learned of a pair; None where nothing is remembered, or it is damaged."""
     try:
         found = recall(key)["known"]
-        usual, tokens, steps = (float(found[name]) for name in ("usual", "tokens", "steps"))
-        drafted = 0 < tokens < math.inf and 0 < steps < math.inf
-        if not 0 <= usual <= 1 or not (drafted or tokens == steps == 0):
+        tokens, steps = float(found["tokens"]), float(found["steps"])
+        if not ((0 < tokens < math.inf and 0 < steps < math.inf) or tokens == steps == 0):
             return None
-        return DraftStats(usual, tokens, steps, Chances(found["certainties"]), Chances(found["matches"]))
+        return DraftStats(tokens, steps, Chances(found["certainties"]), Chances(found["matches"]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 

@@ -16,9 +16,9 @@ from llamabase.llama.library import Closing
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.store import key_of
-from runner.draft.auto import AutoDrafter, DraftStats
+from runner.draft.auto import AutoDrafter
 from runner.draft.contracts import AUTO
-from runner.draft.cost import StepCost
+from runner.draft.cost import DraftStats, StepCost
 from runner.draft.drafters import ModelDrafter
 from runner.draft.measured import recall_known, remember_known, step_costs
 from runner.draft.opening import DraftOptions

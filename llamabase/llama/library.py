@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import platform
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -65,6 +69,15 @@ def backends() -> dict[str, str]:
         if (key := feature.partition(" = ")[0].strip()) and name:
             found[name] = f"{found.get(name, '')} {key}".strip()
     return found
+
+
+def key_of(files: Iterable[Path], settings: Sequence[object]) -> str:
+    """What a measurement holds for: these files as they are (if they exist), settings, machine and llama.cpp."""
+    facts = [platform.node(), physical_cores(), backends(), version("llama-cpp-python"), *settings]
+    for path in filter(Path.exists, files):
+        stat = path.stat()
+        facts += [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 T = TypeVar("T")

@@ -22,12 +22,11 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import F16, Cache, Context
 from llamabase.llama.ggml import release_threads
-from llamabase.llama.library import Closing
+from llamabase.llama.library import Closing, key_of
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
-from llamabase.store import key_of
 from runner.draft.auto import LONGEST, AutoDrafter
 from runner.draft.drafters import AUTO, Drafter, ModelDrafter, NoDrafter
 from runner.draft.measured import recall_known, remember_known, step_costs

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import BUDGET, LOSS, AutoDrafter, DraftStats
-from runner.draft.cost import Chances, StepCost, best_cut, best_fixed
+from runner.draft.cost import Chances, best_cut, best_fixed
 from runner.draft.drafters import Proposal
 from runner.loop.engine import Engine
 

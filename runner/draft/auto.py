@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-from .cost import MEMORY, WEIGHT, Chances, StepCost, best_cut, best_fixed
+from .cost import MEMORY, WEIGHT, Chances, best_cut, best_fixed
 from .drafters import Drafter, ModelDrafter, Proposal
 from .lookup import Lookup
 

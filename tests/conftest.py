@@ -21,8 +21,8 @@ from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
 from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.timing import StepCost
 from runner import SpeculativeLM
-from runner.draft.cost import StepCost
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
@@ -94,11 +94,11 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Costs of toys are no business of the user's own memory of costs."""
-    path = tmp_path_factory.mktemp("costs") / "costs.json"
+def memory_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is measured of toys does not go into the user's own memory."""
+    path = tmp_path_factory.mktemp("memory") / "remembered.sqlite"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llamabase.store.costs_file", lambda: path)
+        patch.setattr("llamabase.store.memory_file", lambda: path)
         yield path
 
 
@@ -107,6 +107,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which drafting always pays: toys are so fast that it never would."""
     cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
     monkeypatch.setattr("runner.loop.weights.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
+    monkeypatch.setattr("runner.loop.weights.remember_known", lambda *_: None)  # another test may open this pair
     monkeypatch.setattr(StepCost, "observe", lambda self, n, seconds: None)
 
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import BUDGET, LOSS, AutoDrafter
 from runner.draft.contracts import Proposal
-from runner.draft.cost import Chances, DraftStats, StepCost, best_cut, best_fixed
+from runner.draft.cost import Chances, DraftStats, best_cut, best_fixed
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 

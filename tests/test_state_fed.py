@@ -646,7 +646,7 @@ def test_a_plan_says_which_first_drafts_a_cut_gets_right(heads, engines, tmp_pat
 
 
 def test_the_plan_command_takes_one(heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gguf_trim.plan.costs.CUTS", (64,))
+    monkeypatch.setattr("gguf_trim.plan.costs.CUT", 64)
     monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 2)
     monkeypatch.setattr("gguf_trim.plan.added.CORES", (64,))
     pair = ["--target", str(heads["target"]), "--draft", str(heads["mapped"])]

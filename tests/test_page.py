@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from llamabase.llama.model import Model
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
@@ -22,9 +21,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
 @pytest.fixture
-def page(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def page(toys: dict[str, Path]) -> Iterator[Any]:
     """The page at 360 px, over a toy whose drafter is right and whose texts do not end."""
-    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
     engine = Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=512, cache=F32, cache_draft=F32))
     with serving(engine, draft_max=2) as (url, _), sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

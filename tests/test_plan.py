@@ -101,7 +101,6 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     found = matches_of(pair[1], answers, order, added=added)
     rights = found.right(296) if vocab == "trim" else added.by_core[vocab, 296].rights
     with Engine(LoadOptions(pair[0], trimmed, n_ctx=256, vocab=vocab)) as engine:
-        engine.model.is_end = lambda token: False
         rounds = [
             round_
             for answer in answers

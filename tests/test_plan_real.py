@@ -70,11 +70,13 @@ def live(target: Path, drafter: Path, prompts: list[list[dict[str, str]]], n: in
 @pytest.mark.parametrize(
     ("pair", "n_prompts", "n_tokens"),
     [
-        pytest.param("smollm2-135m", 6, 48, id="smollm2"),
+        pytest.param("smollm2-135m", 3, 24, id="smollm2"),
         pytest.param("qwen2.5-coder-1.5b", 12, 64, id="default", marks=pytest.mark.slow),
     ],
 )
-def test_every_k_is_a_replay_and_tau_is_the_loops(pair: str, n_prompts: int, n_tokens: int, tmp_path: Path) -> None:
+def test_every_k_is_a_replay_and_tau_is_the_loops(
+    pair: str, n_prompts: int, n_tokens: int, smollm2, tmp_path: Path
+) -> None:
     files = load_catalog().pair(pair)
     target, drafter = fetch(files.target), fetch(files.drafter)
     if target == drafter:  # a drafter that is never wrong would prove little

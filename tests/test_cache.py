@@ -16,7 +16,6 @@ from runner.loop.weights import LoadOptions
 
 
 def tokens_and_drafts(engine: Engine, draft_max: int) -> tuple[list[int], list[int]]:
-    engine.model.is_end = lambda token: False  # type: ignore[method-assign]
     rounds = list(engine.rounds(engine.model.tokenize("the sea and"), GREEDY, max_tokens=220, draft_max=draft_max))
     return [token for r in rounds for token in r.tokens], [len(r.drafted) for r in rounds]
 

@@ -34,10 +34,9 @@ GREEDY_GRAMMAR = Sampling(temp=0, grammar='root ::= ([a-z]+ [ ,.] [0-9] "é"?)+'
 
 @pytest.mark.parametrize("sampling", [GREEDY_PENALTIES, GREEDY_GRAMMAR], ids=["penalties", "grammar"])
 @pytest.mark.parametrize("name", ["target", "good-trimmed", "wrong", "tiny-trimmed", "spec-trimmed"])
-def test_greedy_text_is_the_plain_one(engines, name: str, sampling: Sampling, monkeypatch) -> None:
+def test_greedy_text_is_the_plain_one(engines, name: str, sampling: Sampling) -> None:
     """Whatever the drafter; and the plain text is what llama.cpp's own samplers give."""
     engine = engines(name)
-    monkeypatch.setattr(engine.model, "is_end", lambda token: False)
     prompt = engine.model.tokenize(PROMPT)
     plain = tokens_of(engine, prompt, sampling, 40, draft_max=0, drafter=NoDrafter())
     assert len(set(plain)) > 5
@@ -52,10 +51,9 @@ def test_greedy_text_is_the_plain_one(engines, name: str, sampling: Sampling, mo
         assert list(llama_cpp_chain(sampling, logits, prompt, plain[:i], engine.model)) == [plain[i]]
 
 
-def test_penalties_reach_the_drafter(engines, monkeypatch) -> None:
+def test_penalties_reach_the_drafter(engines) -> None:
     """The target as its own drafter is accepted throughout also with penalties: q is p."""
     engine = engines("target")
-    monkeypatch.setattr(engine.model, "is_end", lambda token: False)
     rounds = list(engine.rounds(engine.model.tokenize(PROMPT), GREEDY_PENALTIES, max_tokens=32, draft_max=3))
     assert all(round_.accepted == len(round_.drafted) for round_ in rounds)
 
@@ -75,7 +73,7 @@ def test_an_end_token_inside_a_draft_ends_a_grammar(engines) -> None:
     assert (only.tokens, only.finish) == ([letter, end], "stop")
 
 
-def test_a_draft_that_a_schema_forbids_is_not_verified(engines, monkeypatch) -> None:
+def test_a_draft_that_a_schema_forbids_is_not_verified(engines) -> None:
     """Nor those after it; the drafter hears that it fell, and the text is the plain one."""
     engine = engines(None)
     prompt, tea = engine.model.tokenize(PROMPT), engine.model.tokenize('"tea"', special=False)

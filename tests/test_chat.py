@@ -45,7 +45,6 @@ def slow(*a, **k):
     time.sleep(0.02)
     return decode(*a, **k)
 l.Context.decode = slow
-l.Model.is_end = lambda *a: False
 """
 
 
@@ -185,7 +184,6 @@ def test_a_reader_that_leaves_ends_it_quietly(pair) -> None:
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(toys) -> None:
     with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
-        engine.model.is_end = lambda token: False
         session = Chat(engine, Sampling(temp=0), seed=None, draft_max=3, max_tokens=60)
         shown: list[str] = []
 
@@ -218,7 +216,6 @@ def bytewise(toys, monkeypatch):
     with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
         pieces = itertools.cycle(bytes([byte]) for byte in TEXT.encode())
         monkeypatch.setattr(engine.model, "piece", lambda token, special=False: next(pieces))
-        engine.model.is_end = lambda token: False
         yield engine
 
 
@@ -240,7 +237,6 @@ def test_characters_split_over_tokens_come_out_whole(bytewise, draft_max: int) -
 def test_pieces_say_what_was_drafted(toys) -> None:
     """Of each round first what was accepted, then the target's own token."""
     with Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine:
-        engine.model.is_end = lambda token: False
         engine.model.piece = lambda token, special=False: f"{token} ".encode()
         prompt, record = engine.model.tokenize("the king and the sea"), Record()
         rounds = list(engine.rounds(prompt, GREEDY, max_tokens=40, draft_max=3))

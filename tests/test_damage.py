@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from llamabase.llama.model import Model
 from llamabase.store import recall, remember
 from runner import Record, SpeculativeLM
 from runner.bench.__main__ import main as bench
-from runner.draft.measured import _valid, recall_known
+from runner.draft.measured import recall_known, step_costs
 
 from .conftest import copy_trimmed
 from .encode import Kind, Table, field, gguf
@@ -187,12 +189,11 @@ def test_a_pipe_is_no_file(toys: dict[str, Path], tmp_path: Path, option: str) -
         read_answers(pipe)
 
 
-def test_what_stands_after_a_stop_string_is_no_token_of_the_answer(toys: dict[str, Path], monkeypatch) -> None:
+def test_what_stands_after_a_stop_string_is_no_token_of_the_answer(toys: dict[str, Path]) -> None:
     """With a drafter a round may have gone on beyond it."""
     found = []
     for draft in (None, toys["target"]):
         with SpeculativeLM(toys["target"], draft, n_ctx=256) as lm:
-            lm._engine.model.is_end = lambda token: False
             text = lm.complete("the king", max_tokens=60, temperature=0, draft_max=0).text
             stop, record = text[20:23], Record()
             for draft_max in (0, 8):
@@ -266,23 +267,28 @@ def test_a_catalog_that_makes_no_sense(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [NESTED, DIGITS, "1" + "0" * 400, '"\\ud800"', "[]", "{}", "1e999", "null"])
-@pytest.mark.parametrize("place", ["measured", "verify", "draft", "known", "type", "whole"])
-def test_a_memory_of_costs_is_done_without(
+@pytest.mark.parametrize("place", ["verify", "steps", "tokens", "certainties", "whole", "at"])
+def test_a_damaged_memory_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: str
 ) -> None:
-    monkeypatch.setattr("llamabase.store.costs_file", lambda: tmp_path / "costs.json")
+    monkeypatch.setattr("llamabase.store.memory_file", lambda: tmp_path / "remembered.sqlite")
+    monkeypatch.setattr("runner.draft.measured.measured_verify", lambda target: {1: 0.5})
     bins = [[1.0, 2.0]] * 13
-    known = {"tokens": 2.0, "steps": 3.0, "certainties": bins, "matches": bins}
-    remember("key", {"verify": {1: 0.1, 2: 0.1}, "draft": {1: 0.1}, "type": "Q8_0", "known": known})
-    facts = recall("key") | {place: "HERE"}
-    damaged = value if place == "whole" else json.dumps({"key": facts}).replace('"HERE"', value)
-    (tmp_path / "costs.json").write_text(damaged)
-    found = recall("key")
-    assert _valid(found.get("verify")) in ({1: 0.1, 2: 0.1}, {}) and _valid(found.get("draft")) in ({1: 0.1}, {})
-    known_ = recall_known("key")
-    assert known_ is None or (known_.tokens == 2 and place != "known")
-    remember("key", {"verify": {1: 0.2}})
-    assert recall("key")["verify"] == {"1": 0.2}
+    facts = {
+        "costs": {"verify": {1: 0.1, 2: 0.1}, "draft": {1: 0.1}},
+        "learned": {"tokens": 2.0, "steps": 3.0, "certainties": bins, "matches": bins},
+    }
+    for kind, sound in facts.items():
+        remember(kind, "key", sound)
+        damaged = value if place == "whole" else json.dumps(sound | {place: "HERE"}).replace('"HERE"', value)
+        with closing(sqlite3.connect(tmp_path / "remembered.sqlite")) as memory, memory:
+            memory.execute(f"UPDATE {kind} SET {'at' if place == 'at' else 'facts'} = ?", [damaged])
+    measured = step_costs(None, None, "key")[0].of(1) == 0.5
+    assert measured >= (place in ("verify", "whole")) and measured <= (place != "at")
+    known = recall_known("key")
+    assert known is None or (known.tokens == 2 and place in ("verify", "at"))
+    remember("costs", "key", {"verify": {1: 0.2}})
+    assert recall("costs", "key")["verify"] == {"1": 0.2}
 
 
 @pytest.mark.parametrize("value", [NESTED, DIGITS, '"\\ud800"', "[]", "null"])

@@ -28,6 +28,8 @@ from runner.loop.engine import Engine
 from runner.loop.stops import StopFilter, TextPiece
 from runner.loop.weights import LoadOptions
 
+from .conftest import engine_of
+
 GREEDY = {"temperature": 0, "max_tokens": 40}
 
 
@@ -36,7 +38,6 @@ GREEDY = {"temperature": 0, "max_tokens": 40}
 
 def test_it_is_the_engines_own_text(toys, lm) -> None:
     with Engine(LoadOptions(toys["target"], None, n_ctx=512)) as engine:
-        engine.model.is_end = lambda token: False
         messages = [{"role": "user", "content": "the king and the sea"}]
         wanted = Record()
         list(engine.pieces(engine.prompt(messages), Sampling(temp=0), wanted, max_tokens=40))
@@ -175,8 +176,9 @@ def test_a_pair_by_name(toys, monkeypatch) -> None:
 
     monkeypatch.setattr(runner.lm, "prepare", prepare)
     with SpeculativeLM.from_pair("a-pair", n_ctx=256, vocab="trim") as lm:
-        assert lm._engine.context.n_ctx == 256
         assert lm.chat("the king", draft_max=3, **GREEDY).accepted > 0
+        with pytest.raises(EngineError, match="does not fit a context of 256"):
+            lm.chat("x" * 300)
     assert names == ["a-pair"]
 
 
@@ -251,7 +253,6 @@ def test_a_json_schema(lm) -> None:
     """As a dict or its text; the toy's answer is a whole JSON of it."""
     schema = {"enum": ["tea", "sea"]}
     for form in (schema, json.dumps(schema)):
-        lm._engine.model.is_end = lambda token: False
         answer = lm.chat("the king", temperature=0, max_tokens=5, json_schema=form, stop=['a"'])
         assert answer.text in ('"te', '"se')
     with pytest.raises(ValueError, match="not both"):
@@ -270,7 +271,7 @@ def test_the_drafters_context_and_both_caches(toys) -> None:
         cache=Cache("f32", "f32"),
         cache_draft=Cache("q8_0"),
     ) as lm:
-        assert (lm._engine.context.n_ctx, lm._engine.drafter.n_ctx) == (512, 128)
+        assert (engine_of(lm).context.n_ctx, engine_of(lm).drafter.n_ctx) == (512, 128)
         assert lm.chat("the king", **GREEDY, draft_max=3).tokens
     with pytest.raises(ValueError, match="q9_0: is not a KV cache type; choose one of f32, f16"):
         Cache("q9_0")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from gguf_trim.format.companion import companion_path
-from llamabase import store as remembered
+from llamabase import store
 from llamabase.sampling.settings import GREEDY
+from llamabase.store import recall, remember
 from runner.draft import measured
 from runner.draft.measured import measured_draft, measured_verify
 from runner.loop.engine import Engine
@@ -55,9 +60,21 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Pair:
 
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "cache" / "costs.json"
-    monkeypatch.setattr(remembered, "costs_file", lambda: path)
+    path = tmp_path / "cache" / "remembered.sqlite"
+    monkeypatch.setattr(store, "memory_file", lambda: path)
     return path
+
+
+def rows(memory: Path, kind: str = "costs") -> list[tuple]:
+    """(key, facts, at) of all that is remembered of a kind."""
+    with closing(sqlite3.connect(memory)) as database:
+        return database.execute(f"SELECT key, facts, at FROM {kind}").fetchall()
+
+
+def write_facts(memory: Path, kind: str, facts: object) -> None:
+    """Put facts in place of all that are remembered of a kind."""
+    with closing(sqlite3.connect(memory)) as database, database:
+        database.execute(f"UPDATE {kind} SET facts = ?", [facts if isinstance(facts, bytes) else json.dumps(facts)])
 
 
 def test_is_remembered_until_something_changes(toys, tmp_path: Path, pair: Pair, memory: Path, monkeypatch) -> None:
@@ -70,15 +87,26 @@ def test_is_remembered_until_something_changes(toys, tmp_path: Path, pair: Pair,
     os.utime(companion_path(draft))  # another speculator, say
     assert pair.is_measured(toys["target"], draft)
     assert not pair.is_measured(toys["target"])
-    monkeypatch.setattr(remembered, "DAYS", 0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + (measured.DAYS - 1) * 86_400)
+    assert not pair.is_measured(toys["target"])
+    monkeypatch.setattr(time, "time", lambda: now + (measured.DAYS + 1) * 86_400)
     assert pair.is_measured(toys["target"])
-    assert len(json.loads(memory.read_text())) == 1  # the old ones are forgotten
+    assert not pair.is_measured(toys["target"])
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"a": 1}', b'{"a": {"measured": "x"}}'])
-def test_a_damaged_memory_is_done_without(toys, pair: Pair, memory: Path, damage: bytes) -> None:
+@pytest.mark.parametrize("damage", [b"", b"{", b"SQLite format 3\0" + b"\xff" * 4096, "cut", "page", "journal"])
+def test_a_damaged_memory_is_replaced(toys, pair: Pair, memory: Path, damage: bytes | str) -> None:
     memory.parent.mkdir()
-    memory.write_bytes(damage)
+    if isinstance(damage, bytes):
+        memory.write_bytes(damage)
+    else:
+        remember("costs", "other", {"x": 1})
+        data = memory.read_bytes()
+        if damage == "journal":
+            memory.with_name(f"{memory.name}-journal").write_bytes(b"\xff" * 600)
+        else:
+            memory.write_bytes(data[:4096] if damage == "cut" else data[:4096] + b"\xff" * (len(data) - 4096))
     assert pair.is_measured(toys["target"])
     assert not pair.is_measured(toys["target"])
 
@@ -86,25 +114,66 @@ def test_a_damaged_memory_is_done_without(toys, pair: Pair, memory: Path, damage
 @pytest.mark.parametrize("seconds", [None, [], {}, {"x": 1}, {"1": "y"}, {"1": -1.0}, {"0": 1.0}])
 def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, seconds) -> None:
     assert pair.is_measured(toys["target"])
-    (found,) = json.loads(memory.read_text()).items()
-    memory.write_text(json.dumps({found[0]: found[1] | {"verify": seconds}}))
+    write_facts(memory, "costs", {"verify": seconds, "draft": {}})
     assert pair.is_measured(toys["target"])
+
+
+@pytest.mark.parametrize("facts", [[], 1, None, b"{", b"\xff", b"[" * 99_999])
+def test_damaged_facts_are_written_anew(memory: Path, facts) -> None:
+    remember("costs", "key", {"x": 1})
+    write_facts(memory, "costs", facts)
+    assert recall("costs", "key") == {}
+    remember("costs", "key", {"x": 2})
+    assert recall("costs", "key") == {"x": 2}
 
 
 def test_a_memory_that_cannot_be_written_is_done_without(toys, tmp_path: Path, pair: Pair, monkeypatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(remembered, "costs_file", lambda: tmp_path / "file" / "costs.json")
+    monkeypatch.setattr(store, "memory_file", lambda: tmp_path / "file" / "remembered.sqlite")
+    assert pair.is_measured(toys["target"])
+    assert pair.is_measured(toys["target"])
+    monkeypatch.setattr(store, "memory_file", lambda: tmp_path)  # a folder of this name
     assert pair.is_measured(toys["target"])
     assert pair.is_measured(toys["target"])
 
 
 def test_not_more_pairs_than_are_kept(toys, pair: Pair, memory: Path, monkeypatch) -> None:
-    monkeypatch.setattr(remembered, "ENTRIES", 2)
+    monkeypatch.setattr(store, "ENTRIES", 2)
+    remember("hashes", "of another kind", {"x": 1})
     for n_ctx in (64, 72, 80):
         assert pair.is_measured(toys["target"], n_ctx=n_ctx)
     assert not pair.is_measured(toys["target"], n_ctx=80)
     assert not pair.is_measured(toys["target"], n_ctx=72)
     assert pair.is_measured(toys["target"], n_ctx=64)
+    assert len(rows(memory)) == 2
+    assert recall("hashes", "of another kind") == {"x": 1}
+
+
+def write_many(memory: Path, number: int) -> None:
+    """One process of several: remembers, and sees at once what it has remembered."""
+    store.memory_file = lambda: memory
+    for n in range(40):
+        remember("learned", f"{number}", {"n": n})
+        remember("types", f"{number} {n % 8}", {"n": n})
+        assert recall("learned", f"{number}") == {"n": n}
+
+
+def test_processes_write_at_once(memory: Path) -> None:
+    """Nothing is lost and nobody fails, though they begin together."""
+    memory.parent.mkdir()
+    remember("costs", "before", {"x": 1})
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_many, args=(memory, number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert {key: json.loads(facts) for key, facts, _ in rows(memory, "learned")} == {
+        str(i): {"n": 39} for i in range(4)
+    }
+    assert len(rows(memory, "types")) == 32
+    assert recall("costs", "before") == {"x": 1}
 
 
 def test_what_a_session_learned_is_remembered(toys, memory: Path) -> None:
@@ -119,21 +188,16 @@ def test_what_a_session_learned_is_remembered(toys, memory: Path) -> None:
         assert (again.certainties.seen, again.matches.seen) == seen
 
 
-def known_of(memory: Path) -> dict:
-    (found,) = json.loads(memory.read_text()).values()
-    return found["known"]
-
-
 @pytest.mark.parametrize("damage", ["x", {}, {"tokens": 0}, {"steps": "y"}, {"matches": [[2, 1]]}])
 def test_what_is_damaged_is_learned_anew(toys, memory: Path, damage) -> None:
-    def learn() -> None:
+    def learn() -> dict:
         with Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=256)) as engine:
             list(engine.rounds([65, 66, 65, 66, 65, 66], GREEDY, max_tokens=40))
+        ((_, facts, _),) = rows(memory, "learned")
+        return json.loads(facts)
 
-    learn()
-    ((key, found),) = json.loads(memory.read_text()).items()
-    bad = damage if not isinstance(damage, dict) or not damage else found["known"] | damage
-    memory.write_text(json.dumps({key: found | {"known": bad}}))
-    learn()
-    assert known_of(memory).keys() == found["known"].keys()
-    assert known_of(memory)["tokens"] > 0
+    facts = learn()
+    write_facts(memory, "learned", facts | damage if isinstance(damage, dict) and damage else damage)
+    again = learn()
+    assert again.keys() == facts.keys()
+    assert again["tokens"] > 0

@@ -150,11 +150,6 @@ def text_of(engine: Engine, sampling: Sampling, draft_max: int) -> tuple[list[in
     return [token for found in rounds for token in found.tokens], stood
 
 
-@pytest.fixture(autouse=True)
-def never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("vocab", ["trim", "context", "spec"])
 @pytest.mark.parametrize("kind", DRAFTED)

@@ -77,11 +77,6 @@ def engines(files: dict[str, Path]) -> Iterator[Callable[[str, str | None], Engi
         engine.close()
 
 
-@pytest.fixture(autouse=True)
-def never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
-
-
 def read(engine: Engine, text: list[int]) -> None:
     """Let the target read all but the last token."""
     engine.reader.keep(text, len(text) - 1)

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import Eagle3Head
 from gguf_trim.keep import read_keep_list
 from gguf_trim.pairs.catalog import load_catalog
+from llamabase import store
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -42,10 +44,10 @@ from llamabase.llama.ggml import release_threads
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.settings import Sampling
+from llamabase.store import recall, remember
 from runner.bench.runs import read_record
 from runner.bench.steps import acceptance_in
 from runner.chat.conversation import load
-from runner.draft.measured import recall_known
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
@@ -111,9 +113,8 @@ def read_block(path: Path) -> None:
 
 
 def read_memory(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llamabase.store.costs_file", lambda: path)
-        recall_known("key")
+    with patch.object(store, "memory_file", lambda: path):
+        recall("costs", "key")
 
 
 def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
@@ -129,8 +130,9 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
     short = [found | {name: found[name][:2] for name in ("rounds", "token_ids")} for found in record["answers"][:8]]
     record = {name: record[name] for name in ("machine", "files", "settings", "modes", "target_step")}
     record |= {"answers": short}
-    known = {"tokens": 2.0, "steps": 3.0} | dict.fromkeys(("certainties", "matches"), [[1.0, 2.0]] * 13)
-    facts = {"verify": {"1": 0.1}, "draft": {"1": 0.1}, "known": known, "measured": 1e10}
+    memory = folder / "remembered.sqlite"
+    with patch.object(store, "memory_file", lambda: memory):
+        remember("costs", "key", {"verify": {"1": 0.1}, "draft": {"1": 0.1}})
     texts: dict[str, tuple[str, Callable[[Path], object]]] = {
         "answers.jsonl": (json.dumps(answer) + "\n" + json.dumps(answer) + "\n", answered),
         "ids.json": (json.dumps({"a": [[5, 6], [8, 9]], "b": [[1], [2]]}), read_answers),
@@ -149,7 +151,6 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
             '[pairs.p]\ntarget = "x"\ndrafter = "y"\n',
             load_catalog,
         ),
-        "costs.json": (json.dumps({"key": facts}), read_memory),
         "talk.json": (json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), load),
         "tau.json": (json.dumps({"draft_max": 2, "tau": {"draft full": 2.0}}), acceptance_in),
     }
@@ -160,6 +161,7 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
         "eagle3": Sample(head, len(GGUFFile(head).head), read_head),
         "mtp": Sample(block, len(GGUFFile(block).head), read_block),
         "counts": Sample(folder / "c.npz", (folder / "c.npz").stat().st_size, Counts.load),
+        "memory": Sample(memory, memory.stat().st_size, read_memory),
     }
     for name, (text, read) in texts.items():
         (folder / name).write_text(text)
@@ -242,8 +244,9 @@ def samples(toys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return make_samples(tmp_path_factory.mktemp("samples"), toys)
 
 
-NAMES = ["model", "trimmed", "companion", "eagle3", "mtp", "counts", "answers.jsonl", "ids.json", "answers2.jsonl",
-         "prompts.jsonl", "keep.txt", "record.json", "catalog.toml", "costs.json", "talk.json", "tau.json"]  # fmt: skip
+NAMES = ["model", "trimmed", "companion", "eagle3", "mtp", "counts", "memory", "answers.jsonl", "ids.json",
+         "answers2.jsonl", "prompts.jsonl", "keep.txt", "record.json", "catalog.toml", "talk.json",
+         "tau.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +256,7 @@ def test_some_mutants(name: str, samples: dict[str, Sample], monkeypatch: pytest
     seen, slowest, wrong = reads(samples[name], 1, 150 if "." not in name else 600)
     assert not wrong, wrong[0]
     assert slowest < LONGEST
-    assert seen["refused"] or name == "costs.json"  # which is done without
+    assert seen["refused"] or name == "memory"  # which is done without
 
 
 def _share(

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 
 from llamabase.cli.command import OneCommand
 from llamabase.llama.context import Cache
-from llamabase.llama.model import Model
 from llamabase.sampling.settings import Sampling
 from runner.chat.__main__ import main as chat
 from runner.options import Models, limit_of, model_options, sampling_options
@@ -135,9 +134,8 @@ def test_numbers_that_stand_for_none() -> None:
     assert seed_of("--spec-draft-n-max", "3") == seed_of("--draft-max", "3") == (None, 3)
 
 
-def test_without_a_limit_an_answer_fills_the_context(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_limit_an_answer_fills_the_context(toys: dict[str, Path]) -> None:
     """-c 0 is the model's 512 tokens, and -n -1 lets it say as many as are left of them."""
-    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
     asked = ["--target", str(toys["target"]), "--draft-max", "0", "--prompt", "x", "--json", "-fa", "off"]
     for limit in ("-1", "-2"):
         done = CliRunner().invoke(chat, [*asked, "-c", "0", "-n", limit])

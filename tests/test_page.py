@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from llamabase.llama.model import Model
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
@@ -22,9 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def page(toys: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
+def page(toys: dict[str, Path]) -> Iterator[Browser]:
     """The page at 360 px, over a toy whose drafter is right and whose texts do not end."""
-    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
     engine = Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=512, cache=F32, cache_draft=F32))
     with serving(engine, draft_max=2) as (url, _), Browser(url, 360, 640) as opened:
         opened.wait("document.getElementById('name').textContent === 'toy'")

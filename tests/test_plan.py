@@ -99,9 +99,8 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     attach(opened, fit(opened.companion, Reading.of(trimmed, answers, opened).states))
     added = AddedRows(np.argsort(order), Speculator.of(Trimmed.open(trimmed)))
     found = matches_of(pair[1], answers, order, added=added)
-    rights = found.right(296) if vocab == "trim" else added.found[vocab, 296].rights
+    rights = found.right(296) if vocab == "trim" else added.by_core[vocab, 296].rights
     with Engine(LoadOptions(pair[0], trimmed, n_ctx=256, vocab=vocab)) as engine:
-        engine.model.is_end = lambda token: False
         rounds = [
             round_
             for answer in answers
@@ -110,7 +109,7 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     tokens = [token for round_ in rounds for token in round_.tokens]
     assert tokens == [token for answer in answers for token in answer.answer]
     assert len(tokens) / len(rounds) == pytest.approx(tau_of(rights, 3), rel=0.02)
-    taus = [tau_of(found.right(296), 3), *(rows.rights and tau_of(rows.rights, 3) for rows in added.found.values())]
+    taus = [tau_of(found.right(296), 3), *(rows.rights and tau_of(rows.rights, 3) for rows in added.by_core.values())]
     assert taus == sorted(taus)
     assert taus[0] < taus[-1]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,11 @@ from gguf_trim.format.speculator import Speculator
 from gguf_trim.pairs import quickest
 from gguf_trim.pairs.prepare import prepare
 from gguf_trim.pairs.quickest import TYPES, Candidate
-from llamabase import store as remembered
+from llamabase import store
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.quantize import AS_SHIPPED
+from llamabase.llama.timing import VERIFY, StepCost
 
 from .conftest import keep_first
 
@@ -32,7 +35,7 @@ def toy(toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Prepares the toy pair in a folder of its own, with few texts to read, and counts the measurements."""
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
     monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
-    monkeypatch.setattr(remembered, "costs_file", lambda: tmp_path / "costs.json")
+    monkeypatch.setattr(store, "memory_file", lambda: tmp_path / "remembered.sqlite")
     honest, measured = quickest._quickest, []
 
     def counted(*args) -> str:
@@ -58,22 +61,16 @@ def test_the_type_is_measured_once(toy, tmp_path: Path) -> None:
     assert measured == 1
     assert toy() == (path, 0)
     assert files(tmp_path) == {path.name, companion_path(path).name}  # what was not kept is gone
-    (tmp_path / "costs.json").unlink()
+    (tmp_path / "remembered.sqlite").unlink()
     assert toy()[1] == 1
 
 
-def test_what_is_used_is_not_forgotten(toy, tmp_path: Path) -> None:
-    """Its age begins anew where it is a day old; until then nothing is written."""
+def test_what_is_remembered_is_not_written_again(toy, tmp_path: Path) -> None:
     toy()
-    path = tmp_path / "costs.json"
+    path = tmp_path / "remembered.sqlite"
     os.utime(path, (0, 0))
-    toy()
-    assert path.stat().st_mtime == 0
-    ((key, found),) = json.loads(path.read_text()).items()
-    old = found["measured"] - 2 * 86_400
-    path.write_text(json.dumps({key: found | {"measured": old}}))
     assert toy()[1] == 0
-    assert json.loads(path.read_text())[key]["measured"] > old + 86_400
+    assert path.stat().st_mtime == 0
 
 
 def test_what_a_killed_run_has_left_is_swept(toy, tmp_path: Path) -> None:
@@ -90,16 +87,15 @@ def test_what_a_killed_run_has_left_is_swept(toy, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [5, "Q9_9", ["Q4_0"], None])
 def test_a_damaged_memory_is_measured_again(toy, tmp_path: Path, damage) -> None:
     toy()
-    ((key, found),) = json.loads((tmp_path / "costs.json").read_text()).items()
-    (tmp_path / "costs.json").write_text(json.dumps({key: found | {"type": damage}}))
+    with closing(sqlite3.connect(tmp_path / "remembered.sqlite")) as memory, memory:
+        assert memory.execute("UPDATE types SET facts = ?", [json.dumps({"type": damage})]).rowcount == 1
     assert toy()[1] == 1
 
 
 @pytest.mark.parametrize("chosen", [AS_SHIPPED, *TYPES])
 def test_the_quickest_is_kept_and_the_others_are_gone(toy, tmp_path: Path, monkeypatch, chosen: str) -> None:
-    monkeypatch.setattr(quickest, "_times", lambda target, trimmed, files: (
-        {kind: 0.01 if kind == chosen else 0.5 for kind in files}, dict.fromkeys(quickest.VERIFY, 1.0)
-    ))  # fmt: skip
+    seconds = dict.fromkeys(VERIFY, 1.0) | dict.fromkeys((AS_SHIPPED, *TYPES), 0.5) | {chosen: 0.01}
+    monkeypatch.setattr(quickest, "by_turns", lambda steps, *_: {name: [seconds[name]] for name in steps})
     path, _ = toy()
     assert path.stem.endswith("-trim405" if chosen == AS_SHIPPED else f"-trim405-{chosen}")
     assert files(tmp_path) == {path.name, companion_path(path).name}
@@ -162,7 +158,7 @@ def test_a_type_that_llama_cpp_cannot_make_is_left_out(toy, monkeypatch) -> None
 def test_the_fastest_draft_length_by_hand() -> None:
     """Of three tokens two are drafted right: tau is 3 at two drafts a round and 1.5 at one."""
     rights = [np.array([True, True, False] * 40)]
-    verify = {1: 1.0, 2: 1.2, 3: 1.3, 4: 2.5}
-    found = Candidate("Q4_0", Reading(np.empty(0), rights), 0.1, verify)
-    assert found.best == (pytest.approx(3 / (1.3 + 0.2)), 2)
-    assert "acceptance 0.667, 2.00 x plain at 2 drafts" in str(found)
+    verify = StepCost({1: 1.0, 2: 1.2, 3: 1.3, 4: 2.5})
+    candidate = Candidate("Q4_0", Reading(np.empty(0), rights), 0.1, verify)
+    assert candidate.best == (pytest.approx(3 / (1.3 + 0.2)), 2)
+    assert "acceptance 0.667, 2.00 x plain at 2 drafts" in str(candidate)

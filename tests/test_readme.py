@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,38 +23,29 @@ LINES = [line.strip().partition("  #")[0].strip() for line in TEXT.splitlines() 
 COMMANDS = list(dict.fromkeys(LINES))
 PYTHON = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
+RUN = [line for line in PYTHON if "--model" not in line]
+QUICK = [line for line in RUN if "--types" not in line and "runner.bench" not in line]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
-    """The files the step-by-step part speaks of: SmolLM2 as its own drafter."""
-    folder = tmp_path_factory.mktemp("readme")
+@pytest.mark.parametrize("lines", [QUICK, pytest.param(RUN, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_commands_run(lines: list[str], tmp_path: Path, smollm2: Path) -> None:
+    """In a reader's order, each using the files that earlier ones made; a chat gets its prompt through a pipe."""
     for name in ("target.gguf", "drafter.gguf"):
-        shutil.copy(smollm2, folder / name)
-    (folder / "my-texts").mkdir()
-    (folder / "my-texts" / "a.txt").write_text("the king and the sea\n" * 200)
-    (folder / "few.json").write_text(json.dumps({"a": [list(range(100, 200)), list(range(300, 400))]}))
-    return folder
-
-
-def slow(line: str) -> bool:
-    return "--types" in line or "runner.bench" in line
-
-
-@pytest.mark.parametrize(
-    "line",
-    [pytest.param(line, marks=pytest.mark.slow) if slow(line) else line for line in PYTHON if "--model" not in line],
-)
-def test_command_runs(line: str, folder: Path) -> None:
-    """In a reader's order, each using what the ones before have made; a chat gets its prompt through a pipe."""
-    if "runner.chat" in line:
-        line += " -n 8" if "--target" in line else " --target target.gguf -n 8"  # the default pair is 1.6 GB
-    if "gguf_trim speculator" in line:
-        line += " --calibration few.json"  # those that ship take SmolLM2 a minute to read
-    arguments = [sys.executable, *shlex.split(line)[1:]]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    done = subprocess.run(arguments, cwd=folder, input="Hello.\n", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        (tmp_path / name).symlink_to(smollm2)
+    (tmp_path / "my-texts").mkdir()
+    (tmp_path / "my-texts" / "a.txt").write_text("the king and the sea\n" * 200)
+    (tmp_path / "few.json").write_text(json.dumps({"a": [list(range(100, 200)), list(range(300, 400))]}))
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    for line in lines:
+        if "runner.chat" in line:
+            line += " -n 8" if "--target" in line else " --target target.gguf -n 8"  # the default pair is 1.6 GB
+        if "gguf_trim speculator" in line:
+            line += " --calibration few.json"  # SmolLM2 needs a minute to read the texts that ship
+        arguments = [sys.executable, *shlex.split(line)[1:]]
+        done = subprocess.run(
+            arguments, cwd=tmp_path, input="Hello.\n", env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (line, done.stderr)
 
 
 @pytest.mark.parametrize("line", MAKE)
@@ -73,7 +63,17 @@ def record(name: str) -> dict:
     return json.loads(record_path(name).read_text("utf-8"))
 
 
-REGIMES = ("f16", "shipped")
+REGIMES = {
+    "f16": ("| memory | F16 |", "## The same in F16"),
+    "shipped": ("| arithmetic | Q4_K_M |", "## The target as shipped"),
+}  # the row of README's table, and the section of docs/measured.md
+MODES = {
+    "again": "plain decoding a second time",
+    "full": "uncut drafter",
+    "lookup": "prompt lookup, three drafts",
+    "auto": "**auto, the default**",
+}
+DRAFTS = {"": "", "1": ", one draft", "2": ", two drafts", "3": ", three drafts", "4": ", four drafts"}
 RECORDS = (*REGIMES, "exact", "exact-sampled", "bench", "never", "steps", "steps-same-type")  # docs/measured.md's
 
 
@@ -99,18 +99,29 @@ def regime_row(bench: dict) -> str:
     return " | ".join([*cells, f"{found['auto']['speedup_over_plain']['overall']:.2f} |"])
 
 
-def mode_row(f: dict) -> str:
+def labelled(mode: str, names: dict[str, str]) -> str:
+    """How a page's table calls a mode, such as spec:2: "spec, two drafts"."""
+    name, _, n = mode.partition(":")
+    return names.get(name, name) + DRAFTS[n]
+
+
+def section(page: str, heading: str) -> str:
+    return page.partition(f"\n{heading}")[2].partition("\n## ")[0]
+
+
+def mode_row(mode: str, f: dict) -> str:
     speed = f["speedup_over_plain"]
     acceptance = f"{f['acceptance_rate']:.3f}" if f["drafted"] else "-"
     return (
-        f"| {f['tau']:.2f} | {acceptance} | {speed['total']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) | "
+        f"| {labelled(mode, MODES)} | {f['tau']:.2f} | {acceptance} | "
+        f"{speed['total']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) | "
         f"{speed['overall']:.2f} | {f['mbsu_bytes']:.2f} |"
     )
 
 
 def test_readme_has_the_figures_of_both_regimes() -> None:
-    for name in REGIMES:
-        assert regime_row(record(name)) in README, name
+    for name, (row, _) in REGIMES.items():
+        assert f"\n{row} {regime_row(record(name))}\n" in README, name
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -122,27 +133,35 @@ def test_figures_are_those_of_the_records() -> None:
     """docs/measured.md against its records."""
     exact, sampled, bench, never = (record(name) for name in ("exact", "exact-sampled", "bench", "never"))
     steps, same_type = record("steps"), record("steps-same-type")
-    speed = {mode: f["speedup_over_plain"] for mode, f in figures(never)[ALL].items()}
+    auto, again = (figures(never)[ALL][mode]["speedup_over_plain"] for mode in ("auto", "again"))
     wanted = [
-        f"greedy exactness, {len(exact['prompts'])} prompts, {exact['tokens']:,} tokens",
-        f"temperature {sampled['sampling']['temp']}, {len(sampled['prompts'])} prompts, {sampled['tokens']:,} tokens",
-        f"greatest gap {exact['greatest_gap']:.2f} logits; noise of batch shape alone {exact['noise']:.2f}",
-        f"{exact['parted']} of {len(exact['prompts'])}",
-        f"{bench['peers']['rows'][0]['ratio']} of `llama-bench`",
-        "| {overall:.2f} of plain in all, {least:.2f} at the least |".format(**speed["auto"]),
-        "| {overall:.2f} in all, {least:.2f} at the least |".format(**speed["again"]),
-        "{date}, llama-cpp-python {llama_cpp_python}".format(**record("shipped")["machine"]),
-        f"verifying four tokens takes {steps['median_ratios']['verify 4']:.2f} times",
+        f"AMD EPYC (x86-64, AVX-512),\n{record('shipped')['machine']['date']}, "
+        f"llama-cpp-python {record('shipped')['machine']['llama_cpp_python']}:",
+        f"| greedy exactness, {len(exact['prompts'])} prompts, {exact['tokens']:,} tokens",
+        f"| sampled exactness at temperature {sampled['sampling']['temp']}, {len(sampled['prompts'])} prompts, "
+        f"{sampled['tokens']:,} tokens",
+        f"| the same text read in one batch | greatest gap {exact['greatest_gap']:.2f} logits; "
+        f"noise of batch shape alone {exact['noise']:.2f} |",
+        f"| texts that part from plain decoding, all at near-ties | {exact['parted']} of {len(exact['prompts'])} |",
+        f"| plain decoding's own speed | {bench['peers']['rows'][0]['ratio']} of `llama-bench`'s |",
+        f"wall clock | {auto['overall']:.2f} of plain in all, {auto['least']:.2f} at the least |",
+        f"| plain against itself in that run | {again['overall']:.2f} in all, {again['least']:.2f} at the least |",
+        f"The target as shipped: verifying four tokens takes {steps['median_ratios']['verify 4']:.2f} times",
     ]
-    for name in ("trim", "context", "spec"):
+    for name, label in (
+        ("trim", "the kept rows only"),
+        ("context", "and the tokens of the text"),
+        ("spec", "and the speculator's, the default"),
+    ):
         wanted.append(
-            f"| {steps['median_ratios'][name]:.3f} | {steps['bytes'][name] / steps['bytes']['full']:.3f} | "
-            f"{same_type['median_ratios'][name]:.3f} |"
+            f"| {name}: {label} | {steps['median_ratios'][name]:.3f} | "
+            f"{steps['bytes'][name] / steps['bytes']['full']:.3f} | {same_type['median_ratios'][name]:.3f} |"
         )
-    for name in REGIMES:
-        wanted += [mode_row(f) for mode, f in figures(record(name))[ALL].items() if mode != "plain"]
     for figure in wanted:
         assert figure in MEASURED, figure
+    for name, (_, heading) in REGIMES.items():
+        for mode, f in figures(record(name))[ALL].items():
+            assert mode == "plain" or mode_row(mode, f) in section(MEASURED, heading), (name, mode)
     for checked in (exact, sampled):
         assert checked["replay_faults"] == checked["beyond_noise"] == 0
 
@@ -154,12 +173,13 @@ def test_docs_say_what_the_shapes_were_timed_at() -> None:
     assert len(shapes) == 6
     for path in shapes:
         found = json.loads(path.read_text("utf-8"))
-        for way in ("full", "trim@16384"):
+        model, _, type_ = path.stem.partition("-shape-")[2].rpartition("-")
+        for way, rows in (("full", "uncut"), ("trim@16384", "16,384 rows")):
             pays = found["paying"][way]
             least = "-" if pays["from"] is None else f"{pays['from']['acceptance']:.2f}"
             speeds = " | ".join(f"{point['speedup_over_plain']:.2f} ({point['draft_max']})" for point in pays["at"])
-            line = f"| {found['median_ratios'][way]:.2f} | {least} | {speeds} |"
-            assert line in text, (path.name, way, line)
+            line = f"| {rows} | {found['median_ratios'][way]:.2f} | {least} | {speeds} |"
+            assert re.search(rf"^\| {re.escape(model)} \+ [\w.-]+ \| {type_} {re.escape(line)}$", text, re.M), line
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
@@ -193,8 +213,10 @@ def test_the_page_of_heads_is_that_of_its_records() -> None:
 
     def line(bench: dict, found: dict, mode: str) -> str:
         f, steps = found[mode], {name: mode["step"]["bytes"] for name, mode in bench["modes"].items()}
+        name, _, size = mode.removesuffix(":3").partition("@")
+        label = "the whole head, 49,152 rows" if name == "full" else f"{name} {int(size or 1024):,}"
         return (
-            f"| {f['acceptance_rate']:.3f} | {f['tau']:.3f} | {steps[mode] / steps['full:3']:.2f} | "
+            f"| {label} | {f['acceptance_rate']:.3f} | {f['tau']:.3f} | {steps[mode] / steps['full:3']:.2f} | "
             f"{f['mbsu_params']:.2f} | {f['mbsu_bytes']:.2f} |"
         )
 
@@ -203,19 +225,21 @@ def test_the_page_of_heads_is_that_of_its_records() -> None:
         found = figures(bench)[ALL]
         for mode in bench["modes"].keys() - left_out:
             assert line(bench, found, mode) in text, mode
+    rows = "8,192 rows"
+    names = MODES | {"full": "the whole head", "trim": rows, "spec": f"{rows} and the speculator's"}
     speeds = [figures(record(f"{name}-eagle3"))[ALL] for name in ("f16", "shipped")]
     for mode in ("again", "full:1", "full:2", "trim:1", "trim:2", "spec:1", "spec:2", "auto"):
         cells = " | ".join(f"{found[mode]['speedup_over_plain']['total']:.2f}" for found in speeds)
-        assert f"| {cells} |" in text, mode
-    for name in ("exact-eagle3", "exact-sampled-eagle3"):
-        found = record(name)
-        assert found["replay_faults"] == 0
-        assert f"{found['tokens']:,} tokens" in text
+        assert f"| {labelled(mode, names)} | {cells} |" in text, mode
+    exact, sampled = record("exact-eagle3"), record("exact-sampled-eagle3")
+    assert exact["replay_faults"] == sampled["replay_faults"] == 0
+    said = f"greedily {exact['tokens']:,} tokens of 20 answers, at temperature 0.8 {sampled['tokens']:,} tokens of 20;"
+    assert said in " ".join(text.split())
 
 
 def test_the_page_of_mtp_is_that_of_its_record() -> None:
     """docs/mtp.md: a draft step of a published shape."""
     found, text = record("steps-mtp"), (ROOT / "docs" / "mtp.md").read_text("utf-8")
-    for name in ("trim", "spec"):
+    for name, label in (("trim", "32,768 rows"), ("spec", "and the speculator's")):
         share = found["bytes"][name] / found["bytes"]["full"]
-        assert f"| {found['median_ratios'][name]:.3f} | {share:.3f} |" in text
+        assert f"| {label} | {found['median_ratios'][name]:.3f} | {share:.3f} |" in text

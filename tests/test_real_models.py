@@ -26,7 +26,7 @@ def call(command, *arguments: str):
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", *SLOW])
 @pytest.mark.parametrize("k", [16384, 512])
-def test_kept_logits_are_the_sources_bit_for_bit(name: str, k: int, tmp_path: Path) -> None:
+def test_kept_logits_are_the_sources_bit_for_bit(name: str, k: int, smollm2: Path, tmp_path: Path) -> None:
     source, out = fetch(load_catalog().models[name]), tmp_path / "cut.gguf"
     done = CliRunner().invoke(gguf_trim, ["trim", str(source), "--k", str(k), "-o", str(out)])
     assert done.exit_code == 0, done.output
@@ -47,8 +47,8 @@ def own_drafter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def test_every_token_is_the_targets_on_smollm2(own_drafter: list[str]) -> None:
-    found = call(exact.main, *own_drafter, "--limit", "3", "-n", "48", "--draft-max", "3")
-    assert found["tokens"] > 60
+    found = call(exact.main, *own_drafter, "--limit", "2", "-n", "32", "--draft-max", "3")
+    assert found["tokens"] > 30
     assert found["replay_faults"] == found["beyond_noise"] == 0
 
 
@@ -66,9 +66,9 @@ def test_demo_on_smollm2(own_drafter: list[str]) -> None:
 
 
 def test_steps_on_smollm2(own_drafter: list[str], smollm2: Path) -> None:
-    found = call(bench, "steps", *own_drafter, "--full", smollm2, "--repeat", "5")
+    found = call(bench, "steps", *own_drafter, "--full", smollm2, "--repeat", "2")
     assert found["bytes"]["trim"] < found["bytes"]["full"]
-    assert len(found["seconds"]["full"]) == 5
+    assert len(found["seconds"]["full"]) == 2
 
 
 @pytest.mark.slow

@@ -52,10 +52,8 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(code: Path) -> Iterator[tuple[str, Server]]:
     """A server of it whose texts end at their limit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Model, "is_end", lambda self, token: False)
-        with serving(Engine(LoadOptions(code, n_ctx=512, n_threads=1, cache=F32)), draft_max=0) as found:
-            yield found
+    with serving(Engine(LoadOptions(code, n_ctx=512, n_threads=1, cache=F32)), draft_max=0) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -34,16 +34,11 @@ def run(engine: Engine, text: str, n: int = 48, draft_max: int = 3, **settings: 
     return list(engine.rounds(engine.model.tokenize(text), chosen, max_tokens=n, draft_max=draft_max, **settings))
 
 
-def never_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.model, "is_end", lambda token: False)
-
-
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("draft_max", [1, 3, 8])
-def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, draft_max: int, monkeypatch) -> None:
+def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, draft_max: int) -> None:
     """Also with drafters made to be wrong, and with one that can draft almost nothing."""
     engine = engines(name)
-    never_ends(engine, monkeypatch)
     for prompt in PROMPTS:
         ids = engine.model.tokenize(prompt)
         engine.reader.keep([], 0)
@@ -54,10 +49,9 @@ def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, dr
         assert len(set(plain)) > 5  # a text of one repeated token would prove little
 
 
-def test_a_good_drafter_is_accepted_and_a_wrong_one_is_not(engines, monkeypatch) -> None:
+def test_a_good_drafter_is_accepted_and_a_wrong_one_is_not(engines) -> None:
     rates = {}
     for name in ("target", "good-trimmed", "wrong"):
-        never_ends(engines(name), monkeypatch)
         rounds = run(engines(name), PROMPTS[0])
         rates[name] = sum(r.accepted for r in rounds) / sum(len(r.drafted) for r in rounds)
     assert rates["target"] == 1.0
@@ -79,7 +73,6 @@ def test_what_a_cache_shares_with_a_text(n: int) -> None:
 def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
     """The exactness tests above can fail: with every draft accepted, the text is the wrong drafter's."""
     engine = engines("wrong")
-    never_ends(engine, monkeypatch)
     plain = tokens_of(run(engine, PROMPTS[0], draft_max=0, drafter=NoDrafter()))
     monkeypatch.setattr(speculative, "accept", lambda p_at, drafts, *_: (len(drafts), int(p_at(len(drafts)).ids[0])))
     assert tokens_of(run(engine, PROMPTS[0])) != plain
@@ -97,7 +90,7 @@ def test_broken_acceptance_is_seen(engines, monkeypatch) -> None:
     ids=["penalties", "grammar", "bias", "sampled", "typical"],
 )
 @pytest.mark.parametrize("name", ["good-trimmed", "wrong"])
-def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str, monkeypatch) -> None:
+def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str) -> None:
     """Teacher-forced, with penalties, a grammar, a bias, sampled; a state that forgets what was said is seen."""
     law = Law(sampling, seed=3)
     with Engine(LoadOptions(toys["target"], toys[name], n_ctx=256)) as engine:
@@ -120,7 +113,6 @@ def test_replay_holds_with_the_whole_chain(toys, sampling: Sampling, name: str, 
 def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
     """The exactness check by replay can fail: rejected drafts left in the cache, or rows taken in the wrong order."""
     with Engine(LoadOptions(toys["target"], toys["wrong-trimmed"], n_ctx=256)) as engine:
-        never_ends(engine, monkeypatch)
         ids = engine.model.tokenize(PROMPTS[0])
         with Context(engine.model, 256, n_outputs=40) as context:
             assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults == 0
@@ -133,9 +125,8 @@ def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["good-trimmed", "wrong", None])
-def test_never_more_than_max_tokens(engines, name, monkeypatch) -> None:
+def test_never_more_than_max_tokens(engines, name) -> None:
     engine = engines(name)
-    never_ends(engine, monkeypatch)
     full = tokens_of(run(engine, PROMPTS[0], n=12))
     for n in range(1, 12):
         rounds = run(engine, PROMPTS[0], n=n)
@@ -148,7 +139,6 @@ def test_never_more_than_max_tokens(engines, name, monkeypatch) -> None:
 def test_end_token_stops_also_inside_a_draft(engines, name, monkeypatch) -> None:
     """Wherever the end token falls in a round, it is the last token emitted and the cache holds nothing after it."""
     engine = engines(name)
-    never_ends(engine, monkeypatch)
     full = tokens_of(run(engine, PROMPTS[0], n=24))
     for end in dict.fromkeys(full):
         monkeypatch.setattr(engine.model, "is_end", lambda token, end=end: token == end)
@@ -162,7 +152,6 @@ def test_end_token_stops_also_inside_a_draft(engines, name, monkeypatch) -> None
 def test_context_limit_stops_cleanly(toys, name) -> None:
     """Generation fills the context to the last place and stops; a prompt that does not fit is refused."""
     with Engine(LoadOptions(toys["target"], toys[name] if name else None, n_ctx=256)) as engine:
-        engine.model.is_end = lambda token: False
         for length in (253, 255, 256):
             prompt = (engine.model.tokenize("the sea and the tea ") * 60)[:length]
             rounds = list(engine.rounds(prompt, GREEDY, max_tokens=99, draft_max=3))
@@ -179,15 +168,13 @@ def test_empty_prompt(engines) -> None:
     assert engines(None).prompt([]) != []  # the chat template, or BOS, gives something to begin with
 
 
-def test_prompt_of_one_token(engines, monkeypatch) -> None:
+def test_prompt_of_one_token(engines) -> None:
     for name in ("good-trimmed", None):
-        never_ends(engines(name), monkeypatch)
         assert len(tokens_of(list(engines(name).rounds([65], GREEDY, max_tokens=7)))) == 7
 
 
 def test_second_turn_reads_only_what_is_new(engines, monkeypatch) -> None:
     engine = engines("good-trimmed")
-    never_ends(engine, monkeypatch)
     first = engine.model.tokenize(PROMPTS[0] * 4)
     answer = tokens_of(list(engine.rounds(first, GREEDY, max_tokens=20, draft_max=3)))
     calls: list[int] = []
@@ -203,7 +190,6 @@ def test_second_turn_reads_only_what_is_new(engines, monkeypatch) -> None:
 def test_stopping_in_the_middle_leaves_everything_usable(engines, monkeypatch) -> None:
     """Closed after any round, or interrupted inside any decode: the next answer is as if nothing had been."""
     engine = engines("good-trimmed")
-    never_ends(engine, monkeypatch)
     wanted = tokens_of(run(engine, PROMPTS[0]))
     for stop in range(6):
         rounds = engine.rounds(engine.model.tokenize(PROMPTS[2]), GREEDY, max_tokens=40, draft_max=3)
@@ -240,7 +226,6 @@ def test_pair_with_more_padding_works(toys) -> None:
     plain = None
     for target, draft in (("target", "other-padding"), ("other-padding", "target")):
         with Engine(LoadOptions(toys[target], toys[draft], n_ctx=256)) as engine:
-            engine.model.is_end = lambda token: False
             found = tokens_of(run(engine, PROMPTS[0], n=20))
             plain = tokens_of(run(engine, PROMPTS[0], n=20, draft_max=0))
             assert found == plain
@@ -259,9 +244,8 @@ def test_the_check_reads_as_the_loop_does(toys, tmp_path, settings: tuple[str, .
     assert CliRunner().invoke(exact, [*pair, "-n", "513"]).exit_code == 2
 
 
-def test_record_adds_up(engines, monkeypatch) -> None:
+def test_record_adds_up(engines) -> None:
     engine = engines("good-trimmed")
-    never_ends(engine, monkeypatch)
     record = Record()
     pieces = engine.pieces(engine.model.tokenize(PROMPTS[0]), GREEDY, record, max_tokens=30, draft_max=3)
     text = "".join(piece for piece, _ in pieces)

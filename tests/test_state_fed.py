@@ -27,7 +27,6 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama import states
 from llamabase.llama.context import F32, Context
-from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.bench.__main__ import main as bench
@@ -80,11 +79,6 @@ def engines(heads: dict[str, Path]) -> Iterator[Callable[[str | None], Engine]]:
     yield get
     for engine in opened.values():
         engine.close()
-
-
-@pytest.fixture(autouse=True)
-def never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Model, "is_end", lambda self, token: False)
 
 
 def text_of(engine: Engine, sampling: Sampling, n: int = 30, prompt: str = PROMPT, **settings: object) -> list[int]:
@@ -646,7 +640,7 @@ def test_a_plan_says_which_first_drafts_a_cut_gets_right(heads, engines, tmp_pat
 
 
 def test_the_plan_command_takes_one(heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gguf_trim.plan.costs.CUTS", (64,))
+    monkeypatch.setattr("gguf_trim.plan.costs.CUT", 64)
     monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 2)
     monkeypatch.setattr("gguf_trim.plan.added.CORES", (64,))
     pair = ["--target", str(heads["target"]), "--draft", str(heads["mapped"])]

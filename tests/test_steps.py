@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gguf_trim.plan.planner import DRAFT_LENGTHS
-from runner.bench.steps import ACCEPTANCES, PARTS, VERIFY, best_speed, least_acceptance, paying, paying_table
+from runner.bench.steps import (
+    ACCEPTANCES,
+    BATCHES,
+    DRAFT_LENGTHS,
+    PARTS,
+    best_speed,
+    least_acceptance,
+    paying,
+    paying_table,
+)
 
 seconds = st.floats(1e-3, 10)
-verifies = st.fixed_dictionaries({1: seconds, 2: seconds}, optional=dict.fromkeys(VERIFY[2:], seconds))
-FLAT = dict.fromkeys(VERIFY, 1.0)  # memory is the limit: a batch takes what one token takes
+verifies = st.fixed_dictionaries({1: seconds, 2: seconds}, optional=dict.fromkeys(BATCHES[2:], seconds))
+FLAT = dict.fromkeys(BATCHES, 1.0)  # memory is the limit: a batch takes what one token takes
 
 
 @given(seconds, verifies)
@@ -56,7 +64,7 @@ def test_by_hand() -> None:
     assert least_acceptance(0.25, FLAT) == pytest.approx(0.25, abs=2 / PARTS)
     assert best_speed(1.0, 0.25, FLAT) == (pytest.approx(8 / 2.75), 7)  # nine at once are not timed
     assert best_speed(0.6, 0.25, {n: FLAT[n] for n in (1, 2)}) == (pytest.approx(1.6 / 1.25), 1)
-    assert least_acceptance(0.25, {n: float(n) for n in VERIFY}) is None  # computing is the limit
+    assert least_acceptance(0.25, {n: float(n) for n in BATCHES}) is None  # computing is the limit
 
 
 def _record(verify: dict[int, float]) -> dict:
@@ -89,6 +97,6 @@ def test_every_drafter_has_its_line() -> None:
 
 
 def test_where_nothing_pays_there_is_a_dash() -> None:
-    record = _record({n: float(n) for n in VERIFY})
+    record = _record({n: float(n) for n in BATCHES})
     assert [point["from"] for point in paying(record).values()] == [None, None]
     assert [line.split("|")[2].strip() for line in paying_table(record).splitlines()[-2:]] == ["-", "-"]

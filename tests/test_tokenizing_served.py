@@ -15,6 +15,7 @@ import llama_cpp
 import pytest
 
 from llamabase.errors import PromptTooLong, TextError
+from llamabase.llama.model import Model
 from runner import SpeculativeLM
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
@@ -85,11 +86,11 @@ def test_what_cannot_be_split_is_named(url: str) -> None:
 
 
 def test_python_says_the_same(target: Path) -> None:
-    with SpeculativeLM(target, n_ctx=512, n_threads=1) as lm:
-        with pytest.raises(PromptTooLong, match="more than the context of 512; raise --ctx-size"):
-            lm.chat("the sea " * 250_000)
-        with pytest.raises(TextError, match="a word of"):
-            lm._engine.model.tokenize("A" * 1_000_001)
+    too_long = pytest.raises(PromptTooLong, match="more than the context of 512; raise --ctx-size")
+    with SpeculativeLM(target, n_ctx=512, n_threads=1) as lm, too_long:
+        lm.chat("the sea " * 250_000)
+    with Model(target) as model, pytest.raises(TextError, match="a word of"):
+        model.tokenize("A" * 1_000_001)
 
 
 def test_a_file_of_letters_in_chat(target: Path, tmp_path: Path) -> None:

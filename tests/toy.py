@@ -1,12 +1,13 @@
 """Small GGUF files that llama.cpp really loads, written in milliseconds with the gguf package's own writer.
 
 The vocabulary is a byte-level BPE of 600 tokens: 256 single bytes, merges of two and three letters, and a few tokens of
-every special type. Weights are random; nothing about them is meant, except that two models differ.
+every special type. Weights are random, so that two models differ; only a head's rows of the end tokens are 0. Their
+logits are then 0, which other logits exceed: an answer ends at its limit, or when a grammar ends it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -19,6 +20,7 @@ N_EMBD, N_FF, N_HEAD, N_LAYER = 256, 256, 4, 1
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3")
 MROPE = ("qwen2vl", "qwen3vl", "qwen3vlmoe", "paddleocr", "hunyuan_vl", "glm4")
 SECTIONS = [11, 11, 10, 0]  # of the 32 angles of a head: those that turn by time, by height and by width
+ENDS = ("<|endoftext|>", "<|im_end|>", "<|repo_name|>", "<|file_sep|>")  # llama.cpp knows them by these names
 HEAD_TYPES = (Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_K, Quant.Q6_K)
 
 CHAT_TEMPLATE = (
@@ -141,15 +143,17 @@ def write_model(
     def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
         return (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype(np.float32)
 
-    def table(scale: float) -> np.ndarray:
-        return quantize(normal(n_tokens, N_EMBD, scale=scale), head_type)
+    def table(scale: float, zeros: Sequence[str] = ()) -> np.ndarray:
+        rows = normal(n_tokens, N_EMBD, scale=scale)
+        rows[np.isin(tokens, zeros)] = 0
+        return quantize(rows, head_type)
 
     def add(tensor: str, values: np.ndarray, type_: Quant = Quant.F32) -> None:
         writer.add_tensor(tensor, values, raw_dtype=type_ if type_ not in (Quant.F32, Quant.F16) else None)
 
     add("token_embd.weight", table(sharpness if tied else 8.0), head_type)
     if not tied:
-        add("output.weight", table(sharpness), head_type)
+        add("output.weight", table(sharpness, ENDS), head_type)
     if head_bias:
         add("output.bias", normal(n_tokens) * 10)
     add("output_norm.weight", np.ones(N_EMBD, np.float32))
@@ -366,8 +370,10 @@ def write_mtp(
     for name, values in tensors.items():
         if name in without:
             continue
-        tables = ("token_embd.weight", "output.weight", "blk.2.nextn.shared_head_head.weight")
-        type_ = head_type if name in tables else Quant.F32
+        heads = ("output.weight", "blk.2.nextn.shared_head_head.weight")
+        type_ = head_type if name in ("token_embd.weight", *heads) else Quant.F32
+        if name in heads:
+            values[np.isin(names, ENDS)] = 0
         writer.add_tensor(name, quantize(values, type_), raw_dtype=None if type_ in (Quant.F32, Quant.F16) else type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,16 @@ from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import STATE_FED
-from gguf_trim.keep import ChooseRows, choose_rows
+from gguf_trim.keep import DEFAULT_K, ChooseRows, choose_rows
 from gguf_trim.prove import prove
 from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import cache_folder, work_folder
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary, require_same
+from llamabase.llama.library import key_of
 from llamabase.llama.quantize import AS_SHIPPED, renamed
-from llamabase.store import key_of, recall, remember
+from llamabase.store import recall, remember
 
 from .catalog import load_catalog
 from .fetch import fetch
@@ -30,7 +32,6 @@ from .quickest import TYPES, choose_type
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 NONE = "none"  # no requantising
-DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Prepared:
 
 
 def files_of(model: str | None, target: Path | None, drafter: DrafterSource | None) -> tuple[Path, DrafterSource]:
-    """Target and drafter: those of a pair of the catalog, fetched where they are missing, unless given by path."""
+    """Target and drafter: those given by path, the others from a pair of the catalog, fetched if they are missing."""
     if model is not None:
         pair = load_catalog().pair(model)
         target = target or fetch(pair.target)
@@ -58,26 +59,25 @@ def prepare(
     choose: ChooseRows = choose_rows,
     requant: str | None = None,
 ) -> Prepared:
-    """Fetch what is missing, trim the drafter where this very cut is not there yet, and prove a fresh cut.
+    """Fetch what is missing, trim the drafter if this very cut is not there yet, and prove a fresh cut.
 
-    The trimmed drafter is then requantised to the type that is quickest with this target here, which is measured once
-    and remembered; `requant` decides by hand: a type of llama.cpp's, or "none" for as shipped. Trimmed drafters go to
-    the cache folder, where a speculator that is missing or does not fit is made. For the target's own MTP block, rows
-    are chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an unknown type, EngineError.
+    The trimmed drafter is requantised to the type that is quickest with this target here, which is measured once and
+    remembered; `requant` decides by hand: a type of llama.cpp's, or "none" for as shipped. Trimmed drafters go to the
+    cache folder, where a speculator that is missing or does not fit is made. For the target's own MTP block, rows are
+    chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
-    files = [target] if isinstance(drafter, OwnBlock) else [target, drafter]
-    hangs = isinstance(drafter, OwnBlock) or GGUFFile(drafter).architecture in STATE_FED
-    if hangs:
-        requant = requant or NONE  # one layer: there is little to win by another type
+    state_fed = isinstance(drafter, OwnBlock) or GGUFFile(drafter).architecture in STATE_FED
+    if state_fed:
+        requant = requant or NONE  # one layer: another type can save little
     elif not isinstance(drafter, OwnBlock):
         require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
-    cut = lay_out(drafter, choose, target if hangs else None)
+    cut = lay_out(drafter, choose, target if state_fed else None)
     name = f"{target.stem}-{drafter}" if isinstance(drafter, OwnBlock) else drafter.stem
     shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    key = key_of(files, ["type", hashlib.sha256(cut.trimmed.head).hexdigest()])
-    memory = recall(key)
-    type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else memory.get("type")
+    key = key_of([target, cut.source.path], [hashlib.sha256(cut.trimmed.head).hexdigest()])
+    known = recall("types", key).get("type")
+    type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else known
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged
         type_ = None
     if type_ is None or not _is_ready(renamed(shipped, type_), cut):
@@ -88,9 +88,26 @@ def prepare(
             type_ = choose_type(target, shipped, folder, type_)
         if fresh and type_ != AS_SHIPPED:
             remove(shipped)
-    if requant is None and (memory.get("type") != type_ or time.time() - memory["measured"] > DAY):
-        remember(key, {"type": type_})  # and anew after a day: what is used is not forgotten
+    if requant is None and type_ != known:
+        remember("types", key, {"type": type_})
     return Prepared(target, drafter, renamed(shipped, type_))
+
+
+def cut_to_each(target: Path, drafter: DrafterSource, ks: Sequence[int], folder: Path) -> list[Path]:
+    """A drafter cut to each k (none: to DEFAULT_K), as shipped.
+
+    Cuts of a drafter are prepared in the cache folder; rows of the target's own block go to `folder`, without a
+    speculator.
+    """
+    cuts = []
+    for k in ks or (DEFAULT_K,):
+        choose = partial(choose_rows, k=k)
+        if isinstance(drafter, OwnBlock):
+            cuts.append(folder / f"{drafter}-{k}.gguf")
+            write(lay_out(drafter, choose, target), cuts[-1])
+        else:
+            cuts.append(prepare(target=target, drafter=drafter, choose=choose, requant=NONE).trimmed)
+    return cuts
 
 
 def _cut_of(cut: Cut, path: Path) -> Trimmed | None:
@@ -122,14 +139,14 @@ def _is_ready(path: Path, cut: Cut) -> bool:
 
 
 def _cut_and_prove(cut: Cut, out: Path, folder: Path, target: Path) -> None:
-    """In `folder` until it is proven, so that a cut found under its own name always is."""
+    """Write a cut into `folder` and move it to `out` once it is proven."""
     unproven = folder / out.name
     with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
         write(cut, unproven, advance)
-    result = prove(unproven, cut.source.path, target)
-    if not result.ok:
-        raise TrimError(f"the cut is not exact and was thrown away: {result.differences[0]}")
+    proof = prove(unproven, cut.source.path, target)
+    if not proof.ok:
+        raise TrimError(f"the cut is not exact and was thrown away: {proof.differences[0]}")
     move(unproven, out)
     stderr.print(
-        f"{out.name}: {result.kept} rows, greatest logit difference {result.max_logit_difference:g}", markup=False
+        f"{out.name}: {proof.kept} rows, greatest logit difference {proof.max_logit_difference:g}", markup=False
     )

@@ -1,4 +1,4 @@
-"""GGUFs of the exact shape of known models, with random weights: step times of pairs whose files cannot be had.
+"""GGUFs of the exact shape of known models, with random weights: for step times of pairs whose files are not here.
 
 What a step costs depends on the shape and the types of the tensors, not on the numbers in them. Which type each tensor
 gets in a mix such as Q4_K_M is llama.cpp's own choice: its quantize function is run on a miniature of the model.
@@ -10,33 +10,40 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource
+from gguf_trim.format.speculator import BLOCK, UP_TYPE, Speculator
+from gguf_trim.keep import Keep, keep_listed
 from llamabase.cli.progress import progress
+from llamabase.errors import FileFormatError
 from llamabase.files import CACHED, require_room, write_whole
 from llamabase.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
-from llamabase.gguf.tensors import EMBEDDING, HEAD
+from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.gguf.writer import Output, Piece, field
 from llamabase.llama.ggml import quantize_rows
 from llamabase.llama.quantize import quantize
 
-DEVIATION = 0.02  # of the weights: what Llama, Qwen and Gemma are initialised with (initializer_range)
+DEVIATION = 0.02  # standard deviation of weights: Llama, Qwen and Gemma are initialised with it (initializer_range)
 TILE = 1 << 20  # random numbers made for each type and row length, then repeated
-ROPE_FACTORS = "rope_freqs.weight"
-LINEAR = {"conv_kernel": 4, "state_size": 128, "group_count": 16}  # of Qwen3.5, up to 27B
-FULL_ATTENTION = 4  # every so many layers
+LINEAR = {"conv_kernel": 4, "state_size": 128, "group_count": 16}  # sizes of linear attention in Qwen3.5, up to 27B
+FULL_ATTENTION = 4  # every fourth layer of Qwen3.5 has full attention
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the published config.json of a dense decoder says of the sizes of its tensors."""
+    """The sizes that a dense decoder's published config.json gives."""
 
     name: str
     architecture: str  # llama (3.x), qwen2, qwen3, qwen35 or gemma3, as llama.cpp names them
@@ -48,61 +55,63 @@ class Shape:
     head_dim: int
     n_ff: int
     tied: bool
-    n_head_v: int = 0  # of qwen35's linear attention, which three layers in four have; the other sizes are LINEAR's
+    n_head_v: int = 0  # heads of qwen35's linear attention, which three layers in four have; its other sizes are LINEAR
 
     @property
     def n_blocks(self) -> int:
-        """Layers of the file: those of the model, and its MTP block."""
+        """Layers of the file: those of the model, and an MTP block if it has one."""
         return self.n_layer + (self.architecture == "qwen35")
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes in ggml's order, (columns, rows), as llama.cpp's converter writes them."""
         n, q, kv = self.n_embd, self.n_head * self.head_dim, self.n_head_kv * self.head_dim
-        layer: dict[str, tuple[int, ...]] = {
+        ffn: dict[str, tuple[int, ...]] = {
+            "ffn_gate.weight": (n, self.n_ff),
+            "ffn_up.weight": (n, self.n_ff),
+            "ffn_down.weight": (self.n_ff, n),
+        }
+        layer = ffn | {
             "attn_norm.weight": (n,),
             "attn_q.weight": (n, q),
             "attn_k.weight": (n, kv),
             "attn_v.weight": (n, kv),
             "attn_output.weight": (q, n),
             "ffn_norm.weight": (n,),
-            "ffn_gate.weight": (n, self.n_ff),
-            "ffn_up.weight": (n, self.n_ff),
-            "ffn_down.weight": (self.n_ff, n),
         }
         if self.architecture == "qwen2":
             layer |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
-        if self.architecture in ("qwen3", "gemma3"):
+        if self.architecture in ("qwen3", "qwen35", "gemma3"):
             layer |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
-        if self.architecture == "qwen35":
-            layer["attn_q.weight"] = (n, 2 * q)  # with its gate
-            layer |= {f"attn_{x}_norm.weight": (self.head_dim,) for x in "qk"} | {"post_attention_norm.weight": (n,)}
-            del layer["ffn_norm.weight"]
         if self.architecture == "gemma3":
             layer |= {"post_attention_norm.weight": (n,), "post_ffw_norm.weight": (n,)}
+        if self.architecture == "qwen35":
+            layer |= {"attn_q.weight": (n, 2 * q), "post_attention_norm.weight": (n,)}  # queries with their gate
+            del layer["ffn_norm.weight"]
         out: dict[str, tuple[int, ...]] = {EMBEDDING: (n, self.n_vocab)}
         if self.architecture == "llama":
-            out[ROPE_FACTORS] = (self.head_dim // 2,)
+            out["rope_freqs.weight"] = (self.head_dim // 2,)
         for i in range(self.n_blocks):
             linear = self.architecture == "qwen35" and i < self.n_layer and (i + 1) % FULL_ATTENTION
-            out |= {f"blk.{i}.{name}": shape for name, shape in (self._linear(layer) if linear else layer).items()}
+            out |= {f"blk.{i}.{name}": shape for name, shape in (ffn | self._linear if linear else layer).items()}
             if i == self.n_layer:
                 out |= {f"blk.{i}.nextn.eh_proj.weight": (2 * n, n)}
                 out |= {f"blk.{i}.nextn.{norm}.weight": (n,) for norm in ("enorm", "hnorm")}
         out["output_norm.weight"] = (n,)
         return out if self.tied else out | {HEAD: (n, self.n_vocab)}
 
-    def _linear(self, layer: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """A layer of qwen35 with linear attention instead."""
-        n, inner, dim = self.n_embd, self.n_head_v * LINEAR["state_size"], LINEAR["state_size"]
-        channels = inner + 2 * dim * LINEAR["group_count"]
-        kept = {name: shape for name, shape in layer.items() if name.startswith("ffn") or "norm.weight" in name}
-        for of_attention in ("attn_q_norm.weight", "attn_k_norm.weight"):
-            del kept[of_attention]
-        return kept | {
+    @property
+    def _linear(self) -> dict[str, tuple[int, ...]]:
+        """Linear attention of qwen35."""
+        n, dim, n_groups, n_kernel = self.n_embd, LINEAR["state_size"], LINEAR["group_count"], LINEAR["conv_kernel"]
+        inner = self.n_head_v * dim
+        channels = inner + 2 * dim * n_groups
+        return {
+            "attn_norm.weight": (n,),
+            "post_attention_norm.weight": (n,),
             "attn_qkv.weight": (n, channels),
             "attn_gate.weight": (n, inner),
-            "ssm_conv1d.weight": (LINEAR["conv_kernel"], channels),
+            "ssm_conv1d.weight": (n_kernel, channels),
             "ssm_dt.bias": (self.n_head_v,),
             "ssm_a": (self.n_head_v,),
             "ssm_beta.weight": (n, self.n_head_v),
@@ -110,11 +119,6 @@ class Shape:
             "ssm_norm.weight": (dim,),
             "ssm_out.weight": (inner, n),
         }
-
-    @property
-    def n_params(self) -> int:
-        """Parameters as model cards count them: a tied head once, RoPE factors not at all."""
-        return sum(math.prod(shape) for name, shape in self.tensors.items() if name != ROPE_FACTORS)
 
 
 SHAPES = {
@@ -139,30 +143,72 @@ SHAPES = {
 }
 
 
+@dataclass(frozen=True)
+class ShapedPair:
+    """Files of random weights: a target, its drafter, and cuts of the drafter."""
+
+    target: Path
+    drafter: DrafterSource
+    cuts: list[Path]
+
+
+def write_pair(pair: str, quant: str, ks: Sequence[int], folder: Path) -> ShapedPair:
+    """Write the shapes of a pair ("target+drafter", or "target+mtp") and the drafter's cuts to every k.
+
+    Raises FileFormatError for unknown shapes, and what `write_shape` raises.
+    """
+    names = pair.split("+")
+    own = names[1:] == [MTP]
+    names = names[:1] if own else names
+    if len(names) + own != 2 or not SHAPES.keys() >= set(names):
+        raise FileFormatError(f"{pair}: is not a target+drafter of known shapes; choose from {', '.join(SHAPES)}")
+    files = [folder / f"{name}-{quant}.gguf" for name in names]
+    for name, file in zip(names, files, strict=True):
+        if not file.exists():
+            write_shape(SHAPES[name], file, quant)
+    target, drafter = files[0], files[-1]
+    cuts = [drafter.with_name(f"{drafter.stem}-trim{k}.gguf") for k in ks]
+    for k, cut in zip(ks, cuts, strict=True):
+        write(lay_out(OWN_BLOCK if own else drafter, partial(_first_rows, k=k), target), cut)
+        if own:
+            attach(trimmed := Trimmed.open(cut), _random_speculator(head_tensor(trimmed.companion)))
+    return ShapedPair(target, OWN_BLOCK if own else drafter, cuts)
+
+
+def _first_rows(vocabulary: Vocabulary, has_row: np.ndarray, multiple: int, k: int) -> Keep:
+    """Of random rows any will do."""
+    return keep_listed(vocabulary, has_row, list(range(k)), k)
+
+
+def _random_speculator(head: Tensor) -> Speculator:
+    rng, rank = np.random.default_rng(2), -(-head.shape[0] // 8 // BLOCK) * BLOCK
+    down, up = (rng.standard_normal(shape, np.float32) for shape in ((rank, head.shape[0]), (head.n_rows, rank)))
+    return Speculator(down, quantize_rows(up, UP_TYPE), 0)
+
+
 def write_shape(shape: Shape, path: Path, quant: str) -> None:
     """Write a GGUF that stock llama.cpp loads, quantised as its quantize function would; whole or not at all.
 
     Its tokens are made up and the same in all shapes, so that two of one vocabulary size make a pair. Rows repeat after
     TILE numbers, so tokens tie; memory stays small. Raises EngineError for a `quant` that llama.cpp does not know or
-    that needs an importance matrix, TrimError where the disk lacks the room.
+    that needs an importance matrix, TrimError if the disk lacks the room.
     """
-    head, tensors = outline(shape, quant)
-    total = len(head) + sum(_padded(tensor.n_bytes) for tensor in tensors)
-    require_room(path, total)
+    output = outline(shape, quant)
+    require_room(path, output.n_bytes)
     tile = lru_cache(_tile)  # for this file only: a dozen MB
-    with progress(f"writing {shape.name} {quant}", total, "B") as advance, write_whole(path, CACHED) as file:
-        advance(file.write(head))
-        for tensor in tensors:
+    title = f"writing {shape.name} {quant}"
+    with progress(title, output.n_bytes, "B") as advance, write_whole(path, CACHED) as file:
+        advance(file.write(output.head))
+        for tensor in (piece.tensor for piece in output.pieces):
             _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor)), advance)
-            advance(file.write(b"\0" * (_padded(tensor.n_bytes) - tensor.n_bytes)))
+            advance(file.write(bytes(-tensor.n_bytes % output.alignment)))
 
 
-def outline(shape: Shape, quant: str) -> tuple[bytes, list[Tensor]]:
-    """Everything before the first tensor byte, and the tensors that follow in this order, each padded."""
+def outline(shape: Shape, quant: str) -> Output:
+    """The head of a shape's file, and its tensors without their numbers."""
     types = types_of(shape, quant)
-    tensors = [_tensor(name, size, types[name]) for name, size in shape.tensors.items()]
-    fields = [*_hyperparameters(shape), *_tokenizer(shape.n_vocab)]
-    return Output(fields, [Piece(tensor) for tensor in tensors], DEFAULT_ALIGNMENT).head, tensors
+    pieces = [_piece(name, size, types[name]) for name, size in shape.tensors.items()]
+    return Output([*_hyperparameters(shape), *_tokenizer(shape.n_vocab)], pieces, DEFAULT_ALIGNMENT)
 
 
 @lru_cache
@@ -172,28 +218,24 @@ def types_of(shape: Shape, quant: str) -> dict[str, GGMLQuantizationType]:
     Its choice looks at hyperparameters, names, and whether a row is a whole number of blocks of 256. So the miniature
     has the model's metadata and names, and two rows (one would count as a vector) of 256 or 32 columns in each matrix.
     """
-    tensors = []
-    for name, size in shape.tensors.items():
-        small = size if len(size) == 1 else (32 if size[0] % 256 else 256, 2)
-        tensors.append(_tensor(name, small, GGMLQuantizationType.F32))
-    head = Output(_hyperparameters(shape), [Piece(tensor) for tensor in tensors], DEFAULT_ALIGNMENT).head
+    small = {
+        name: size if len(size) == 1 else (32 if size[0] % 256 else 256, 2) for name, size in shape.tensors.items()
+    }
+    pieces = [_piece(name, size, GGMLQuantizationType.F32) for name, size in small.items()]
+    output = Output(_hyperparameters(shape), pieces, DEFAULT_ALIGNMENT)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         source, out = Path(folder) / f"{shape.name}.gguf", Path(folder) / "out.gguf"
-        source.write_bytes(head + b"\0" * sum(_padded(tensor.n_bytes) for tensor in tensors))
+        source.write_bytes(output.head.ljust(output.n_bytes, b"\0"))
         quantize(source, out, quant)
         return {name: tensor.type for name, tensor in GGUFFile(out).tensors.items()}
 
 
-def _tensor(name: str, shape: tuple[int, ...], type_: GGMLQuantizationType) -> Tensor:
-    return Tensor(name, shape, type_, 0, bytes_of(type_, math.prod(shape)))  # Output gives each its place
-
-
-def _padded(n_bytes: int) -> int:
-    return n_bytes + -n_bytes % DEFAULT_ALIGNMENT
+def _piece(name: str, shape: tuple[int, ...], type_: GGMLQuantizationType) -> Piece:
+    return Piece(Tensor(name, shape, type_, 0, bytes_of(type_, math.prod(shape))))
 
 
 def _hyperparameters(shape: Shape) -> list[bytes]:
-    """What decides on sizes is the model's own; the rest, such as the window of Gemma 3, costs a short text nothing."""
+    """Sizes are the model's own; the rest, such as the window of Gemma 3, does not matter to a short text."""
     values: dict[str, int | float] = {
         "vocab_size": shape.n_vocab,
         "context_length": 32768,

@@ -29,15 +29,14 @@ from llamabase.gguf.tensors import HEAD
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import AS_SHIPPED, requantized
+from llamabase.llama.timing import StepCost
 from llamabase.sampling.settings import GREEDY, Sampling
 
-from .costs import verify_costs
+from .costs import verify_cost
 from .matches import grid, tau_of
 from .planner import Plan, make_plan, sampled_acceptance
 
 TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
-
-
 COUNTS = click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
 
 
@@ -109,27 +108,27 @@ def plan_command(
     if isinstance(drafter, OwnBlock):
         raise click.UsageError("--draft mtp: a plan is for a drafter of its own; its rows are chosen by `trim --mtp`")
     ranking = _ranking(target, drafter, counts)
+    file, target_file = GGUFFile(drafter), GGUFFile(target)
+    state_fed = file.architecture == EAGLE3
+    if state_fed and temp > 0:
+        raise click.UsageError("--temp is for drafters that read the text themselves")
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as name:
-        folder, file = Path(name), GGUFFile(drafter)
-        state_fed = file.architecture == EAGLE3
-        if state_fed and temp > 0:
-            raise click.UsageError("--temp is for drafters that read the text themselves")
+        folder = Path(name)
         if answers is not None:
-            judged = read_answers(answers, len(Vocabulary(GGUFFile(target))))
+            judged = read_answers(answers, len(Vocabulary(target_file)))
         else:
             judged = target_answers(target, prompts, limit, tokens, folder, threads)
-        verify = None if no_measure else verify_costs(target, threads)
-        named = GGUFFile(target) if state_fed else file
-        reading = Reading.of(drafter, calibration(named), n_threads=threads, target=target)
-        speculator = reading.fitted(file if HEAD in file.tensors or not state_fed else named)
+        verify = None if no_measure else verify_cost(target, threads)
+        reading = Reading.of(drafter, calibration(target_file if state_fed else file), n_threads=threads, target=target)
+        speculator = reading.fitted(target_file if state_fed and HEAD not in file.tensors else file)
         plans = [
             make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)
             for type_ in [AS_SHIPPED, *types]
         ]
         faster = None
         if types and verify is not None:
-            quicker = requantized(target, TARGET_TYPE, folder)
-            faster = verify_costs(quicker, threads, f"timing the target as {TARGET_TYPE}")
+            requantised = requantized(target, TARGET_TYPE, folder)
+            faster = verify_cost(requantised, threads, f"timing the target as {TARGET_TYPE}")
     chosen = max(plans, key=lambda plan: plan.best.tokens_per_second or plan.best.mbsu_bytes)
     if as_json:
         click.echo(json.dumps([{**asdict(choice), "type": plan.type} for plan in plans for choice in plan.choices]))
@@ -137,16 +136,16 @@ def plan_command(
         for plan in plans:
             click.echo(_table(plan, chosen.best.draft_max))
         click.echo(_groups(chosen))
-        click.echo(verdict(chosen, verify, faster))
+        click.echo(_verdict(chosen, verify, faster))
         if state_fed:
             click.echo("judged by first drafts, from the target's own states: later ones are right less often")
     if temp > 0:
         sizes = grid(len(chosen.order))[::2]
-        law = Sampling(temp=temp)
-        for k, rate in sampled_acceptance(target, drafter, judged, chosen.order, sizes, law, threads).items():
+        rates = sampled_acceptance(target, drafter, judged, chosen.order, sizes, Sampling(temp=temp), threads)
+        for k, rate in rates.items():
             click.echo(f"temperature {temp:g}, k {k:6d}: expected acceptance {rate:.3f}", err=as_json)
     if picture is not None:
-        plot(plans, picture)
+        _plot(plans, picture)
         stderr.print(str(picture), markup=False)
 
 
@@ -155,11 +154,11 @@ def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
     ranking = _ranking(target, drafter, counts)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         judged = target_answers(target, None, 16, 64, Path(folder))
-        return make_plan(target, drafter, ranking, judged, Path(folder), verify_costs(target)).best.k
+        return make_plan(target, drafter, ranking, judged, Path(folder), verify_cost(target)).best.k
 
 
 def _ranking(target: Path, drafter: Path, counts: Path | None) -> Counts:
-    """The counts that rank a drafter's rows; raises VocabularyMismatch where the target has other tokens."""
+    """The counts that rank a drafter's rows; raises VocabularyMismatch if the target has other tokens."""
     file, theirs = GGUFFile(drafter), Vocabulary(GGUFFile(target))
     if file.architecture == EAGLE3:
         Eagle3Head.of(file).require_target(GGUFFile(target), theirs)
@@ -188,45 +187,46 @@ def _table(plan: Plan, draft_max: int) -> str:
     ]
     for choice in plan.choices:
         if choice.draft_max == draft_max:
-            speed = f"{choice.tokens_per_second:7.1f}" if choice.tokens_per_second else "      -"
+            tokens_per_second = f"{choice.tokens_per_second:.1f}" if choice.tokens_per_second else "-"
             lines.append(
                 f"{choice.vocab:7s} {choice.k:8d} {choice.acceptance_rate:10.3f} {choice.tau:6.2f} "
-                f"{choice.mbsu_params:11.2f} {choice.mbsu_bytes:6.2f} {speed}"
+                f"{choice.mbsu_params:11.2f} {choice.mbsu_bytes:6.2f} {tokens_per_second:>7s}"
             )
     return "\n".join(lines)
 
 
 def _groups(plan: Plan) -> str:
     """Each task and language with the best choice and with the whole head: a language the cut breaks shows here."""
-    best, whole, found = plan.best, plan.matches.right(plan.matches.n_vocab), plan.rights(plan.best)
+    best, whole, rights = plan.best, plan.matches.right(plan.matches.n_vocab), plan.rights(plan.best)
     lines = [f"{'':14s} {'positions':>9s} {'tau full':>8s} {'best':>6s} {'loss':>6s}"]
     for label in sorted(set(plan.matches.labels)):
         chosen = [i for i, name in enumerate(plan.matches.labels) if name == label]
-        full, cut = (tau_of([rights[i] for i in chosen], best.draft_max) for rights in (whole, found))
+        full, cut = (tau_of([right[i] for i in chosen], best.draft_max) for right in (whole, rights))
         positions = sum(len(whole[i]) for i in chosen)
         lines.append(f"{label[:14]:14s} {positions:9d} {full:8.2f} {cut:6.2f} {1 - cut / full:6.1%}")
     return "\n".join(lines)
 
 
-def verdict(plan: Plan, verify: dict[int, float] | None, faster: dict[int, float] | None) -> str:
-    """One honest paragraph: what is best, whether it pays, and what would pay more."""
-    best, speedup = plan.best, plan.speedup
+def _verdict(plan: Plan, verify: StepCost | None, faster: StepCost | None) -> str:
+    """One paragraph: what is best, whether it pays, and what a target of TARGET_TYPE (`faster`) would take."""
+    best = plan.best
     text = f"best: vocabulary {best.vocab}, k = {best.k}, draft length {best.draft_max}, drafter {plan.type}"
-    if speedup is None or plan.plain is None:
+    if verify is None or best.tokens_per_second is None:
         return f"{text}; memory-bound speed-up {best.mbsu_bytes:.2f} by bytes (no step was timed)"
-    text += f": {best.tokens_per_second:.1f} tok/s, plain decoding {plan.plain:.1f} ({speedup:.2f} x)"
+    plain, n = 1 / verify.of(1), best.draft_max + 1
+    speedup = best.tokens_per_second / plain
+    text += f": {best.tokens_per_second:.1f} tok/s, plain decoding {plain:.1f} ({speedup:.2f} x)"
     if speedup < 1:
         text += "\nspeculation does not pay on this machine for this pair: decode plainly (--draft-max 0)"
-    if verify is not None and faster is not None:
-        n = best.draft_max + 1
+    if faster is not None:
         text += (
-            f"\nas {TARGET_TYPE} the target takes {faster[1] / verify[1]:.2f} x the time for one token and "
-            f"{faster[n] / verify[n]:.2f} x for {n}"
+            f"\nas {TARGET_TYPE} the target takes {faster.of(1) / verify.of(1):.2f} x the time for one token and "
+            f"{faster.of(n) / verify.of(n):.2f} x for {n}"
         )
     return text
 
 
-def plot(plans: list[Plan], path: Path) -> None:
+def _plot(plans: list[Plan], path: Path) -> None:
     """Acceptance and MBSU by bytes against k, as a PNG. Needs the extra [plot]."""
     with drawing(path) as figure:
         left = figure.subplots()

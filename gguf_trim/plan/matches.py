@@ -1,8 +1,9 @@
 """Acceptance and tau for every k and every draft length at once, from one teacher-forced pass.
 
-At a position let t be the target's token, r(x) a token's rank in the keep order, and call x a beater of t where the
-drafter would draft x rather than t (a greater logit; at equal logits the lower id). Cut to its first k rows the drafter
-drafts t iff t is kept and no beater is: r(t) < k <= min r(beater). So every position is right for one interval of k.
+At a position let t be the target's token, r(x) the rank of token x in the keep order, and call x a beater of t if the
+drafter would draft x rather than t (a greater logit, or an equal logit and a lower id). Cut to its first k rows, the
+drafter drafts t iff t is kept and no beater is: r(t) < k <= min r(beater). So each position is right for one interval
+of k.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamabase.llama.timing import StepCost
+
+DRAFT_LENGTHS = range(1, 9)  # drafts a round
+
 
 def beaters(logits: np.ndarray, target: int) -> np.ndarray:
-    """Ids that would be drafted rather than `target`, by logits of all ids; none of an id that the drafter lacks."""
+    """Ids that would be drafted rather than `target`, by the logits of all ids; none for an id the drafter lacks."""
     if target >= len(logits):
         return np.empty(0, np.int64)
     beats = logits > logits[target]
@@ -42,16 +47,16 @@ class Matches:
 
     @property
     def positions(self) -> int:
-        return sum(len(found) for found in self.intervals)
+        return sum(map(len, self.intervals))
 
     def right(self, k: int) -> list[np.ndarray]:
         """For each answer, which positions the drafter cut to k rows gets right."""
-        return [(found[:, 0] < k) & (k <= found[:, 1]) for found in self.intervals]
+        return [(low < k) & (k <= high) for low, high in (answer.T for answer in self.intervals)]
 
     def curve(self) -> np.ndarray:
         """Right positions for every k from 0 to n_vocab (int64, n_vocab + 1), by adding the intervals up."""
-        found = np.concatenate([np.empty((0, 2), np.int64), *self.intervals])
-        low, high = found[found[:, 0] < found[:, 1]].T + 1
+        both = np.concatenate([np.empty((0, 2), np.int64), *self.intervals])
+        low, high = both[both[:, 0] < both[:, 1]].T + 1
         n = self.n_vocab + 2
         return np.cumsum(np.bincount(low, minlength=n) - np.bincount(high, minlength=n))[:-1]
 
@@ -74,17 +79,16 @@ def tau_of(rights: Sequence[np.ndarray], draft_max: int) -> float:
 
 def run_lengths(right: np.ndarray) -> np.ndarray:
     """For each position, how many matches in a row begin there."""
-    n = len(right)
-    wrong = np.flatnonzero(~right)
-    ends = np.append(wrong, n)
-    return ends[np.searchsorted(wrong, np.arange(n))] - np.arange(n)
+    places, wrong = np.arange(len(right)), np.flatnonzero(~right)
+    return np.append(wrong, len(right))[np.searchsorted(wrong, places)] - places
+
+
+def speed(tau: float, draft_max: int, step: float, verify: StepCost) -> float:
+    """Tokens per second of rounds of `draft_max` drafts that take `step` seconds each and bring tau tokens in all."""
+    return tau / (draft_max * step + verify.of(draft_max + 1))
 
 
 def grid(n_vocab: int) -> list[int]:
     """The k worth showing: powers of two and halves between them from 2048, the whole head last."""
-    sizes: list[int] = []
-    k = 2048
-    while k < n_vocab:
-        sizes += [size for size in (k, k + k // 2) if size < n_vocab]
-        k *= 2
+    sizes = [size for n in range(11, 64) for size in (1 << n, 3 << n - 1) if size < n_vocab]
     return [*sizes, n_vocab]

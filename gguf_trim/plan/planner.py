@@ -1,9 +1,9 @@
 """Choosing k by measurement: acceptance for every k from one teacher-forced pass, costs from this machine.
 
-The drafter reads the target's own greedy answers; at each position the interval of k for which it would have drafted
-the target's token is noted (`matches`). With measured step costs (`costs`) that gives tokens per second for every
-(k, draft length), and an honest verdict. VocabTrim's memory-bound speed-up (arXiv 2506.22694, section 5) stands beside
-it by parameters and by bytes.
+The drafter reads the target's own greedy answers; at each position the interval of k that would have drafted the
+target's token is noted (`matches`). With measured step costs (`costs`) that gives tokens per second for every
+(k, draft length). VocabTrim's memory-bound speed-up (arXiv 2506.22694, section 5) stands beside it, by parameters and
+by bytes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from gguf_trim.format.weights import Weights, mbsu
 from gguf_trim.keep import keep_order
 from llamabase.cli.progress import progress
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import AS_SHIPPED, requantized
+from llamabase.llama.timing import StepCost
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.settings import Sampling
 
 from .added import AddedRows
-from .costs import DraftCost, draft_cost, head_cost
-from .matches import Matches, beaters, grid, interval, tau_of
-
-DRAFT_LENGTHS = tuple(range(1, 9))
+from .costs import DraftCost, adding_step, draft_cost
+from .matches import DRAFT_LENGTHS, Matches, beaters, grid, interval, speed, tau_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,27 @@ class Choice:
     tokens_per_second: float | None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one drafter file (as shipped, or requantised to `type`) promises with this target; rows kept in `order`."""
+
+    type: str
+    order: np.ndarray
+    matches: Matches
+    added: AddedRows
+    choices: list[Choice]
+
+    @property
+    def best(self) -> Choice:
+        """The fastest here, or by bytes if nothing was measured; at a tie the smaller k and the shorter draft."""
+        return max(self.choices, key=lambda c: (c.tokens_per_second or c.mbsu_bytes, -c.k, -c.draft_max))
+
+    def rights(self, choice: Choice) -> list[np.ndarray]:
+        """Which positions of each answer a choice drafts right."""
+        added = self.added.by_core.get((choice.vocab, choice.k))
+        return self.matches.right(choice.k) if added is None else added.rights
+
+
 def matches_of(
     drafter: Path,
     answers: Sequence[TargetAnswer],
@@ -59,7 +79,7 @@ def matches_of(
     title: str = "judging the drafter",
     target: Path | None = None,
 ) -> Matches:
-    """Intervals of every position of every answer, for the drafter cut in this order; `added` is filled on the way.
+    """Intervals of every position of every answer, for the drafter cut in this order; fills `added`, too.
 
     An EAGLE-3 head is judged by its first drafts, from the states of its `target`.
     """
@@ -79,7 +99,7 @@ def matches_of(
             better = beaters(at.logits, token)
             intervals[at.answer][i] = interval(token, better, rank)
             if added is not None:
-                added.see(answer.id, [*answer.prompt, *answer.answer[:i]], at.hidden, token, better)
+                added.observe(at.answer, [*answer.prompt, *answer.answer[:i]], at.hidden, token, better)
     return Matches(intervals, [answer.label for answer in answers], len(order))
 
 
@@ -123,56 +143,27 @@ def choices(
     added: AddedRows,
     target: GGUFFile,
     drafter: GGUFFile,
+    verify: StepCost | None,
     draft: DraftCost | None,
-    verify: dict[int, float] | None,
 ) -> list[Choice]:
-    """Every (vocab, k, draft length) with its tau, MBSU and, where costs were measured, predicted tokens per second."""
-    found = []
+    """Every (vocab, k, draft length) with its tau and MBSU, and with predicted tokens per second if costs are given."""
+    lines: list[Choice] = []
     whole, n_rows, weights = Weights.of(target), head_tensor(target).n_rows, Weights.of(drafter)
 
-    def add(vocab: str, k: int, rights: Sequence[np.ndarray], rows: float, params: float, n_bytes: float) -> None:
+    def add(vocab: str, k: int, rights: Sequence[np.ndarray], rows: float) -> None:
+        params, n_bytes = added.step(vocab, k)
         c_params = (weights.params_at(rows) + params) / whole.params_at(n_rows)
         c_bytes = (weights.bytes_at(rows) + n_bytes) / whole.bytes_at(n_rows)
-        step = None if draft is None else draft.at(k) + draft.added.get(vocab, 0.0)
         for n in DRAFT_LENGTHS:
             tau = tau_of(rights, n)
-            speed = tau / (n * step + verify[n + 1]) if step and verify else None
-            memory_bound = mbsu(tau, c_params, n), mbsu(tau, c_bytes, n)
-            found.append(Choice(vocab, k, n, share(rights), tau, *memory_bound, speed))
+            fast = None if verify is None or draft is None else speed(tau, n, draft.of(vocab, k), verify)
+            lines.append(Choice(vocab, k, n, share(rights), tau, mbsu(tau, c_params, n), mbsu(tau, c_bytes, n), fast))
 
     for k in grid(matches.n_vocab):
-        add("full" if k == matches.n_vocab else "trim", k, matches.right(k), k, 0, 0)
-    for (vocab, k), rows in added.found.items():
-        add(vocab, k, rows.rights, k + rows.rows, *added.step(vocab, k))
-    return found
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one drafter file (as shipped, or requantised to `type`) promises with this target; rows kept in `order`."""
-
-    type: str
-    order: np.ndarray
-    matches: Matches
-    added: AddedRows
-    choices: list[Choice]
-    plain: float | None  # tokens per second of the target alone
-
-    @property
-    def best(self) -> Choice:
-        """The fastest here; by bytes where nothing was measured; the smaller k and the shorter draft at a tie."""
-        return max(self.choices, key=lambda c: (c.tokens_per_second or c.mbsu_bytes, -c.k, -c.draft_max))
-
-    def rights(self, choice: Choice) -> list[np.ndarray]:
-        """Which positions of each answer a choice drafts right."""
-        found = self.added.found.get((choice.vocab, choice.k))
-        return self.matches.right(choice.k) if found is None else found.rights
-
-    @property
-    def speedup(self) -> float | None:
-        """Predicted tokens per second of the best choice over plain decoding's."""
-        fastest = self.best.tokens_per_second
-        return None if fastest is None or self.plain is None else fastest / self.plain
+        add("full" if k == matches.n_vocab else "trim", k, matches.right(k), k)
+    for (vocab, k), core in added.by_core.items():
+        add(vocab, k, core.rights, k + core.rows)
+    return lines
 
 
 def make_plan(
@@ -181,28 +172,34 @@ def make_plan(
     counts: Counts,
     answers: Sequence[TargetAnswer],
     folder: Path,
-    verify: dict[int, float] | None,
+    verify: StepCost | None,
     type_: str = AS_SHIPPED,
     speculator: Speculator | None = None,
     n_threads: int | None = None,
 ) -> Plan:
-    """One pass over the answers and, beside `verify`, a target's measured costs by batch size, those of draft steps.
+    """One pass over the answers and, if the target's costs are given as `verify`, the costs of draft steps.
 
     With a speculator the vocabularies chosen at every step are judged as well. `type_` other than as shipped judges the
     drafter requantised (into `folder`). Raises FileFormatError or VocabularyMismatch.
     """
-    file, title = GGUFFile(drafter), f"judging the drafter {type_}"
-    judged = requantized(drafter, type_, folder)
+    file, judged = GGUFFile(drafter), requantized(drafter, type_, folder)
     if file.architecture == EAGLE3:
         head = Eagle3Head.of(file)
-        has_row = row_by_id(head.ids, head.n_vocab) >= 0
-        order = keep_order(Vocabulary(GGUFFile(target)), has_row, counts)
-        added = AddedRows(rank_of(order, head.n_vocab), speculator, n_threads, head.ids)
-        draft = head_cost(judged, target, n_threads, speculator) if verify else None
+        vocabulary, n_ids, ids = Vocabulary(GGUFFile(target)), head.n_vocab, head.ids
     else:
-        order = keep_order(Vocabulary(file), np.ones(file.tensors[EMBEDDING].n_rows, bool), counts)
-        added = AddedRows(np.argsort(order), speculator, n_threads)
-        draft = draft_cost(judged, n_threads, speculator) if verify else None
-    matches = matches_of(judged, answers, order, added, n_threads, title, target)
-    found = choices(matches, added, GGUFFile(target), GGUFFile(judged), draft, verify)
-    return Plan(type_, order, matches, added, found, 1 / verify[1] if verify else None)
+        vocabulary, n_ids, ids = Vocabulary(file), file.tensors[EMBEDDING].n_rows, None
+    order = keep_order(vocabulary, row_by_id(ids, n_ids) >= 0, counts)
+    added = AddedRows(rank_of(order, n_ids), speculator, n_threads, ids)
+    matches = matches_of(judged, answers, order, added, n_threads, f"judging the drafter {type_}", target)
+    draft = None
+    if verify is not None:
+        whole = GGUFFile(target) if file.architecture == EAGLE3 and HEAD not in file.tensors else file
+        scores = {"context": None, "spec": speculator}
+        adding = {
+            vocab: adding_step(whole, scores[vocab], max(1, round(added.rows(vocab))), n_threads)
+            for vocab in dict.fromkeys(vocab for vocab, _ in added.by_core)
+        }
+        draft = draft_cost(judged, target, order, adding, n_threads)
+    return Plan(
+        type_, order, matches, added, choices(matches, added, GGUFFile(target), GGUFFile(judged), verify, draft)
+    )

@@ -135,6 +135,7 @@ class SequenceContext(BaseContext):
     """A context that holds one sequence, of n_past tokens: it is appended to at the end, and rewound."""
 
     n_past = 0
+    recurrent = False  # whether its cache is a state that is carried from token to token
 
     def count(self) -> int:
         """Tokens that the cache really holds, asked of llama.cpp: also right after an interrupted call.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
+import platform
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -92,6 +95,15 @@ def backends() -> dict[str, str]:
         if (key := feature.partition(" = ")[0].strip()) and name:
             features[name] = f"{features.get(name, '')} {key}".strip()
     return features
+
+
+def key_of(files: Iterable[Path], settings: Sequence[object]) -> str:
+    """What a measurement holds for: these files as they are (if they exist), settings, machine and llama.cpp."""
+    facts = [platform.node(), physical_cores(), backends(), version("llama-cpp-python"), *settings]
+    for path in filter(Path.exists, files):
+        stat = path.stat()
+        facts += [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 T = TypeVar("T")

@@ -1,78 +1,134 @@
-"""Times steps by turns."""
+"""The clock: what a step takes on this machine, timed by turns, and what its other sizes take by the timed ones.
+
+A step runs once and returns its seconds, so it can prepare itself untimed and can use a clock inside llama.cpp.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from llamabase.cli.progress import progress
-from runner.draft.rows import DynamicHead
 
-from .context import Context
+from .context import Context, SequenceContext
 from .model import Model
 
+VERIFY = (1, 2, 3, 4, 5, 6, 8)  # tokens of the batches in which a target's step is timed
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
+FOLLOW = 0.03  # power of an observed ratio by which the costs of other sizes move, see StepCost.observe
 
-Step = TypeVar("Step")
+Step = Callable[[], float]
+Name = TypeVar("Name")
 
 
-def alternate(title: str, steps: Mapping[Step, Callable[[], object]], repeat: int) -> dict[Step, list[float]]:
-    """Seconds of each step, `repeat` times in turn after one warm-up, forwards and backwards by turns; with a bar."""
-    seconds: dict[Step, list[float]] = {name: [] for name in steps}
-    with progress(title, repeat * len(steps), "steps") as advance:
+def timed(run: Callable[[], object]) -> Step:
+    """A step that is all of `run`, by the wall clock."""
+
+    def step() -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    return step
+
+
+def by_turns(
+    steps: Mapping[Name, Step], repeat: int, title: str = "", patience: float = math.inf
+) -> dict[Name, list[float]]:
+    """Seconds of each step, `repeat` times in turn, forwards and backwards alternately, after a turn that warms up.
+
+    No turn begins after `patience` seconds; the turn that warms up counts if it is the only one. A title shows a bar.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress(title, (repeat + 1) * len(steps), "steps")) if title else None
         for turn in range(repeat + 1):
-            for name in list(steps)[:: 1 if turn % 2 else -1]:
-                started = time.perf_counter()
-                steps[name]()
-                if turn:
-                    seconds[name].append(time.perf_counter() - started)
+            for name in list(steps)[:: -1 if turn % 2 else 1]:
+                seconds[name].append(steps[name]())
+                if advance is not None:
                     advance(1)
-    return seconds
+            if time.perf_counter() - started > patience:
+                break
+    return {name: taken[1:] or taken for name, taken in seconds.items()}
 
 
-def timed(title: str, steps: Mapping[Step, Callable[[], object]], repeat: int) -> dict[Step, float]:
-    """Median seconds of each step; see `alternate`."""
-    return {name: statistics.median(found) for name, found in alternate(title, steps, repeat).items()}
+def medians(seconds: Mapping[Name, Sequence[float]]) -> dict[Name, float]:
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def opened(stack: contextlib.ExitStack, path: Path, n_threads: int | None = None, n_outputs: int = 32) -> Context:
+def open_context(
+    stack: contextlib.ExitStack, path: Path, n_threads: int | None = None, n_outputs: int = VERIFY[-1]
+) -> Context:
     """A context to time steps in, open as long as the stack."""
     model = stack.enter_context(Model(path))
     context: Context = stack.enter_context(Context(model, N_CONTEXT + 32, n_threads, n_outputs=n_outputs))
     return context
 
 
-def decodes(
-    context: Context,
-    n: int,
-    feed: Callable[[Sequence[int]], Sequence[int] | np.ndarray] = list,
-    head: DynamicHead | None = None,
-) -> Callable[[], None]:
-    """A step: reads n tokens after N_CONTEXT others, all rows giving logits, and takes them back.
+def decode_step(
+    context: SequenceContext, n: int, read: Callable[[Sequence[int], int], object] | None = None, after: int = N_CONTEXT
+) -> Step:
+    """Reads n tokens after `after` others, all n giving logits; takes them back untimed.
 
-    With a head it adds rows to the last of them, too. What a recurrent cache cannot take back it goes on from.
+    `read(tokens, outputs)` makes the context read; None: `context.decode`. A recurrent cache cannot take tokens back:
+    it goes on from them, and begins anew when it is full.
+    """
+    if read is None:
+        assert isinstance(context, Context)
+        read = context.decode
+
+    def step() -> float:
+        if not after <= context.n_past <= context.n_ctx - n:
+            context.truncate(0)
+            read([1] * after, 0)
+        seconds = timed(lambda: read(range(n), n))()
+        if not (after and context.recurrent):
+            context.truncate(after)
+        return seconds
+
+    return step
+
+
+class StepCost:
+    """Seconds of a step by its size (tokens that it reads, or rows of its head), interpolated between measured sizes.
+
+    Follows the steps it observes. Raises ValueError, TypeError, AttributeError or OverflowError for anything but
+    positive seconds by positive sizes, whose types may be those of JSON.
     """
 
-    def begin() -> None:
-        context.truncate(0)
-        context.decode(feed([1] * N_CONTEXT), 0)
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        measured = sorted((int(size), float(taken)) for size, taken in seconds.items())
+        if not measured or not all(size > 0 and 0 < taken < math.inf for size, taken in measured):
+            raise ValueError("seconds of a step are positive, and so are its sizes")
+        self._sizes, self._seconds = [size for size, _ in measured], [taken for _, taken in measured]
 
-    if not context.n_past:
-        begin()
+    def of(self, n: float) -> float:
+        """Between measured sizes on the line that joins them; beyond the last one, on the line from the first."""
+        sizes, seconds = self._sizes, self._seconds
+        i = bisect_left(sizes, n)
+        if i == 0 or (i < len(sizes) and sizes[i] == n):
+            return seconds[i]
+        low, high = (i - 1, i) if i < len(sizes) else (0, -1)
+        slope = (seconds[high] - seconds[low]) / max(sizes[high] - sizes[low], 1)
+        if i == len(sizes):
+            slope = max(slope, 0.0)  # one dip must not make a long prompt cost less than nothing
+        return seconds[high] + slope * (n - sizes[high])
 
-    def run() -> None:
-        if context.n_past + n > context.n_ctx:  # so seldom that no median sees it
-            begin()
-        context.decode(feed(list(range(100, 100 + n))), n, head is not None)
-        if head is not None:
-            head.logits(context.hidden_states(n)[-1])
-        if not context.recurrent:
-            context.truncate(N_CONTEXT)
+    def observe(self, n: int, seconds: float) -> None:
+        """A step of size n took this long: move its cost towards that a little, however far off it is.
 
-    return run
+        Other sizes follow half as much, since what makes one slower (a longer text, a busy machine) makes all slower.
+        A step beyond the last size moves only that one, since reading a long text is not like a short step.
+        """
+        ratio = min(max(seconds / self.of(n), 0.5), 2.0)
+        beyond = n > self._sizes[-1]
+        for i, size in enumerate(self._sizes):
+            own = size == n or (beyond and i == len(self._sizes) - 1)
+            self._seconds[i] *= ratio ** (FOLLOW * (2 if own else 0 if beyond else 1))

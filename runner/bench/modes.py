@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.weights import Weights
-from gguf_trim.keep import DEFAULT_K, choose_rows
-from gguf_trim.pairs.prepare import NONE, prepare
+from gguf_trim.pairs.prepare import cut_to_each
 from llamabase.cli.progress import stderr
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import requantized
+from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
 from runner.draft.contracts import Drafter, NoDrafter
-from runner.draft.cost import StepCost
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import LookupDrafter
 from runner.draft.measured import measured_draft, measured_verify
@@ -107,13 +105,10 @@ def find_files(
     target = requantized(models.target, target_quant, folder)
     cuts = [] if trimmed is None else [trimmed]
     if isinstance(full, OwnBlock):
-        for k in ks or ([] if cuts else [DEFAULT_K]):
-            cuts.append(out := folder / f"mtp-{k}.gguf")
-            write(lay_out(full, partial(choose_rows, k=k), target), out)
-    elif full is not None and (ks or draft_quant or trimmed is None):
+        cuts += cut_to_each(target, full, ks, folder) if ks or not cuts else []
+    elif full is not None and (ks or draft_quant or not cuts):
         full = requantized(full, draft_quant, folder)
-        rules = [partial(choose_rows, k=k) for k in ks or (None,)]
-        cuts = [prepare(target=target, drafter=full, choose=rule, requant=NONE).trimmed for rule in rules]
+        cuts = cut_to_each(target, full, ks, folder)
     return Files(target, full, named(cuts))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,21 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from gguf_trim.cut import lay_out, write
-from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.mtp import MTP, OWN_BLOCK, MtpBlock, OwnBlock
-from gguf_trim.format.speculator import BLOCK, UP_TYPE, Speculator
+from gguf_trim.format.mtp import MtpBlock, OwnBlock
+from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.weights import mbsu, step_bytes
-from gguf_trim.keep import keep_listed
-from gguf_trim.pairs.shapes import SHAPES, write_shape
-from gguf_trim.plan.planner import DRAFT_LENGTHS
+from gguf_trim.pairs.shapes import write_pair
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked, read_text
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
-from llamabase.llama.ggml import Backend, Product, Table, quantize_rows
-from llamabase.llama.timing import alternate, decodes
+from llamabase.llama.context import Context
+from llamabase.llama.ggml import Backend, Product, Table
+from llamabase.llama.timing import VERIFY, Step, by_turns, decode_step, medians, timed
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from runner.options import FULL, Models
@@ -35,102 +30,82 @@ from runner.options import FULL, Models
 from .modes import CUT, Files, Mode, named, names_of, open_modes
 from .report import table
 
-VERIFY = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+BATCHES = (*VERIFY, 12, 16)  # tokens that are verified at once
+DRAFT_LENGTHS = range(1, 9)
 N_TEXT = 64  # tokens that are drafted after
-ACCEPTANCES = (0.6, 0.7, 0.8)  # per draft: what speed is told for
-PARTS = 1_000_000  # of 1: how finely the least acceptance that pays is sought
+ACCEPTANCES = (0.6, 0.7, 0.8)  # per draft: at these the table gives the speed
+PARTS = 1_000_000  # parts of 1 in which the least acceptance that pays is sought
 STEPS = Kind("holds no record of steps", marked(b"{", b'"machine":', b'"shape":', b'"seconds":'))
 
 
 @dataclass
-class Step:
-    """Something timed: `run` once, which reads about `bytes` of weights; `base` names the step its ratio is to."""
+class BenchStep:
+    """A step that reads about `bytes` of weights; `base` names the step that its time is divided by."""
 
     base: str
-    run: Callable[[], object]
+    step: Step
     bytes: Callable[[], float]
-    clock: Callable[[], float] = time.perf_counter  # of a drafter one that runs inside llama.cpp and ggml only
+    clock: Callable[[], float]  # seconds spent inside llama.cpp and ggml so far
     inside: list[float] = field(default_factory=list)
 
-    def __call__(self) -> None:
+    def __call__(self) -> float:
         before = self.clock()
-        self.run()
+        seconds = self.step()
         self.inside.append(self.clock() - before)
+        return seconds
 
 
 def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
     """Files of the shapes of a pair ("target+drafter"), with random weights, and cuts of the drafter to every k."""
-    names = pair.split("+")
-    if mtp := names[1:] == [MTP]:
-        names = names[:1]
-    if len(names) + mtp != 2 or not SHAPES.keys() >= set(names):
-        raise FileFormatError(f"{pair}: is no target+drafter of known shapes; there are {', '.join(SHAPES)}")
-    paths = [folder / f"{name}-{quant}.gguf" for name in names]
-    target, drafter = paths[0], paths[-1]
-    for name, path in zip(names, paths, strict=True):
-        if not path.exists():
-            write_shape(SHAPES[name], path, quant)
-    return Files(target, OWN_BLOCK if mtp else drafter, named([_cut(drafter, k, mtp) for k in ks]))
+    written = write_pair(pair, quant, ks, folder)
+    return Files(written.target, written.drafter, named(written.cuts))
 
 
-def _cut(drafter: Path, k: int, mtp: bool) -> Path:
-    """Cut to its first k rows: of random rows one is as good as another."""
-    out = drafter.with_name(f"{drafter.stem}-trim{k}.gguf")
-    first = list(range(k))
-    source, target = (OWN_BLOCK, drafter) if mtp else (drafter, None)
-    write(lay_out(source, lambda vocabulary, has_row, _: keep_listed(vocabulary, has_row, first, k), target), out)
-    if mtp:  # with a speculator of random numbers, as a step of it costs what it costs
-        trimmed, rng = Trimmed.open(out), np.random.default_rng(2)
-        head = head_tensor(trimmed.companion)
-        rank = -(-head.shape[0] // 8 // BLOCK) * BLOCK
-        down, up = (rng.standard_normal((n, m), np.float32) for n, m in ((rank, head.shape[0]), (head.n_rows, rank)))
-        attach(trimmed, Speculator(down, quantize_rows(up, UP_TYPE), 0))
-    return out
-
-
-def time_steps(files: Files, found: Models, repeat: int) -> dict[str, Any]:
+def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
     """Times every step of a pair, by turns; the record has seconds by step, bytes, and the step of their ratio."""
     if files.full is None or not files.trimmed:
         raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
     trims = list(files.trimmed.values())
     kinds = CUT if len(trims) == 1 and Speculator.of(Trimmed.open(trims[0])) is not None else CUT[:1]
-    engine = replace(found, target=files.target, draft=None, n_ctx=512).open()
-    with engine, open_modes(names_of([FULL, *kinds], files), files, engine, found, 1) as modes:
+    engine = replace(models, target=files.target, draft=None, n_ctx=512).open()
+    with engine, open_modes(names_of([FULL, *kinds], files), files, engine, models, 1) as modes:
         steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
-        steps |= _heads(files, found.n_threads)
-        n_bytes, sizes = step_bytes(GGUFFile(files.target)), [n for n in VERIFY if n <= engine.context.n_outputs]
-        steps |= {f"verify {n}": Step("verify 1", decodes(engine.context, n), lambda: n_bytes) for n in sizes}
+        steps |= _heads(files.full, files, models.n_threads)
+        n_bytes = step_bytes(GGUFFile(files.target))
+        steps |= {
+            f"verify {n}": _verifying(engine.context, n, n_bytes) for n in BATCHES if n <= engine.context.n_outputs
+        }
         return {
-            "seconds": alternate("stepping", steps, repeat),
+            "seconds": by_turns(steps, repeat, "stepping"),
             "engine_seconds": {name: step.inside[-repeat:] for name, step in steps.items()},
             "bytes": {name: step.bytes() for name, step in steps.items()},
             "base": {name: step.base for name, step in steps.items()},
         }
 
 
-def _drafting(mode: Mode, n_vocab: int) -> Step:
+def _drafting(mode: Mode, n_vocab: int) -> BenchStep:
     """One draft after a random text."""
     text, noise = np.random.default_rng(1).integers(n_vocab // 8, n_vocab // 2, N_TEXT).tolist(), Noise(0)
-    return Step(
-        FULL, lambda: mode.drafter.draft(text, 1, GREEDY, noise), lambda: mode.step()[1], lambda: mode.drafter.seconds
-    )
+    step = timed(lambda: mode.drafter.draft(text, 1, GREEDY, noise))
+    return BenchStep(FULL, step, lambda: mode.step()[1], lambda: mode.drafter.seconds)
 
 
-def _heads(files: Files, n_threads: int | None) -> dict[str, Step]:
+def _verifying(context: Context, n: int, n_bytes: int) -> BenchStep:
+    return BenchStep("verify 1", decode_step(context, n), lambda: n_bytes, lambda: context.seconds)
+
+
+def _heads(full: Path | OwnBlock, files: Files, n_threads: int | None) -> dict[str, BenchStep]:
     """The head's product alone, whole and cut."""
-    assert files.full is not None
-    if isinstance(files.full, OwnBlock):
-        file = GGUFFile(files.target)
-        head = MtpBlock.of(file).head
-    else:
-        file = GGUFFile(files.full)
-        head = head_tensor(file)
+    file = GGUFFile(files.target if isinstance(full, OwnBlock) else full)
+    head = MtpBlock.of(file).head if isinstance(full, OwnBlock) else head_tensor(file)
     rows = np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes))
     backend, hidden = Backend(n_threads), np.ones(head.shape[0], np.float32)
 
-    def step(k: int) -> Step:
+    def step(k: int) -> BenchStep:
         product = Product(backend, Table(rows, head.type, head.shape[0]), n_rows=k)
-        return Step("head full", lambda: product(hidden), lambda: k * head.row_bytes)
+        return BenchStep(
+            "head full", timed(lambda: product(hidden)), lambda: k * head.row_bytes, lambda: backend.seconds
+        )
 
     ks = [head_tensor(GGUFFile(path)).n_rows for path in files.trimmed.values()]
     return {"head full": step(head.n_rows)} | {f"head {k}": step(k) for k in ks}
@@ -140,8 +115,8 @@ def ratios(record: dict[str, Any]) -> dict[str, list[float]]:
     """Quartiles (low, median, high) of each step's time over its base's, turn by turn."""
     seconds = record["seconds"]
     return {
-        name: np.quantile(np.divide(found, seconds[record["base"][name]]), (0.25, 0.5, 0.75)).tolist()
-        for name, found in seconds.items()
+        name: np.quantile(np.divide(taken, seconds[record["base"][name]]), (0.25, 0.5, 0.75)).tolist()
+        for name, taken in seconds.items()
     }
 
 
@@ -166,8 +141,8 @@ def steps_table(record: dict[str, Any]) -> str:
 
 def _medians(record: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
     """Seconds of every step, and those of verifying by batch size."""
-    cost = {name: statistics.median(found) for name, found in record["seconds"].items()}
-    return cost, {n: cost[f"verify {n}"] for n in VERIFY if f"verify {n}" in cost}
+    cost = medians(record["seconds"])
+    return cost, {n: cost[f"verify {n}"] for n in BATCHES if f"verify {n}" in cost}
 
 
 def _speed(tau: float, n: int, draft: float, verify: Mapping[int, float]) -> float:
@@ -178,9 +153,9 @@ def _speed(tau: float, n: int, draft: float, verify: Mapping[int, float]) -> flo
 def best_speed(acceptance: float, draft: float, verify: Mapping[int, float]) -> tuple[float, int]:
     """(x, m): the most that drafting brings, plain decoding being 1, and the draft length that brings it.
 
-    `acceptance` is that per draft: the chance, at every place the same, that a draft stands given those before it
-    stood. `draft` is the seconds of a draft step, verify[b] those of verifying b tokens at once. Only DRAFT_LENGTHS
-    whose m + 1 is in `verify` are tried; ValueError where none is. The shorter draft at a tie.
+    `acceptance` is the chance that a draft is accepted if those before it were, the same at every place. `draft` is
+    the seconds of a draft step, verify[b] those of verifying b tokens at once. Tries the DRAFT_LENGTHS whose m + 1 is
+    in `verify`, and raises ValueError if none is; the shorter draft wins a tie.
     """
 
     def speed(m: int) -> float:
@@ -191,47 +166,49 @@ def best_speed(acceptance: float, draft: float, verify: Mapping[int, float]) -> 
 
 
 def least_acceptance(draft: float, verify: Mapping[int, float]) -> float | None:
-    """The least acceptance per draft, to one of PARTS, at which drafting beats plain decoding; None where none does.
+    """The least acceptance per draft, to one of PARTS, at which drafting beats plain decoding; None if none does.
 
-    Arguments and errors as of `best_speed`, which rises with the acceptance, so halving finds it.
+    Arguments and errors are those of `best_speed`, which rises with the acceptance, so bisection finds it.
     """
     part = bisect_right(range(PARTS + 1), 1.0, key=lambda part: best_speed(part / PARTS, draft, verify)[0])
     return part / PARTS if part <= PARTS else None
 
 
 def paying(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What median steps mean, by what is drafted from: {"from": where drafting begins to pay, "at": [ACCEPTANCES]}.
+    """What median steps mean, by what is drafted from: {"from": the least acceptance that pays, "at": [ACCEPTANCES]}.
 
-    Each is {"acceptance": per draft, "speedup_over_plain": x, "draft_max": m}; "from" is None where nothing pays.
+    Each is {"acceptance": per draft, "speedup_over_plain": x, "draft_max": m}; "from" is None if nothing pays.
     """
     cost, verify = _medians(record)
 
-    def point(acceptance: float, draft: float) -> dict[str, Any]:
+    def point(acceptance: float | None, draft: float) -> dict[str, Any] | None:
+        if acceptance is None:
+            return None
         x, m = best_speed(acceptance, draft, verify)
         return {"acceptance": acceptance, "speedup_over_plain": x, "draft_max": m}
 
-    found = {}
-    for name in (name for name, base in record["base"].items() if base == FULL):
-        least = least_acceptance(cost[name], verify)
-        found[name] = {
-            "from": None if least is None else point(least, cost[name]),
+    return {
+        name: {
+            "from": point(least_acceptance(cost[name], verify), cost[name]),
             "at": [point(acceptance, cost[name]) for acceptance in ACCEPTANCES],
         }
-    return found
+        for name, base in record["base"].items()
+        if base == FULL
+    }
 
 
 def paying_table(record: dict[str, Any]) -> str:
     """`paying` for people: one line for the uncut drafter and for each trim."""
     rows = []
-    for name, found in paying(record).items():
-        least = found["from"]
+    for name, points in paying(record).items():
+        least = points["from"]
         rows.append([
             name,
             "-" if least is None else f"{least['acceptance']:.3f} ({least['draft_max']})",
-            *(f"{point['speedup_over_plain']:.2f} ({point['draft_max']})" for point in found["at"]),
+            *(f"{point['speedup_over_plain']:.2f} ({point['draft_max']})" for point in points["at"]),
         ])  # fmt: skip
     return (
-        "From which acceptance per draft (the chance that it stands given those before it stood) drafting\n"
+        "From which acceptance per draft (the chance that it is accepted if those before it were) drafting\n"
         "pays, and x plain at three of them by these steps; in brackets the draft length that is best:\n\n"
     ) + table(["", "pays from", *(f"x plain at {acceptance}" for acceptance in ACCEPTANCES)], rows)
 
@@ -246,7 +223,7 @@ def acceptance_in(path: Path) -> tuple[int, dict[str, float]]:
 
 
 def promised(record: dict[str, Any], path: Path, n: int, taus: Mapping[str, float]) -> str:
-    """What measured steps make of the acceptance that a file gives."""
+    """The speeds that measured steps give with the acceptance in a file."""
     cost, verify = _medians(record)
     if n + 1 not in verify or not taus.keys() <= cost.keys():
         raise FileFormatError(f"{path}: names a step or a draft length that was not timed; timed: {', '.join(cost)}")

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .contracts import Drafter, Proposal
-from .cost import WEIGHT, Chances, DraftStats, StepCost, best_cut, best_fixed
+from .cost import WEIGHT, Chances, DraftStats, best_cut, best_fixed
 from .drafters import ModelDrafter
 from .lookup import Lookup
 

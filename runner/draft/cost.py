@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from llamabase.llama.timing import StepCost
 
 # WEIGHT: observations that a prior counts for. MEMORY: decay of an observation's weight at each later one. In the
 # worlds of tests/test_auto.py 3 to 12 and 0.95 to 0.99 do about as well.
 WEIGHT, MEMORY = 6.0, 0.97
 _BINS = 6  # of a claim's odds, by powers of two, each way
-
-
-class StepCost:
-    """Seconds of a step by the number of tokens it reads, from measured sizes; follows what it is shown."""
-
-    def __init__(self, seconds: dict[int, float]) -> None:
-        self._sizes = sorted(seconds)
-        self._seconds = [seconds[n] for n in self._sizes]
-
-    def of(self, n: int) -> float:
-        """Between measured sizes on the line that joins them; beyond the last one, on the line from the first."""
-        sizes, seconds = self._sizes, self._seconds
-        i = bisect_left(sizes, n)
-        if i == 0 or (i < len(sizes) and sizes[i] == n):
-            return seconds[i]
-        low, high = (i - 1, i) if i < len(sizes) else (0, -1)
-        slope = (seconds[high] - seconds[low]) / max(sizes[high] - sizes[low], 1)
-        if i == len(sizes):
-            slope = max(slope, 0.0)  # a dip measured once must not make a long prompt cost less than nothing
-        return seconds[high] + slope * (n - sizes[high])
-
-    def observe(self, n: int, seconds: float) -> None:
-        """A step of n tokens took this long: believe it a little, and a hiccup no more than a little.
-
-        Other sizes follow by half as much, since what makes one dearer (a longer text, a busy machine) makes all; but
-        not what reading a long text took, which is another thing.
-        """
-        ratio = min(max(seconds / self.of(n), 0.5), 2.0)
-        beyond = n > self._sizes[-1]
-        for i, size in enumerate(self._sizes):
-            own = size == n or (beyond and i == len(self._sizes) - 1)
-            self._seconds[i] *= ratio ** ((1 - MEMORY) * (2 if own else 0 if beyond else 1))
 
 
 class Chances:

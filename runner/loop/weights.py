@@ -12,13 +12,13 @@ from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import F16, Cache
-from llamabase.llama.library import Closing
+from llamabase.llama.library import Closing, key_of
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
-from llamabase.store import key_of
+from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
 from runner.draft.contracts import AUTO
-from runner.draft.cost import DraftStats, StepCost
+from runner.draft.cost import DraftStats
 from runner.draft.drafters import ModelDrafter
 from runner.draft.measured import recall_known, remember_known, step_costs
 from runner.draft.opening import DraftOptions

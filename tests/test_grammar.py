@@ -128,7 +128,7 @@ def test_it_needs_no_folder_to_write_to(model: Model, monkeypatch: pytest.Monkey
     """As on a read-only file system."""
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.setenv(name, "/nonexistent")
-    monkeypatch.setattr(grammar_module, "_WORKER", Worker())
+    monkeypatch.setattr(grammar_module, "_WORKER", Worker(grammar_module.__name__))
     with pytest.raises(EngineError, match="expecting"):
         Grammar(model, "root ::= (")
     grammar_module._WORKER.end()
@@ -148,7 +148,7 @@ def _ends() -> None:
 
 
 def test_the_worker_is_bounded_and_comes_back() -> None:
-    worker = Worker()
+    worker = Worker(__name__)
     try:
         assert worker.call(_takes, 10 << 20) == 10 << 20
         with pytest.raises(MemoryError):
@@ -163,7 +163,7 @@ def test_the_worker_is_bounded_and_comes_back() -> None:
 
 
 def test_an_interruption_between_question_and_answer_starts_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker()
+    worker = Worker(__name__)
     try:
         assert worker.call(_takes, 1) == 1
         answer = worker._process.stdout  # type: ignore[union-attr]

@@ -16,8 +16,8 @@ from llamabase.llama.model import Model
 from llamabase.sampling import chain as samplers_module
 from llamabase.sampling.chain import Chain, likeliest
 from llamabase.sampling.grammar import Grammar
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import DEFAULT, LETTERS, Distribution, Sampling
+from llamabase.sampling.noise import Distribution, Noise
+from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling
 
 from .chains import llama_cpp_chain
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamabase.sampling import noise as noise_module
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import Distribution
+from llamabase.sampling.noise import Distribution, Noise
 
 MASK = 2**64 - 1
 N = 20_000

@@ -94,9 +94,9 @@ class Grammar:
 _NUMBERS = itertools.count()
 _ENDED: deque[int] = deque()  # numbers of collected grammars that the worker still holds
 
-# What the worker keeps: vocabularies by path, the newest last, and by the number of its grammar a sampler with its model.
-_models: dict[str, Model] = {}
-_samplers: dict[int, tuple[Model, Any]] = {}
+# What the worker keeps.
+_models: dict[str, Model] = {}  # vocabularies by path, the newest last
+_samplers: dict[int, tuple[Model, Any]] = {}  # by the number of their grammar
 
 
 def _open(path: str) -> None:

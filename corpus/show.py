@@ -1,7 +1,10 @@
-"""What the k most frequent tokens cover: of the whole, of each source and language, of what was held out."""
+"""The coverage of the k most frequent tokens: of everything, of each source and language, of held-out documents."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 def order(counts: Counts, forced: list[int]) -> np.ndarray:
-    """The ids in the order in which they are kept, as far as they were counted."""
+    """The forced and the counted ids, in the order in which they are kept."""
     return np.array(list(dict.fromkeys([*forced, *counts.ranked().tolist()])), np.int64)
 
 
@@ -27,16 +30,15 @@ def covered(part: Part, kept: np.ndarray) -> np.ndarray:
 
 
 def rows(counts: Counts) -> list[Part]:
-    """What a table has a line for: everything, what was held out, each source, each language."""
+    """One part for each line of a table: everything, what was held out, each source, each language."""
     held = [part for part in counts.parts if part.held_out]
     counted = [part for part in counts.parts if not part.held_out]
-    found = [Part("everything", "", False, counts.ids, counts.counts)]
-    found += [Part("held out", "", True, *add_up(held))] if held else []
-    for source in sorted({part.source for part in counted}):
-        found.append(Part(source, "", False, *add_up([part for part in counted if part.source == source])))
-    for label in sorted({part.label for part in counted}):
-        found.append(Part("", label, False, *add_up([part for part in counted if part.label == label])))
-    return found
+    named: list[tuple[str, Sequence[Part | Counts]]] = [("everything", [counts])]
+    named += [("held out", held)] if held else []
+    for name_of in (attrgetter("source"), attrgetter("label")):
+        parts = sorted(counted, key=name_of)
+        named += [(name, list(group)) for name, group in itertools.groupby(parts, key=name_of)]
+    return [Part(name, "", False, *add_up(tables)) for name, tables in named]
 
 
 def coverage_table(counts: Counts, forced: list[int]) -> str:
@@ -51,7 +53,7 @@ def coverage_table(counts: Counts, forced: list[int]) -> str:
     lines.append(f"{'':24s} {'tokens':>10s} " + " ".join(f"{k:>7d}" for k in sizes))
     for part in rows(counts):
         shares = " ".join(f"{share:7.3f}" for share in covered(part, kept)[sizes]) if part.counts.sum() else ""
-        lines.append(f"{(part.source or part.label)[:24]:24s} {int(part.counts.sum()):10d} {shares}")
+        lines.append(f"{part.source[:24]:24s} {int(part.counts.sum()):10d} {shares}")
     return "\n".join(lines)
 
 
@@ -63,7 +65,7 @@ def plot(counts: Counts, forced: list[int], path: Path) -> None:
         axes = figure.subplots()
         for part in rows(counts):
             if part.counts.sum():
-                axes.plot(where, covered(part, kept)[where], label=part.source or part.label)
+                axes.plot(where, covered(part, kept)[where], label=part.source)
         axes.set(xscale="log", xlabel="k (tokens kept)", ylabel="share covered", title=f"Coverage of {counts.name}")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)

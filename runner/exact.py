@@ -33,7 +33,7 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from corpus.prompts import load_prompts
+from corpus.prompts import load_prompts, spread
 from llamabase.cli.command import FILE, OneCommand
 from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
@@ -200,7 +200,7 @@ def main(
     if click.get_current_context().get_parameter_source("temp") is ParameterSource.DEFAULT:
         sampling = replace(sampling, temp=0.0)
     law = Law(sampling, seed or 0)
-    chosen = load_prompts(prompts, limit)
+    chosen = spread(load_prompts(prompts), limit)
     found = models()
     results = []
     with (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from corpus.__main__ import main
 from corpus.count import count
 from corpus.prompts import load_prompts
-from corpus.sources import Reader
+from corpus.sources import LeftOut, Reader
 from llamabase.errors import FileFormatError
 from llamabase.files import read_text
 from llamabase.gguf.reader import GGUFFile
@@ -128,7 +128,9 @@ def texts(templates: dict[str, ChatTemplate], tmp_path_factory: pytest.TempPathF
     def read(name: str, messages: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         path.write_text(json.dumps({"messages": messages}))
         bad: list[str] = []
-        return [found.text for found in Reader(template=templates[name], bad=bad).documents(str(path))], bad
+        return [
+            found.text for found in Reader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))
+        ], bad
 
     return read
 
@@ -244,7 +246,7 @@ def test_every_word_of_the_assistant_and_of_nobody_else(
         talk.append(say(role, form.format(*said)))
     path.write_text(json.dumps({"messages": talk}))
     bad: list[str] = []
-    found = [document.text for document in Reader(template=templates[name], bad=bad).documents(str(path))]
+    found = [document.text for document in Reader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))]
     if bad:
         assert found == []
     else:
@@ -307,7 +309,7 @@ def test_a_field_may_hold_a_conversation_or_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"chosen": CHAT}) + "\n" + json.dumps({"chosen": 5}) + "\n")
     bad: list[str] = []
-    assert read(path, field="chosen", bad=bad) == ["naïve 猫", "tea"]
+    assert read(path, field="chosen", left_out=LeftOut(bad)) == ["naïve 猫", "tea"]
     assert bad == [f"{path}, line 2: its field 'chosen' is not text"]
 
 
@@ -344,9 +346,9 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
 
 def test_files_of_a_folder_that_are_not_text_are_named_and_not_counted(tmp_path: Path, toys: Any) -> None:
     good, mixed = fill(tmp_path / "good", GOOD_FILES), fill(tmp_path / "mixed", GOOD_FILES | BAD_FILES)
-    left_out: list[str] = []
+    left_out = LeftOut()
     found = count([mixed], toys["target"], left_out=left_out)
-    assert [line.split(":")[0] for line in left_out] == [str(mixed / name) for name in sorted(BAD_FILES)]
+    assert [line.split(":")[0] for line in left_out.files] == [str(mixed / name) for name in sorted(BAD_FILES)]
     wanted = count([good], toys["target"])
     assert found.counts.tolist() == wanted.counts.tolist() and found.ids.tolist() == wanted.ids.tolist()
     done = run(mixed, "--tokenizer", toys["target"], "-o", tmp_path / "c.npz")

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from corpus.generate import answers
-from corpus.prompts import load_prompts, split
+from corpus.prompts import load_prompts, split, spread
 from gguf_trim.format.state_fed import StateFedHead
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -633,7 +633,9 @@ def judged(path: Path, target: Path, n: int, n_tokens: int) -> list[Judged]:
     file = GGUFFile(target)
     template = ChatTemplate(file, Vocabulary(file))
     with Model(target) as model:
-        prompts = [(f"{i}", p.task, template.ids(model, p.messages)) for i, p in enumerate(load_prompts(path, n))]
+        prompts = [
+            (f"{i}", p.task, template.ids(model, p.messages)) for i, p in enumerate(spread(load_prompts(path), n))
+        ]
         prompts = [(name, task, ids) for name, task, ids in prompts if len(ids) <= 1500]
         tasks = {name: task for name, task, _ in prompts}
         longest = max(len(ids) for *_, ids in prompts) + n_tokens

@@ -6,6 +6,7 @@ import hashlib
 import time
 import unicodedata
 from collections import Counter as Tally
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.template import ChatTemplate
 
-from .counts import Counts, Part, sparse
+from .counts import Counts, Group, Part, sparse
 from .sources import Document, LeftOut, Reader, files_of
 from .tokenizer import Counter
 
@@ -72,7 +73,7 @@ def count(
     rows. `advance` gets the characters of every batch. A corpus so small that all of it is held out gives counts with a
     total of 0; see `Counts.with_held_out`. Raises NothingToCount if there is no text.
     """
-    dense: dict[tuple[str, str, bool], np.ndarray] = {}
+    dense: dict[Group, np.ndarray] = {}
     total, started = 0, time.perf_counter()
     with Counter(tokenizer) as counter:
         reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), left_out or LeftOut())
@@ -80,13 +81,13 @@ def count(
             begun, files = total, files_of(source)
             documents = (each for file in files for each in reader.documents(file, file == source and not folder))
             for batch, counted in _counted(counter, _batches(documents)):
-                key = (folder or name_of(source), batch.label, batch.held_out)
-                dense[key] = dense[key] + counted if key in dense else counted
+                group = Group(folder or name_of(source), batch.label, batch.held_out)
+                dense[group] = dense[group] + counted if group in dense else counted
                 total += int(counted.sum())
                 advance(sum(map(len, batch.texts)), f"{total / (time.perf_counter() - started):,.0f} tok/s")
                 if max_tokens is not None and total - begun >= max_tokens:
                     break
-        parts = [Part(*key, *sparse(counts)) for key, counts in sorted(dense.items()) if counts.any()]
+        parts = [Part(*sparse(counts), group) for group, counts in sorted(dense.items()) if counts.any()]
         made_from = ", ".join(sorted(map(str, sources)))
         if not parts:
             raise NothingToCount(f"{made_from}: no text to count")
@@ -109,16 +110,19 @@ class Batch:
 
 
 def _counted(counter: Counter, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch with its counts (int64, n_vocab), which are added up while the next batch is tokenized."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: tuple[Batch, Future[np.ndarray]] | None = None
+    """Each batch with its counts (int64, n_vocab); the next batch is tokenized while one is added up."""
+    with ThreadPoolExecutor(2) as pool:
+        running: deque[tuple[Batch, Future[np.ndarray]]] = deque()
+
+        def finished(most: int) -> Iterator[tuple[Batch, np.ndarray]]:
+            while len(running) > most:
+                batch, counts = running.popleft()
+                yield batch, counts.result()
+
         for batch in batches:
-            encoded = counter.encode(batch.texts, batch.special)
-            if pending is not None:
-                yield pending[0], pending[1].result()
-            pending = batch, pool.submit(counter.bincount, encoded)
-        if pending is not None:
-            yield pending[0], pending[1].result()
+            running.append((batch, pool.submit(counter.count, batch.texts, batch.special)))
+            yield from finished(1)
+        yield from finished(0)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,9 @@ _KEYS = ("ids", "counts", "n_tokens", "fingerprint", "made_from")
 COUNTS = Kind("is not a counts file", marked(b"PK", b"fingerprint.npy", b"made_from.npy"))
 
 
+T = TypeVar("T", bound="Tally")
+
+
 def sparse(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ids, counts) of an array with one number per token id: those that are not 0."""
     ids = np.flatnonzero(dense)
@@ -31,21 +34,38 @@ def sparse(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Counts of one source in one language or script. `held_out` documents are not in the sum: they judge it."""
+class Tally:
+    """How often tokens occur: `ids` (int32, ascending) and `counts` (int64, > 0)."""
 
-    source: str
-    label: str
-    held_out: bool
     ids: np.ndarray
     counts: np.ndarray
 
     @property
-    def key(self) -> tuple[str, str, bool]:
-        return self.source, self.label, self.held_out
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def times(self: T, weight: float) -> T:
+        """The counts times a weight, rounded."""
+        counts = np.rint(self.counts * weight).astype(np.int64)
+        return replace(self, ids=self.ids[counts > 0], counts=counts[counts > 0])
 
 
-def add_up(tables: Sequence[Part | Counts]) -> tuple[np.ndarray, np.ndarray]:
+class Group(NamedTuple):
+    """What documents are counted together: those of one source in one language or script, held out or not."""
+
+    source: str
+    label: str
+    held_out: bool  # to judge the counts by, and so not in their sum
+
+
+@dataclass(frozen=True)
+class Part(Tally):
+    """The counts of one group of documents."""
+
+    group: Group
+
+
+def add_up(tables: Sequence[Tally]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, counts) of all; the same sum in any order and grouping."""
     if not tables:
         return sparse(np.empty(0))
@@ -55,15 +75,10 @@ def add_up(tables: Sequence[Part | Counts]) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int32), counts
 
 
-T = TypeVar("T", Part, "Counts")
-
-
 @dataclass(frozen=True)
-class Counts:
-    """`ids` (int32, ascending) and `counts` (int64, > 0) in the vocabulary of `fingerprint` (n_tokens long)."""
+class Counts(Tally):
+    """A tally in the vocabulary of `fingerprint`, which is n_tokens long, and the parts that it is the sum of."""
 
-    ids: np.ndarray
-    counts: np.ndarray
     n_tokens: int
     fingerprint: str
     made_from: str
@@ -73,7 +88,7 @@ class Counts:
     @classmethod
     def of_parts(cls, parts: Sequence[Part], vocabulary: Vocabulary, made_from: str) -> Counts:
         """The sum of all parts that are not held out, and the parts with it."""
-        ids, counts = add_up([part for part in parts if not part.held_out])
+        ids, counts = add_up([part for part in parts if not part.group.held_out])
         return cls(ids, counts, vocabulary.n_real, vocabulary.fingerprint, made_from, parts=tuple(parts))
 
     @classmethod
@@ -83,13 +98,9 @@ class Counts:
 
     def with_held_out(self) -> Counts:
         """The same with the held-out parts counted too: for a corpus of a document or two."""
-        parts = tuple(replace(part, held_out=False) for part in self.parts)
+        parts = tuple(replace(part, group=part.group._replace(held_out=False)) for part in self.parts)
         ids, counts = add_up(parts)
         return replace(self, ids=ids, counts=counts, parts=parts)
-
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
 
     def ranked(self) -> np.ndarray:
         """Ids by falling count, ties by id: `(-count, id)`."""
@@ -120,7 +131,7 @@ class Counts:
                 n_tokens=np.int64(self.n_tokens),
                 fingerprint=np.array(self.fingerprint),
                 made_from=np.array(self.made_from),
-                part_keys=np.array(json.dumps([part.key for part in self.parts])),
+                part_keys=np.array(json.dumps([part.group for part in self.parts])),
                 part_sizes=np.array([len(part.ids) for part in self.parts], np.int64),
                 part_ids=np.concatenate([np.empty(0, np.int32), *(part.ids for part in self.parts)]),
                 part_counts=np.concatenate([np.empty(0, np.int64), *(part.counts for part in self.parts)]),
@@ -168,12 +179,11 @@ def _parts(data: dict[str, np.ndarray], n: int) -> tuple[Part, ...]:
         return ()
     if np.any(sizes < 0) or int(sizes.sum()) != len(data["part_ids"]):
         raise FileFormatError("its parts have other sizes than it says")
+    keys = json.loads(str(data["part_keys"]))
     ids, counts = (np.split(data[key], np.cumsum(sizes)[:-1]) for key in ("part_ids", "part_counts"))
     return tuple(
-        Part(str(source), str(label), bool(held), *_checked(part_ids, part_counts, n))
-        for (source, label, held), part_ids, part_counts in zip(
-            json.loads(str(data["part_keys"])), ids, counts, strict=True
-        )
+        Part(*_checked(part_ids, part_counts, n), Group(str(source), str(label), bool(held)))
+        for part_ids, part_counts, (source, label, held) in zip(ids, counts, keys, strict=True)
     )
 
 
@@ -187,32 +197,18 @@ def merge(tables: Sequence[Counts], weights: Sequence[float] | None = None) -> C
         if (other.fingerprint, other.n_tokens) != (first.fingerprint, first.n_tokens):
             raise VocabularyMismatch(f"{first.name} and {other.name} count different vocabularies and cannot be merged")
     if weights is not None:
-        tables = [_scaled(table, weight) for table, weight in zip(tables, weights, strict=True)]
-    parts: dict[tuple[str, str, bool], list[Part]] = defaultdict(list)
-    for part in (part for table in tables for part in table.parts):
-        parts[part.key].append(part)
+        tables = [_weighted(table, weight) for table, weight in zip(tables, weights, strict=True)]
+    groups: dict[Group, list[Part]] = defaultdict(list)
+    for table in tables:
+        for part in table.parts:
+            groups[part.group].append(part)
+    parts = tuple(Part(*add_up(groups[group]), group) for group in sorted(groups))
     sources = sorted({source for table in tables for source in table.made_from.split(", ")})
-    return Counts(
-        *add_up(tables),
-        first.n_tokens,
-        first.fingerprint,
-        made_from=", ".join(sources),
-        parts=tuple(_with(parts[key][0], *add_up(parts[key])) for key in sorted(parts)),
-    )
+    return Counts(*add_up(tables), first.n_tokens, first.fingerprint, ", ".join(sources), parts=parts)
 
 
-def _with(table: T, ids: np.ndarray, counts: np.ndarray) -> T:
-    return replace(table, ids=ids, counts=counts)
-
-
-def _scaled(table: Counts, weight: float) -> Counts:
-    """Counts times a weight, rounded."""
+def _weighted(table: Counts, weight: float) -> Counts:
     if weight == 1:
         return table
-
-    def scaled(part: T) -> T:
-        counts = np.rint(part.counts * weight).astype(np.int64)
-        return _with(part, part.ids[counts > 0], counts[counts > 0])
-
     made_from = ", ".join(f"{source} (x {weight:g})" for source in table.made_from.split(", "))
-    return replace(scaled(table), parts=tuple(map(scaled, table.parts)), made_from=made_from)
+    return replace(table.times(weight), parts=tuple(part.times(weight) for part in table.parts), made_from=made_from)

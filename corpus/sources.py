@@ -66,14 +66,14 @@ class Reader:
             return
         path = Path(source)
         try:
-            try:
-                yield from self._documents(path, named)
-            except UnicodeDecodeError as error:
-                raise _NotText(f"is not UTF-8 text (byte {error.object[error.start]:#04x})") from error
-        except _NotText as error:
+            yield from self._documents(path, named)
+        except (_NotText, UnicodeDecodeError) as error:
+            reason = str(error)
+            if isinstance(error, UnicodeDecodeError):
+                reason = f"is not UTF-8 text (byte {error.object[error.start]:#04x})"
             if named:
-                raise FileFormatError(f"{path}: {error}; leave it out") from error
-            self.left_out.files.append(f"{path}: {error}")
+                raise FileFormatError(f"{path}: {reason}; leave it out") from error
+            self.left_out.files.append(f"{path}: {reason}")
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -7,6 +7,7 @@ if the vocabulary is not byte-level BPE, llama.cpp tokenizes, on as many threads
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,33 +64,29 @@ def _fast(file: GGUFFile, vocabulary: Vocabulary) -> Any:
 
 
 class Counter(Closing):
-    """Counts tokens of many texts in one vocabulary; `engine` says what tokenizes ("tokenizers" or "llama.cpp")."""
+    """Counts the tokens of many texts in the vocabulary of a GGUF, on all cores; several threads may use it."""
 
     def __init__(self, path: Path) -> None:
         file = GGUFFile(path)
         self.vocabulary = Vocabulary(file)
         self._model = Model(path, vocab_only=True)
-        self._fast = _fast(file, self.vocabulary)
-        if self._fast is not None and self._fast.encode(SAMPLE).ids != self._slow(SAMPLE):
-            self._fast = None
-        self.engine = "tokenizers" if self._fast is not None else "llama.cpp"
+        self.fast = _fast(file, self.vocabulary)
+        if self.fast is not None and self.fast.encode(SAMPLE).ids != self._slow(SAMPLE, False):
+            self.fast = None
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
-    def _slow(self, text: str, special: bool = False) -> list[int]:
-        # The name of a control token in a plain text is text.
+    def count(self, texts: Sequence[str], special: bool) -> np.ndarray:
+        """int64 (n_vocab): how often each token occurs. special: names of control tokens are tokens, not text."""
+        if self.fast is not None and not special:
+            encoded = self.fast.encode_batch_fast(texts, add_special_tokens=False)
+            parts = [np.array(each.ids, np.int64) for each in encoded]
+        else:  # llama.cpp releases Python's lock
+            found = self._pool.map(self._slow, texts, itertools.repeat(special))
+            parts = [np.array(ids, np.int64) for ids in found]
+        return np.bincount(np.concatenate(parts), minlength=len(self.vocabulary))
+
+    def _slow(self, text: str, special: bool) -> list[int]:
         return self._model.tokenize(text, special=special, add_bos=False)
-
-    def encode(self, texts: Sequence[str], special: bool = False) -> Any:
-        """Tokenize on all cores; the result is for `bincount`. `special`: names of control tokens are tokens."""
-        if self._fast is not None and not special:
-            return self._fast.encode_batch_fast(texts, add_special_tokens=False)
-        # llama.cpp releases Python's lock.
-        return [np.array(ids, np.int64) for ids in self._pool.map(lambda text: self._slow(text, special), texts)]
-
-    def bincount(self, encoded: Any) -> np.ndarray:
-        """int64 (n_vocab): how often each token occurs in a result of `encode`."""
-        parts = [each if isinstance(each, np.ndarray) else np.array(each.ids, np.int64) for each in encoded]
-        return np.bincount(np.concatenate(parts) if parts else np.empty(0, np.int64), minlength=len(self.vocabulary))
 
     def close(self) -> None:
         self._pool.shutdown()

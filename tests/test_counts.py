@@ -107,6 +107,27 @@ def test_arrays_that_make_no_sense_are_refused(tmp_path: Path, name: str) -> Non
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("part_sizes", [1, 1]),
+        ("part_sizes", [4, -1]),
+        ("part_ids", [1, 5, 10]),
+        ("part_ids", [5, 1, 9]),
+        ("part_counts", [7, 0, 7]),
+        ("part_counts", [7, 7]),
+        ("part_keys", '[["a", "b", false]]'),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    parts = {"part_sizes": [2, 1], "part_ids": [1, 5, 9], "part_counts": [7, 1, 7],
+             "part_keys": '[["a", "b", false], ["a", "c", true]]'}  # fmt: skip
+    good = Counts.load(save_as(tmp_path / "good.npz", **{key: np.array(parts[key]) for key in parts}))
+    assert [(part.group.label, part.ids.tolist()) for part in good.parts] == [("b", [1, 5]), ("c", [9])]
+    with pytest.raises(FileFormatError, match="not a counts file"):
+        Counts.load(save_as(tmp_path / "bad.npz", **{key: np.array((parts | {name: value})[key]) for key in parts}))
+
+
 def test_other_files_are_refused(tmp_path: Path, model: Path) -> None:
     np.save(tmp_path / "one.npy", np.arange(3))
     (tmp_path / "text.txt").write_text("1\n2\n")

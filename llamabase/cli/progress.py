@@ -6,18 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.status import Status
 from rich.table import Column
 from rich.text import Text
@@ -61,24 +51,24 @@ class Advance(Protocol):
     def __call__(self, amount: float, note: str = "") -> None: ...
 
 
-class _Title(ProgressColumn):
+class _Title(bars.ProgressColumn):
     """The title, which is shortened first in a narrow terminal, so that the bar stays on one line."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         return Text(task.description, no_wrap=True, overflow="ellipsis")
 
 
 @contextlib.contextmanager
 def progress(title: str, total: float | None, unit: str = "") -> Iterator[Advance]:
     """Show a bar with the time left and yield what advances it; `unit` is "B" for bytes, else a plural noun."""
-    columns: list[ProgressColumn] = [_Title(), BarColumn(bar_width=None)]
+    columns: list[bars.ProgressColumn] = [_Title(), bars.BarColumn(bar_width=None)]
     whole = Column(no_wrap=True)
     if unit == "B":
-        columns += [DownloadColumn(table_column=whole), TransferSpeedColumn(table_column=whole)]
+        columns += [bars.DownloadColumn(table_column=whole), bars.TransferSpeedColumn(table_column=whole)]
     else:
-        columns += [MofNCompleteColumn(table_column=whole), TextColumn(unit)]
-    columns += [TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(table_column=whole)]
-    with _in_front(title), Progress(*columns, console=stderr, transient=stderr.is_terminal) as bar:
+        columns += [bars.MofNCompleteColumn(table_column=whole), bars.TextColumn(unit)]
+    columns += [bars.TextColumn("{task.fields[note]}", markup=False), bars.TimeRemainingColumn(table_column=whole)]
+    with _in_front(title), bars.Progress(*columns, console=stderr, transient=stderr.is_terminal) as bar:
         task = bar.add_task(title, total=total, note="")
 
         def advance(amount: float, note: str = "") -> None:

@@ -131,38 +131,28 @@ def _close(schema: dict[str, Any]) -> None:
 
 
 class _Vocabulary:
-    """The vocabulary in the form that llguidance asks for. Control tokens stand for no text."""
+    """A model's vocabulary for llguidance; control tokens stand for no text. It takes one to three seconds to make."""
 
     bos_token_id = None
 
     def __init__(self, model: Model) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
         ids = range(model.n_vocab)
         self.ends = [token for token in ids if model.is_end(token)]
         self.eos_token_id = self.ends[0] if self.ends else model.n_vocab
         self.tokens = [model.piece(token, special=True) for token in ids]
-        control = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
-        self.special_token_ids = [
-            token for token in ids if llama_cpp.llama_vocab_get_attr(model.vocab, token) & control
-        ]
+        attributes = [llama_cpp.llama_vocab_get_attr(model.vocab, token) for token in ids]
+        self.special_token_ids = [i for i in ids if attributes[i] & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL]
         self._model = weakref.proxy(model)  # llguidance keeps this object
+        self.tokenizer = LLTokenizer(TokenizerWrapper(self), eos_token=self.ends)
 
     def __call__(self, text: bytes) -> list[int]:
         ids: list[int] = self._model.tokenize(text.decode("utf-8", "replace"), special=False, add_bos=False)
         return ids
 
 
-_TOKENIZERS: weakref.WeakKeyDictionary[Model, tuple[Any, list[int]]] = weakref.WeakKeyDictionary()
-
-
-def _tokenizer(model: Model) -> tuple[Any, list[int]]:
-    """(llguidance's tokenizer, ids of the end tokens) of a model. The first call takes one to three seconds."""
-    if model not in _TOKENIZERS:
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        vocabulary = _Vocabulary(model)
-        tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends)
-        _TOKENIZERS[model] = tokenizer, vocabulary.ends
-    return _TOKENIZERS[model]
+_VOCABULARIES: weakref.WeakKeyDictionary[Model, _Vocabulary] = weakref.WeakKeyDictionary()
 
 
 class Guide:
@@ -174,9 +164,12 @@ class Guide:
     def __init__(self, model: Model, source: str) -> None:
         from llguidance import LLMatcher
 
-        tokenizer, self._ends = _tokenizer(model)
+        if model not in _VOCABULARIES:
+            _VOCABULARIES[model] = _Vocabulary(model)
+        vocabulary = _VOCABULARIES[model]
+        self._ends = vocabulary.ends
         self._n_vocab = model.n_vocab
-        self._matcher = LLMatcher(tokenizer, source, log_level=0, limits=compiling.limits())
+        self._matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=compiling.limits())
         self._mask: np.ndarray | None = None  # a bit for each token
         self._require()
 

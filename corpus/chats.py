@@ -10,6 +10,7 @@ conversation is refused.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,13 +59,13 @@ def assistant_texts(messages: Sequence[Any], tools: Any, template: ChatTemplate 
         assert template is not None
         return template.text(messages, tools, answered=answered)
 
-    said = []
+    texts = []
     for i, message in enumerate(talk):
         if message["role"] == "assistant":
-            said.append(message["content"] if template is None else _said(render, talk[:i], message).rstrip("\n"))
-    if talk and not said:
+            texts.append(message["content"] if template is None else _rendered(render, talk[:i], message).rstrip("\n"))
+    if talk and not texts:
         raise FileFormatError("no message is the assistant's")
-    return said
+    return texts
 
 
 def _message(found: Any) -> Message:
@@ -117,23 +118,23 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _said(render: Render, before: list[Message], answer: Message) -> str:
-    said = _cut(render, before, answer)
-    if not _is_whole(said, answer) and answer["content"]:
+def _rendered(render: Render, before: list[Message], answer: Message) -> str:
+    text = _cut(render, before, answer)
+    if not _is_whole(text, answer) and answer["content"]:
         # Some templates drop the reasoning in a content, even from the last answer.
-        said = _cut(render, before, answer | {"content": _ANSWER}).replace(_ANSWER, answer["content"])
-    elif not _is_whole(said, answer):
+        text = _cut(render, before, answer | {"content": _ANSWER}).replace(_ANSWER, answer["content"])
+    elif not _is_whole(text, answer):
         # Some render calls only if the content is null; others would then print "None".
-        said = _cut(render, before, answer | {"content": None})
-    if not _is_whole(said, answer):
+        text = _cut(render, before, answer | {"content": None})
+    if not _is_whole(text, answer):
         raise FileFormatError("the chat template leaves out a part of an answer")
-    return said
+    return text
 
 
-def _is_whole(said: str, answer: Message) -> bool:
+def _is_whole(text: str, answer: Message) -> bool:
     """Whether the text has the content, tags and white space aside, and the name of every called function."""
     names = [call["function"]["name"] for call in answer.get("tool_calls", ())]
-    return _MARKUP.sub("", answer["content"]) in _MARKUP.sub("", said) and all(name in said for name in names)
+    return _MARKUP.sub("", answer["content"]) in _MARKUP.sub("", text) and all(name in text for name in names)
 
 
 def _cut(render: Render, before: list[Message], answer: Message) -> str:
@@ -141,8 +142,8 @@ def _cut(render: Render, before: list[Message], answer: Message) -> str:
     marked = [message | {"content": _OTHERS} if message["content"] else message for message in before]
     for way in (_after_prompt, _what_changes):
         tried = way(render, marked, answer)
-        if tried is not None and _OTHERS not in tried and (said := way(render, before, answer)) is not None:
-            return said
+        if tried is not None and _OTHERS not in tried and (text := way(render, before, answer)) is not None:
+            return text
     raise FileFormatError("the chat template writes other messages among the words of an answer")
 
 
@@ -160,5 +161,5 @@ def _what_changes(render: Render, before: list[Message], answer: Message) -> str
     """The conversation from the first character that another answer would change."""
     whole = render([*before, answer], True)
     other = render([*before, {"role": "assistant", "content": _ANOTHER}], True)
-    shared = next(i for i, (a, b) in enumerate(zip(whole + _OTHERS, other + _ANSWER, strict=False)) if a != b)
-    return whole[len(_OPEN_TAG.sub("", whole[:shared])) :]
+    shared = os.path.commonprefix([whole, other])  # noqa: RUF071  of texts, by characters
+    return whole[len(_OPEN_TAG.sub("", shared)) :]

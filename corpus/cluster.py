@@ -31,16 +31,16 @@ def count_on(address: str, sources: Sequence[str], tokenizer: Path, field: str, 
         from distributed import Client
     except ImportError as error:
         raise TrimError("--dask needs the extra: pip install 'gguf-trim[cluster]'") from error
-    found = [(source, file) for source in sources for file in files_of(source)]
-    folders = ["" if file == source else name_of(source) for source, file in found]
+    files = [(source, file) for source in sources for file in files_of(source)]
+    folders = ["" if file == source else name_of(source) for source, file in files]
     try:
         client = Client(address, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise TrimError(f"{address}: no Dask scheduler answers there ({error})") from error
     tables: list[Counts] = []
-    with client, progress("counting", len(found), "files") as advance:
+    with client, progress("counting", len(files), "files") as advance:
         settings = {"tokenizer": tokenizer.absolute(), "field": field, "skip_bad": left_out.rows is not None}
-        paths = [str(Path(file).absolute()) for _, file in found]
+        paths = [str(Path(file).absolute()) for _, file in files]
         for future in client.map(_count_file, paths, folders, **settings, pure=False):
             table, unread = future.result()
             tables += [] if table is None else [table]

@@ -31,12 +31,12 @@ def covered(table: Tally, kept: np.ndarray) -> np.ndarray:
 def rows(counts: Counts) -> list[tuple[str, Tally]]:
     """The named lines of a table: everything, what was held out, each source, each language."""
     held = [part for part in counts.parts if part.group.held_out]
-    found: list[tuple[str, Tally]] = [("everything", counts)]
-    found += [("held out", Tally(*add_up(held)))] if held else []
+    lines: list[tuple[str, Tally]] = [("everything", counts)]
+    lines += [("held out", Tally(*add_up(held)))] if held else []
     for name in (attrgetter("group.source"), attrgetter("group.label")):
         parts = sorted((part for part in counts.parts if not part.group.held_out), key=name)
-        found += [(key, Tally(*add_up(list(group)))) for key, group in itertools.groupby(parts, key=name)]
-    return found
+        lines += [(key, Tally(*add_up(list(group)))) for key, group in itertools.groupby(parts, key=name)]
+    return lines
 
 
 def coverage_table(counts: Counts, forced: list[int]) -> str:

@@ -81,8 +81,8 @@ class Counter(Closing):
             encoded = self.fast.encode_batch_fast(texts, add_special_tokens=False)
             parts = [np.array(each.ids, np.int64) for each in encoded]
         else:  # llama.cpp releases Python's lock
-            found = self._pool.map(self._slow, texts, itertools.repeat(special))
-            parts = [np.array(ids, np.int64) for ids in found]
+            tokens = self._pool.map(self._slow, texts, itertools.repeat(special))
+            parts = [np.array(ids, np.int64) for ids in tokens]
         return np.bincount(np.concatenate(parts), minlength=len(self.vocabulary))
 
     def _slow(self, text: str, special: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""What `corpus count` reads: only what the assistant says, whatever the template does; no file is lost in silence."""
+"""What `corpus count` reads: only what the assistant says, whatever the template does; no file is lost silently."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTemplat
 
 @pytest.fixture
 def texts(templates: dict[str, ChatTemplate], tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    """Counted texts of a conversation, and what is said of it if it is left out."""
+    """Counted texts of a conversation, and the reasons if it is left out."""
     path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
 
     def read(name: str, messages: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -164,7 +164,7 @@ def test_an_answer_is_cut_out_of_every_template(texts: Texts, name: str, wanted:
 
 
 def test_reasoning_is_what_the_assistant_says(texts: Texts) -> None:
-    """In the content, too, where the template would drop it; the tag that the prompt opens is not counted again."""
+    """Also in a content from which the template drops it; the tag that the prompt opens is not counted again."""
     inside = [say("user", "who?"), say("assistant", "<think>\na queen\n</think>\n\nthe king")] * 2
     assert texts("deepseek r1", inside)[0] == ["<think>\na queen\n</think>\n\nthe king<|endoftext|>"] * 2
     beside = [say("user", "who?"), say("assistant", "the king", reasoning_content="a queen")] * 2
@@ -178,7 +178,7 @@ def test_a_tag_is_not_cut_in_two(texts: Texts) -> None:
 
 
 def test_what_the_template_itself_says_first_is_not_the_assistants(texts: Texts) -> None:
-    """It writes nothing at all for a prompt without messages."""
+    """It renders nothing for a prompt without messages."""
     assert texts("advised", [say("assistant", "the king"), say("user", "who?")]) == (["the king"], [])
 
 
@@ -388,7 +388,7 @@ def test_schemas_grammars_and_prompts_are_read_over_a_mark(tmp_path: Path, mark:
     text = '{"prompt": "naïve tea"}\r\n'
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(mark + text.encode("utf-8" if mark == codecs.BOM_UTF8 else "utf-16-le"))
-    assert read_text(path) == '{"prompt": "naïve tea"}\n'  # as of schemas and grammars
+    assert read_text(path) == '{"prompt": "naïve tea"}\n'  # schemas and grammars are read so
     assert load_prompts(path)[0].messages == [say("user", "naïve tea")]
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert _given(None, path) == '{"prompt": "naïve tea"}'

@@ -1,4 +1,4 @@
-"""Documents from every kind of source, and what is said of a bad one."""
+"""Documents from every kind of source, and messages about bad ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampled text is the same however it is drafted, and follows the target's distribution; real llama.cpp, toys in F32."""
+"""Sampled text is the same however it is drafted, and follows the target's distribution; real llama.cpp, F32 toys."""
 
 from __future__ import annotations
 

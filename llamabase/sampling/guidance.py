@@ -139,7 +139,7 @@ class _Vocabulary:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         ids = range(model.n_vocab)
-        self.ends = [token for token in ids if model.is_end(token)]
+        self.ends = [token for token in ids if llama_cpp.llama_vocab_is_eog(model.vocab, token)]
         self.eos_token_id = self.ends[0] if self.ends else model.n_vocab
         self.tokens = [model.piece(token, special=True) for token in ids]
         attributes = [llama_cpp.llama_vocab_get_attr(model.vocab, token) for token in ids]

@@ -28,14 +28,14 @@ from .counts import COUNTS, Counts, merge
 from .generate import generate
 from .prompts import load_prompts, split, spread
 from .show import coverage_table, plot
-from .sources import files_of
+from .sources import LeftOut, files_of
 
-HEAVIEST = 1e6  # of a table: counts times it still fit 64 bits
+HEAVIEST = 1e6  # weight of a table: counts times it still fit 64 bits
 
 
 @click.group(cls=Commands)
 def main() -> None:
-    """Count which tokens a target really emits."""
+    """Count which tokens a target emits."""
 
 
 @main.command("count")
@@ -43,7 +43,7 @@ def main() -> None:
 @click.option("--tokenizer", type=FILE, required=True, help="A GGUF of the target's family.")
 @click.option("-o", "--output", type=FILE, required=True, help="The counts file (.npz).")
 @click.option("--field", default="text", show_default=True, help="The field that holds the text.")
-@click.option("--max-tokens", type=click.IntRange(1), help="About the most to read of each source.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Tokens to read of each source, about.")
 @click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be read, and say how many.")
 @click.option("--dask", metavar="ADDRESS", help="Count on an existing Dask cluster, file by file.")
 def count_command(
@@ -62,33 +62,24 @@ def count_command(
     """
     if dask is not None and (max_tokens is not None or any(source.startswith("hf:") for source in sources)):
         raise click.UsageError("--dask counts whole files: no --max-tokens, no hf:")
-    files = files_of(list(sources))
-    for path in (tokenizer, *(Path(file) for file, _ in files)):
+    files = [Path(file) for source in sources for file in files_of(source) if not file.startswith("hf:")]
+    for path in (tokenizer, *files):
         if output.exists() and path.exists() and output.samefile(path):
             raise TrimError(f"{output}: is one of the inputs; choose another output name")
     COUNTS.require(output)
-    total = sum(Path(file).stat().st_size for file, _ in files if not file.startswith("hf:"))
+    total = sum(path.stat().st_size for path in files)
     started = time.perf_counter()
-    bad: list[str] | None = [] if skip_bad else None
-    left_out: list[str] = []
+    left_out = LeftOut([] if skip_bad else None)
     try:
         if dask is not None:
             from .cluster import count_on
 
-            counts = count_on(dask, list(sources), tokenizer, field, bad, left_out)
+            counts = count_on(dask, sources, tokenizer, field, left_out)
         else:
             with progress("counting", total or None, "B") as advance:
-                counts = count(
-                    list(sources),
-                    tokenizer,
-                    field,
-                    max_tokens=max_tokens,
-                    bad=bad,
-                    left_out=left_out,
-                    advance=advance,
-                )
+                counts = count(sources, tokenizer, field, max_tokens=max_tokens, left_out=left_out, advance=advance)
     finally:  # also if nothing was left to count
-        for what, lines in (("file", left_out), ("row", bad or [])):
+        for what, lines in (("file", left_out.files), ("row", left_out.rows)):
             if lines:
                 were = f"1 {what} was" if len(lines) == 1 else f"{len(lines)} {what}s were"
                 stderr.print(f"Warning: {were} left out; the first: {lines[0]}", markup=False)
@@ -102,9 +93,11 @@ def count_command(
 
 @main.command("generate")
 @click.argument("prompts", type=FILE, required=False)
-@click.option("--target", type=FILE, required=True, help="The model that answers; a drafter may, too.")
-@click.option("-o", "--output", type=FILE, required=True, help="Answers, one JSON line each; an existing file goes on.")
-@click.option("-n", "--tokens", type=click.IntRange(1), default=256, show_default=True, help="Most per answer.")
+@click.option("--target", type=FILE, required=True, help="The model that answers; it may be a drafter.")
+@click.option(
+    "-o", "--output", type=FILE, required=True, help="Answers, one JSON line each; an existing file is continued."
+)
+@click.option("-n", "--tokens", type=click.IntRange(1), default=256, show_default=True, help="Most tokens per answer.")
 @click.option("-np", "--parallel", type=click.IntRange(1, 64), default=16, show_default=True, help="Answers at a time.")
 @click.option(
     "--split",
@@ -112,9 +105,9 @@ def count_command(
     type=click.Choice(["all", "calibrate", "judge"]),
     default="all",
     show_default=True,
-    help="Of five prompts the four that are counted, or the one that judges.",
+    help="The four of five prompts that are counted, or the one that judges.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Only so many of the prompts, evenly spread.")
+@click.option("--limit", type=click.IntRange(1), help="Number of prompts, evenly spread.  [default: all]")
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
 @THREADS
@@ -132,8 +125,7 @@ def generate_command(
 ) -> None:
     """Have the target answer PROMPTS (JSON lines; the bundled ones by default), many at a time. Resumes."""
     ANSWERS.require(output)
-    chosen = split(load_prompts(prompts), part)
-    chosen = chosen if limit is None else spread(chosen, limit)
+    chosen = spread(split(load_prompts(prompts), part), limit)
     with Model(target) as model:
         started = time.perf_counter()
         total = generate(
@@ -156,7 +148,7 @@ def generate_command(
 @click.option("--weights", help="One number for each table, separated by commas.")
 @click.option("-o", "--output", type=FILE, required=True)
 def merge_command(tables: tuple[Path, ...], weights: str | None, output: Path) -> None:
-    """Add counts files up: shards of a corpus, or different corpora."""
+    """Add up counts files: shards of a corpus, or different corpora."""
     try:
         factors = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
@@ -173,7 +165,7 @@ def merge_command(tables: tuple[Path, ...], weights: str | None, output: Path) -
 @click.option("--tokenizer", type=FILE, help="A GGUF of the vocabulary; adds the tokens that are always kept.")
 @click.option("--plot", "picture", type=FILE, help="Also draw coverage against k, as a PNG.")
 def show_command(table: Path, tokenizer: Path | None, picture: Path | None) -> None:
-    """Say what share of each source and language the k most frequent tokens cover."""
+    """Show what share of each source and language the k most frequent tokens cover."""
     if picture is not None and picture.suffix != ".png":
         raise TrimError(f"{picture}: a plot's name must end in .png")
     PLOT.require(picture)

@@ -1,4 +1,4 @@
-"""What a target said, as token ids: the text that a drafter is judged and fitted on. `generate` writes it."""
+"""A target's answers as token ids: the text that a drafter is judged by and fitted to. `generate` writes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .prompts import spread
 
 @dataclass(frozen=True)
 class TargetAnswer:
-    """What the target said: token ids of prompt and answer, and a label to group by."""
+    """Token ids of a prompt and of the target's answer, and a label to group by."""
 
     id: str
     label: str
@@ -29,7 +29,7 @@ class TargetAnswer:
 
 
 def _holds_answers(path: Path) -> bool:
-    """Whether the first line is an answer, or what a kill has left of one."""
+    """Whether the first line is an answer, or the beginning of one that a kill cut off."""
     with open(path, "rb") as file:
         line = file.readline(CHUNK)
     try:
@@ -43,7 +43,7 @@ ANSWERS = Kind("does not hold answers", _holds_answers)
 
 
 def answered(path: Path) -> set[str]:
-    """Ids of the answers a file already holds; a last line cut off by a kill is removed from the file.
+    """Ids of the answers in a file; a last line that a kill cut off is removed from it.
 
     Raises FileFormatError naming file and line for any other line that is not an answer.
     """
@@ -67,9 +67,9 @@ def answered(path: Path) -> set[str]:
 
 
 def read_answers(path: Path, n_tokens: int = MOST_TOKENS) -> list[TargetAnswer]:
-    """Answers as `{id: [prompt_ids, answer_ids]}` in one JSON object, or as lines of `python -m corpus generate`.
+    """Answers from lines of `python -m corpus generate`, or from one JSON object `{id: [prompt_ids, answer_ids]}`.
 
-    Raises FileFormatError for anything else, and for ids that a vocabulary of n_tokens has not.
+    Raises FileFormatError for anything else, and for ids outside a vocabulary of n_tokens.
     """
     text = read_text(path, "answers")
     try:
@@ -78,33 +78,35 @@ def read_answers(path: Path, n_tokens: int = MOST_TOKENS) -> list[TargetAnswer]:
             pairs = {line["id"]: (line["prompt_ids"], line["answer_ids"], line.get("label", "all")) for line in lines}
         else:
             pairs = {name: (prompt, answer, "all") for name, (prompt, answer) in json.loads(text).items()}
-        found = [
+        answers = [
             TargetAnswer(str(name), str(label), [int(i) for i in prompt], [int(i) for i in answer])
             for name, (prompt, answer, label) in pairs.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise FileFormatError(f"{path}: should hold {{id: [prompt_ids, answer_ids]}} ({error})") from error
-    found = [answer for answer in found if answer.prompt and answer.answer]
-    if not found:
+    answers = [answer for answer in answers if answer.prompt and answer.answer]
+    if not answers:
         raise FileFormatError(f"{path}: holds no answers")
-    for answer in found:
+    for answer in answers:
         for token in (*answer.prompt, *answer.answer):
             if not 0 <= token < n_tokens:
-                raise FileFormatError(f"{path}: answer {answer.id} has token {token}, and there are {n_tokens}")
-    return found
+                raise FileFormatError(
+                    f"{path}: answer {answer.id} has token {token}; the vocabulary has {n_tokens} tokens"
+                )
+    return answers
 
 
 def ready_answers(file: GGUFFile, n: int) -> list[TargetAnswer]:
-    """n of the answers that ship (a target's, to the bundled calibration prompts; docs/counts.md), evenly spread.
+    """n of the bundled answers (a target's, to the calibration prompts; docs/counts.md), evenly spread.
 
     As `file`, the drafter or its companion, tokenizes them.
     """
     packed = (importlib.resources.files("corpus") / "ready" / "answers.jsonl.gz").read_bytes()
     template = ChatTemplate(file, Vocabulary(file))
-    found: list[TargetAnswer] = []
+    answers = []
     with Model(file.path, vocab_only=True) as model:
-        for line in spread(gzip.decompress(packed).splitlines(), n):
-            *asked, said = json.loads(line)
-            answer = model.tokenize(said["content"], special=False, add_bos=False)
-            found.append(TargetAnswer(str(len(found)), "all", template.ids(model, asked), answer))
-    return found
+        for i, line in enumerate(spread(gzip.decompress(packed).splitlines(), n)):
+            *asked, message = json.loads(line)
+            answer = model.tokenize(message["content"], special=False, add_bos=False)
+            answers.append(TargetAnswer(str(i), "all", template.ids(model, asked), answer))
+    return answers

@@ -1,7 +1,7 @@
-"""The target's own answers, many at a time: the text VocabTrim found best to count (arXiv 2506.22694, section 4).
+"""The target's own answers, many at a time: the text that is best to count by VocabTrim (arXiv 2506.22694, section 4).
 
 Sequences share one llama.cpp batch: each step feeds every running answer its last token, and fills the rest of the
-batch with prompts that are waiting. A weight read once then serves all of them.
+batch with waiting prompts. So each weight is read once for all of them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .prompts import Prompt
 
 @dataclass
 class Answer:
-    """One prompt and what the target said to it, as token ids."""
+    """One prompt and the target's answer to it, as token ids."""
 
     id: str
     prompt: list[int]
+    noise: Noise = field(repr=False)
+    chain: Chain = field(repr=False)
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
-    read: int = 0  # prompt tokens already in the cache
-    noise: Noise = field(default_factory=Noise, repr=False)
-    chain: Chain | None = field(default=None, repr=False)
+    read: int = 0  # tokens in the cache
 
 
 def answers(
@@ -54,23 +54,23 @@ def answers(
 ) -> Iterator[Answer]:
     """Answer the prompts, n_parallel at a time, in the order in which they finish.
 
-    Every answer draws with noise of its own, seeded by its prompt's id: the text does not depend on its neighbours, nor
-    on what was answered before (but for the batch-shape noise of quantised kernels).
+    Every answer draws with noise of its own, seeded by its prompt's id. So the text does not depend on other answers,
+    except that quantised kernels round by the shape of the batch.
     """
-    waiting = deque(Answer(name, ids, noise=Noise([seed, *name.encode()])) for name, ids in prompts)
+    waiting = deque(prompts)
     free = list(range(n_parallel))
     running: dict[int, Answer] = {}
     while waiting or running:
         while free and waiting:
-            begun = waiting.popleft()
-            begun.chain = Chain(sampling, begun.prompt, model, begun.noise)
-            running[free.pop()] = begun
+            name, ids = waiting.popleft()
+            noise = Noise([seed, *name.encode()])
+            running[free.pop()] = Answer(name, ids, noise, Chain(sampling, ids, model, noise))
         tokens: list[int] = []
         sequences: list[int] = []
         positions: list[int] = []
         outputs: list[bool] = []
         speaking: list[int] = []
-        # Running answers first: one token each. What is left of the batch goes to prompts.
+        # Running answers come first, with one token each; the rest of the batch goes to prompts.
         for sequence, answer in sorted(running.items(), key=lambda item: not item[1].tokens):
             room = context.n_batch - len(tokens)
             pending = [answer.tokens[-1]] if answer.tokens else answer.prompt[answer.read : answer.read + room]
@@ -88,7 +88,6 @@ def answers(
         logits = context.decode_each(tokens, sequences, positions, outputs)
         for row, sequence in zip(logits, speaking, strict=True):
             answer = running[sequence]
-            assert answer.chain is not None  # since it began
             token = answer.chain.distribution(row).draw(answer.noise, answer.read)
             answer.chain.accept(token)
             answer.tokens.append(token)
@@ -111,10 +110,10 @@ def generate(
     seed: int = 0,
     n_threads: int | None = None,
 ) -> int:
-    """Append the target's answer to every prompt that `out` lacks, with a bar; tokens generated.
+    """Append the target's answer to every prompt that `out` lacks, with a bar; the number of tokens generated.
 
-    Each line is whole on disk before the next answer is waited for, so a kill loses at most what was unfinished, and
-    running again goes on from there.
+    Each line is on disk before the next answer is waited for: a kill loses only unfinished answers, and another run
+    continues from there.
     """
     done = answered(out)
     todo = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
@@ -143,8 +142,8 @@ def generate(
                 sampling=sampling,
                 seed=seed,
             ):
-                spoken = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
-                text = b"".join(model.piece(token) for token in spoken).decode("utf-8", "replace")
+                shown = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
+                text = b"".join(map(model.piece, shown)).decode("utf-8", "replace")
                 prompt = todo[answer.id]
                 line = {
                     "id": prompt.id,

@@ -21,19 +21,19 @@ class Prompt:
     id: str
     task: str
     messages: list[dict[str, str]]
-    language: str = ""  # of the answer, where the file says so
-    more: tuple[str, ...] = ()  # what the user says in the turns after the first
+    language: str = ""  # of the answer, if the file gives it
+    more: tuple[str, ...] = ()  # the user's turns after the first
 
     @property
     def label(self) -> str:
-        """What a plan groups answers by: the task, or the language where it is not English."""
+        """What a plan groups answers by: the task, or the language unless it is English."""
         return self.task if self.language in ("", "en") else self.language
 
 
-def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Prompt]:
+def load_prompts(path: Path | None = None) -> list[Prompt]:
     """Prompts of a JSON-lines file, each line with `messages` (OpenAI), `turns` (Spec-Bench) or `prompt`.
 
-    None loads those that ship. Raises FileFormatError naming file and line.
+    None loads the bundled ones. Raises FileFormatError naming file and line.
     """
     source = path or importlib.resources.files("corpus") / "ready" / "prompts.jsonl"
     prompts = []
@@ -54,27 +54,27 @@ def load_prompts(path: Path | None = None, limit: int | None = None) -> list[Pro
             raise FileFormatError(f"{source}, line {number}: needs messages, turns or prompt ({error})") from error
     if not prompts:
         raise FileFormatError(f"{source}: holds no prompts")
-    return prompts if limit is None else spread(prompts, limit)
+    return prompts
 
 
-def _messages(found: Any) -> list[dict[str, str]]:
-    """Raises ValueError for what no template can be given."""
-    for message in found:
+def _messages(messages: Any) -> list[dict[str, str]]:
+    """The same; raises an error of Python's if no template can render them."""
+    for message in messages:
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError("a message has a role and a content, both text")
-        content.encode()  # half a surrogate pair is no text
-    return list(found)
+        content.encode()  # raises UnicodeEncodeError for half a surrogate pair
+    return list(messages)
 
 
 def split(prompts: list[Prompt], part: str) -> list[Prompt]:
-    """ "calibrate": four of five prompts, whose answers are counted; "judge": the fifth, which never is; or "all"."""
+    """ "calibrate": the four of five prompts whose answers are counted; "judge": the fifth; or "all"."""
     if part == "all":
         return prompts
     return [prompt for i, prompt in enumerate(prompts) if (i % 5 == 4) == (part == "judge")]
 
 
-def spread(prompts: list[T], n: int) -> list[T]:
-    """n of the prompts, at even distances, so that every task has its share."""
-    n = min(n, len(prompts))
+def spread(prompts: list[T], n: int | None) -> list[T]:
+    """n of the prompts, at even distances, so that every task has its share; None for all."""
+    n = len(prompts) if n is None else min(n, len(prompts))
     return [prompts[i * len(prompts) // n] for i in range(n)]

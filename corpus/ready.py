@@ -1,8 +1,7 @@
-"""Counts that ship with the package, so that a trim needs no calibration run.
+"""Bundled counts, so that a trim needs no calibration run; docs/counts.md says how they were made.
 
-`ready/<name>.npz` are counts of known vocabularies, found by fingerprint. `ready/pieces.json.gz` holds the same text
-as frequent pieces with their counts, `[[text, count], ...]`: any other vocabulary is served by tokenizing those.
-docs/counts.md says how they were made.
+`ready/<name>.npz` are counts of known vocabularies, by fingerprint. `ready/pieces.json.gz` holds the same text as
+frequent pieces with their counts, `[[text, count], ...]`, to be tokenized by any other vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _FOLDER = importlib.resources.files("corpus") / "ready"
 
 
 def ready_counts(vocabulary: Vocabulary) -> Counts:
-    """The shipped counts in this vocabulary: exact ones by fingerprint, else made from the shipped pieces."""
+    """The bundled counts in this vocabulary: exact ones if its fingerprint is known, else made from the pieces."""
     index: dict[str, str] = json.loads((_FOLDER / "index.json").read_text("utf-8"))
     if (name := index.get(vocabulary.fingerprint)) is not None:
         with importlib.resources.as_file(_FOLDER / name) as path:
@@ -38,5 +37,5 @@ def ready_counts(vocabulary: Vocabulary) -> Counts:
 
 
 def ranking_counts(vocabulary: Vocabulary, path: Path | None) -> Counts:
-    """The counts that rank: those of a file, or the shipped ones for None."""
+    """The counts that rank rows: those of a file, or the bundled ones for None."""
     return Counts.load(path) if path is not None else ready_counts(vocabulary)

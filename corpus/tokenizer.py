@@ -1,13 +1,13 @@
 """Tokenizing at scale: Hugging Face's `tokenizers`, built from the GGUF itself, on all cores.
 
-transformers can read a tokenizer from a GGUF (`AutoTokenizer.from_pretrained(gguf_file=...)`), but only with PyTorch
-installed and in about ten seconds; this builds the same fast tokenizer from the metadata at hand in one. It is checked
-on a sample against llama.cpp's own tokenizer of the same file; where they differ, or for vocabularies that are not
-byte-level BPE, llama.cpp tokenizes, on as many threads.
+transformers builds the same from a GGUF (`AutoTokenizer.from_pretrained(gguf_file=...)`), but needs PyTorch and ten
+seconds, where this takes one. A sample is compared with llama.cpp's own tokenizer of the same file; if they differ, or
+if the vocabulary is not byte-level BPE, llama.cpp tokenizes, on as many threads.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.library import Closing
 from llamabase.llama.model import Model
 
-# How llama.cpp splits text before merging, by `tokenizer.ggml.pre`: one expression after the other.
+# The expressions by which llama.cpp splits text before merging, one after the other, by `tokenizer.ggml.pre`.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,7 +42,7 @@ SAMPLE = (
 
 
 def _fast(file: GGUFFile, vocabulary: Vocabulary) -> Any:
-    """A `tokenizers.Tokenizer` for a byte-level BPE, or None where there is none to build."""
+    """A `tokenizers.Tokenizer` of a byte-level BPE, or None if it cannot be built."""
     splits = _SPLITS.get(file.get("tokenizer.ggml.pre", ""))
     if vocabulary.model != "gpt2" or splits is None or "tokenizer.ggml.merges" not in file.fields:
         return None
@@ -55,45 +55,38 @@ def _fast(file: GGUFFile, vocabulary: Vocabulary) -> Any:
     merges = [(left, right) for left, _, right in pairs]
     try:
         tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=file.get("tokenizer.ggml.pre") == "llama-bpe"))
-    except Exception:  # the library's own kind, for merges it finds inconsistent; llama.cpp takes them
+    except Exception:  # of the library's own, for inconsistent merges, which llama.cpp takes
         return None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(split), "isolated") for split in splits),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cut, bytes_])
     return tokenizer
 
 
 class Counter(Closing):
-    """Counts tokens of many texts in one vocabulary; `engine` says what tokenizes ("tokenizers" or "llama.cpp")."""
+    """Counts the tokens of many texts in the vocabulary of a GGUF, on all cores; several threads may use it."""
 
     def __init__(self, path: Path) -> None:
         file = GGUFFile(path)
         self.vocabulary = Vocabulary(file)
         self._model = Model(path, vocab_only=True)
-        self._fast = _fast(file, self.vocabulary)
-        if self._fast is not None and self._fast.encode(SAMPLE).ids != self._slow(SAMPLE):
-            self._fast = None
-        self.engine = "tokenizers" if self._fast is not None else "llama.cpp"
+        self.fast = _fast(file, self.vocabulary)
+        if self.fast is not None and self.fast.encode(SAMPLE).ids != self._slow(SAMPLE, False):
+            self.fast = None
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
-    def _slow(self, text: str, special: bool = False) -> list[int]:
-        # Special tokens that stand in a plain text are text: they were written, not meant as control.
+    def count(self, texts: Sequence[str], special: bool) -> np.ndarray:
+        """int64 (n_vocab): how often each token occurs. special: names of control tokens are tokens, not text."""
+        if self.fast is not None and not special:
+            encoded = self.fast.encode_batch_fast(texts, add_special_tokens=False)
+            parts = [np.array(each.ids, np.int64) for each in encoded]
+        else:  # llama.cpp releases Python's lock
+            tokens = self._pool.map(self._slow, texts, itertools.repeat(special))
+            parts = [np.array(ids, np.int64) for ids in tokens]
+        return np.bincount(np.concatenate(parts), minlength=len(self.vocabulary))
+
+    def _slow(self, text: str, special: bool) -> list[int]:
         return self._model.tokenize(text, special=special, add_bos=False)
-
-    def encode(self, texts: Sequence[str], special: bool = False) -> Any:
-        """Tokenize, on all cores; what comes back is for `bincount`. `special`: control tokens are read as such."""
-        if self._fast is not None and not special:
-            return self._fast.encode_batch_fast(texts, add_special_tokens=False)
-        # llama.cpp runs outside Python's lock.
-        return [np.array(ids, np.int64) for ids in self._pool.map(lambda text: self._slow(text, special), texts)]
-
-    def bincount(self, encoded: Any) -> np.ndarray:
-        """int64 (n_vocab): how often each token occurs in what `encode` gave."""
-        parts = [found if isinstance(found, np.ndarray) else np.array(found.ids, np.int64) for found in encoded]
-        return np.bincount(np.concatenate(parts) if parts else np.empty(0, np.int64), minlength=len(self.vocabulary))
 
     def close(self) -> None:
         self._pool.shutdown()

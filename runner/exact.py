@@ -31,7 +31,7 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from corpus.prompts import load_prompts
+from corpus.prompts import load_prompts, spread
 from llamabase.cli.command import FILE, OneCommand
 from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
@@ -197,7 +197,7 @@ def main(
     if click.get_current_context().get_parameter_source("temp") is ParameterSource.DEFAULT:
         sampling = replace(sampling, temp=0.0)
     law = Law(sampling, seed or 0)
-    chosen, pair, results = load_prompts(prompts, limit), models(), []
+    chosen, pair, results = spread(load_prompts(prompts), limit), models(), []
     with pair.open() as engine:
         context = Context(
             engine.model, engine.context.n_ctx, pair.n_threads, n_outputs=max_tokens, cache=pair.cache, rewinds=REWINDS

@@ -1,4 +1,4 @@
-"""llama.cpp's own samplers in llama.cpp's own order: what ours are compared with."""
+"""llama.cpp's own samplers in llama.cpp's own order: the reference for ours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def llama_cpp_chain(
     model: Model | None = None,
     noise: Noise | None = None,
 ) -> dict[int, float]:
-    """The law after `text`, which the grammar does not see, and `answer`, which it does: every token shown to all."""
+    """The distribution after `text`, which the grammar ignores, and `answer`; every sampler gets every token."""
     vocab = None if model is None else llama_cpp.llama_model_get_vocab(model.handle)
     n = len(logits)
     biases = (llama_cpp.llama_logit_bias * len(sampling.logit_bias))(*sampling.logit_bias.items())
@@ -36,11 +36,11 @@ def llama_cpp_chain(
             llama_cpp.llama_sampler_accept(grammar, token)
         candidates = _apply(grammar, candidates)
     for name in sampling.samplers:
-        if name == "xtc" and noise is not None:  # a coin of our own says whether it acts at this position
+        if name == "xtc" and noise is not None:  # a coin of our own decides whether it acts at this position
             coin = noise.exponentials(len(text) + len(answer), np.array([-1]))[0]
             if np.exp(-coin) >= sampling.xtc_probability:
                 continue
-        if name == "typ_p" and sampling.typical_p < 1:  # it makes NaN of a candidate without probability
+        if name == "typ_p" and sampling.typical_p < 1:  # it makes NaN of a candidate of probability 0
             candidates = candidates[candidates["logit"] > candidates["logit"].max() - 87]
         sampler = _made(name, sampling, n, vocab, len(text) + len(answer))
         for token in (*text, *answer):

@@ -1,4 +1,4 @@
-"""The whole sampler chain: the same law as llama.cpp's own samplers', and a grammar that is never broken."""
+"""The whole sampler chain: the same distribution as llama.cpp's own samplers', and a grammar that is never broken."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llamabase.llama.model import Model
 from llamabase.sampling import chain as samplers_module
 from llamabase.sampling.chain import Chain, likeliest
 from llamabase.sampling.grammar import Grammar
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import DEFAULT, LETTERS, Distribution, Sampling
+from llamabase.sampling.noise import Distribution, Noise
+from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling
 
 from .chains import llama_cpp_chain
 
@@ -72,7 +72,7 @@ NOISE = Noise(5)
 
 
 def row(seed: int, n: int) -> np.ndarray:
-    """Logits in general position: where a filter's edge falls on a tie there is no right answer."""
+    """Logits without ties: if a filter's edge falls on a tie there is no right answer."""
     return np.random.default_rng(seed).normal(0, 4, n).astype(np.float32)
 
 
@@ -81,7 +81,7 @@ def row(seed: int, n: int) -> np.ndarray:
 )
 @settings(max_examples=300)
 def test_chain_agrees_with_llama_cpps_own(sampling: Sampling, seed: int, n: int, tokens: list[int], split: int) -> None:
-    """Whether the tokens before were there from the beginning or were accepted one by one."""
+    """With earlier tokens given at the start, or accepted one by one."""
     logits = row(seed, n)
     before = logits.copy()
     chain = Chain(sampling, tokens[:split], noise=NOISE)
@@ -96,7 +96,7 @@ def test_chain_agrees_with_llama_cpps_own(sampling: Sampling, seed: int, n: int,
 def test_rows_of_a_trimmed_head_are_biased_and_penalised_by_their_ids(
     sampling: Sampling, seed: int, tokens: list[int]
 ) -> None:
-    """What a head lacks is as if it were banned, but that the dynamic temperature counts how many tokens there are."""
+    """A token that the head lacks acts like a banned one, except that the dynamic temperature counts tokens."""
     logits, sampling = row(seed, 30), replace(sampling, dynatemp_range=0.0)
     ids = np.flatnonzero(np.random.default_rng(seed).random(30) < 0.7)
     if not any(sampling.logit_bias.get(i) != -np.inf for i in ids.tolist()):
@@ -113,7 +113,7 @@ def test_rows_of_a_trimmed_head_are_biased_and_penalised_by_their_ids(
 def test_grammar_agrees_with_masking_everything(
     model: Model, sampling: Sampling, grammar: str, seed: int, length: int
 ) -> None:
-    """Step by step through a text, asking the grammar about the likeliest few is the same as about every token."""
+    """Asking the grammar about the likeliest few gives the same as about every token, at every step of a text."""
     sampling = Sampling(**{**vars(sampling), "grammar": grammar})
     rng, noise = np.random.default_rng(seed), Noise(seed)
     prompt = rng.integers(0, 10, 5).tolist()
@@ -148,7 +148,7 @@ def test_the_grammar_is_asked_about_few_tokens_where_few_decide(model: Model, mo
 
 @given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 300), st.booleans())
 def test_the_likeliest_are_all_there(seed: int, n: int, m: int, ties: bool) -> None:
-    """No score that is left out is greater than one that is not, and of m that are looked for none is missing."""
+    """No score that is left out is greater than one that is returned, and at least m are returned."""
     scores = row(seed, n).round(0 if ties else 6)
     places = likeliest(scores, m)
     assert (np.diff(places) > 0).all()
@@ -157,7 +157,7 @@ def test_the_likeliest_are_all_there(seed: int, n: int, m: int, ties: bool) -> N
 
 
 @pytest.mark.parametrize("name", LETTERS)
-def test_every_sampler_makes_another_law(model: Model, name: str) -> None:
+def test_every_sampler_changes_the_distribution(model: Model, name: str) -> None:
     busy = Sampling(
         0.7, 20, 0.9, 0.1, 0.8, 1.3, top_n_sigma=0.5, xtc_probability=1.0, xtc_threshold=0.02, dry_multiplier=3.0
     )

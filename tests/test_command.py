@@ -29,7 +29,7 @@ def command(raised: BaseException, kind: str) -> tuple[click.Command, list[str]]
 @pytest.mark.parametrize("kind", ["group", "one"])
 @pytest.mark.parametrize("error", [TrimError, FileFormatError, VocabularyMismatch, FetchError, EngineError])
 def test_our_errors_are_a_sentence_and_exit_code_1(error: type[TrimError], kind: str) -> None:
-    """As they stand: a path with brackets is no markup, and a long one is not wrapped."""
+    """Unchanged: brackets in a path are not markup, and a long line is not wrapped."""
     sentence = f"[/b]{'x' * 300}.gguf: is [red]not[/] usable"
     main, args = command(error(sentence), kind)
     result = CliRunner().invoke(main, args)

@@ -1,4 +1,4 @@
-"""What `corpus count` reads: only what the assistant says, whatever the template does; no file is lost in silence."""
+"""What `corpus count` reads: only what the assistant says, whatever the template does; no file is lost silently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from corpus.__main__ import main
 from corpus.count import count
 from corpus.prompts import load_prompts
-from corpus.sources import Reader
+from corpus.sources import LeftOut, Reader
 from llamabase.errors import FileFormatError
 from llamabase.files import read_text
 from llamabase.gguf.reader import GGUFFile
@@ -122,13 +122,15 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTemplat
 
 @pytest.fixture
 def texts(templates: dict[str, ChatTemplate], tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    """Counted texts of a conversation, and what is said of it if it is left out."""
+    """Counted texts of a conversation, and the reasons if it is left out."""
     path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
 
     def read(name: str, messages: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         path.write_text(json.dumps({"messages": messages}))
         bad: list[str] = []
-        return [found.text for found in Reader(template=templates[name], bad=bad).documents(str(path))], bad
+        return [
+            found.text for found in Reader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))
+        ], bad
 
     return read
 
@@ -162,7 +164,7 @@ def test_an_answer_is_cut_out_of_every_template(texts: Texts, name: str, wanted:
 
 
 def test_reasoning_is_what_the_assistant_says(texts: Texts) -> None:
-    """In the content, too, where the template would drop it; the tag that the prompt opens is not counted again."""
+    """Also in a content from which the template drops it; the tag that the prompt opens is not counted again."""
     inside = [say("user", "who?"), say("assistant", "<think>\na queen\n</think>\n\nthe king")] * 2
     assert texts("deepseek r1", inside)[0] == ["<think>\na queen\n</think>\n\nthe king<|endoftext|>"] * 2
     beside = [say("user", "who?"), say("assistant", "the king", reasoning_content="a queen")] * 2
@@ -176,7 +178,7 @@ def test_a_tag_is_not_cut_in_two(texts: Texts) -> None:
 
 
 def test_what_the_template_itself_says_first_is_not_the_assistants(texts: Texts) -> None:
-    """It writes nothing at all for a prompt without messages."""
+    """It renders nothing for a prompt without messages."""
     assert texts("advised", [say("assistant", "the king"), say("user", "who?")]) == (["the king"], [])
 
 
@@ -244,7 +246,7 @@ def test_every_word_of_the_assistant_and_of_nobody_else(
         talk.append(say(role, form.format(*said)))
     path.write_text(json.dumps({"messages": talk}))
     bad: list[str] = []
-    found = [document.text for document in Reader(template=templates[name], bad=bad).documents(str(path))]
+    found = [document.text for document in Reader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))]
     if bad:
         assert found == []
     else:
@@ -307,7 +309,7 @@ def test_a_field_may_hold_a_conversation_or_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"chosen": CHAT}) + "\n" + json.dumps({"chosen": 5}) + "\n")
     bad: list[str] = []
-    assert read(path, field="chosen", bad=bad) == ["naïve 猫", "tea"]
+    assert read(path, field="chosen", left_out=LeftOut(bad)) == ["naïve 猫", "tea"]
     assert bad == [f"{path}, line 2: its field 'chosen' is not text"]
 
 
@@ -344,9 +346,9 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
 
 def test_files_of_a_folder_that_are_not_text_are_named_and_not_counted(tmp_path: Path, toys: Any) -> None:
     good, mixed = fill(tmp_path / "good", GOOD_FILES), fill(tmp_path / "mixed", GOOD_FILES | BAD_FILES)
-    left_out: list[str] = []
+    left_out = LeftOut()
     found = count([mixed], toys["target"], left_out=left_out)
-    assert [line.split(":")[0] for line in left_out] == [str(mixed / name) for name in sorted(BAD_FILES)]
+    assert [line.split(":")[0] for line in left_out.files] == [str(mixed / name) for name in sorted(BAD_FILES)]
     wanted = count([good], toys["target"])
     assert found.counts.tolist() == wanted.counts.tolist() and found.ids.tolist() == wanted.ids.tolist()
     done = run(mixed, "--tokenizer", toys["target"], "-o", tmp_path / "c.npz")
@@ -386,7 +388,7 @@ def test_schemas_grammars_and_prompts_are_read_over_a_mark(tmp_path: Path, mark:
     text = '{"prompt": "naïve tea"}\r\n'
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(mark + text.encode("utf-8" if mark == codecs.BOM_UTF8 else "utf-16-le"))
-    assert read_text(path) == '{"prompt": "naïve tea"}\n'  # as of schemas and grammars
+    assert read_text(path) == '{"prompt": "naïve tea"}\n'  # schemas and grammars are read so
     assert load_prompts(path)[0].messages == [say("user", "naïve tea")]
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert _given(None, path) == '{"prompt": "naïve tea"}'

@@ -68,7 +68,7 @@ def test_the_same_counts_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def save_as(path: Path, **changes: Any) -> Path:
-    """A counts file with some of its arrays changed, or left out where None."""
+    """A counts file with some of its arrays changed, or left out if None."""
     c = some_counts()
     fields = {
         "ids": c.ids, "counts": c.counts, "n_tokens": np.int64(c.n_tokens),
@@ -105,6 +105,27 @@ def test_arrays_that_make_no_sense_are_refused(tmp_path: Path, name: str) -> Non
     with pytest.raises(FileFormatError) as caught:
         Counts.load(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("part_sizes", [1, 1]),
+        ("part_sizes", [4, -1]),
+        ("part_ids", [1, 5, 10]),
+        ("part_ids", [5, 1, 9]),
+        ("part_counts", [7, 0, 7]),
+        ("part_counts", [7, 7]),
+        ("part_keys", '[["a", "b", false]]'),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    parts = {"part_sizes": [2, 1], "part_ids": [1, 5, 9], "part_counts": [7, 1, 7],
+             "part_keys": '[["a", "b", false], ["a", "c", true]]'}  # fmt: skip
+    good = Counts.load(save_as(tmp_path / "good.npz", **{key: np.array(parts[key]) for key in parts}))
+    assert [(part.group.label, part.ids.tolist()) for part in good.parts] == [("b", [1, 5]), ("c", [9])]
+    with pytest.raises(FileFormatError, match="not a counts file"):
+        Counts.load(save_as(tmp_path / "bad.npz", **{key: np.array((parts | {name: value})[key]) for key in parts}))
 
 
 def test_other_files_are_refused(tmp_path: Path, model: Path) -> None:
@@ -170,7 +191,7 @@ def test_counts_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
 
 
 def test_count_counts_as_llama_cpp_tokenizes(tmp_path: Path, model: Path) -> None:
-    """Over a text, a folder and JSON lines; special tokens that stand in a text are text."""
+    """Over a text, a folder and JSON lines; names of special tokens in a text are text."""
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     texts = ["the thing <|im_end|> and\n", "naïve 敏捷\n", "one the", "two and"]
     (tmp_path / "plain.txt").write_text(texts[0], "utf-8")
@@ -238,7 +259,7 @@ def test_what_cannot_be_counted_is_named(tmp_path: Path, model: Path, name: str,
 
 
 def test_half_a_character_in_json_is_counted_as_a_replacement(tmp_path: Path, model: Path) -> None:
-    """JSON can hold half of a surrogate pair, which no UTF-8 can; it must not stop a long count."""
+    """JSON can hold half of a surrogate pair and UTF-8 cannot; it must not stop a long count."""
     (tmp_path / "x.jsonl").write_text('{"text": "the \\ud800 end"}\n')
     assert count([tmp_path / "x.jsonl"], model).total > 0
 
@@ -255,7 +276,7 @@ def test_sources_and_tokenizers_that_are_not_there(tmp_path: Path, model: Path) 
 
 
 def test_ready_counts_for_a_vocabulary_never_seen(model: Path) -> None:
-    """The shipped text, tokenized by it: frequent English letters and merges lead, nothing special is counted."""
+    """The bundled text, tokenized by it: frequent English letters and merges lead, nothing special is counted."""
     known = Vocabulary(GGUFFile(model))
     counts = ready_counts(known)
     counts.require_vocabulary(known)

@@ -78,7 +78,7 @@ def test_answers_of_another_vocabulary(toys: dict[str, Path], tmp_path: Path) ->
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"x": [[1, 2], [3, 600]]}))
     code, said = run(gguf_trim, "speculator", str(toys["good-trimmed"]), "--calibration", str(path))
-    assert (code, "a.json: answer x has token 600, and there are 600" in said) == (1, True)
+    assert (code, "a.json: answer x has token 600; the vocabulary has 600 tokens" in said) == (1, True)
 
 
 def counts_file(path: Path, toys: dict[str, Path], **changes: object) -> Path:

@@ -65,7 +65,7 @@ def test_sampled_answers_depend_on_the_seed_alone(model, tmp_path) -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, HOT])
 def test_a_kill_at_any_byte_neither_loses_nor_repeats_an_answer(model, tmp_path, sampling) -> None:
-    """What a resumed run adds is what an uninterrupted one says, sampled text too; a plan can group it by task."""
+    """A resumed run adds what an uninterrupted one writes, sampled text too; a plan can group it by task."""
     whole = tmp_path / "whole.jsonl"
     generate(PROMPTS, model, whole, n_parallel=3, max_tokens=8, sampling=sampling)
     assert {found.id: found.label for found in read_answers(whole)} == {f"p{i}": f"task{i % 2}" for i in range(6)}

@@ -1,4 +1,4 @@
-"""Grammars in GBNF: llama.cpp's reasons, and that none of them ends or holds up the process that asks."""
+"""Grammars in GBNF: llama.cpp's reasons are given, and no grammar ends or holds up the calling process."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ DOUBLING = "\n".join(f'a{chr(97 + i)} ::= "" | a{chr(98 + i)} a{chr(98 + i)}' fo
     ids=["backwards", "deep", "long", "doubling", "hidden recursion"],
 )
 def test_a_grammar_that_takes_too_much_is_refused(model: Model, grammar: str) -> None:
-    """In a bounded time, and the next one is used as if nothing had been."""
+    """In a bounded time, and the next one works."""
     began = time.monotonic()
     with pytest.raises(SettingError, match=r"over 2 s or 500 MB|stack"):
         Grammar(model, grammar).allowed(np.arange(model.n_vocab))
-    assert time.monotonic() - began < SECONDS + 8  # with the start of the worker, on a machine that does other things
+    assert time.monotonic() - began < SECONDS + 8  # with the start of the worker, on a busy machine
     assert Grammar(model, 'root ::= "a"').allowed(np.arange(model.n_vocab)).sum() == 1
 
 
 def test_a_grammar_that_explodes_later_is_ended_there(model: Model) -> None:
-    """Nothing is wrong with it until a `q` was said."""
+    """Nothing is wrong with it before a `q`."""
     grammar = Grammar(model, f'root ::= "q" "q" "q" aa\n{DOUBLING}\nay ::= "x"')
     assert grammar.allowed(np.arange(model.n_vocab)).sum() == 1
     grammar.accept(model.tokenize("q")[0])
@@ -83,13 +83,13 @@ def test_a_grammar_that_explodes_later_is_ended_there(model: Model) -> None:
         grammar.accept(model.tokenize("q")[0])
 
 
-def test_what_looks_like_nesting_is_none(model: Model) -> None:
+def test_quoted_parentheses_are_not_nesting(model: Model) -> None:
     braces = "(" * 5000
     Grammar(model, f'root ::= "\\"{braces}" | # {braces}\n [\\]"{braces}]')
 
 
 def test_grammars_of_several_threads(model: Model) -> None:
-    """Each has its own place in its own grammar, and stderr stays where it was."""
+    """Each has its own place in its own grammar, and stderr stays the same."""
     before, wrong = os.fstat(2), []
     letters = [model.tokenize(letter)[0] for letter in "abcd"]
 
@@ -128,7 +128,7 @@ def test_it_needs_no_folder_to_write_to(model: Model, monkeypatch: pytest.Monkey
     """As on a read-only file system."""
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.setenv(name, "/nonexistent")
-    monkeypatch.setattr(grammar_module, "_WORKER", Worker())
+    monkeypatch.setattr(grammar_module, "_WORKER", Worker(grammar_module.__name__))
     with pytest.raises(EngineError, match="expecting"):
         Grammar(model, "root ::= (")
     grammar_module._WORKER.end()
@@ -148,7 +148,7 @@ def _ends() -> None:
 
 
 def test_the_worker_is_bounded_and_comes_back() -> None:
-    worker = Worker()
+    worker = Worker(__name__)
     try:
         assert worker.call(_takes, 10 << 20) == 10 << 20
         with pytest.raises(MemoryError):
@@ -163,7 +163,7 @@ def test_the_worker_is_bounded_and_comes_back() -> None:
 
 
 def test_an_interruption_between_question_and_answer_starts_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker()
+    worker = Worker(__name__)
     try:
         assert worker.call(_takes, 1) == 1
         answer = worker._process.stdout  # type: ignore[union-attr]
@@ -221,7 +221,7 @@ def expression(rng: np.random.Generator, depth: int = 0) -> str:
 
 
 def random_grammar(rng: np.random.Generator) -> str:
-    """Mostly one that parses; now and then with something in it that does not belong there."""
+    """Mostly one that parses; now and then with noise in it."""
     text = "\n".join(
         f'{name} ::= "{letter}" {expression(rng)}' for name, letter in (("root", "e"), ("x", "t"), ("y", "o"))
     )

@@ -1,4 +1,4 @@
-"""JSON schemas: what an answer may say is what the schema allows, or the schema is refused by naming the keyword."""
+"""JSON schemas: an answer obeys its schema, or the schema is refused by naming the keyword."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(toys: dict[str, Path]) -> Iterator[Model]:
 
 
 def allows(model: Model, guide: str, text: str) -> bool:
-    """Whether a text may be said token by token, and end there."""
+    """Whether a text is allowed token by token, and may end there."""
     follower = Guide(model, guide)
     for token in model.tokenize(text, special=False, add_bos=False):
         if not follower.allowed(np.array([token]))[0]:
@@ -204,7 +204,7 @@ def test_a_grammar_and_a_schema_at_once() -> None:
         Sampling(grammar='root ::= "a"', guide=schema_guide("{}"))
 
 
-CLOSING = (b'"', b"}", b"]", b",", b":", b"0", b"e", b"l")  # in the order in which they bring an answer to its end
+CLOSING = (b'"', b"}", b"]", b",", b":", b"0", b"e", b"l")  # what ends an answer soonest comes first
 
 
 def answer(model: Model, guide: str, seed: int, free: int = 40) -> str | None:
@@ -331,7 +331,7 @@ def test_no_answer_breaks_its_schema(model: Model, n: int, answers: int) -> None
 
 
 def test_a_schema_that_takes_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the time that it may take; the next one is read."""
+    """When its time is over; the next one is read."""
     monkeypatch.setattr("llamabase.sampling.worker.SECONDS", 0.2)
     with pytest.raises(FileFormatError, match="takes over 2 s or 500 MB to compile"):
         schema_guide(json.dumps({"properties": {f"p{i}": {"type": "integer"} for i in range(3000)}}))

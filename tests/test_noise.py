@@ -1,4 +1,4 @@
-"""Shared noise: its numbers are exponential and independent, draws follow p, and two draws agree as often as said."""
+"""Shared noise: its numbers are exponential and independent, draws follow p, and `agreement` is how often two agree."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamabase.sampling import noise as noise_module
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import Distribution
+from llamabase.sampling.noise import Distribution, Noise
 
 MASK = 2**64 - 1
 N = 20_000
@@ -32,7 +31,7 @@ def flat(uniform: np.ndarray, bins: int) -> float:
 
 
 def series() -> dict[str, np.ndarray]:
-    """Uniforms of many seeds, of many positions and of many ids, the other two held."""
+    """Uniforms of many seeds, of many positions and of many ids, with the other two fixed."""
     return {
         "seeds": np.exp(-np.array([Noise(seed).exponentials(9, IDS[5:6])[0] for seed in range(N // 4)])),
         "positions": np.exp(-np.array([Noise(1).exponentials(at, IDS[5:6])[0] for at in range(N // 4)])),
@@ -41,7 +40,7 @@ def series() -> dict[str, np.ndarray]:
 
 
 def pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Uniforms that stand beside each other, in every direction."""
+    """Uniforms of neighbours, in every direction."""
 
     def row(seed: int, position: int, first: int = 0) -> np.ndarray:
         return np.exp(-Noise(seed).exponentials(position, IDS + first))
@@ -105,7 +104,7 @@ def mixed(bits: int) -> int:
 
 @given(st.integers(0, 2**70), st.integers(0, 10**6), st.lists(st.integers(0, 2**18), min_size=1, max_size=9))
 def test_a_number_is_a_function_of_seed_position_and_id(seed: int, position: int, ids: list[int]) -> None:
-    """Of no other: not of the ids beside it, nor of what was drawn before. Reckoned again with Python's integers."""
+    """And of nothing else, such as other ids or earlier draws. Computed again with Python's integers."""
     found = Noise(seed).exponentials(position, np.array(ids))
     key, step = int(Noise(seed)._key[0]), 0x9E3779B97F4A7C15
     first, second = (mixed((key + (2 * position + i) * step) & MASK) for i in range(2))
@@ -161,7 +160,7 @@ def agreement_by_hand(p: Distribution, q: Distribution) -> float:
 
 @given(weights, weights, st.integers(0, 6))
 def test_agreement_is_the_formula(a: list[float], b: list[float], moved: int) -> None:
-    """Of laws over ids that overlap, with zeros and ties; within what is known of it, and the same both ways."""
+    """For overlapping ids, zeros and ties; it is symmetric, and lies within the known bounds."""
     p, q = dist(np.array(a)), dist(np.array(b), np.arange(len(b)) + moved)
     found = p.agreement(q)
     assert found == pytest.approx(agreement_by_hand(p, q), rel=1e-9, abs=1e-12)
@@ -182,6 +181,6 @@ def test_agreement_is_how_often_two_draws_are_the_same(seed: int, n: int, spread
 
 
 def test_agreement_of_laws_over_a_whole_vocabulary() -> None:
-    """Half the ids twice as likely, the other half with the other law: term by term 1 / 228,000 each, so 2/3."""
+    """Half the ids are twice as likely under p, the other half under q: each term is 1 / 228,000, the sum 2/3."""
     twice = np.where(np.arange(152_000) % 2, 1.0, 2.0)
     assert dist(twice).agreement(dist(3 - twice)) == pytest.approx(2 / 3)

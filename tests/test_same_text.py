@@ -1,4 +1,4 @@
-"""Sampled text is the same however it was drafted, and follows the target's law; on real llama.cpp, toys in F32."""
+"""Sampled text is the same however it is drafted, and follows the target's distribution; real llama.cpp, F32 toys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runner.loop.speculative import Round
 
 from .chains import llama_cpp_chain
 
-PROMPT = "tea and tea and the sea and tea and the"  # of which something may be looked up
+PROMPT = "tea and tea and the sea and tea and the"  # whose repetitions lookup can draft
 N = 30
 SCHEMA = {
     "type": "array", "minItems": 20, "items": {"type": "string", "pattern": "^[a-z]{2,4}[0-9]$"},
@@ -68,14 +68,14 @@ def plain(engines) -> Callable[[str, int], list[int]]:
     def get(kind: str, seed: int) -> list[int]:
         if (kind, seed) not in texts:
             texts[kind, seed] = text_of(engines(None), SAMPLINGS[kind], draft_max=0, seed=seed)
-            assert len(set(texts[kind, seed])) > 8  # a text of little else than one token would prove little
+            assert len(set(texts[kind, seed])) > 8  # a text of one token would prove little
         return texts[kind, seed]
 
     return get
 
 
 class Moody(NoDrafter):
-    """In each round, at random: a model's drafts, the text's own suggestions, anything, or nothing. Any number."""
+    """Drafts at random in each round: a model's, the text's own suggestions, anything, or nothing; any number."""
 
     def __init__(self, drafter: ModelDrafter, seed: int) -> None:
         self._drafter, self._lookup, self._rng = drafter, Lookup(), np.random.default_rng(seed)
@@ -96,7 +96,7 @@ class Moody(NoDrafter):
 @pytest.mark.parametrize("kind", SAMPLINGS)
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_text_is_the_plain_one_whatever_the_drafter(engines, plain, eager, name: str, kind: str) -> None:
-    """Its vocabulary and the draft length; also by cost, which a clock decides, and at random."""
+    """Whatever its vocabulary and the draft length, also if a clock or chance decides the length."""
     engine, sampling = engines(name), SAMPLINGS[kind]
     engine.measure()
     for seed in SEEDS:
@@ -124,7 +124,7 @@ def test_text_is_the_plain_one_with_the_texts_own_suggestions(engines, plain, ea
 
 @pytest.mark.parametrize("kind", ["all ids", "filters", "penalties"])
 def test_drafts_are_accepted_where_laws_agree(engines, kind: str) -> None:
-    """All where q is p, some of good drafts, hardly any of wrong ones. (A grammar is known to p alone.)"""
+    """All if q is p, some of good drafts, hardly any of wrong ones. (Only p knows the grammar.)"""
     rates = {}
     for name in ("target", "good-trimmed", "wrong"):
         rounds = [r for seed in range(6) for r in rounds_of(engines(name), SAMPLINGS[kind], draft_max=3, seed=seed)]
@@ -196,7 +196,7 @@ STATE = (tell_the_chain_of_every_draft, tell_the_chain_of_none)
 
 
 class HalfRight(NoDrafter):
-    """Drafts a text that it knows, but for every fourth token."""
+    """Drafts a text that it knows, except every fourth token."""
 
     def __init__(self, engine: Engine, answer: list[int]) -> None:
         self._start, self._answer = len(engine.model.tokenize(PROMPT)), answer
@@ -227,8 +227,8 @@ def test_a_fault_of_the_loop_changes_the_text(engines, plain, fault, kind: str, 
         assert found != wanted
 
 
-# Few tokens, all of them likely. By the bias the same ones come again and again; by negative penalties what was said in
-# the same round matters.
+# Few tokens, all of them likely. The bias repeats the same ones; with negative penalties the tokens of the same round
+# matter.
 LAWS = {
     "bias": Sampling(temp=3.0, top_k=4, top_p=1, min_p=0, logit_bias=dict.fromkeys(range(65, 70), 60.0)),
     "penalties": Sampling(
@@ -249,14 +249,14 @@ LENGTH = 3
 
 
 def wanted_law(engine: Engine, sampling: Sampling) -> dict[tuple[int, ...], float]:
-    """The law of the target alone under llama.cpp's own samplers."""
+    """The distribution of the target alone under llama.cpp's own samplers."""
     prompt, law = engine.model.tokenize(PROMPT), {(): 1.0}
     for _ in range(LENGTH):
         longer = {}
         for said, mass in law.items():
             engine.reader.keep([], 0)
             logits = engine.reader.read([*prompt, *said], 1)[0].copy()
-            # Whether XTC acts is a coin of its own at every position.
+            # At every position a coin of its own decides whether XTC acts.
             for acts, share in ((1.0, sampling.xtc_probability), (0.0, 1 - sampling.xtc_probability)):
                 one = replace(sampling, xtc_probability=acts)
                 for token, chance in llama_cpp_chain(one, logits, prompt, said, engine.model).items():
@@ -266,7 +266,7 @@ def wanted_law(engine: Engine, sampling: Sampling) -> dict[tuple[int, ...], floa
 
 
 def law_error(engine: Engine, sampling: Sampling, n: int = 800, **settings: object) -> float:
-    """Chi-square of the first tokens over seeds, in standard deviations above its mean; inf where one cannot be."""
+    """Chi-square of the first tokens over seeds, in standard deviations above its mean; inf if one cannot occur."""
     wanted = wanted_law(engine, sampling)
     counts = dict.fromkeys(wanted, 0)
     for seed in range(n):
@@ -283,7 +283,7 @@ def law_error(engine: Engine, sampling: Sampling, n: int = 800, **settings: obje
 
 
 class Likely(NoDrafter):
-    """Drafts, blind to the text and without the noise, the likeliest answer: often right."""
+    """Drafts the likeliest answer whatever the text and the noise are: often right."""
 
     def __init__(self, engine: Engine, sampling: Sampling) -> None:
         wanted = wanted_law(engine, sampling)

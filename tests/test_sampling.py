@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamabase.sampling.chain import Chain
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import Distribution, Sampling
+from llamabase.sampling.noise import Distribution, Noise
+from llamabase.sampling.settings import Sampling
 from runner.loop.acceptance import accept
 
 from .chains import llama_cpp_chain

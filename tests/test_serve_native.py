@@ -237,10 +237,10 @@ def test_an_empty_prompt_is_bos(server: tuple[str, Server], model: Model) -> Non
         ({"prompt": "a", "lora": [{"id": 0, "scale": 0.5}]}, "lora", "no adapter is loaded"),
         ({"prompt": "a", "n_probs": 3, "post_sampling_probs": True}, "post_sampling_probs", "before the samplers"),
         ({"prompt": "a", "min_tokens": 5}, "min_tokens", "no answer can be kept from ending"),
-        ({"prompt": "a", "adaptive_target": 0.4}, "adaptive_target", "adaptive_p follows what it has drawn itself"),
-        ({"prompt": "a", "mirostat": 2}, "mirostat", "is not to be had"),
+        ({"prompt": "a", "adaptive_target": 0.4}, "adaptive_target", "adaptive_p follows its own draws"),
+        ({"prompt": "a", "mirostat": 2}, "mirostat", "is not supported"),
         ({"prompt": "a", "n_predict": -3}, "n_predict", "greater than or equal to -2"),
-        ({"prompt": "a", "samplers": "kz"}, "samplers", "kz: is no sampler"),
+        ({"prompt": "a", "samplers": "kz"}, "samplers", "kz: is not a sampler"),
         ({"prompt": "a", "n_probs": 21}, "n_probs", "less than or equal to 20"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Documents from every kind of source, and what is said of a bad one."""
+"""Documents from every kind of source, and messages about bad ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_of_a_chat_only_the_assistant_counts_as_the_template_writes_it(tmp_path:
     with Model(toys["target"], vocab_only=True) as model:
         end = model.tokenize("<|im_end|>")
         wanted = sum(len(model.tokenize(text)) for text in ("the king", "the sea")) + 2
-    held = sum(int(part.counts.sum()) for part in counts.parts if part.held_out)
+    held = sum(int(part.counts.sum()) for part in counts.parts if part.group.held_out)
     assert counts.total + held == wanted
     assert counts.counts[counts.ids == end[0]].tolist() == [2] or held
 
@@ -122,7 +122,7 @@ def test_held_out_is_decided_by_the_text_alone_and_never_counted(tmp_path: Path,
         kept = sum(len(model.tokenize(line, special=False)) for line in lines if not held_out(line))
         out = sum(len(model.tokenize(line, special=False)) for line in lines if held_out(line))
     assert counts.total == kept
-    assert sum(int(part.counts.sum()) for part in counts.parts if part.held_out) == out
+    assert sum(int(part.counts.sum()) for part in counts.parts if part.group.held_out) == out
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_merging_in_any_order_and_grouping_gives_the_same_bytes(tmp_path: Path, 
     assert (merged[0].ids == whole.ids).all()
     assert (merged[0].counts == whole.counts).all()
     loaded = Counts.load(tmp_path / "m0.npz")
-    assert [part.key for part in loaded.parts] == [part.key for part in whole.parts]
+    assert [part.group for part in loaded.parts] == [part.group for part in whole.parts]
     doubled = merge([a, b], [2, 0.5])
     assert doubled.total == pytest.approx(2 * a.total + 0.5 * b.total, abs=len(b.ids))
     with pytest.raises(VocabularyMismatch):

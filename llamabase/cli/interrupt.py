@@ -1,7 +1,4 @@
-"""Ctrl-C before a command has begun, and while llama.cpp computes.
-
-Imports nothing that takes time: the imports are what the first is about.
-"""
+"""Ctrl-C while a command is still importing. Itself it imports nothing slow."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import NoReturn
 
 def leave_to_the_system() -> None:
     """Let Ctrl-C end the process at once and without a traceback, until `take_back`. A shell sees 130."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a process in the background ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(module: str, name: str) -> NoReturn:
-    """Be the console script `name`: the `main` of a module, which takes a while to import."""
+    """Run the console script `name`: the `main` of a module that takes a while to import."""
     leave_to_the_system()
     sys.exit(import_module(module).main(prog_name=name))
 

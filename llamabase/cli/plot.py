@@ -13,7 +13,7 @@ from llamabase.files import PLOT, write_whole
 
 @contextlib.contextmanager
 def drawing(path: Path, size: tuple[float, float] = (8, 5), dpi: int = 120) -> Iterator[Any]:
-    """A matplotlib Figure of some inches to draw on, which is then written. Raises TrimError without [plot]."""
+    """Yield a matplotlib Figure (size in inches) to draw on, then write it. Raises TrimError without [plot]."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""llama.cpp's own samplers over one text: from rows of logits to the law of the next token.
+"""llama.cpp's own samplers over one text: from rows of logits to the distribution of the next token.
 
-The samplers are llama.cpp's (`llama_sampler_*`), applied to an array of tokens: what they leave of it is the law. It is
-drawn from with noise of our own (`llamabase.sampling.noise`). They are shown no more tokens than can matter.
+Samplers (`llama_sampler_*`) are applied to an array of the tokens that can matter; what they leave is the distribution.
+It is drawn from with noise of our own (`llamabase.sampling.noise`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from llamabase.llama.model import Model
 
 from .grammar import Grammar
 from .guidance import Guide
-from .noise import Noise
-from .settings import Distribution, Sampling
+from .noise import Distribution, Noise
+from .settings import Sampling
 from .tokens import Tokens
 
-STEPS = (1, 64, 1024)  # so many of the likeliest tokens are shown before all of them are
+STEPS = (1, 64, 1024)  # numbers of likeliest tokens to try before the whole vocabulary
 ALL = 1 << 20  # tokens that penalties over the whole text look back at: more than any context holds
-_KEPT = 8  # sets of DRY's settings of a model, each some megabytes
-_GROUPS = 4  # of scores, for each score that is looked for
-_LEAST = float(np.finfo(np.float32).min)  # that a token which may come can have
-_NOTHING = 87.0  # logits below the best: e to the minus this is nothing in float32, of which typical makes NaN
+_DRY_SETTINGS = 8  # most settings of DRY that a model keeps samplers of, each some megabytes
+_GROUPS = 4  # groups of scores for each score wanted
+_LEAST = float(np.finfo(np.float32).min)  # least logit of a token that may come
+_NOTHING = 87.0  # logits below the best: e to the minus this is 0 in float32, of which typical makes NaN
 
 
 class Constraint(Protocol):
-    """What an answer must obey, and the place that it has reached in it: a `Grammar` or a `Guide`."""
+    """What an answer must obey, and the place that a text has reached in it: a `Grammar` or a `Guide`."""
 
     def allowed(self, ids: np.ndarray) -> np.ndarray:
-        """Which of these tokens (int, n) may come next (bool, n)."""
+        """Which of these tokens (int, n, ascending) may come next (bool, n)."""
 
     def fitting(self, drafts: list[int]) -> int:
         """How many of the drafts, from the first on, are worth verifying: the one after them may not come."""
@@ -45,11 +45,11 @@ class Constraint(Protocol):
 
 
 class Chain(Owner):
-    """From rows of logits to laws, one token of a text after another.
+    """Turns rows of logits into distributions, one token of a text after another.
 
-    `text` is what was said so far: it counts for penalties and DRY and is not part of what grammar or guide describes,
-    as in llama-server. `noise` says where XTC acts; target and drafter share it. Without a `model`, for a drafter,
-    whose law may be any, grammar, guide and infill are left out and DRY has no sequence breakers.
+    `text` is what came before: penalties and DRY count it, and grammar or guide do not describe it, as in llama-server.
+    `noise` decides at which positions XTC acts; target and drafter share it. A drafter's distribution may be any, so it
+    needs no `model`: grammar, guide and infill are left out then, and DRY has no sequence breakers.
 
     Raises EngineError for a grammar that does not parse and for a bias of a token that the model does not have.
     """
@@ -77,25 +77,22 @@ class Chain(Owner):
         for name in sampling.chain:
             self._samplers.append((name, _make(name, sampling, model)))
         self._sight, n = sampling.sight, len(sampling.leading)
-        self._first = [sampler for _, sampler in self._samplers[:n]]
+        self._leading = [sampler for _, sampler in self._samplers[:n]]
         self._rest = self._samplers[n:]
-        self._raises = n > 0 and (
-            sampling.repeat_penalty < 1
-            or min(sampling.presence_penalty, sampling.frequency_penalty, sampling.dry_multiplier) < 0
-        )
+        penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.dry_multiplier
+        self._raises = n > 0 and (sampling.repeat_penalty < 1 or min(penalties) < 0)
         self._remembering = [sampler for name, sampler in self._samplers if name in ("penalties", "dry")]
         if self._remembering:
             for token in text[-max(_last(sampling.repeat_last_n), _last(sampling.dry_penalty_last_n)) :]:
                 self._remember(token)
 
     def distribution(self, logits: np.ndarray, ids: np.ndarray | None = None) -> Distribution:
-        """The law of the next token, from its row of logits (float32, n).
+        """The distribution of the next token, from its row of logits (float32, n).
 
-        `ids[i]` (ascending) is the token of logits[i]; without it i itself is. Raises EngineError where no token is
-        left.
+        `ids[i]` (ascending) is the token of logits[i]; without `ids` it is i. Raises EngineError if no token is left.
         """
         logits = self._with_bias(logits, ids)
-        if self._sight == 1 and not self._first and self._constraint is None:
+        if self._sight == 1 and not self._leading and self._constraint is None:
             best = int(logits.argmax())
             _require_one(logits[best])
             return Distribution(np.array([best if ids is None else ids[best]]), np.ones(1))
@@ -106,19 +103,19 @@ class Chain(Owner):
         for name, sampler in self._rest:
             if name == "temperature" and self._sampling.greedy:
                 tokens = Tokens(_best(tokens.left))
-            elif name == "typ_p":
+                continue
+            if name == "typ_p":
                 left = tokens.left
                 tokens = Tokens(left[left["logit"] > left["logit"].max() - _NOTHING])
+            if name != "xtc" or self._xtc_acts():
                 tokens.apply(sampler)
-            elif name != "xtc" or self._acts():
-                tokens.apply(sampler)
-        return _law(tokens.left)
+        return _distribution(tokens.left)
 
     def logits(self, logits: np.ndarray) -> np.ndarray:
-        """The row (float32, n_vocab) as bias, constraint and leading samplers make it, -inf for what may not come."""
-        found = self._shown(self._with_bias(logits, None), None, None).left
+        """The row (float32, n_vocab) after bias, constraint and leading samplers, -inf for what may not come."""
+        left = self._shown(self._with_bias(logits, None), None, None).left
         row = np.empty(len(logits), np.float32)
-        row[found["id"]] = found["logit"]
+        row[left["id"]] = left["logit"]
         return row
 
     def accept(self, token: int) -> None:
@@ -141,12 +138,12 @@ class Chain(Owner):
         for sampler in self._remembering:
             llama_cpp.llama_sampler_accept(sampler, token)
 
-    def _acts(self) -> bool:
-        """Whether XTC acts at this position: a function of seed and position, so of nothing that was drafted."""
+    def _xtc_acts(self) -> bool:
+        """Whether XTC acts at this position: a function of seed and position, so independent of any draft."""
         return self._noise is not None and self._noise.uniform(self._position) < self._sampling.xtc_probability
 
     def _with_bias(self, logits: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
-        """The row with the bias. llama.cpp's own sampler looks through all biases for every token."""
+        """The row with the bias. llama.cpp's own sampler searches all biases for every token."""
         if not len(self._biased):
             return logits
         places = self._biased if ids is None else np.searchsorted(ids, self._biased)
@@ -158,43 +155,40 @@ class Chain(Owner):
         return logits
 
     def _shown(self, logits: np.ndarray, ids: np.ndarray | None, sight: int | None) -> Tokens:
-        """What constraint and leading samplers make of as few of the likeliest tokens as hold the `sight` likeliest.
+        """The smallest top-n, after constraint and leading samplers, that is certain to contain the `sight` likeliest.
 
-        Those that were not shown had lesser logits, which nothing raises. So if as many as are wanted still reach the
-        least that was shown, or that one may not come itself, no other can come in.
+        It is certain if `sight` tokens still reach the least logit of the top-n: the others are below it, and nothing
+        raises them. The constraint is asked about each top-n first, which is mostly enough, and then about all tokens.
         """
         wanted = len(logits) if sight is None or self._raises else sight
         steps = [n for n in STEPS if wanted <= n < len(logits)]
-        for n in steps:  # asking the constraint about these alone, which mostly does
-            places = likeliest(logits, n)
-            of = places if ids is None else ids[places]
-            tokens, least = self._led(of, self._permitted(of, logits[places])), logits[places].min()
-            if np.count_nonzero(tokens.left["logit"] >= max(least, _LEAST)) >= wanted:
-                return tokens
-        ids = np.arange(len(logits)) if ids is None else ids
-        logits = self._permitted(ids, logits)
-        for n in steps if self._constraint is not None else ():
-            places = likeliest(logits, n)
-            tokens, least = self._led(ids[places], logits[places]), logits[places].min()
-            if least == -np.inf or np.count_nonzero(tokens.left["logit"] >= least) >= wanted:
-                return tokens
-        return self._led(ids, logits)
+        masked = self._constraint is None
+        while True:
+            for n in steps:
+                places = likeliest(logits, n)
+                row, of = logits[places], places if ids is None else ids[places]
+                tokens, least = self._led(of, row if masked else self._permitted(of, row)), row.min()
+                if least == -np.inf or np.count_nonzero(tokens.left["logit"] >= max(least, _LEAST)) >= wanted:
+                    return tokens
+            ids = np.arange(len(logits)) if ids is None else ids
+            if masked:
+                return self._led(ids, logits)
+            logits, masked = self._permitted(ids, logits), True
 
     def _led(self, ids: np.ndarray, logits: np.ndarray) -> Tokens:
         tokens = Tokens.of(ids, logits)
-        for sampler in self._first:
+        for sampler in self._leading:
             tokens.apply(sampler)
         return tokens
 
     def _permitted(self, ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """The logits of these tokens, -inf where the constraint forbids one."""
-        if self._constraint is None:
-            return logits
+        """The logits of these tokens, -inf for those that the constraint forbids."""
+        assert self._constraint is not None
         return np.where(self._constraint.allowed(ids), logits, np.float32(-np.inf))
 
 
 def likeliest(scores: np.ndarray, m: int) -> np.ndarray:
-    """Places (ascending) of the m greatest scores, and of some that are next; of equal ones for m = 1 the first.
+    """Places (ascending) of the m greatest scores, and of some that are next; for m = 1 the first of equals alone.
 
     m groups of scores reach the m-th greatest of the groups' maxima, so no score below it is looked at.
     """
@@ -216,72 +210,60 @@ def _require_one(best: float) -> None:
 
 
 def _best(left: np.ndarray) -> np.ndarray:
-    """The token of the greatest logit, of equals that of the lowest id."""
+    """The token of the greatest logit; among equals that of the lowest id."""
     best: np.ndarray = left[left["logit"] == left["logit"].max()]
-    return best if len(best) == 1 else best[[best["id"].argmin()]]
+    return best[[best["id"].argmin()]]
 
 
-def _law(left: np.ndarray) -> Distribution:
+def _distribution(left: np.ndarray) -> Distribution:
     left = left[left["logit"] > -np.inf]
-    ids = left["id"].astype(np.int64)
+    if (np.diff(left["id"]) < 0).any():
+        left = left[np.argsort(left["id"])]
     values = left["logit"].astype(np.float64)
-    if (np.diff(ids) < 0).any():
-        order = np.argsort(ids)
-        ids, values = ids[order], values[order]
     best = values.max()
     if not best < np.inf:  # nor is NaN
-        raise SettingError("samplers: what they leave is no law; choose milder settings")
+        raise SettingError("samplers: they leave no distribution; choose milder settings")
     weights = np.exp(values - best)
-    return Distribution(ids, weights / weights.sum())
+    return Distribution(left["id"].astype(np.int64), weights / weights.sum())
 
 
 def _last(n: int) -> int:
-    """How many tokens are looked back at; less than none is all of them."""
+    """How many tokens to look back at; a negative n means all."""
     return ALL if n < 0 else min(n, ALL)
 
 
-def _make(name: str, sampling: Sampling, model: Model | None) -> Any:
-    """One of llama.cpp's samplers, as it is set."""
-    keep = min(max(sampling.min_keep, 0), ALL)
-    match name:
-        case "penalties":
-            n_vocab = 0 if model is None else model.n_vocab  # of which the samplers of the CPU take no notice
-            penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
-            return llama_cpp.llama_sampler_init_penalties(n_vocab, _last(sampling.repeat_last_n), *penalties)
-        case "dry":
-            return _dry(sampling, model)
-        case "top_n_sigma":
-            return llama_cpp.llama_sampler_init_top_n_sigma(sampling.top_n_sigma)
-        case "top_k":
-            return llama_cpp.llama_sampler_init_top_k(min(sampling.top_k, ALL))
-        case "typ_p":
-            return llama_cpp.llama_sampler_init_typical(sampling.typical_p, keep)
-        case "top_p":
-            return llama_cpp.llama_sampler_init_top_p(sampling.top_p, keep)
-        case "min_p":
-            return llama_cpp.llama_sampler_init_min_p(sampling.min_p, keep)
-        case "xtc":  # which always acts: we say when
-            return llama_cpp.llama_sampler_init_xtc(1.0, sampling.xtc_threshold, keep, 0)
-        case "temperature":
-            return llama_cpp.llama_sampler_init_temp_ext(
-                sampling.temp, sampling.dynatemp_range, sampling.dynatemp_exponent
-            )
-        case "infill" if model is not None:
-            return llama_cpp.llama_sampler_init_infill(model.vocab)
-    return llama_cpp.llama_sampler_init_temp(1.0)  # infill without a vocabulary: changes nothing
+def _make(name: str, s: Sampling, model: Model | None) -> Any:
+    """One of llama.cpp's samplers with its settings."""
+    keep = min(max(s.min_keep, 0), ALL)
+    n_vocab = 0 if model is None else model.n_vocab  # which penalties on the CPU ignore
+    penalties = s.repeat_penalty, s.frequency_penalty, s.presence_penalty
+    if name == "infill" and model is None:
+        return llama_cpp.llama_sampler_init_temp(1.0)  # changes nothing
+    return {
+        "penalties": lambda: llama_cpp.llama_sampler_init_penalties(n_vocab, _last(s.repeat_last_n), *penalties),
+        "dry": lambda: _dry(s, model),
+        "top_n_sigma": lambda: llama_cpp.llama_sampler_init_top_n_sigma(s.top_n_sigma),
+        "top_k": lambda: llama_cpp.llama_sampler_init_top_k(min(s.top_k, ALL)),
+        "typ_p": lambda: llama_cpp.llama_sampler_init_typical(s.typical_p, keep),
+        "top_p": lambda: llama_cpp.llama_sampler_init_top_p(s.top_p, keep),
+        "min_p": lambda: llama_cpp.llama_sampler_init_min_p(s.min_p, keep),
+        "xtc": lambda: llama_cpp.llama_sampler_init_xtc(1.0, s.xtc_threshold, keep, 0),  # acts whenever it is applied
+        "temperature": lambda: llama_cpp.llama_sampler_init_temp_ext(s.temp, s.dynatemp_range, s.dynatemp_exponent),
+        "infill": lambda: llama_cpp.llama_sampler_init_infill(model.vocab),  # type: ignore[union-attr]
+    }[name]()
 
 
-def _dry(sampling: Sampling, model: Model | None) -> Any:
-    """DRY. The tokens that a breaker is in are looked for in the whole vocabulary: once for a model."""
-    lengths = min(max(sampling.dry_allowed_length, 0), ALL), _last(sampling.dry_penalty_last_n)
-    settings = sampling.dry_multiplier, sampling.dry_base, *lengths
+def _dry(s: Sampling, model: Model | None) -> Any:
+    """DRY. It searches the whole vocabulary for tokens that contain a breaker, so a model keeps its samplers."""
+    lengths = min(max(s.dry_allowed_length, 0), ALL), _last(s.dry_penalty_last_n)
+    settings = s.dry_multiplier, s.dry_base, *lengths
     if model is None:
         return llama_cpp.llama_sampler_init_dry(None, *settings, None, 0)
-    key = (settings, tuple(sampling.dry_sequence_breakers))
+    key = (settings, tuple(s.dry_sequence_breakers))
     if key not in model.samplers:
-        if len(model.samplers) == _KEPT:
+        if len(model.samplers) == _DRY_SETTINGS:
             llama_cpp.llama_sampler_free(model.samplers.pop(next(iter(model.samplers))))
-        breakers = [breaker.encode("utf-8", "replace") for breaker in sampling.dry_sequence_breakers]
+        breakers = [breaker.encode("utf-8", "replace") for breaker in s.dry_sequence_breakers]
         array = (ctypes.c_char_p * len(breakers))(*breakers)
         model.samplers[key] = llama_cpp.llama_sampler_init_dry(model.vocab, *settings, array, len(breakers))
     return llama_cpp.llama_sampler_clone(model.samplers[key])

@@ -1,7 +1,8 @@
-"""How to sample: llama.cpp's settings, and the law of a token that they make."""
+"""How to sample: llama.cpp's settings and their checks."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -9,10 +10,8 @@ import numpy as np
 
 from llamabase.errors import SettingError
 
-from .noise import Noise
-
-MOST_SAMPLERS = 32  # of a chain: penalties take 4 MB each
-LARGEST = 1e30  # of a setting: float32 holds what penalties and bias make of logits, however often they are added up
+MOST_SAMPLERS = 32  # samplers in a chain: penalties take 4 MB each
+LARGEST = 1e30  # absolute value of a setting: float32 holds logits after any number of such penalties and biases
 
 # llama.cpp's samplers in its order, by the names that --samplers takes, and the letter of each in --sampler-seq.
 LETTERS = {
@@ -27,62 +26,24 @@ LETTERS = {
     "temperature": "t",
     "infill": "i",
 }
-OFF = "adaptive_p"  # a sampler that llama.cpp has; it does nothing as long as its target is negative
+OFF = "adaptive_p"  # a sampler of llama.cpp's that does nothing while its target is negative
 DEFAULT = tuple(name for name in LETTERS if name != "infill")
 _OTHER_NAMES = {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"}
-_OWN_DRAWS = "follows what it has drawn itself, and here the target draws with noise that it shares with the drafter"
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """Probabilities (float64, sum 1) of some token ids (ascending); every other id has probability 0."""
-
-    ids: np.ndarray
-    probs: np.ndarray
-
-    def of(self, token: int) -> float:
-        """The probability of one token."""
-        i = int(np.searchsorted(self.ids, token))
-        return float(self.probs[i]) if i < len(self.ids) and self.ids[i] == token else 0.0
-
-    def agreement(self, other: Distribution) -> float:
-        """The chance that both draw the same token with the same noise.
-
-        That is the sum over x of 1 / sum over y of max(p(y) / p(x), q(y) / q(x)) (arXiv 2408.07978), never above the
-        sum of min(p, q). Sorted by p / q, the first of the two is the greater for x and all after it.
-        """
-        _, a, b = np.intersect1d(self.ids, other.ids, assume_unique=True, return_indices=True)
-        p, q = self.probs[a], other.probs[b]
-        seen = np.minimum(p, q) > 1e-300  # the rest adds nothing and would overflow
-        p, q = p[seen], q[seen]
-        order = np.argsort(p / q)
-        p, q = p[order], q[order]
-        after, before = 1 - (np.cumsum(p) - p), 1 - np.cumsum(q[::-1])[::-1]
-        return float((1 / (after / p + before / q)).sum())
-
-    def draw(self, noise: Noise, position: int) -> int:
-        """The token at a position of a text: the argmax of log p + Gumbel noise, which follows p.
-
-        Written as p over exponential noise, where no logarithm meets a p of 0. A single token needs no noise.
-        """
-        if len(self.ids) == 1:
-            return int(self.ids[0])
-        return int(self.ids[np.argmax(self.probs / noise.exponentials(position, self.ids))])
+_OWN_DRAWS = "follows its own draws, and here the target draws with noise that it shares with the drafter"
 
 
 @dataclass(frozen=True)
 class Sampling:
     """llama.cpp's sampler settings with its defaults; `llamabase.sampling.chain.Chain` applies them to a text.
 
-    temp 0 is greedy; top_k <= 0, typical_p >= 1, top_p >= 1, min_p <= 0, top_n_sigma <= 0, xtc_probability 0 and
-    dynatemp_range 0 switch theirs off. The penalties look at the last repeat_last_n tokens (0: none, -1: all);
-    repeat_penalty 1 and the others 0 switch them off. dry_multiplier 0 switches DRY off, which looks at the last
-    dry_penalty_last_n tokens likewise. logit_bias is added to the logits of its token ids, -inf bans one. grammar is a
-    GBNF, guide what `guidance` makes of a JSON schema; empty for none. Those and the bias come first, then
-    `samplers` in their order.
+    temp 0 is greedy. These values switch a sampler off: top_k <= 0, typical_p >= 1, top_p >= 1, min_p <= 0,
+    top_n_sigma <= 0, xtc_probability 0, dynatemp_range 0, dry_multiplier 0, repeat_penalty 1 and the other penalties 0.
+    Penalties look at the last repeat_last_n tokens (0: none, -1: all), DRY likewise at dry_penalty_last_n. logit_bias
+    is added to the logits of its token ids; -inf bans one. grammar is a GBNF, guide what `guidance` makes of a JSON
+    schema; empty for none. Bias and grammar or guide come first, then `samplers` in their order.
 
-    Raises SettingError, which is a ValueError, for what is no number or too large to reckon with, and for samplers that
-    are none of LETTERS or that draw tokens themselves.
+    Raises SettingError, which is a ValueError, for a number that is NaN or too large to compute with, and for samplers
+    that are not in LETTERS or that draw tokens themselves.
     """
 
     temp: float = 0.8
@@ -107,7 +68,7 @@ class Sampling:
     dry_allowed_length: int = 2
     dry_penalty_last_n: int = 64
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    min_keep: int = 0  # tokens that top_p, min_p, typical and XTC leave at least
+    min_keep: int = 0  # fewest tokens that top_p, min_p, typical and XTC leave
     samplers: tuple[str, ...] = DEFAULT
     mirostat: int = 0
     adaptive_target: float = -1.0
@@ -123,45 +84,33 @@ class Sampling:
         if self.grammar and self.guide:
             raise SettingError("grammar: give a grammar or a JSON schema, not both")
         if self.mirostat:
-            raise SettingError(f"mirostat={self.mirostat} is not to be had: Mirostat {_OWN_DRAWS}")
+            raise SettingError(f"mirostat={self.mirostat} is not supported: Mirostat {_OWN_DRAWS}")
         if self.adaptive_target >= 0:
-            raise SettingError(f"adaptive_target={self.adaptive_target} is not to be had: adaptive_p {_OWN_DRAWS}")
+            raise SettingError(f"adaptive_target={self.adaptive_target} is not supported: adaptive_p {_OWN_DRAWS}")
         if len(self.samplers) > MOST_SAMPLERS:
             raise SettingError(f"samplers: {len(self.samplers)} are more than the {MOST_SAMPLERS} that may be chained")
         for name in self.samplers:
             if name not in (*LETTERS, OFF):
-                raise SettingError(f"{name}: is no sampler; there are {', '.join(LETTERS)}")
-
-    def does(self, sampler: str) -> bool:
-        """Whether a sampler of the chain does anything as it is set."""
-        match sampler:
-            case "penalties":
-                on = self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-                return on and self.repeat_last_n != 0
-            case "dry":
-                return self.dry_multiplier != 0 and self.dry_base >= 1 and self.dry_penalty_last_n != 0
-            case "top_n_sigma":
-                return self.top_n_sigma > 0
-            case "top_k":
-                return self.top_k > 0
-            case "typ_p":
-                return self.typical_p < 1
-            case "top_p":
-                return self.top_p < 1
-            case "min_p":
-                return self.min_p > 0
-            case "xtc":
-                return self.xtc_probability > 0 and self.xtc_threshold <= 0.5
-            case "adaptive_p":
-                return False
-            case "temperature":
-                return self.temp != 1 or self.dynatemp_range > 0
-        return True
+                raise SettingError(f"{name}: is not a sampler; choose from {', '.join(LETTERS)}")
 
     @property
     def chain(self) -> tuple[str, ...]:
-        """The samplers that do anything, in their order."""
-        return tuple(name for name in self.samplers if self.does(name))
+        """The samplers that do anything as they are set, in their order."""
+        penalises = self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        on = {
+            "penalties": penalises and self.repeat_last_n != 0,
+            "dry": self.dry_multiplier != 0 and self.dry_base >= 1 and self.dry_penalty_last_n != 0,
+            "top_n_sigma": self.top_n_sigma > 0,
+            "top_k": self.top_k > 0,
+            "typ_p": self.typical_p < 1,
+            "top_p": self.top_p < 1,
+            "min_p": self.min_p > 0,
+            "xtc": self.xtc_probability > 0 and self.xtc_threshold <= 0.5,
+            "temperature": self.temp != 1 or self.dynatemp_range > 0,
+            "infill": True,
+            OFF: False,
+        }
+        return tuple(name for name in self.samplers if on[name])
 
     @property
     def greedy(self) -> bool:
@@ -170,19 +119,17 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is that of the greatest logit as the model has it, but for a grammar or a schema."""
+        """Whether the next token is the argmax of the model's own logits, but for a grammar or a schema."""
         return self.sight == 1 and not self.leading and not self.logit_bias
 
     @property
     def leading(self) -> tuple[str, ...]:
-        """The samplers that come first and move only logits of tokens that the text has."""
-        chain = self.chain
-        n = next((i for i, name in enumerate(chain) if name not in ("penalties", "dry")), len(chain))
-        return chain[:n]
+        """The samplers at the beginning that only move logits of tokens in the text: penalties and DRY."""
+        return tuple(itertools.takewhile(("penalties", "dry").__contains__, self.chain))
 
     @property
     def sight(self) -> int | None:
-        """How many of the likeliest tokens decide the law once the `leading` samplers have run; None: all of them."""
+        """How many of the likeliest tokens decide the distribution after the `leading` samplers; None for all."""
         rest = self.chain[len(self.leading) :]
         if self.greedy and not {"typ_p", "xtc", "infill", "penalties", "dry"} & set(rest):  # no other drops the best
             return 1
@@ -193,7 +140,7 @@ GREEDY = Sampling(temp=0)
 
 
 def samplers_named(names: str) -> tuple[str, ...]:
-    """The value of --samplers: names with semicolons between, each in the forms that llama.cpp takes."""
+    """The value of --samplers: names separated by semicolons, each in any form that llama.cpp takes."""
     known = {form: name for name in (*LETTERS, OFF) for form in (name, name.replace("_", "-"))}
     known |= {name.replace("_", ""): name for name in known.values()} | _OTHER_NAMES
     return tuple(known.get(name.strip().lower(), name) for name in names.split(";") if name.strip())

@@ -1,4 +1,4 @@
-"""An array of tokens as llama.cpp's samplers take it."""
+"""The array of tokens that llama.cpp's samplers act on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]) 
 
 
 class Tokens:
-    """Tokens as llama.cpp's samplers see them: an array in numpy's memory that shrinks and changes as they act."""
+    """Tokens in numpy's memory, where llama.cpp's samplers change, sort and drop them."""
 
     def __init__(self, memory: np.ndarray) -> None:
-        """`memory`: an array of _TOKEN that no one else may hold."""
+        """`memory`: an array of _TOKEN that nothing else uses."""
         self._memory = memory
         pointer = ctypes.cast(memory.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data))
         self._array = llama_cpp.llama_token_data_array(data=pointer, size=len(memory), selected=-1, sorted=False)
@@ -34,6 +34,6 @@ class Tokens:
     def left(self) -> np.ndarray:
         """What is left, in any order: a view of (id, logit, p)."""
         first = 0
-        if self._array.size < len(self._memory):  # XTC moves the beginning on
+        if self._array.size < len(self._memory):  # XTC moves the beginning
             first = (ctypes.addressof(self._array.data.contents) - self._memory.ctypes.data) // _TOKEN.itemsize
         return self._memory[first : first + self._array.size]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import Distribution
+from llamabase.sampling.noise import Distribution, Noise
 
 
 def accept(p_at: Callable[[int], Distribution], drafts: Sequence[int], noise: Noise, position: int) -> tuple[int, int]:

@@ -15,8 +15,8 @@ import numpy as np
 from llamabase.errors import EngineError
 from llamabase.llama.ggml import release_threads
 from llamabase.sampling.chain import Chain
-from llamabase.sampling.noise import Noise
-from llamabase.sampling.settings import Distribution, Sampling
+from llamabase.sampling.noise import Distribution, Noise
+from llamabase.sampling.settings import Sampling
 from runner.draft.contracts import Drafter
 from runner.draft.reading import Reader
 

@@ -91,5 +91,5 @@ def _what_changes(render: Render, before: list[Message], answer: Message) -> str
     """The conversation from the first character that another answer would change."""
     whole = render([*before, answer], True)
     other = render([*before, {"role": "assistant", "content": _ANOTHER}], True)
-    shared = os.path.commonprefix([whole, other])
+    shared = os.path.commonprefix([whole, other])  # noqa: RUF071
     return whole[len(_OPEN_TAG.sub("", shared)) :]

@@ -622,7 +622,7 @@ def test_null_is_as_good_as_nothing(client: openai.OpenAI, toy: tuple[str, Serve
         ({"logit_bias": {str(i): False for i in range(600)}}, "no token is left"),
         ({"echo": True}, "echo: "),
         ({"samplers": "e" * 300, "repeat_last_n": -1, "repeat_penalty": 1.1}, "samplers: 300 are more than"),
-        ({"samplers": "t" * 32, "temperature": 1e-6}, "no law"),
+        ({"samplers": "t" * 32, "temperature": 1e-6}, "no distribution"),
         ({"response_format": {"type": "json_object", "schema": {"required": [["a"]]}}}, "response_format: "),
     ],
 )

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.memory_bound import step_bytes
 from gguf_trim.format.speculator import UP
 from gguf_trim.format.state_fed import STATE_FED, Eagle3Head
-from gguf_trim.format.weights import step_bytes
 from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary

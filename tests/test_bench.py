@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from corpus.prompts import Prompt
-from gguf_trim.format.weights import step_bytes
+from gguf_trim.format.memory_bound import step_bytes
 from gguf_trim.pairs.shapes import SHAPES, Shape
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile

@@ -17,7 +17,7 @@ from corpus.counts import Counts
 from gguf_trim.__main__ import main
 from gguf_trim.cut import lay_out, write
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.weights import step_bytes
+from gguf_trim.format.memory_bound import step_bytes
 from gguf_trim.keep import MULTIPLE, keep_listed
 from gguf_trim.prove import prove
 from llamabase.gguf.reader import GGUFFile

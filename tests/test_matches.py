@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_trim.fit.calibrate import share
-from gguf_trim.format.weights import mbsu
+from gguf_trim.format.memory_bound import mbsu
 from gguf_trim.plan.matches import Matches, beaters, grid, interval, run_lengths, tau_of
 
 V = 12

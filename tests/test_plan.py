@@ -16,8 +16,8 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.calibrate import Reading, share
 from gguf_trim.fit.closed_form import attach, fit
 from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.memory_bound import StepWeights, step_bytes
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.weights import Weights, step_bytes
 from gguf_trim.keep import keep_listed, keep_order
 from gguf_trim.plan.added import AddedRows
 from gguf_trim.plan.matches import tau_of
@@ -115,7 +115,7 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
 
 
 def test_weights_are_what_a_cut_reads(pair, counts, tmp_path) -> None:
-    weights = Weights.of(GGUFFile(pair[1]))
+    weights = StepWeights.of(GGUFFile(pair[1]))
     order = keep_order(Vocabulary(GGUFFile(pair[1])), np.ones(600, bool), counts)
     for k in (320, 512):
         trimmed = cut_to(pair[1], order, k, tmp_path / f"w{k}.gguf")

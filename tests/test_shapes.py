@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from gguf_trim.__main__ import main
 from gguf_trim.cut import lay_out
-from gguf_trim.format.weights import step_bytes
+from gguf_trim.format.memory_bound import step_bytes
 from gguf_trim.keep import keep_listed
 from gguf_trim.pairs import shapes
 from gguf_trim.pairs.catalog import load_catalog

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from gguf_trim.format.weights import mbsu
+from gguf_trim.format.memory_bound import mbsu
 
 ALL = "all"
 MOST_DRAFTED = 1 << 12  # tokens of a round; no batch is larger

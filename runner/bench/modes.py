@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import click
 
 from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.memory_bound import StepWeights
 from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock, OwnBlock
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.weights import Weights
 from gguf_trim.pairs.prepare import cut_to_each
 from llamabase.cli.progress import stderr
 from llamabase.gguf.reader import GGUFFile
@@ -41,7 +41,7 @@ AGAIN = "again"  # plain decoding a second time, which shows the machine's noise
 
 
 class Reads(NamedTuple):
-    """Weights that a draft step has read, on average so far."""
+    """StepWeights that a draft step has read, on average so far."""
 
     params: float
     bytes: float
@@ -177,9 +177,9 @@ def _step_reader(path: DrafterSource | None, drafter: ModelDrafter | None, targe
     if path is None or drafter is None:
         return lambda: Reads(0.0, 0.0)
     if isinstance(path, OwnBlock) or GGUFFile(path).architecture == MTP:
-        weights = Weights.of_block(MtpBlock.of(GGUFFile(target)))
+        weights = StepWeights.of_block(MtpBlock.of(GGUFFile(target)))
     else:
-        weights = Weights.of(GGUFFile(path))
+        weights = StepWeights.of(GGUFFile(path))
     k, dynamic, scored = head_rows(path, target), drafter.dynamic, (0.0, 0.0)
     if dynamic is not None and dynamic.speculates and isinstance(path, Path):
         speculator = Speculator.of(Trimmed.open(path))

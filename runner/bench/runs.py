@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from corpus.prompts import Prompt, load_prompts, split, spread
-from gguf_trim.format.weights import Weights
+from gguf_trim.format.memory_bound import StepWeights
 from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import Kind, marked, write_whole
@@ -79,7 +79,7 @@ def measure(
     settings = record["settings"]
     record["copy_bytes_per_second"] = bandwidth(models.n_threads)
     target = GGUFFile(files.target)
-    weights, rows = Weights.of(target), target.tensors[EMBEDDING].n_rows
+    weights, rows = StepWeights.of(target), target.tensors[EMBEDDING].n_rows
     record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
     done = {place(answered): answered for answered in record["answers"]}
     sampling, max_tokens, seed = Sampling(**settings["sampling"]), settings["max_tokens"], settings["seed"]

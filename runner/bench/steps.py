@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.memory_bound import mbsu, step_bytes
 from gguf_trim.format.mtp import MtpBlock, OwnBlock
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.weights import mbsu, step_bytes
 from gguf_trim.pairs.shapes import write_pair
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked, read_text

@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect
 from llamabase.errors import EngineError, FileFormatError, SettingError, TextError
 from llamabase.llama.infill import infill_prompt
 
-from .answers import Json, OpenAIFormat, json_response, send
 from .conversations import Unavailable
-from .errors import error_response, failure
+from .formats import Json, OpenAIFormat, json_response, send
 from .native import add_native
 from .page import page_response
+from .refusals import error_response, failure
 from .requests import BadRequest, Chat, Completion, Detokenize, Tokenize, body_of
 from .server import Server
 

@@ -15,7 +15,7 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.infill import infill_prompt
 from llamabase.sampling.settings import Sampling
 
-from .answers import Json, send
+from .formats import Json, send
 from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, body_of
 from .responses import Answer, TokenLogprob
 from .server import Event, Server

@@ -19,7 +19,7 @@ from llamabase.llama.messages import for_template
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.guidance import lark_guide
 
-from .grammar import ObjectSchema, Writer, types_of
+from .lark import ObjectSchema, Writer, types_of
 
 PARTIAL = 8  # characters of the longest unfinished JSON token, `-Infinit`, which more text may still make a value
 NAME = re.compile(r"[\w.-]+")

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from llamabase.llama.template import ALPHABET, LETTERS_OF_ID
 
-from .errors import failure
+from .refusals import failure
 from .requests import Chat, Completion
 from .responses import Answer, Asked, TokenLogprob
 from .server import Event, Server

@@ -18,7 +18,7 @@ def step_bytes(file: GGUFFile) -> int:
 
 
 @dataclass(frozen=True)
-class Weights:
+class StepWeights:
     """Bytes and parameters that a step reads: fixed, and for each of the `n_rows` rows of the head."""
 
     n_rows: int
@@ -28,7 +28,7 @@ class Weights:
     row_params: int
 
     @classmethod
-    def of(cls, file: GGUFFile) -> Weights:
+    def of(cls, file: GGUFFile) -> StepWeights:
         head = head_tensor(file)
         skipped = {head.name, EMBEDDING}
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
@@ -36,7 +36,7 @@ class Weights:
         return cls(head.n_rows, fixed, head.n_bytes / head.n_rows, params, head.shape[0])
 
     @classmethod
-    def of_block(cls, block: MtpBlock) -> Weights:
+    def of_block(cls, block: MtpBlock) -> StepWeights:
         n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
         return cls(block.n_vocab, n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
 
@@ -47,12 +47,12 @@ class Weights:
         return self.fixed_params + self.row_params * k
 
 
-def draft_weights(drafter: DrafterSource, target: Path) -> Weights:
+def draft_weights(drafter: DrafterSource, target: Path) -> StepWeights:
     """What a draft step reads: of a model file its own weights, of an MTP block or rows for one its target's."""
     rows = None if isinstance(drafter, OwnBlock) else GGUFFile(drafter)
     if rows is not None and rows.architecture != MTP:
-        return Weights.of(rows)
-    weights = Weights.of_block(MtpBlock.of(GGUFFile(target)))
+        return StepWeights.of(rows)
+    weights = StepWeights.of_block(MtpBlock.of(GGUFFile(target)))
     return weights if rows is None else replace(weights, n_rows=head_tensor(rows).n_rows)
 
 

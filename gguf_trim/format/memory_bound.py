@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from llamabase.gguf.reader import GGUFFile
@@ -35,11 +35,6 @@ class StepWeights:
         fixed = step_bytes(file) - head.n_bytes
         return cls(head.n_rows, fixed, head.n_bytes / head.n_rows, params, head.shape[0])
 
-    @classmethod
-    def of_block(cls, block: MtpBlock) -> StepWeights:
-        n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
-        return cls(block.n_vocab, n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
-
     def bytes_at(self, k: float) -> float:
         return self.fixed_bytes + self.row_bytes * k
 
@@ -52,8 +47,10 @@ def draft_weights(drafter: DrafterSource, target: Path) -> StepWeights:
     rows = None if isinstance(drafter, OwnBlock) else GGUFFile(drafter)
     if rows is not None and rows.architecture != MTP:
         return StepWeights.of(rows)
-    weights = StepWeights.of_block(MtpBlock.of(GGUFFile(target)))
-    return weights if rows is None else replace(weights, n_rows=head_tensor(rows).n_rows)
+    block = MtpBlock.of(GGUFFile(target))
+    n_rows = block.n_vocab if rows is None else head_tensor(rows).n_rows
+    n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
+    return StepWeights(n_rows, n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
 
 
 def mbsu(tau: float, c: float, draft_max: int) -> float:

@@ -23,7 +23,7 @@ from gguf_trim.format.state_fed import EAGLE3, Eagle3Head, row_by_id
 from gguf_trim.keep import keep_order
 from llamabase.cli.progress import progress
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import AS_SHIPPED, requantized
 from llamabase.llama.timing import StepCost
@@ -148,12 +148,12 @@ def choices(
 ) -> list[Choice]:
     """Every (vocab, k, draft length) with its tau and MBSU, and with predicted tokens per second if costs are given."""
     lines: list[Choice] = []
-    whole, n_rows, weights = StepWeights.of(target), head_tensor(target).n_rows, StepWeights.of(drafter)
+    whole, weights = StepWeights.of(target), StepWeights.of(drafter)
 
     def add(vocab: str, k: int, rights: Sequence[np.ndarray], rows: float) -> None:
         params, n_bytes = added.step(vocab, k)
-        c_params = (weights.params_at(rows) + params) / whole.params_at(n_rows)
-        c_bytes = (weights.bytes_at(rows) + n_bytes) / whole.bytes_at(n_rows)
+        c_params = (weights.params_at(rows) + params) / whole.params_at(whole.n_rows)
+        c_bytes = (weights.bytes_at(rows) + n_bytes) / whole.bytes_at(whole.n_rows)
         for n in DRAFT_LENGTHS:
             tau = tau_of(rights, n)
             fast = None if verify is None or draft is None else speed(tau, n, draft.of(vocab, k), verify)

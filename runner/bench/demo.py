@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from gguf_trim.format.memory_bound import draft_weights
 from llamabase.cli.progress import progress
 from llamabase.sampling.settings import GREEDY
 from runner.loop.engine import Engine
 from runner.loop.record import Record
 from runner.options import FULL, Models
 
-from .modes import SPEC, Files, head_rows, open_modes
+from .modes import SPEC, Files, open_modes
 from .report import table
 from .runs import answer
 from .steps import paying, ratios, time_steps
@@ -51,7 +52,7 @@ def the_cut(models: Models, files: Files, max_tokens: int) -> dict[str, Any]:
             assert mode.file is not None
             cut[mode.name] = {
                 "file": mode.file.name,
-                "rows": head_rows(mode.file, files.target),
+                "rows": draft_weights(mode.file, files.target).n_rows,
                 "bytes": mode.step().bytes,
                 "seconds": statistics.median(steps["seconds"][mode.name]),
                 "tau": float(tokens.mean()),

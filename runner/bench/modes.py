@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import click
 
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.memory_bound import StepWeights
-from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, MtpBlock, OwnBlock
+from gguf_trim.format.memory_bound import draft_weights
+from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.pairs.prepare import cut_to_each
 from llamabase.cli.progress import stderr
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import requantized
 from llamabase.llama.timing import StepCost
@@ -41,7 +40,7 @@ AGAIN = "again"  # plain decoding a second time, which shows the machine's noise
 
 
 class Reads(NamedTuple):
-    """StepWeights that a draft step has read, on average so far."""
+    """Weights that a draft step has read, on average so far."""
 
     params: float
     bytes: float
@@ -132,13 +131,6 @@ def names_of(wanted: Sequence[str], files: Files) -> list[str]:
     return names
 
 
-def head_rows(drafter: DrafterSource, target: Path) -> int:
-    """Rows of the head that a drafter drafts from."""
-    if isinstance(drafter, OwnBlock):
-        return MtpBlock.of(GGUFFile(target)).n_vocab
-    return head_tensor(GGUFFile(drafter)).n_rows
-
-
 @contextmanager
 def open_modes(
     names: Sequence[str], files: Files, engine: Engine, models: Models, draft_max: int | None
@@ -176,11 +168,8 @@ def _step_reader(path: DrafterSource | None, drafter: ModelDrafter | None, targe
     """`Mode.step`. The files are read here, once, since it is called after every answer."""
     if path is None or drafter is None:
         return lambda: Reads(0.0, 0.0)
-    if isinstance(path, OwnBlock) or GGUFFile(path).architecture == MTP:
-        weights = StepWeights.of_block(MtpBlock.of(GGUFFile(target)))
-    else:
-        weights = StepWeights.of(GGUFFile(path))
-    k, dynamic, scored = head_rows(path, target), drafter.dynamic, (0.0, 0.0)
+    weights, dynamic, scored = draft_weights(path, target), drafter.dynamic, (0.0, 0.0)
+    k = weights.n_rows
     if dynamic is not None and dynamic.speculates and isinstance(path, Path):
         speculator = Speculator.of(Trimmed.open(path))
         scored = scored if speculator is None else speculator.step(k)

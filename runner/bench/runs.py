@@ -24,7 +24,6 @@ from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import Kind, marked, write_whole
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING
 from llamabase.sampling.settings import Sampling
 from runner.loop.engine import Engine
 from runner.options import Models
@@ -78,9 +77,8 @@ def measure(
     """
     settings = record["settings"]
     record["copy_bytes_per_second"] = bandwidth(models.n_threads)
-    target = GGUFFile(files.target)
-    weights, rows = StepWeights.of(target), target.tensors[EMBEDDING].n_rows
-    record["target_step"] = {"params": weights.params_at(rows), "bytes": weights.bytes_at(rows)}
+    weights = StepWeights.of(GGUFFile(files.target))
+    record["target_step"] = {"params": weights.params_at(weights.n_rows), "bytes": weights.bytes_at(weights.n_rows)}
     done = {place(answered): answered for answered in record["answers"]}
     sampling, max_tokens, seed = Sampling(**settings["sampling"]), settings["max_tokens"], settings["seed"]
     with (

@@ -21,7 +21,7 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.template import ChatTemplate
 
 from .counts import Counts, Group, Part, sparse
-from .sources import Document, LeftOut, Reader, files_of
+from .sources import Document, LeftOut, SourceReader, files_of
 from .tokenizer import Counter
 
 BATCH_CHARS = 1 << 20  # characters tokenized at a time: enough for every core, and all the memory the corpus takes
@@ -76,7 +76,7 @@ def count(
     dense: dict[Group, np.ndarray] = {}
     total, started = 0, time.perf_counter()
     with Counter(tokenizer) as counter:
-        reader = Reader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), left_out or LeftOut())
+        reader = SourceReader(field, ChatTemplate(GGUFFile(tokenizer), counter.vocabulary), left_out or LeftOut())
         for source in map(str, sources):
             begun, files = total, files_of(source)
             documents = (each for file in files for each in reader.documents(file, file == source and not folder))

@@ -44,9 +44,9 @@ def load_prompts(path: Path | None = None) -> list[Prompt]:
             data = json.loads(line)
             turns = data.get("turns") or [None]
             text = data.get("prompt") or turns[0]
-            messages = _messages(data.get("messages") or [{"role": "user", "content": str(text)}])
-            if text is None and "messages" not in data:
+            if not data.get("messages") and text is None:
                 raise KeyError("messages")
+            messages = _messages(data.get("messages") or [{"role": "user", "content": str(text)}])
             task = str(data.get("domain") or data.get("category") or "prompt")
             name, language = data.get("id") or data.get("question_id") or number, data.get("language") or ""
             prompts.append(Prompt(str(name), task, messages, str(language), tuple(map(str, turns[1:]))))

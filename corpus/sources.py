@@ -53,7 +53,7 @@ class _NotText(Exception):
 
 
 @dataclass
-class Reader:
+class SourceReader:
     """Reads sources. field: holds the text of a row; template: renders chats; left_out: gets what cannot be read."""
 
     field: str = "text"

@@ -18,7 +18,7 @@ from typing import Literal
 import click
 
 from corpus.__main__ import main as counting_commands
-from gguf_trim.fit.calibrate import Reading, calibration
+from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.memory_bound import draft_weights, step_bytes
@@ -180,7 +180,9 @@ def speculator_command(
     if target is None and opened.reads_states:
         raise TrimError(f"{trimmed}: reads its target's states; give the model it was made for as --target")
     answers = calibration(opened.companion if target is None else GGUFFile(target), texts)
-    speculator = Reading.of(trimmed, answers, opened, threads, target=target).fitted(opened.companion, rank, steps)
+    speculator = TeacherForced.of(trimmed, answers, opened, threads, target=target).fitted(
+        opened.companion, rank, steps
+    )
     attach(opened, speculator)
     stderr.print(f"rank {speculator.rank}, fitted on {speculator.n_positions} positions")
     click.echo(str(companion_path(trimmed)))

@@ -109,7 +109,7 @@ class Cut:
 def lay_out(drafter: DrafterSource, choose: ChooseRows, target: Path | None = None, multiple: int = MULTIPLE) -> Cut:
     """What a cut of a drafter would write: pure, nothing is touched.
 
-    `choose` is asked once the file is read; `multiple` is what the rows of a plain drafter are rounded up to. A
+    `choose` is asked once the file is read; the number of rows is rounded up to a `multiple`. A
     state-fed head may need its `target`, for tokens or rows that it lacks itself, and a block is its target's. Raises
     FileFormatError naming the reason if the file cannot be cut.
     """
@@ -120,9 +120,9 @@ def lay_out(drafter: DrafterSource, choose: ChooseRows, target: Path | None = No
     if (reason := why_not(file, isinstance(drafter, OwnBlock))) is not None:
         raise FileFormatError(f"{file.path}: {reason}")
     if isinstance(drafter, OwnBlock):
-        return _lay_out_mtp(MtpBlock.of(file), choose)
+        return _lay_out_mtp(MtpBlock.of(file), choose, multiple)
     if file.architecture in STATE_FED:
-        return _lay_out_state_fed(Eagle3Head.of(file), choose, target)
+        return _lay_out_state_fed(Eagle3Head.of(file), choose, target, multiple)
     vocabulary, arch, n_rows = Vocabulary(file), file.architecture, file.tensors[EMBEDDING].n_rows
     keep = choose(vocabulary, np.ones(n_rows, bool), multiple)
     cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
@@ -147,7 +147,7 @@ def _embedding_scale(file: GGUFFile) -> float:
     return scale if deepstack and isinstance(scale, float) and scale else 1.0
 
 
-def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None) -> Cut:
+def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None, multiple: int) -> Cut:
     """The cut of an EAGLE-3 head: rows of the head and entries of its d2t, nothing else (llama.cpp reads both).
 
     The trimmed file needs no companion to be run; the companion has the whole head, for rows beyond the kept ones.
@@ -165,7 +165,7 @@ def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None
     cut_head = replace(head_tensor(source), name=HEAD)
     order = np.arange(cut_head.n_rows) if head.ids is None else head.ids
     row_of = row_by_id(order, head.n_vocab)
-    keep = choose(vocabulary, row_of >= 0, MULTIPLE)
+    keep = choose(vocabulary, row_of >= 0, multiple)
     size_key = f"{file.architecture}.vocab_size"
     fields = [*(file.raw(key) for key in file.fields if key != size_key), field(size_key, head.n_vocab)]
     rows = np.sort(row_of[keep.ids])
@@ -180,11 +180,11 @@ def _d2t_piece(ids: np.ndarray) -> Piece:
     return Piece(Tensor(D2T, (len(ids),), GGMLQuantizationType.I64, 0, len(data)), data=data)
 
 
-def _lay_out_mtp(block: MtpBlock, choose: ChooseRows) -> Cut:
+def _lay_out_mtp(block: MtpBlock, choose: ChooseRows, multiple: int) -> Cut:
     """Rows for an MTP block, in a file that is no model; the companion has the whole head, for rows beyond them."""
     file = block.file
     vocabulary = Vocabulary(file)
-    keep = choose(vocabulary, np.ones(block.n_vocab, bool), MULTIPLE)
+    keep = choose(vocabulary, np.ones(block.n_vocab, bool), multiple)
     named = [file.raw(key) for key in file.fields if key in ("general.name", "general.license")]
     fields = [field("general.architecture", MTP), *named]
     head = replace(block.head, name=HEAD)
@@ -229,11 +229,11 @@ def _cut(
 
 
 def source_identity(file: GGUFFile) -> str:
-    """SHA-256 over the head of a drafter and the beginning of every tensor: tells checkpoints of one model apart.
+    """SHA-256 over the header of a drafter and the beginning of every tensor: tells checkpoints of one model apart.
 
     A whole hash would take seconds; what differs between two files of one name differs everywhere.
     """
-    digest = hashlib.sha256(file.head)
+    digest = hashlib.sha256(file.header)
     with open(file.path, "rb") as handle:
         for tensor in file.tensors.values():
             handle.seek(tensor.offset)

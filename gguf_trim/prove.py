@@ -1,7 +1,7 @@
 """Proof that a cut is right: the same bytes (structure) and the same logits at the kept ids (behaviour).
 
-This check, not a list of names, decides whether an architecture is supported: if a graph scales or uses its token
-inputs differently, the logits differ.
+The lists in `cut` refuse architectures that are known to fail. This check decides about all others: if a graph scales
+or uses its token inputs differently, the logits differ.
 """
 
 from __future__ import annotations

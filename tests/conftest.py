@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from corpus.answers import TargetAnswer
 from gguf_trim.cut import lay_out, write
-from gguf_trim.fit.calibrate import Reading
+from gguf_trim.fit.calibrate import TeacherForced
 from gguf_trim.fit.closed_form import attach, fit
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.keep import Keep, keep_listed
@@ -131,7 +131,7 @@ def with_speculator(path: Path, rank: int | None = None) -> Path:
     """Fit a speculator to a trimmed toy, on random text."""
     trimmed = Trimmed.open(path)
     answers = [TargetAnswer(str(n), "all", text[:5], text[5:]) for n, text in enumerate(TEXTS)]
-    attach(trimmed, fit(trimmed.companion, Reading.of(path, answers, trimmed).states, rank))
+    attach(trimmed, fit(trimmed.companion, TeacherForced.of(path, answers, trimmed).states, rank))
     return path
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from corpus.__main__ import main
 from corpus.count import count
 from corpus.prompts import load_prompts
-from corpus.sources import LeftOut, Reader
+from corpus.sources import LeftOut, SourceReader
 from llamabase.errors import FileFormatError
 from llamabase.files import read_text
 from llamabase.gguf.reader import GGUFFile
@@ -129,7 +129,7 @@ def texts(templates: dict[str, ChatTemplate], tmp_path_factory: pytest.TempPathF
         path.write_text(json.dumps({"messages": messages}))
         bad: list[str] = []
         return [
-            found.text for found in Reader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))
+            found.text for found in SourceReader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))
         ], bad
 
     return read
@@ -246,7 +246,9 @@ def test_every_word_of_the_assistant_and_of_nobody_else(
         talk.append(say(role, form.format(*said)))
     path.write_text(json.dumps({"messages": talk}))
     bad: list[str] = []
-    found = [document.text for document in Reader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))]
+    found = [
+        document.text for document in SourceReader(template=templates[name], left_out=LeftOut(bad)).documents(str(path))
+    ]
     if bad:
         assert found == []
     else:
@@ -260,7 +262,7 @@ def run(*args: object) -> Result:
 
 
 def read(path: Path, **more: Any) -> list[str]:
-    return [document.text for document in Reader(**more).documents(str(path))]
+    return [document.text for document in SourceReader(**more).documents(str(path))]
 
 
 ROW = '{"text": "naïve 猫"}\n{"text": "tea"}\n'

@@ -52,6 +52,7 @@ def test_an_output_of_no_name(toys: dict[str, Path], name: str) -> None:
     "line",
     [
         '{"messages": [5]}',
+        '{"messages": []}',
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": [1]}]}',
         '{"prompt": "\\ud800"}',

@@ -111,7 +111,7 @@ def test_what_was_written_is_read(
         assert tensor.row_bytes * tensor.n_rows == tensor.n_bytes
         assert tensor.offset % file.alignment == 0
         assert file.read(tensor) == table.data
-    assert data.startswith(file.head)
+    assert data.startswith(file.header)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -34,7 +34,7 @@ def test_rewinding_gives_the_same_logits_again(toys) -> None:
         first = context.decode(ids[-1:])[0].copy()
         context.decode([40, 41, 42], 3)
         context.truncate(len(ids) - 1)
-        assert context.n_past == context.count() == len(ids) - 1
+        assert context.n_past == context.recount() == len(ids) - 1
         assert (context.decode(ids[-1:])[0] == first).all()
 
 
@@ -114,7 +114,7 @@ def test_what_it_refuses(toys, tmp_path) -> None:
             context.decode([1] * 8, 5)
         with pytest.raises(EngineError, match="could not decode"):
             context.decode([10**6])
-        assert context.count() == 0
+        assert context.recount() == 0
         assert context.decode([1, 2, 3]).shape == (1, 600)
     with pytest.raises(EngineError, match="closed"):
         context.decode([1])

@@ -195,7 +195,7 @@ def test_an_interrupted_batch_is_not_gone_on_from(files, monkeypatch) -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(context, "_decode", interrupted)
             context.decode([5, 6], 1)
-        assert (context.n_past, context.count()) == (10, 12)
+        assert (context.n_past, context.recount()) == (10, 12)
         assert context.rewind(10) == 0
 
 

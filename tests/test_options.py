@@ -6,17 +6,21 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from gguf_trim.pairs.prepare import Prepared
 from llamabase.cli.command import OneCommand
 from llamabase.llama.context import Cache
 from llamabase.sampling.settings import Sampling
 from runner.chat.__main__ import main as chat
+from runner.loop.weights import LoadOptions, Weights
 from runner.options import Models, limit_of, model_options, sampling_options
+from runner.serve.requests import Common
 
 
 def parsed(*arguments: str) -> Sampling:
@@ -229,3 +233,17 @@ def test_chat_answers_in_json(toys: dict[str, Path]) -> None:
     pair = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "-c", "256"]
     done = CliRunner().invoke(chat, [*pair, "--prompt", "x", "-j", json.dumps(schema), "--repeat-penalty", "1.1"])
     assert json.loads(done.stdout)["a"] in ("tea", "sea")
+
+
+def test_costs_are_remembered_for_a_pair_however_it_is_named(toys) -> None:
+    """A catalog's pair, the same files by path, and the Python API share what was measured."""
+    options = LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=64)
+    named = Models(**vars(options), prepared=Prepared(toys["target"], toys["target"], toys["good-trimmed"]))
+    with Weights(options) as one, Weights(named) as other:
+        assert one._key == other._key
+    with Weights(replace(options, n_ctx=128)) as another:
+        assert another._key != one._key
+
+
+def test_a_request_can_set_every_sampler_that_a_flag_can() -> None:
+    assert {field.name for field in fields(Sampling)} - Common.model_fields.keys() == {"guide"}

@@ -13,7 +13,7 @@ from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from gguf_trim.__main__ import main
 from gguf_trim.cut import lay_out, write
-from gguf_trim.fit.calibrate import Reading, share
+from gguf_trim.fit.calibrate import TeacherForced, share
 from gguf_trim.fit.closed_form import attach, fit
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.memory_bound import StepWeights, step_bytes
@@ -96,7 +96,7 @@ def test_tau_is_what_the_live_loop_measures(pair, answers, counts, tmp_path, mon
     order = keep_order(vocabulary, np.ones(600, bool), counts)
     trimmed = cut_to(pair[1], order, 296, tmp_path / "k296.gguf")
     opened = Trimmed.open(trimmed)
-    attach(opened, fit(opened.companion, Reading.of(trimmed, answers, opened).states))
+    attach(opened, fit(opened.companion, TeacherForced.of(trimmed, answers, opened).states))
     added = AddedRows(np.argsort(order), Speculator.of(Trimmed.open(trimmed)))
     found = matches_of(pair[1], answers, order, added=added)
     rights = found.right(296) if vocab == "trim" else added.by_core[vocab, 296].rights

@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.fit.calibrate import Reading
+from gguf_trim.fit.calibrate import TeacherForced
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.pairs import quickest
 from gguf_trim.pairs.prepare import prepare
-from gguf_trim.pairs.quickest import TYPES, Candidate
+from gguf_trim.plan import quickest
+from gguf_trim.plan.quickest import TYPES, Candidate
 from llamabase import store
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
@@ -133,12 +133,12 @@ def test_a_type_decided_by_hand_is_not_measured(toy, toys, tmp_path: Path) -> No
 
 
 def test_an_interruption_leaves_nothing_that_is_not_whole(toy, tmp_path: Path, monkeypatch) -> None:
-    honest = Reading.of
-    monkeypatch.setattr(Reading, "of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    honest = TeacherForced.of
+    monkeypatch.setattr(TeacherForced, "of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         toy()
     assert len(files(tmp_path)) == 2  # the proven cut and its companion
-    monkeypatch.setattr(Reading, "of", honest)
+    monkeypatch.setattr(TeacherForced, "of", honest)
     assert toy()[1] == 1
 
 
@@ -159,6 +159,6 @@ def test_the_fastest_draft_length_by_hand() -> None:
     """Of three tokens two are drafted right: tau is 3 at two drafts a round and 1.5 at one."""
     rights = [np.array([True, True, False] * 40)]
     verify = StepCost({1: 1.0, 2: 1.2, 3: 1.3, 4: 2.5})
-    candidate = Candidate("Q4_0", Reading(np.empty(0), rights), 0.1, verify)
+    candidate = Candidate("Q4_0", TeacherForced(np.empty(0), rights), 0.1, verify)
     assert candidate.best == (pytest.approx(3 / (1.3 + 0.2)), 2)
     assert "acceptance 0.667, 2.00 x plain at 2 drafts" in str(candidate)

@@ -646,10 +646,10 @@ def test_schemas_that_compile_hold_up_nobody_else(toy: tuple[str, Server], monke
         return 1
 
     async def ask() -> tuple[list[Any], int]:
-        waiting = [asyncio.create_task(server.settle(True, slow)) for _ in range(COMPILING + 4)]
+        waiting = [asyncio.create_task(server.in_thread(True, slow)) for _ in range(COMPILING + 4)]
         await asyncio.sleep(0.2)
         one = len(running)
-        assert await server.settle(False, lambda: 2) == 2
+        assert await server.in_thread(False, lambda: 2) == 2
         go.set()
         return await asyncio.gather(*waiting, return_exceptions=True), one
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from llamabase.errors import SettingError
 from llamabase.llama.context import F32
-from llamabase.llama.infill import infill_prompt
 from llamabase.llama.model import Model
 from runner.loop.engine import Engine
 from runner.loop.stops import TextPiece
 from runner.loop.weights import LoadOptions
 from runner.serve import requests
+from runner.serve.infill import infill_prompt
 from runner.serve.lines import LineLimit
 from runner.serve.requests import Common
 from runner.serve.server import Server

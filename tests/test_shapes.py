@@ -157,7 +157,7 @@ def _sparse(shape: Shape, quant: str, path: Path) -> Path:
     """The file without its weights: all that a header tells, and no room taken."""
     output = outline(shape, quant)
     with open(path, "wb") as file:
-        file.write(output.head)
+        file.write(output.header)
         file.truncate(output.n_bytes)
     return path
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from corpus.__main__ import main
 from corpus.count import HELD_OUT, count, held_out, script_of
 from corpus.counts import Counts, merge
-from corpus.sources import Reader
+from corpus.sources import SourceReader
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -24,7 +24,7 @@ TEXTS = ["the king and the sea", "naïve 猫 12345", "it's\n\n  indented"]
 
 
 def texts(source: Path | str, **settings) -> list[str]:
-    return [document.text for document in Reader(**settings).documents(str(source))]
+    return [document.text for document in SourceReader(**settings).documents(str(source))]
 
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:

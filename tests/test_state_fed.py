@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,17 @@ from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.cut import lay_out, write
-from gguf_trim.fit.calibrate import Reading
+from gguf_trim.fit.calibrate import TeacherForced
 from gguf_trim.format.companion import Trimmed, companion_path
+from gguf_trim.format.memory_bound import draft_weights, step_bytes
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import Eagle3Head, row_by_id
-from gguf_trim.keep import ChooseRows, Keep, keep_order
+from gguf_trim.keep import ChooseRows, Keep, choose_rows, keep_order
 from gguf_trim.plan.planner import matches_of
 from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama import states
 from llamabase.llama.context import F32, Context
@@ -458,6 +461,22 @@ def test_a_dflash_head_is_cut_and_not_run(heads, tmp_path: Path) -> None:
     assert prove(cut, path).ok
     with pytest.raises(FileFormatError, match="is a DFlash drafter"):
         Engine(LoadOptions(heads["target"], cut))
+    with pytest.raises(FileFormatError, match="is a DFlash drafter, which is cut but not run"):
+        TeacherForced.of(cut, [TargetAnswer("a", "", [5, 6], [7, 8])], target=heads["target"])
+
+
+@pytest.mark.parametrize("name", ["whole", "no head"])
+def test_a_step_reads_the_rows_of_its_own_head_or_of_its_targets(heads, name: str) -> None:
+    weights, n_bytes = draft_weights(heads[name], heads["target"]), step_bytes(GGUFFile(heads[name]))
+    head = head_tensor(GGUFFile(heads["target" if name == "no head" else name]))
+    assert (weights.n_rows, weights.row_bytes) == (head.n_rows, head.row_bytes)
+    assert weights.fixed_bytes == n_bytes - (head.n_bytes if name == "whole" else 0)
+
+
+@pytest.mark.parametrize(("multiple", "k"), [(1, 301), (16, 304)])
+def test_k_is_exact_if_that_is_asked_for(heads, multiple: int, k: int) -> None:
+    choose = partial(choose_rows, k=301)
+    assert lay_out(heads["own embeddings"], choose, heads["target"], multiple).keep.k == k
 
 
 def test_an_assistant_of_gemma_4_is_not_run(heads, tmp_path: Path) -> None:
@@ -633,7 +652,7 @@ def test_a_plan_says_which_first_drafts_a_cut_gets_right(heads, engines, tmp_pat
     for k in (32, 96, 288):
         cut, ids = tmp_path / f"{k}.gguf", np.sort(order[:k]).astype(np.int32)
         write(lay_out(heads[name], lambda *_, ids=ids: Keep(ids, 0, 0, None), heads["target"]), cut)
-        rights = Reading.of(cut, answers, Trimmed.open(cut), target=heads["target"]).rights
+        rights = TeacherForced.of(cut, answers, Trimmed.open(cut), target=heads["target"]).rights
         for one, other in zip(rights, matches.right(k), strict=True):
             assert one.tolist() == other.tolist()
     assert len({sum(map(sum, matches.right(k))) for k in (32, 96, 288)}) > 1

@@ -14,8 +14,9 @@ from corpus.prompts import spread
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
+from gguf_trim.format.state_fed import DFLASH, EAGLE3, Eagle3Head
 from llamabase.cli.progress import Advance, progress
+from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context
@@ -140,7 +141,7 @@ def share(rights: Sequence[np.ndarray]) -> float:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TeacherForced:
     """What a drafter makes of answers.
 
     `states` are its final hidden states (float32, positions x n_embd), which do not depend on how many rows its head
@@ -159,7 +160,7 @@ class Reading:
         n_threads: int | None = None,
         title: str = "reading hidden states",
         target: Path | None = None,
-    ) -> Reading:
+    ) -> TeacherForced:
         """Read answers with a drafter, with a bar.
 
         If it is trimmed, `trimmed` is the same drafter opened; if it reads its target's states, `target` is needed.
@@ -170,6 +171,8 @@ class Reading:
             if target is not None and (file := GGUFFile(drafter)).architecture == MTP:
                 block, rows = MtpBlock.of(GGUFFile(target)), kept_rows(file, n_threads)
                 positions = read_state_fed(block, target, answers, advance, n_threads, rows)
+            elif target is not None and file.architecture == DFLASH:
+                raise FileFormatError(f"{file.path}: is a DFlash drafter, which is cut but not run here; use `trim`")
             elif target is not None and file.architecture == EAGLE3:
                 positions = read_state_fed(Eagle3Head.of(file), target, answers, advance, n_threads)
                 ids = None  # its logits are by id

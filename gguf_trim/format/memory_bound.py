@@ -9,6 +9,7 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
 
 from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
+from .state_fed import STATE_FED
 
 
 def step_bytes(file: GGUFFile) -> int:
@@ -28,11 +29,12 @@ class StepWeights:
     row_params: int
 
     @classmethod
-    def of(cls, file: GGUFFile) -> StepWeights:
-        head = head_tensor(file)
+    def of(cls, file: GGUFFile, target: GGUFFile | None = None) -> StepWeights:
+        """`target`: has the head of a drafter that has none of its own."""
+        head = head_tensor(target if target is not None and HEAD not in file.tensors else file)
         skipped = {head.name, EMBEDDING}
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
-        fixed = step_bytes(file) - head.n_bytes
+        fixed = step_bytes(file) - (head.n_bytes if head.name in file.tensors else 0)
         return cls(head.n_rows, fixed, head.n_bytes / head.n_rows, params, head.shape[0])
 
     def bytes_at(self, k: float) -> float:
@@ -46,7 +48,7 @@ def draft_weights(drafter: DrafterSource, target: Path) -> StepWeights:
     """What a draft step reads: of a model file its own weights, of an MTP block or rows for one its target's."""
     rows = None if isinstance(drafter, OwnBlock) else GGUFFile(drafter)
     if rows is not None and rows.architecture != MTP:
-        return StepWeights.of(rows)
+        return StepWeights.of(rows, GGUFFile(target) if rows.architecture in STATE_FED else None)
     block = MtpBlock.of(GGUFFile(target))
     n_rows = block.n_vocab if rows is None else head_tensor(rows).n_rows
     n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))

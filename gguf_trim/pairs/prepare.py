@@ -16,6 +16,7 @@ from gguf_trim.format.mtp import DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import STATE_FED
 from gguf_trim.keep import DEFAULT_K, ChooseRows, choose_rows
+from gguf_trim.plan.quickest import TYPES, choose_type
 from gguf_trim.prove import prove
 from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
@@ -28,7 +29,6 @@ from llamabase.store import recall, remember
 
 from .catalog import load_catalog
 from .fetch import fetch
-from .quickest import TYPES, choose_type
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"
 NONE = "none"  # no requantising
@@ -75,7 +75,7 @@ def prepare(
     cut = lay_out(drafter, choose, target if state_fed else None)
     name = f"{target.stem}-{drafter}" if isinstance(drafter, OwnBlock) else drafter.stem
     shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    key = key_of([target, cut.source.path], [hashlib.sha256(cut.trimmed.head).hexdigest()])
+    key = key_of([target, cut.source.path], [hashlib.sha256(cut.trimmed.header).hexdigest()])
     known = recall("types", key).get("type")
     type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else known
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged
@@ -125,7 +125,7 @@ def _cut_of(cut: Cut, path: Path) -> Trimmed | None:
 def is_this_cut(path: Path, cut: Cut) -> bool:
     """Whether a file and its companion hold what this cut would write; a speculator may be there too."""
     trimmed = _cut_of(cut, path)
-    return trimmed is not None and cut.trimmed.head.startswith(trimmed.file.head)
+    return trimmed is not None and cut.trimmed.header.startswith(trimmed.file.header)
 
 
 def _is_ready(path: Path, cut: Cut) -> bool:

@@ -198,7 +198,7 @@ def write_shape(shape: Shape, path: Path, quant: str) -> None:
     tile = lru_cache(_tile)  # for this file only: a dozen MB
     title = f"writing {shape.name} {quant}"
     with progress(title, output.n_bytes, "B") as advance, write_whole(path, CACHED) as file:
-        advance(file.write(output.head))
+        advance(file.write(output.header))
         for tensor in (piece.tensor for piece in output.pieces):
             _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor)), advance)
             advance(file.write(bytes(-tensor.n_bytes % output.alignment)))
@@ -225,7 +225,7 @@ def types_of(shape: Shape, quant: str) -> dict[str, GGMLQuantizationType]:
     output = Output(_hyperparameters(shape), pieces, DEFAULT_ALIGNMENT)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         source, out = Path(folder) / f"{shape.name}.gguf", Path(folder) / "out.gguf"
-        source.write_bytes(output.head.ljust(output.n_bytes, b"\0"))
+        source.write_bytes(output.header.ljust(output.n_bytes, b"\0"))
         quantize(source, out, quant)
         return {name: tensor.type for name, tensor in GGUFFile(out).tensors.items()}
 

@@ -16,7 +16,7 @@ from corpus.counts import Counts
 from corpus.generate import generate
 from corpus.prompts import load_prompts, split, spread
 from corpus.ready import ranking_counts
-from gguf_trim.fit.calibrate import Reading, calibration
+from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.format.mtp import DrafterSource, OwnBlock, drafter_source
 from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
@@ -119,7 +119,9 @@ def plan_command(
         else:
             judged = target_answers(target, prompts, limit, tokens, folder, threads)
         verify = None if no_measure else verify_cost(target, threads)
-        reading = Reading.of(drafter, calibration(target_file if state_fed else file), n_threads=threads, target=target)
+        reading = TeacherForced.of(
+            drafter, calibration(target_file if state_fed else file), n_threads=threads, target=target
+        )
         speculator = reading.fitted(target_file if state_fed and HEAD not in file.tensors else file)
         plans = [
             make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)

@@ -17,7 +17,7 @@ import numpy as np
 from corpus.answers import TargetAnswer
 from corpus.counts import Counts
 from gguf_trim.fit.calibrate import read_state_fed, read_through, share
-from gguf_trim.format.memory_bound import StepWeights, mbsu
+from gguf_trim.format.memory_bound import StepWeights, draft_weights, mbsu
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import EAGLE3, Eagle3Head, row_by_id
 from gguf_trim.keep import keep_order
@@ -148,7 +148,7 @@ def choices(
 ) -> list[Choice]:
     """Every (vocab, k, draft length) with its tau and MBSU, and with predicted tokens per second if costs are given."""
     lines: list[Choice] = []
-    whole, weights = StepWeights.of(target), StepWeights.of(drafter)
+    whole, weights = StepWeights.of(target), draft_weights(drafter.path, target.path)
 
     def add(vocab: str, k: int, rights: Sequence[np.ndarray], rows: float) -> None:
         params, n_bytes = added.step(vocab, k)

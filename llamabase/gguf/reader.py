@@ -119,7 +119,7 @@ class GGUFFile:
                     raise self._bad("it is too short to be a GGUF file")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
                     self._scan(buffer)
-                    self.head = buffer[: buffer.tell()]
+                    self.header = buffer[: buffer.tell()]
         except struct.error as error:
             raise self._bad("its metadata ends in the middle: the file is truncated") from error
         except (ValueError, OverflowError, MemoryError) as error:
@@ -201,7 +201,7 @@ class GGUFFile:
     def raw(self, key: str) -> bytes:
         """One metadata entry as the file holds it: key, type and value."""
         field = self.fields[key]
-        return self.head[field.start : field.end]
+        return self.header[field.start : field.end]
 
     def get(self, key: str, default: Any = None) -> Any:
         """A scalar or string as a Python value; an array of numbers as a numpy array; `default` if absent."""
@@ -211,7 +211,7 @@ class GGUFFile:
         if field.kind == GGUFValueType.STRING:
             texts = [text.decode("utf-8", "replace") for text in self.strings(key)]
             return texts if field.item_type is not None else texts[0]
-        values = np.frombuffer(self.head, _SCALARS[field.kind], field.count, field.value)
+        values = np.frombuffer(self.header, _SCALARS[field.kind], field.count, field.value)
         return values if field.item_type is not None else values[0].item()
 
     def integer(self, key: str, default: int | None = None) -> Any:
@@ -233,7 +233,7 @@ class GGUFFile:
         field = self.fields[key]
         if field.kind != GGUFValueType.STRING:
             raise self._bad(f"the key {key} should hold text")
-        head, position, unpack = self.head, field.value, _U64.unpack_from
+        head, position, unpack = self.header, field.value, _U64.unpack_from
         texts = []
         for _ in range(field.count):
             end = position + 8 + unpack(head, position)[0]

@@ -51,7 +51,7 @@ class Output:
     alignment: int
 
     @cached_property
-    def head(self) -> bytes:
+    def header(self) -> bytes:
         """Everything before the first tensor byte, padded to `alignment`."""
         out = [MAGIC, struct.pack("<IQQ", GGUF_VERSION, len(self.pieces), len(self.fields)), *self.fields]
         offset = 0
@@ -66,11 +66,11 @@ class Output:
     @property
     def n_bytes(self) -> int:
         sizes = [piece.n_bytes for piece in self.pieces]
-        return len(self.head) + sum(sizes) + sum(map(self._padding, sizes))
+        return len(self.header) + sum(sizes) + sum(map(self._padding, sizes))
 
     def write(self, source: BinaryIO, out: BinaryIO, advance: Callable[[int], object] = lambda _: None) -> None:
         """Append head and tensors, those of the open `source` or of their own files, to another open file."""
-        advance(out.write(self.head))
+        advance(out.write(self.header))
         for piece in self.pieces:
             with contextlib.nullcontext(source) if piece.file is None else open(piece.file, "rb") as origin:
                 if piece.data is not None:

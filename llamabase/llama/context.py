@@ -137,7 +137,7 @@ class SequenceContext(BaseContext):
     n_past = 0
     recurrent = False  # whether its cache is a state that is carried from token to token
 
-    def count(self) -> int:
+    def recount(self) -> int:
         """Tokens that the cache really holds, asked of llama.cpp: also right after an interrupted call.
 
         Tokens that a recorder missed are not counted: they must be decoded again.

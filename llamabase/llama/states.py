@@ -142,7 +142,7 @@ class PairContext(SequenceContext):
         for start in range(0, len(recorded), self.n_batch):
             part = np.ascontiguousarray(recorded[start : start + self.n_batch])
             # The encoder ignores positions, but llama.cpp insists on those that come next.
-            self._process(llama_cpp.LLAMA_PROCESS_TYPE_ENCODE, self.count(), None, part, True)
+            self._process(llama_cpp.LLAMA_PROCESS_TYPE_ENCODE, self.recount(), None, part, True)
             states[start : start + len(part)] = self._states(len(part))
         return states
 

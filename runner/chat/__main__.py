@@ -31,7 +31,6 @@ from llamabase.cli.progress import stderr
 from llamabase.errors import TrimError
 from llamabase.files import decoded, expand
 from llamabase.sampling.settings import Sampling
-from runner.draft.contracts import NoDrafter
 from runner.loop.engine import Engine
 from runner.loop.record import Record
 from runner.options import Models, limit_of, model_options, open_measured, sampling_options, template_kwargs_option
@@ -81,7 +80,6 @@ class Chat:
                 max_tokens=self.max_tokens,
                 draft_max=self.draft_max if self.drafting else 0,
                 seed=self.seed,
-                drafter=None if self.drafting else NoDrafter(),
             )
             with contextlib.closing(pieces):
                 for piece, drafted in pieces:
@@ -89,8 +87,7 @@ class Chat:
         except KeyboardInterrupt:
             record.finish_reason = "cancelled"
         self.messages = [*asked, {"role": "assistant", "content": record.text}]
-        for name in ("tokens", "rounds", "drafted", "accepted", "draft_seconds", "verify_seconds", "host_seconds"):
-            setattr(self.total, name, getattr(self.total, name) + getattr(record, name))
+        self.total += record
         return record
 
     @property

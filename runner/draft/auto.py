@@ -119,17 +119,17 @@ class AutoDrafter(Drafter):
         return saved > first - step and first + WEIGHT * step <= self._budget
 
     def learn(
-        self, drafted: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
+        self, made: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
     ) -> None:
         self._verify.observe(verified + 1, verify_seconds)
         plain = self._verify.of(1)
         self._emitted += tokens
-        made = sum(draft.source is self.stats.certainties for draft in self._drafts)
-        if drafted or made:
+        modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
+        if made or modelled:
             self._saved += tokens - seconds / plain
-        if made:  # without the seconds of catching up with the text, which belong to reading
-            self.stats.observe(tokens, (verify_seconds + made * self._step.of(1)) / plain)
-        for i, draft in enumerate(self._drafts[: min(drafted, tokens)]):  # drafts after an end token were not judged
+        if modelled:  # without the seconds of catching up with the text, which belong to reading
+            self.stats.observe(tokens, (verify_seconds + modelled * self._step.of(1)) / plain)
+        for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged
             draft.source.observe(draft.proposal.certainty, i < accepted)
 
     def settle(self) -> None:

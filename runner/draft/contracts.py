@@ -36,7 +36,7 @@ class Drafter:
         """Read a prompt before the first draft. At most `left` tokens will follow it."""
 
     def learn(
-        self, drafted: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
+        self, made: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
     ) -> None:
         """Learn from a round: the numbers of drafts made, verified and accepted, of tokens emitted, the wall time of
         the round and the part of it that the target took, in seconds.

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-from .contracts import NoDrafter, Proposal
+from .contracts import Drafter, Proposal
 from .reading import shared
 
 LONGEST = 3  # tokens of a suffix that is looked up; the match itself may reach further back
@@ -63,7 +63,7 @@ class Lookup:
         return []
 
 
-class LookupDrafter(NoDrafter):
+class LookupDrafter(Drafter):
     """Drafts by lookup alone: needs no model and takes no time."""
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ class Reader:
 
     def settle(self) -> None:
         """Keep what the cache and the record of it agree on. An interruption may have come at any point."""
-        del self.held[self.context.count() :]
+        del self.held[self.context.recount() :]
         del self.held[self.context.rewind(len(self.held)) :]
 
 
@@ -165,7 +165,7 @@ class StateFedReading:
             self._text = list(text[: end + 1])
 
     def settle(self) -> None:
-        self.context.count()
+        self.context.recount()
         self.context.truncate(max(len(self._text) - 1, 0))
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,7 @@ class Engine(Closing):
         seed: int | None = None,
         drafter: Drafter | None = None,
         on_logits: Callable[[np.ndarray, list[int]], object] | None = None,
-    ) -> Iterator[Round]:
+    ) -> Generator[Round, None, None]:
         """Continue a prompt of token ids; see `speculative.generate`.
 
         draft_max: tokens drafted in a round; 0 is plain decoding; None lets measured costs decide (`auto`). `drafter`
@@ -185,7 +185,7 @@ class Engine(Closing):
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)
-        rounds: Any = self.rounds(prompt, sampling, **settings)  # may measure what steps cost first
+        rounds = self.rounds(prompt, sampling, **settings)  # may measure what steps cost first
         started = time.perf_counter()
         with contextlib.closing(rounds):
             for round_ in rounds:

@@ -39,6 +39,12 @@ class Record:
         self.verify_seconds += round_.verify_seconds
         self.host_seconds += round_.host_seconds
 
+    def __iadd__(self, other: Record) -> Record:
+        """Add the figures of another answer; text, tokens and the prompt stay this one's."""
+        for name in ("tokens", "rounds", "drafted", "accepted", "draft_seconds", "verify_seconds", "host_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
     @property
     def seconds(self) -> float:
         """Wall time of the rounds: drafting, verifying, and Python's own share."""

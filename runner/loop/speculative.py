@@ -6,7 +6,7 @@ Adding up and printing a whole answer are outer layers; see `engine`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,7 +57,7 @@ def generate(
     is_end: Callable[[int], bool],
     noise: Noise,
     on_logits: Callable[[np.ndarray, list[int]], object] | None = None,
-) -> Iterator[Round]:
+) -> Generator[Round, None, None]:
     """Continue `prompt` (target ids, at least one), round by round, exactly as the target alone would.
 
     With the same noise the text is the same for any drafter and draft length, apart from near-ties of a quantised
@@ -92,7 +92,7 @@ def generate(
             # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
             n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
             drafts = drafter.draft(text, n, sampling, noise)
-            n_drafted = len(drafts)
+            n_made = len(drafts)
             del drafts[chain.fitting(drafts) :]  # a draft that a schema forbids falls, with those after it
             logits = target.read([text[-1], *drafts], len(drafts) + 1)
             accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
@@ -111,7 +111,7 @@ def generate(
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
             accepted = min(accepted, len(tokens))
             seconds = time.perf_counter() - started
-            drafter.learn(n_drafted, len(drafts), accepted, len(tokens), seconds, verify_seconds)
+            drafter.learn(n_made, len(drafts), accepted, len(tokens), seconds, verify_seconds)
             yield Round(
                 tokens,
                 drafts,

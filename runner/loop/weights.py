@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -82,7 +82,8 @@ class Weights(Closing):
     def _key(self) -> str:
         draft = self.options.draft
         files = [self.options.target, *([draft, companion_of(draft)] if isinstance(draft, Path) else [])]
-        return key_of(files, [isinstance(draft, OwnBlock), *astuple(self.options)[2:]])
+        how = [getattr(self.options, field.name) for field in fields(LoadOptions)[2:]]  # all but target and draft
+        return key_of(files, [isinstance(draft, OwnBlock), *how])
 
     def measure(self, reader: Reader, drafter: ModelDrafter | None) -> None:
         """Find out what steps cost here, which takes seconds if this pair never drafted here before."""

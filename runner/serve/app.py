@@ -15,10 +15,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from llamabase.errors import EngineError, FileFormatError, SettingError, TextError
-from llamabase.llama.infill import infill_prompt
 
 from .conversations import Unavailable
 from .formats import Json, OpenAIFormat, json_response, send
+from .infill import infill_prompt
 from .native import add_native
 from .page import page_response
 from .refusals import error_response, failure

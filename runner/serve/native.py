@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.infill import infill_prompt
 from llamabase.sampling.settings import Sampling
 
 from .formats import Json, send
+from .infill import infill_prompt
 from .requests import MOST_ANSWERS, BadRequest, Chat, Infill, Native, body_of
 from .responses import Answer, TokenLogprob
 from .server import Event, Server

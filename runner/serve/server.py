@@ -116,25 +116,25 @@ class Server:
         self._compiling, self._n_compiling = anyio.CapacityLimiter(1), 0
         self.vocabs = [AUTO] if engine.drafter is None else engine.drafter.vocabs
 
-    async def settle(self, compiles: bool, settled: Callable[[], T]) -> T:
-        """The result of `settled`, computed in a thread; one that compiles a schema waits for the others that do.
+    async def in_thread(self, compiles: bool, work: Callable[[], T]) -> T:
+        """The result of `work`, done in a thread; work that compiles a schema waits for the others that do.
 
         Raises Unavailable if too many wait.
         """
         if not compiles:
-            return await run_in_threadpool(settled)
+            return await run_in_threadpool(work)
         if self._n_compiling > COMPILING:
             raise Unavailable("too many schemas wait to be compiled; try again")
         self._n_compiling += 1
         try:
-            return await anyio.to_thread.run_sync(settled, limiter=self._compiling)
+            return await anyio.to_thread.run_sync(work, limiter=self._compiling)
         finally:
             self._n_compiling -= 1
 
     async def asked(self, body: Common, prompts: Sequence[list[int]], tools: Tools | None = None) -> list[Asked]:
         """Each of the answers that a body asks for. Raises BadRequest."""
         compiles = body.schema_wanted is not None or (tools is not None and tools.enforced)
-        return await self.settle(compiles, lambda: [each for ids in prompts for each in self._asked(body, ids, tools)])
+        return await self.in_thread(compiles, lambda: [one for ids in prompts for one in self._asked(body, ids, tools)])
 
     def _asked(self, body: Common, prompt: list[int], tools: Tools | None) -> list[Asked]:
         n_ctx, n_vocab = self.engine.context.n_ctx, self.engine.model.n_vocab

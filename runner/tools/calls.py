@@ -52,7 +52,7 @@ class Tools:
         return bool(self.forced or self.strict)
 
 
-class Reader:
+class CallScanner:
     """Goes through a text part by part. `short`: it has looked past the end, so more text may change what is read."""
 
     def __init__(self, text: str) -> None:
@@ -138,7 +138,7 @@ class Form(ABC):
         """What a block may begin with; the first is the one the model was trained on."""
         return (self.opening,)
 
-    def read(self, reader: Reader, tools: Tools) -> list[Call]:
+    def read(self, reader: CallScanner, tools: Tools) -> list[Call]:
         """The calls of the block that begins here, which the reader goes past; none if no block begins here."""
         opened = reader.take(self.opening)
         if not opened and len(self.openings) == 1:
@@ -160,7 +160,7 @@ class Form(ABC):
         return calls
 
     @abstractmethod
-    def _calls(self, reader: Reader, tools: Tools) -> list[Call]:
+    def _calls(self, reader: CallScanner, tools: Tools) -> list[Call]:
         """The call, or list of calls, that begins here; none, or ValueError, if there is none."""
 
     def block(self, writer: Writer, tools: Tools, names: Sequence[str]) -> str:
@@ -190,7 +190,7 @@ class JsonForm(Form):
         """Whether the opening alone says that a call follows."""
         return bool(self.opening) and not self.loose
 
-    def _calls(self, reader: Reader, tools: Tools) -> list[Call]:
+    def _calls(self, reader: CallScanner, tools: Tools) -> list[Call]:
         if self.loose:
             any(reader.take(word) for word in _LANGUAGES)
         reader.skip(_SPACE)
@@ -211,7 +211,7 @@ _FIRST_KEY = re.compile(r'[\[{\s]*"(?:name|arguments|parameters|function|type|id
 _FIRST_KEY_PREFIX = re.compile(r'[\[{\s]*(?:"[a-z]*(?:"\s*)?)?')
 
 
-def _begins_call(reader: Reader) -> bool:
+def _begins_call(reader: CallScanner) -> bool:
     """Whether a value begins with one of a call's keys: other JSON is not held back any longer."""
     if _FIRST_KEY.match(reader.text, reader.at):
         return True
@@ -284,7 +284,7 @@ class NamedForm(Form):
         inner = self.before.lstrip()
         return (self.opening, inner) if self.tags and inner else (self.opening,)  # the outer tag is often forgotten
 
-    def _calls(self, reader: Reader, tools: Tools) -> list[Call]:
+    def _calls(self, reader: CallScanner, tools: Tools) -> list[Call]:
         if not reader.take(f"\n{self.before}") or not (name := reader.match(NAME)):
             return []
         if not (reader.past(re.compile(self.separator)) if self.separator else reader.take(self.between)):
@@ -302,7 +302,7 @@ class NamedForm(Form):
             reader.at = end
         return [_call(name, arguments)]
 
-    def _tagged(self, reader: Reader, tags: Tags, schema: ObjectSchema) -> dict[str, Any] | None:
+    def _tagged(self, reader: CallScanner, tags: Tags, schema: ObjectSchema) -> dict[str, Any] | None:
         """All arguments; None if one has no end."""
         arguments = dict[str, Any]()
         follows = "|".join(re.escape(mark.lstrip()) for mark in (tags.before, self.after or self.last))
@@ -434,7 +434,7 @@ def form_of(template: ChatTemplate) -> Form:
     tail = after[len(os.path.commonprefix([before, after])) :]  # noqa: RUF071 (characters of texts are meant)
     for form in FORMS:
         for opening in re.finditer(re.escape(form.opening or "{"), tail):
-            calls = form.read(Reader(tail[opening.start() :]), Tools({name: parameters}))
+            calls = form.read(CallScanner(tail[opening.start() :]), Tools({name: parameters}))
             if calls == [Call(name, json.dumps(arguments))]:
                 return form
     return next((form for form in FORMS if form.opening and form.opening in template.tool_source), HERMES)

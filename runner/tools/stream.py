@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from runner.loop.stops import TextPiece, first_of
 
-from .calls import LOOSE, Call, Form, Reader, Tools
+from .calls import LOOSE, Call, CallScanner, Form, Tools
 
 GROWTH = 16  # What may become a call is read again once it has grown by this fraction (1/16) of its length.
 
@@ -92,7 +92,7 @@ class CallReader:
         """The calls with which a text begins, if any, and where they end; None for the end if more text must come."""
         for form in self._forms:
             if text.startswith(form.openings) and not (self._has_text and "" in form.openings):
-                reader = Reader(text)
+                reader = CallScanner(text)
                 calls = form.read(reader, self.tools)
                 if reader.short and not ended:
                     return [], None

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import llama_cpp
 
 from llamabase.errors import SettingError
-
-from .model import Model
+from llamabase.llama.model import Model
 
 AFTER = 4  # the text after the gap gets one in AFTER tokens of the room if both sides are too long
 

@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_trim.cut import move
-from gguf_trim.fit.calibrate import Reading, calibration, share
+from gguf_trim.fit.calibrate import TeacherForced, calibration, share
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.mtp import MTP
 from gguf_trim.format.state_fed import STATE_FED
-from gguf_trim.plan.costs import draft_step
-from gguf_trim.plan.matches import DRAFT_LENGTHS, speed, tau_of
 from llamabase.cli.progress import stderr
 from llamabase.errors import TrimError
 from llamabase.files import require_room
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.quantize import AS_SHIPPED, renamed, requantized
 from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, medians, open_context
+
+from .costs import draft_step
+from .matches import DRAFT_LENGTHS, speed, tau_of
 
 TYPES = ("Q4_0", "Q8_0")  # llama.cpp repacks the first for matrix kernels; the second loses next to nothing
 REPEAT = 7  # steps of each size, of which the median counts
@@ -36,7 +37,7 @@ class Candidate:
     """A trimmed drafter in one type: how it reads answers, and the seconds of its step and of its target's."""
 
     type: str
-    reading: Reading
+    reading: TeacherForced
     step: float
     verify: StepCost
 
@@ -73,7 +74,7 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
     states_of = target if trimmed.file.architecture in (*STATE_FED, MTP) else None
     answers = calibration(GGUFFile(target) if states_of else trimmed.companion)
     readings = {
-        kind: Reading.of(path, answers, trimmed, title=f"reading {kind}", target=states_of)
+        kind: TeacherForced.of(path, answers, trimmed, title=f"reading {kind}", target=states_of)
         for kind, path in files.items()
     }
     chosen = decided or _quickest(target, trimmed, files, readings)
@@ -88,7 +89,7 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
     return chosen
 
 
-def _quickest(target: Path, trimmed: Trimmed, files: dict[str, Path], readings: dict[str, Reading]) -> str:
+def _quickest(target: Path, trimmed: Trimmed, files: dict[str, Path], readings: dict[str, TeacherForced]) -> str:
     with contextlib.ExitStack() as stack:
         context = open_context(stack, target)
         steps: dict[str | int, Step] = {kind: draft_step(stack, path, trimmed) for kind, path in files.items()}

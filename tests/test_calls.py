@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llamabase.errors import FileFormatError
 from llamabase.llama.template import ChatTemplate
 from runner.loop.stops import TextPiece
-from runner.tools.calls import BARE, FORMS, HERMES, Call, Form, Reader, Tools, form_of, guide_of, lark_of
+from runner.tools.calls import BARE, FORMS, HERMES, Call, Form, Tools, form_of, guide_of, lark_of
 from runner.tools.stream import CallReader
 
 EACH = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function %}"
@@ -274,7 +274,7 @@ def test_what_is_almost_a_call_is_read_in_a_time_that_grows_with_it(monkeypatch:
     form, seen = FORMS[list(TEMPLATES).index("qwen3-coder")], [0]
     honest = type(form).read
 
-    def read(self: Form, reader: Reader, tools: Tools) -> list[Call]:
+    def read(self: Form, reader: CallScanner, tools: Tools) -> list[Call]:
         seen[0] += len(reader.text)
         return honest(self, reader, tools)
 

@@ -160,7 +160,7 @@ def test_a_real_model_cut_anywhere_is_refused(scratch: Path, data: st.DataObject
     model = scratch / "model.gguf"
     whole = (model if model.exists() else write_model(model)).read_bytes()
     last = max(tensor.offset + tensor.n_bytes for tensor in GGUFFile(model).tensors.values())
-    head = len(GGUFFile(model).head)
+    head = len(GGUFFile(model).header)
     end = data.draw(st.one_of(st.integers(0, head), st.integers(0, last - 1)))
     with pytest.raises(FileFormatError):
         read(scratch, whole[:end])
@@ -193,7 +193,7 @@ def test_every_byte_of_a_head_damaged(scratch: Path) -> None:
     """Exhaustively, over the metadata and the tensor table; a law on damage in many places is above."""
     path = put(scratch, TINY)
     with open(path, "r+b", buffering=0) as file:
-        for position in range(len(GGUFFile(path).head)):
+        for position in range(len(GGUFFile(path).header)):
             for byte in (TINY[position] ^ (1 << position % 8), 0xFF):
                 os.pwrite(file.fileno(), bytes([byte]), position)
                 try:

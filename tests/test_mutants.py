@@ -155,11 +155,11 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
         "tau.json": (json.dumps({"draft_max": 2, "tau": {"draft full": 2.0}}), acceptance_in),
     }
     found = {
-        "model": Sample(model, len(GGUFFile(model).head), read_model),
-        "trimmed": Sample(trimmed, len(GGUFFile(trimmed).head), read_trimmed),
-        "companion": Sample(companion_path(other), len(GGUFFile(companion_path(other)).head), read_companion),
-        "eagle3": Sample(head, len(GGUFFile(head).head), read_head),
-        "mtp": Sample(block, len(GGUFFile(block).head), read_block),
+        "model": Sample(model, len(GGUFFile(model).header), read_model),
+        "trimmed": Sample(trimmed, len(GGUFFile(trimmed).header), read_trimmed),
+        "companion": Sample(companion_path(other), len(GGUFFile(companion_path(other)).header), read_companion),
+        "eagle3": Sample(head, len(GGUFFile(head).header), read_head),
+        "mtp": Sample(block, len(GGUFFile(block).header), read_block),
         "counts": Sample(folder / "c.npz", (folder / "c.npz").stat().st_size, Counts.load),
         "memory": Sample(memory, memory.stat().st_size, read_memory),
     }
@@ -321,7 +321,7 @@ def children(folder: Path, toys: dict[str, Path], seed: int, n: int) -> tuple[Co
     folder.mkdir()
     samples = make_samples(folder, toys)
     shutil.copy(toys["wrong"], folder / "wrong.gguf")
-    head = len(GGUFFile(folder / "wrong.gguf").head)
+    head = len(GGUFFile(folder / "wrong.gguf").header)
     samples["uncut"] = Sample(folder / "wrong.gguf", head, read_model)
     target = folder / "target.gguf"
     write_model(target, seed=1, n_layer=4)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llamabase.errors import FileFormatError
 from llamabase.llama.template import ChatTemplate
 from runner.loop.stops import TextPiece
-from runner.tools.calls import BARE, FORMS, HERMES, Call, Form, Tools, form_of, guide_of, lark_of
+from runner.tools.calls import BARE, FORMS, HERMES, Call, CallScanner, Form, Tools, form_of, guide_of, lark_of
 from runner.tools.stream import CallReader
 
 EACH = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function %}"

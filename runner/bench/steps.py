@@ -146,7 +146,7 @@ def _medians(record: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]
 
 
 def _speed(tau: float, n: int, draft: float, verify: Mapping[int, float]) -> float:
-    """Tokens per second over plain decoding's, where rounds of n drafts bring tau tokens each."""
+    """Tokens per second over plain decoding's, if rounds of n drafts bring tau tokens each."""
     return tau * verify[1] / (verify[n + 1] + n * draft)
 
 

@@ -46,7 +46,7 @@ class _Draft:
 
 
 class AutoDrafter(Drafter):
-    """A model drafter (None: lookup alone) and the text's own suggestions, each used where it pays."""
+    """A model drafter (None: lookup alone) and the text's own suggestions, each used if it pays."""
 
     def __init__(
         self, drafter: ModelDrafter | None, verify: StepCost, draft: StepCost | None, stats: DraftStats | None = None

@@ -34,7 +34,18 @@ from runner.loop import engine as engine_module
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
-from .test_state_fed import F32, FEW, PROMPT, SAMPLINGS, answers_file, fitted, interrupt_at, text_of
+from .test_state_fed import (
+    F32,
+    FEW,
+    PROMPT,
+    SAMPLINGS,
+    answers_file,
+    draft_after_any_reading,
+    fitted,
+    interrupt_at,
+    read,
+    text_of,
+)
 from .toy import write_model, write_mtp
 
 ARCHITECTURES = ("qwen35", "glm4moe")
@@ -76,13 +87,6 @@ def engines(files: dict[str, Path]) -> Iterator[Callable[[str, str | None], Engi
     yield get
     for engine in opened.values():
         engine.close()
-
-
-def read(engine: Engine, text: list[int]) -> None:
-    """Let the target read all but the last token."""
-    engine.reader.keep(text, len(text) - 1)
-    if rest := text[len(engine.reader.held) : -1]:
-        engine.reader.read(rest, 0)
 
 
 @pytest.mark.parametrize("kind", SAMPLINGS)
@@ -134,22 +138,7 @@ def test_rows_draft_what_the_whole_head_does_where_that_was_kept(engines, files,
 @pytest.mark.parametrize("what", ["mtp", "cut"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_draft_does_not_depend_on_how_the_text_was_read(engines, name: str, what: str) -> None:
-    """After rounds of any outcome the block has the logits that a fresh reading of the text gives."""
-    engine, rng = engines(name, what), np.random.default_rng(5)
-    text = engine.model.tokenize(PROMPT)
-    reading = engine.drafter.reading
-    for _ in range(12):
-        read(engine, text)
-        drafts = engine.drafter.draft(text, int(rng.integers(1, 5)), SAMPLINGS["greedy"], Noise(0))
-        engine.reader.read([text[-1], *drafts], len(drafts) + 1)
-        going_on = reading.begin(text)[0].copy()
-        reading.prepare(text[:1])
-        assert reading.unread(text) == len(text) - 1
-        assert going_on == pytest.approx(reading.begin(text)[0], abs=0.02)
-        kept = int(rng.integers(0, len(drafts) + 1))
-        text = [*text, *drafts[:kept], int(rng.integers(97, 122))]
-        if rng.random() < 0.3:
-            text = text[: len(text) // 2]  # another conversation
+    draft_after_any_reading(engines(name, what))
 
 
 def test_a_running_state_is_taken_back_or_read_anew(files) -> None:

@@ -117,14 +117,23 @@ def test_some_drafts_stand_and_some_do_not(engines, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["whole", "mapped", "own embeddings"])
 def test_a_draft_does_not_depend_on_how_the_text_was_read(engines, name: str) -> None:
-    """After rounds of any outcome the head has the logits that a fresh reading of the text gives."""
-    engine, rng = engines(name), np.random.default_rng(5)
+    draft_after_any_reading(engines(name))
+
+
+def read(engine: Engine, text: list[int]) -> None:
+    """Have the target read all of a text but its last token."""
+    engine.reader.keep(text, len(text) - 1)
+    if rest := text[len(engine.reader.held) : -1]:
+        engine.reader.read(rest, 0)
+
+
+def draft_after_any_reading(engine: Engine) -> None:
+    """After rounds of any outcome the drafter has the logits that a fresh reading of the text gives."""
+    rng = np.random.default_rng(5)
     text = engine.model.tokenize(PROMPT)
     reading = engine.drafter.reading
     for _ in range(12):
-        engine.reader.keep(text, len(text) - 1)
-        if rest := text[len(engine.reader.held) : -1]:
-            engine.reader.read(rest, 0)
+        read(engine, text)
         drafts = engine.drafter.draft(text, int(rng.integers(1, 5)), SAMPLINGS["greedy"], Noise(0))
         engine.reader.read([text[-1], *drafts], len(drafts) + 1)
         going_on = reading.begin(text)[0].copy()

@@ -77,9 +77,8 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = None if trimmed is None else _dynamic(options, trimmed, len(target))
     with _closed_on_failure() as opened:
-        owned = None if loaded else opened.enter_context(Model(file.path, options.n_gpu_layers))
-        model = loaded or owned
-        assert model is not None
+        model = loaded or opened.enter_context(Model(file.path, options.n_gpu_layers))
+        owned = None if loaded else model
         if model.recurrent:
             raise EngineError(
                 f"{file.path}: llama.cpp cannot take back what a {file.architecture} model has drafted; use a drafter "
@@ -119,9 +118,8 @@ def _open_state_fed(
     whole = whole or (options.vocab == AUTO and not companion_of(path).exists())
     dynamic = None if whole else _dynamic(options, Trimmed.open(path), len(target))
     with _closed_on_failure() as opened:
-        owned = None if loaded else opened.enter_context(Model(path, options.n_gpu_layers))
-        model = loaded or owned
-        assert model is not None
+        model = loaded or opened.enter_context(Model(path, options.n_gpu_layers))
+        owned = None if loaded else model
         context = PairContext(model, target_context.n_ctx, options.n_threads, target_context)
         reading = StateFedReading(opened.enter_context(context), recorded, head)
         return ModelDrafter(reading, reading.ids, dynamic, owned)

@@ -40,6 +40,7 @@ from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY, Sampling
 from runner.bench.machine import machine
+from runner.draft.reading import Reader
 from runner.loop.engine import REWINDS, Engine
 from runner.loop.speculative import Round
 
@@ -113,20 +114,19 @@ def read(
     context: Context, prompt: Sequence[int], batches: Iterable[Batch], law: Law
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Decode a text in these batches; yields each token with the scores (n_vocab) that precede it."""
+    reader, text = Reader(context), list(prompt)
     context.truncate(0)
     if len(prompt) > 1:
-        context.decode(prompt[:-1], 0)
+        reader.read(prompt[:-1], 0)
     chain = Chain(law.sampling, prompt, context.model, Noise(law.seed))
-    last, position = prompt[-1], len(prompt)
     for batch in batches:
-        logits = context.decode([last, *batch.drafted], len(batch.drafted) + 1)
+        logits = reader.verify(text, batch.drafted)
         for row, token in zip(logits, batch.emitted, strict=False):  # an end token may end the batch early
-            scores = law.scores(chain, row, position)
-            last = int(scores.argmax()) if token is None else token
-            yield last, scores
-            chain.accept(last)  # even if a filter leaves it out here: in another shape it may not
-            position += 1
-        context.truncate(position - 1)
+            scores = law.scores(chain, row, len(text))
+            text.append(int(scores.argmax()) if token is None else token)
+            yield text[-1], scores
+            chain.accept(text[-1])  # even if a filter leaves it out here: in another shape it may not
+        reader.keep(text, len(text) - 1)
 
 
 def plain_tokens(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -283,15 +284,17 @@ def test_rows_of_another_target_are_refused(files, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_rewound_drafts_nothing(files, monkeypatch) -> None:
-    """An architecture of whose state llama.cpp keeps no copies, and one that should draft by itself."""
-    with pytest.raises(EngineError, match="cannot take back what a qwen35 model has drafted"):
+    """If llama.cpp cannot copy a state: as a drafter, and as a target that keeps states of its last batch or none."""
+    monkeypatch.setattr(llama_cpp, "llama_memory_seq_cp", lambda *_: None)
+    with pytest.raises(EngineError, match="cannot copy the state of a qwen35 model, so its drafts cannot be"):
         Engine(LoadOptions(files["glm4moe"], files["qwen35"], n_ctx=64))
-    monkeypatch.setattr(engine_module, "REWINDS", 0)
-    with pytest.raises(EngineError, match="cannot rewind the cache of a qwen35 model, which drafting needs"):
-        Engine(LoadOptions(files["qwen35"], MTP, n_ctx=64))
-    with Engine(LoadOptions(files["qwen35"], n_ctx=128, cache=F32)) as engine:
-        rounds = list(engine.rounds(engine.model.tokenize(PROMPT), SAMPLINGS["greedy"], max_tokens=8))
-        assert [len(round_.drafted) for round_ in rounds] == [0] * 8
+    for rewinds in (3, 0):
+        monkeypatch.setattr(engine_module, "REWINDS", rewinds)
+        with pytest.raises(EngineError, match="cannot rewind the cache of a qwen35 model, which drafting needs"):
+            Engine(LoadOptions(files["qwen35"], MTP, n_ctx=64))
+        with Engine(LoadOptions(files["qwen35"], n_ctx=128, cache=F32)) as engine:
+            rounds = list(engine.rounds(engine.model.tokenize(PROMPT), SAMPLINGS["greedy"], max_tokens=8))
+            assert [len(round_.drafted) for round_ in rounds] == [0] * 8
 
 
 def test_commands_cut_prove_fit_and_run_one(files, tmp_path: Path) -> None:
@@ -320,7 +323,6 @@ def test_commands_cut_prove_fit_and_run_one(files, tmp_path: Path) -> None:
         assert "8 tokens" in done.stderr
     steps = json.loads(run(bench, "steps", *pair, "--repeat", "1").stdout.splitlines()[-1])
     assert steps["seconds"].keys() >= {"full", "trim", "context", "spec", "verify 8"}
-    assert "verify 12" not in steps["seconds"]  # more than a running state can take back
     assert steps["bytes"]["full"] > steps["bytes"]["trim"]
     modes = "plain,full:2,trim:2,spec:2,auto"
     prompts = tmp_path / "p.jsonl"

@@ -78,7 +78,6 @@ class BaseContext(Owner):
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = n_ctx
         settings.n_batch = settings.n_ubatch = self.n_batch
-        settings.n_outputs_max = self.n_outputs
         settings.type_k, settings.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
         if cache.flash is not None or cache == F32:
             settings.flash_attn_type = int(bool(cache.flash))  # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED 0
@@ -88,6 +87,7 @@ class BaseContext(Owner):
         settings.no_perf = True
         for name, value in params.items():
             setattr(settings, name, value)
+        settings.n_outputs_max = max(self.n_outputs, settings.n_seq_max)  # llama.cpp reserves one for each sequence
         with interruptible():
             self._ctx = llama_cpp.llama_init_from_model(model.handle, settings)
         if self._ctx is None:
@@ -151,7 +151,7 @@ class SequenceContext(BaseContext):
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, 0)) + 1
 
     def rewind(self, n: int) -> int:
-        """Forget everything from position n on, or the whole sequence if the cache cannot do less; returns n_past."""
+        """Forget everything from position n on, or more if the cache cannot do less; returns n_past."""
         if self._ctx is None:
             return 0
         if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):
@@ -161,20 +161,19 @@ class SequenceContext(BaseContext):
         return self.n_past
 
     def truncate(self, n: int) -> None:
-        """`rewind` to position n. Raises EngineError if the cache could only forget everything, and did."""
+        """`rewind` to position n. Raises EngineError if the cache had to forget more, and did."""
         before = self.n_past
         if self.rewind(n) < min(n, before):
-            raise EngineError(
-                f"{self.model.path}: its cache cannot be rewound to token {n}, as recurrent models cannot; "
-                "speculative decoding needs a model with attention only"
-            )
+            raise EngineError(f"{self.model.path}: its cache, a recurrent state, cannot be rewound to token {n}")
 
 
 class Context(SequenceContext):
     """A sequence of tokens, decoded from their ids or their embeddings.
 
-    A recurrent cache keeps `rewinds` copies of itself: at most that many tokens of the last batch can be undone. The
-    attribute is 0 if the architecture keeps no copies.
+    A recurrent cache is a state, which does not contain the states before it. So it can be rewound to its checkpoint,
+    and once after each batch by at most `rewinds` tokens, of which llama.cpp keeps the states. The attribute is 0 if
+    it cannot keep them for the architecture. A second sequence holds the checkpoint: llama.cpp copies a state only when
+    one of the sequences that share it goes on.
     """
 
     def __init__(
@@ -187,11 +186,13 @@ class Context(SequenceContext):
         cache: Cache = F16,
         rewinds: int = 0,
     ) -> None:
-        copies = rewinds if model.recurrent else 0
-        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, n_rs_seq=copies)
+        states = {"n_seq_max": 2, "n_rs_seq": rewinds} if model.recurrent else {}
+        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, **states)
         self.recurrent = model.recurrent
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
-        self._oldest = 0  # the lowest position above 0 that a recurrent cache can be rewound to
+        self._oldest = 0  # the lowest position whose state is one of the last batch's that llama.cpp keeps
+        self._checkpoint = 0  # its position; 0 for none
+        self._undone = False  # whether a recurrent cache was rewound after its last batch
         self._with_hidden = False
         self._ids = _Batch(self.n_batch)
         self._vectors: _Batch | None = None
@@ -228,6 +229,7 @@ class Context(SequenceContext):
                 batch.fill(inputs[start:end], self.n_past - start + indices, indices >= n - outputs)
                 self._oldest = self.n_ctx + 1  # nowhere, if the decode is interrupted
                 self._decode(batch)
+                self._undone = False
                 for recorder in self.recorders:
                     recorder.take(self.n_past, end - start)
                 self._oldest = max(self.n_past + 1, self.n_past + end - start - self.rewinds)
@@ -240,10 +242,67 @@ class Context(SequenceContext):
         """The final hidden states (float32, n x n_embd) of the last decode, a view valid until the next one."""
         return floats(llama_cpp.llama_get_embeddings(self.handle), n, self.model.n_embd)
 
+    def checkpoint(self) -> None:
+        """Make the end of the sequence the position that a recurrent cache can be rewound to, in place of the last one.
+
+        A state that `rewind` chose among those of the last batch cannot be kept: the checkpoint then stays as it is.
+        """
+        if not self.recurrent or self._undone:
+            return
+        self._forget_checkpoint()
+        llama_cpp.llama_memory_seq_cp(self._memory, 0, 1, -1, -1)
+        self._checkpoint = self.n_past
+
+    def reach(self, n: int) -> int:
+        """The position that `rewind(n)` would go back to: the nearest one, up to n, whose state the cache has."""
+        if not self.recurrent or n >= min(self._oldest, self._held()):
+            return n
+        return self._checkpoint if self._checkpoint <= n else 0
+
+    @property
+    def undoable(self) -> int:
+        """The most tokens of the next batch that can be undone without reading the text before them anew."""
+        return self.rewinds if self._undone else self.n_ctx
+
     def rewind(self, n: int) -> int:
-        if self._ctx is not None and self.recurrent and n < min(self._oldest, self._held()):
-            n = 0  # llama.cpp would undo more than it has copies of
-        return super().rewind(n)
+        if self._ctx is None or not self.recurrent or n >= self._held():
+            return super().rewind(n)
+        to = self.reach(n)
+        from_batch, self._undone = to >= self._oldest, to > 0
+        self._oldest = self.n_ctx + 1  # nowhere: a batch can be undone once
+        if to < self._checkpoint:
+            self._forget_checkpoint()
+        if from_batch or not to:
+            return super().rewind(to)
+        self.n_past = self._checkpoint = 0  # until the checkpoint is the sequence again
+        llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        llama_cpp.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
+        self.n_past = self._checkpoint = to
+        return to
+
+    def recount(self) -> int:
+        if self._ctx is not None and self.recurrent and not self._checkpoint:
+            self._forget_checkpoint()  # an interruption may have left a part of one
+        return super().recount()
+
+    def goes_back(self, inputs: Sequence[int] | np.ndarray) -> bool:
+        """Whether the cache can be rewound, which two inputs show; it must be empty, and is left empty.
+
+        llama.cpp may be unable to copy the state of an architecture.
+        """
+        if not self.recurrent:
+            return True
+        self.decode(inputs[:1], 0)
+        self.checkpoint()
+        logits = self.decode(inputs[1:2]).copy()
+        same = self.rewind(1) == self._held() == 1
+        same = same and bool(np.abs(self.decode(inputs[1:2]) - logits).max() <= 1e-3 * np.ptp(logits))
+        self.rewind(0)
+        return same
+
+    def _forget_checkpoint(self) -> None:
+        self._checkpoint = 0
+        llama_cpp.llama_memory_seq_rm(self._memory, 1, -1, -1)
 
 
 class ParallelContext(BaseContext):

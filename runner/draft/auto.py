@@ -118,10 +118,8 @@ class AutoDrafter(Drafter):
         saved = self._verify.of(1) * (1 - 1 / self.stats.speedup) * self._rest
         return saved > first - step and first + WEIGHT * step <= self._budget
 
-    def learn(
-        self, made: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
-    ) -> None:
-        self._verify.observe(verified + 1, verify_seconds)
+    def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
+        self._verify.observe(read, verify_seconds)
         plain = self._verify.of(1)
         self._emitted += tokens
         modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)

@@ -35,11 +35,9 @@ class Drafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Read a prompt before the first draft. At most `left` tokens will follow it."""
 
-    def learn(
-        self, made: int, verified: int, accepted: int, tokens: int, seconds: float, verify_seconds: float
-    ) -> None:
-        """Learn from a round: the numbers of drafts made, verified and accepted, of tokens emitted, the wall time of
-        the round and the part of it that the target took, in seconds.
+    def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
+        """Learn from a round: the numbers of drafts made, of tokens that the target read, of drafts accepted and of
+        tokens emitted; the wall time of the round and the part of it that the target took, in seconds.
         """
 
     def settle(self) -> None:

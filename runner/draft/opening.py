@@ -79,20 +79,20 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
     with _closed_on_failure() as opened:
         model = loaded or opened.enter_context(Model(file.path, options.n_gpu_layers))
         owned = None if loaded else model
-        if model.recurrent:
-            raise EngineError(
-                f"{file.path}: llama.cpp cannot take back what a {file.architecture} model has drafted; use a drafter "
-                "with attention only"
-            )
         outputs = HIDDEN_ROWS if dynamic else 1
         context = Context(model, options.n_ctx, options.n_threads, n_outputs=outputs, cache=options.cache)
         opened.enter_context(context)
-        if trimmed is None:
+        embeddings = None if trimmed is None else trimmed.embeddings()
+        if not context.goes_back([0, 1] if embeddings is None else embeddings.rows([0, 1])):
+            raise EngineError(
+                f"{file.path}: llama.cpp cannot copy the state of a {file.architecture} model, so its drafts cannot be "
+                "taken back; use another drafter"
+            )
+        if trimmed is None or embeddings is None:
             # Tables of one family are padded to different lengths: an id of one's padding must not reach the other.
             rows, last = min(model.n_vocab, len(target)), model.n_vocab - 1
             reading = OwnReading(context, rows, lambda ids: np.minimum(ids, last), hidden=False)
             return ModelDrafter(reading, owned=owned)
-        embeddings = trimmed.embeddings()
         if dynamic is not None and not _multiplies(dynamic, context, embeddings):
             if options.vocab != AUTO:
                 raise EngineError(

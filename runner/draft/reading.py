@@ -54,6 +54,19 @@ class Reader:
         self.held.extend(tokens)
         return logits
 
+    def unread(self, text: Sequence[int]) -> int:
+        """The number of tokens of `text` that are read if its last one is to give logits."""
+        return len(text) - self.context.reach(shared(self.held, text, len(text) - 1))
+
+    def verify(self, text: Sequence[int], drafts: Sequence[int]) -> np.ndarray:
+        """Read on to the end of `text`, of which the cache holds a beginning, and drafts after it.
+
+        Returns the logits (float32, a row for the last token of the text and for each draft), a view.
+        """
+        if len(drafts) > self.context.rewinds:
+            self.context.checkpoint()
+        return self.read([*text[len(self.held) :], *drafts], len(drafts) + 1)
+
     def settle(self) -> None:
         """Keep what the cache and the record of it agree on. An interruption may have come at any point."""
         del self.held[self.context.recount() :]
@@ -69,21 +82,25 @@ class OwnReading:
     def __init__(self, context: Context, rows: int, feed: Feed, hidden: bool) -> None:
         self.context, self.reader = context, Reader(context, feed)
         self._rows, self._hidden = rows, hidden
+        self._certain = 0  # tokens that the cache held when the last text had been read
 
     def room(self, text: Sequence[int]) -> int:
         return self.context.n_ctx - len(self._window(text))
 
     def unread(self, text: Sequence[int]) -> int:
-        window = self._window(text)
-        return len(window) - shared(self.reader.held, window, len(window) - 1)
+        return self.reader.unread(self._window(text))
 
     def begin(self, text: Sequence[int]) -> Step:
         # The last token is always read now, since its logits are wanted.
         window = self._window(text)
         self.reader.keep(window, len(window) - 1)
-        return self._step(window[len(self.reader.held) :])
+        step = self._step(window[len(self.reader.held) :])
+        self._certain = len(window)
+        return step
 
     def follow(self, token: int) -> Step:
+        if len(self.reader.held) == self._certain:  # the first token that may have to be taken back
+            self.context.checkpoint()
         return self._step([token])
 
     def prepare(self, text: Sequence[int]) -> None:

@@ -28,8 +28,11 @@ from .speculative import Round, generate
 from .stops import StopFilter, TextPiece
 from .weights import LoadOptions, Weights
 
-REWINDS = 7  # drafts of a round that a recurrent target can take back; each costs the memory of its whole state
-OUTPUTS = 32  # tokens of a round of any other target
+# REWINDS: tokens of a batch whose states a recurrent target keeps. A state takes 50 MB for Qwen3.5-4B and -9B, of which
+# there are 2 (1 + REWINDS), and keeping them takes 2 to 4 % of a step. Without them the accepted tokens are read again,
+# each for up to half a step (docs/results/2026-11-29-hybrid-targets.json).
+REWINDS = 3
+OUTPUTS = 32  # tokens of a round
 
 
 class Engine(Closing):
@@ -55,12 +58,10 @@ class Engine(Closing):
 
     def _open(self, options: LoadOptions) -> None:
         model = self.model
-        n_ctx, outputs = min(options.n_ctx or model.n_ctx_train, model.n_ctx_train), OUTPUTS
-        if model.recurrent:
-            outputs = REWINDS + 1
-        self.context = Context(model, n_ctx, options.n_threads, n_outputs=outputs, cache=options.cache, rewinds=REWINDS)
+        n_ctx = min(options.n_ctx or model.n_ctx_train, model.n_ctx_train)
+        self.context = Context(model, n_ctx, options.n_threads, n_outputs=OUTPUTS, cache=options.cache, rewinds=REWINDS)
         self._opened.callback(self.context.close)
-        if model.recurrent and not self.context.rewinds:
+        if not self.context.goes_back([0, 1]):
             if options.draft is not None:
                 raise EngineError(
                     f"{model.path}: llama.cpp cannot rewind the cache of a {self.weights.architecture} model, which "

@@ -90,11 +90,12 @@ def generate(
         while left > 0:
             started, before = time.perf_counter(), (drafter.seconds, target.context.seconds)
             # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
-            n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1)
+            n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1, target.context.undoable)
             drafts = drafter.draft(text, n, sampling, noise)
             n_made = len(drafts)
             del drafts[chain.fitting(drafts) :]  # a draft that a schema forbids falls, with those after it
-            logits = target.read([text[-1], *drafts], len(drafts) + 1)
+            n_read = len(text) - len(target.held) + len(drafts)
+            logits = target.verify(text, drafts)
             accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
             chain.accept(following)
             tokens = [*drafts[:accepted], following]
@@ -111,7 +112,7 @@ def generate(
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
             accepted = min(accepted, len(tokens))
             seconds = time.perf_counter() - started
-            drafter.learn(n_made, len(drafts), accepted, len(tokens), seconds, verify_seconds)
+            drafter.learn(n_made, n_read, accepted, len(tokens), seconds, verify_seconds)
             yield Round(
                 tokens,
                 drafts,

@@ -18,6 +18,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
+from gguf_trim.format.memory_bound import unread
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock
 from gguf_trim.format.state_fed import D2T, STATE_FED, Eagle3Head, row_by_id
 from llamabase.errors import FileFormatError, TrimError
@@ -101,8 +102,8 @@ class Cut:
 
     @property
     def step_bytes(self) -> int:
-        """Weight bytes that one draft step of the trimmed file reads: all but an embedding table beside a head."""
-        skipped = set() if self.tied else {EMBEDDING}
+        """Weight bytes that one draft step of the trimmed file reads."""
+        skipped = unread(self.source)
         return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)
 
 

@@ -12,9 +12,17 @@ from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
 from .state_fed import STATE_FED
 
 
+def unread(file: GGUFFile) -> set[str]:
+    """Tensors that a step of the model does not read: an embedding table beside a head, and an MTP block."""
+    arch = file.architecture
+    n_layer, n_blocks = (file.integer(f"{arch}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    block = tuple(f"blk.{i}." for i in range(n_layer - n_blocks, n_layer)) if n_blocks < n_layer else ()
+    return ({EMBEDDING} if HEAD in file.tensors else set()) | {t for t in file.tensors if t.startswith(block)}
+
+
 def step_bytes(file: GGUFFile) -> int:
-    """Weight bytes that one draft step reads: every tensor, except an embedding table that is not also the head."""
-    skipped = {EMBEDDING} if HEAD in file.tensors else set()
+    """Weight bytes that one draft step reads."""
+    skipped = unread(file)
     return sum(tensor.n_bytes for tensor in file.tensors.values() if tensor.name not in skipped)
 
 
@@ -32,7 +40,7 @@ class StepWeights:
     def of(cls, file: GGUFFile, target: GGUFFile | None = None) -> StepWeights:
         """`target`: has the head of a drafter that has none of its own."""
         head = head_tensor(target if target is not None and HEAD not in file.tensors else file)
-        skipped = {head.name, EMBEDDING}
+        skipped = {head.name, EMBEDDING} | unread(file)
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
         fixed = step_bytes(file) - (head.n_bytes if head.name in file.tensors else 0)
         return cls(head.n_rows, fixed, head.n_bytes / head.n_rows, params, head.shape[0])

@@ -170,8 +170,7 @@ def write_pair(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Shaped
     cuts = [drafter.with_name(f"{drafter.stem}-trim{k}.gguf") for k in ks]
     for k, cut in zip(ks, cuts, strict=True):
         write(lay_out(OWN_BLOCK if own else drafter, partial(_first_rows, k=k), target), cut)
-        if own:
-            attach(trimmed := Trimmed.open(cut), _random_speculator(head_tensor(trimmed.companion)))
+        attach(trimmed := Trimmed.open(cut), _random_speculator(head_tensor(trimmed.companion)))
     return ShapedPair(target, OWN_BLOCK if own else drafter, cuts)
 
 

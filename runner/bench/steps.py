@@ -34,6 +34,8 @@ BATCHES = (*VERIFY, 12, 16)  # tokens that are verified at once
 DRAFT_LENGTHS = range(1, 9)
 N_TEXT = 64  # tokens that are drafted after
 ACCEPTANCES = (0.6, 0.7, 0.8)  # per draft: at these the table gives the speed
+ROUND = 3  # drafts of a round that is timed as a whole
+ROUND_OF = f" x {ROUND}"  # ends the names of such steps
 PARTS = 1_000_000  # parts of 1 in which the least acceptance that pays is sought
 STEPS = Kind("holds no record of steps", marked(b"{", b'"machine":', b'"shape":', b'"seconds":'))
 
@@ -46,9 +48,11 @@ class BenchStep:
     step: Step
     bytes: Callable[[], float]
     clock: Callable[[], float]  # seconds spent inside llama.cpp and ggml so far
+    prepare: Callable[[], object] = lambda: None  # untimed
     inside: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
+        self.prepare()
         before = self.clock()
         seconds = self.step()
         self.inside.append(self.clock() - before)
@@ -70,6 +74,7 @@ def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
     engine = replace(models, target=files.target, draft=None, n_ctx=512).open()
     with engine, open_modes(names_of([FULL, *kinds], files), files, engine, models, 1) as modes:
         steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
+        steps |= {mode.name + ROUND_OF: _drafting(mode, engine.model.n_vocab, ROUND) for mode in modes}
         steps |= _heads(files.full, files, models.n_threads)
         n_bytes = step_bytes(GGUFFile(files.target))
         steps |= {
@@ -83,11 +88,17 @@ def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
         }
 
 
-def _drafting(mode: Mode, n_vocab: int) -> BenchStep:
-    """One draft after a random text."""
+def _drafting(mode: Mode, n_vocab: int, n_drafts: int = 1) -> BenchStep:
+    """A round of drafts after a random text. Before it, untimed, a round after all but the last token has fallen."""
     text, noise = np.random.default_rng(1).integers(n_vocab // 8, n_vocab // 2, N_TEXT).tolist(), Noise(0)
-    step = timed(lambda: mode.drafter.draft(text, 1, GREEDY, noise))
-    return BenchStep(FULL, step, lambda: mode.step()[1], lambda: mode.drafter.seconds)
+
+    def prepare() -> None:
+        mode.drafter.prepare(text[:-1], 0)
+        mode.drafter.draft(text[:-1], n_drafts, GREEDY, noise)
+
+    step = timed(lambda: mode.drafter.draft(text, n_drafts, GREEDY, noise))
+    base = FULL if n_drafts == 1 else mode.name
+    return BenchStep(base, step, lambda: n_drafts * mode.step()[1], lambda: mode.drafter.seconds, prepare)
 
 
 def _verifying(context: Context, n: int, n_bytes: int) -> BenchStep:
@@ -193,7 +204,7 @@ def paying(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "at": [point(acceptance, cost[name]) for acceptance in ACCEPTANCES],
         }
         for name, base in record["base"].items()
-        if base == FULL
+        if base == FULL and not name.endswith(ROUND_OF)
     }
 
 

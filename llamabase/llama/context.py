@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ class Cache:
 
 
 F16, F32 = Cache(), Cache("f32", "f32")
+COPIES = 3  # of a recurrent cache's state, each 50 MB for Qwen3.5-4B and 19 MB for Qwen3.5-0.8B
+_STATE_ONLY = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # without the keys and values of a hybrid cache
 
 
 class Recorder(Protocol):
@@ -171,9 +174,9 @@ class Context(SequenceContext):
     """A sequence of tokens, decoded from their ids or their embeddings.
 
     A recurrent cache is a state, which does not contain the states before it. So it can be rewound to its checkpoint,
-    and once after each batch by at most `rewinds` tokens, of which llama.cpp keeps the states. The attribute is 0 if
-    it cannot keep them for the architecture. A second sequence holds the checkpoint: llama.cpp copies a state only when
-    one of the sequences that share it goes on.
+    to states that were copied, and once after each batch by at most `rewinds` tokens, of which llama.cpp keeps the
+    states. The attribute is 0 if it cannot keep them for the architecture. A second sequence holds the checkpoint:
+    llama.cpp copies a state only when one of the sequences that share it goes on.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class Context(SequenceContext):
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
         self._oldest = 0  # the lowest position whose state is one of the last batch's that llama.cpp keeps
         self._checkpoint = 0  # its position; 0 for none
+        self._copies: dict[int, np.ndarray] = {}  # by position, the oldest first
         self._undone = False  # whether a recurrent cache was rewound after its last batch
         self._with_hidden = False
         self._ids = _Batch(self.n_batch)
@@ -253,11 +257,24 @@ class Context(SequenceContext):
         llama_cpp.llama_memory_seq_cp(self._memory, 0, 1, -1, -1)
         self._checkpoint = self.n_past
 
+    def copy_state(self) -> None:
+        """Copy the state of a recurrent cache, so that the end of the sequence stays a position to rewind to.
+
+        COPIES of them are held, each until the sequence is rewound to before it.
+        """
+        if not self.recurrent or not self.n_past or self.n_past in self._copies:
+            return
+        copy = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.handle, 0, _STATE_ONLY), np.uint8)
+        if llama_cpp.llama_state_seq_get_data_ext(self.handle, _bytes(copy), copy.size, 0, _STATE_ONLY) == copy.size:
+            self._copies[self.n_past] = copy
+        for oldest in list(self._copies)[:-COPIES]:
+            del self._copies[oldest]
+
     def reach(self, n: int) -> int:
         """The position that `rewind(n)` would go back to: the nearest one, up to n, whose state the cache has."""
         if not self.recurrent or n >= min(self._oldest, self._held()):
             return n
-        return self._checkpoint if self._checkpoint <= n else 0
+        return max((to for to in (self._checkpoint, *self._copies) if to <= n), default=0)
 
     @property
     def undoable(self) -> int:
@@ -270,15 +287,19 @@ class Context(SequenceContext):
         to = self.reach(n)
         from_batch, self._undone = to >= self._oldest, to > 0
         self._oldest = self.n_ctx + 1  # nowhere: a batch can be undone once
+        self._copies = {at: copy for at, copy in self._copies.items() if at <= to}
         if to < self._checkpoint:
             self._forget_checkpoint()
         if from_batch or not to:
             return super().rewind(to)
-        self.n_past = self._checkpoint = 0  # until the checkpoint is the sequence again
-        llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
-        llama_cpp.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
-        self.n_past = self._checkpoint = to
-        return to
+        with interruptible():
+            if to == self._checkpoint:
+                llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
+                llama_cpp.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
+            else:
+                copy = self._copies[to]
+                llama_cpp.llama_state_seq_set_data_ext(self.handle, _bytes(copy), copy.size, 0, _STATE_ONLY)
+            return super().rewind(to)
 
     def recount(self) -> int:
         if self._ctx is not None and self.recurrent and not self._checkpoint:
@@ -301,7 +322,7 @@ class Context(SequenceContext):
         return same
 
     def _forget_checkpoint(self) -> None:
-        self._checkpoint = 0
+        self._checkpoint = 0  # first, so that an interruption leaves no claim
         llama_cpp.llama_memory_seq_rm(self._memory, 1, -1, -1)
 
 
@@ -342,6 +363,10 @@ class ParallelContext(BaseContext):
     def drop(self, sequence: int) -> None:
         """Forget a whole sequence."""
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+
+def _bytes(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class _Batch:

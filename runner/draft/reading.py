@@ -15,6 +15,7 @@ from .contracts import Step
 
 AHEAD = 16  # tokens of a small context that stay free for drafts
 FIRST = 4  # tokens at the beginning of a text that are always read
+PARTING = 32  # tokens: more than a chat template puts before an answer
 COMPARED = 512  # tokens of two texts that are compared at a time
 _NO_STATE = np.empty(0, np.float32)
 
@@ -53,6 +54,22 @@ class Reader:
         logits = self.context.decode(self._feed(tokens), outputs, hidden)
         self.held.extend(tokens)
         return logits
+
+    def read_prompt(self, text: Sequence[int]) -> None:
+        """Read all of a prompt but its last token, from what the cache shares with it.
+
+        The next prompt of a conversation mostly parts from this one near its end, where the answer begins: a recurrent
+        cache could not be rewound to there, so its state is copied before that.
+        """
+        self.keep(text, len(text) - 1)
+        rest = text[len(self.held) : -1]
+        if self.context.recurrent:
+            if before := rest[:-PARTING]:
+                self.read(before, 0)
+            self.context.copy_state()
+            rest = rest[-PARTING:]
+        if rest:
+            self.read(rest, 0)
 
     def unread(self, text: Sequence[int]) -> int:
         """The number of tokens of `text` that are read if its last one is to give logits."""
@@ -105,9 +122,8 @@ class OwnReading:
 
     def prepare(self, text: Sequence[int]) -> None:
         window = self._window(text)
-        self.reader.keep(window, len(window) - 1)
-        if (rest := window[len(self.reader.held) : -1]) and len(window) <= self.context.n_ctx:
-            self.reader.read(rest, 0)
+        if len(window) <= self.context.n_ctx:
+            self.reader.read_prompt(window)
 
     def settle(self) -> None:
         self.reader.settle()

@@ -82,9 +82,7 @@ def generate(
     target.settle()
     drafter.settle()
     try:
-        target.keep(text, len(text) - 1)
-        if rest := text[len(target.held) : -1]:
-            target.read(rest, 0)
+        target.read_prompt(text)
         if draft_max > 0:
             drafter.prepare(text, left)
         while left > 0:

@@ -46,6 +46,12 @@ QUANTS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-4b", 4_022_468_096),
         ("qwen3-8b", 8_190_735_360),
+        # those of the whole model, MTP block included, less those of its vision tower
+        ("qwen3.5-0.8b", 873_438_784 - 100_592_896),
+        ("qwen3.5-2b", 2_274_069_824 - 331_416_576),
+        ("qwen3.5-4b", 4_659_865_088 - 333_514_240),
+        ("qwen3.5-9b", 9_653_104_368 - 456_010_480),
+        ("qwen3.5-27b", 27_781_427_952 - 460_730_096),
         ("gemma-3-270m", 268_098_176),
         ("gemma-3-1b", 999_885_952),
         # 4,300,079,472 with 416,866,032 of the vision tower and 2,950,272 of its projector
@@ -68,14 +74,21 @@ def test_parameters_are_those_of_the_model_cards(name: str, n_params: int) -> No
         ("llama-3.1-8b", "Q4_K_M", 4.58 * 1024),
         ("qwen2.5-1.5b", "Q4_0", 885.97),
         ("qwen3-0.6b", "Q4_K_M", 372.65),
+        ("qwen3.5-0.8b", "Q8_0", 763.78),
+        ("qwen3.5-2b", "Q8_0", 1.86 * 1024),
+        ("qwen3.5-4b", "Q8_0", 4.16 * 1024),
+        ("qwen3.5-9b", "Q4_K_M", 5.23 * 1024),
+        ("qwen3.5-27b", "Q4_K_M", 15.40 * 1024),
         ("gemma-3-4b", "Q4_K_M", 2.31 * 1024),
         ("gemma-3-12b", "Q4_K_M", 6.79 * 1024),
     ],
 )
 def test_sizes_are_those_that_llama_bench_prints_of_the_real_files(name: str, quant: str, mebibytes: float) -> None:
-    output = outline(SHAPES[name], quant)
+    """Those of Qwen3.5 were made without the MTP block, its last."""
+    shape = SHAPES[name]
+    pieces = [p for p in outline(shape, quant).pieces if not p.tensor.name.startswith(f"blk.{shape.n_layer}.")]
     digits = 0.005 * (1024 if mebibytes > 1000 else 1)  # printed in MiB or GiB, to two places
-    assert sum(piece.n_bytes for piece in output.pieces) / 2**20 == pytest.approx(mebibytes, abs=digits)
+    assert sum(piece.n_bytes for piece in pieces) / 2**20 == pytest.approx(mebibytes, abs=digits)
 
 
 def test_a_miniature_of_other_hyperparameters_would_choose_otherwise() -> None:
@@ -122,10 +135,15 @@ def test_llama_cpp_loads_it_trims_and_drafts(folder: Path, tmp_path: Path, quant
 
 @pytest.mark.parametrize(
     ("architecture", "tied"),
-    [("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("gemma3", True)],
+    [
+        *[("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("gemma3", True)],
+        *[("qwen35", True), ("qwen35", False)],
+    ],
 )
 def test_every_architecture_loads(tmp_path: Path, architecture: str, tied: bool) -> None:
-    write_shape(replace(SMALL, architecture=architecture, tied=tied), tmp_path / "x.gguf", "Q4_K_M")
+    """Of qwen35 with an attention layer, the fourth; more heads of values than of keys, as in 4B and larger."""
+    shape = replace(SMALL, architecture=architecture, tied=tied, n_layer=4, n_head_v=32)
+    write_shape(shape, tmp_path / "x.gguf", "Q4_K_M")
     assert np.isfinite(_logits(tmp_path / "x.gguf")).all()
     assert ("output.weight" in GGUFFile(tmp_path / "x.gguf").tensors) is not tied
 

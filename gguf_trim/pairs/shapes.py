@@ -96,7 +96,7 @@ class Shape:
             out |= {f"blk.{i}.{name}": shape for name, shape in (ffn | self._linear if linear else layer).items()}
             if i == self.n_layer:
                 out |= {f"blk.{i}.nextn.eh_proj.weight": (2 * n, n)}
-                out |= {f"blk.{i}.nextn.{norm}.weight": (n,) for norm in ("enorm", "hnorm")}
+                out |= {f"blk.{i}.nextn.{norm}.weight": (n,) for norm in ("enorm", "hnorm", "shared_head_norm")}
         out["output_norm.weight"] = (n,)
         return out if self.tied else out | {HEAD: (n, self.n_vocab)}
 
@@ -134,7 +134,10 @@ SHAPES = {
         Shape("qwen3-4b", "qwen3", 151936, 2560, 36, 32, 8, 128, 9728, True),
         Shape("qwen3-8b", "qwen3", 151936, 4096, 36, 32, 8, 128, 12288, False),
         Shape("qwen3.5-0.8b", "qwen35", 248320, 1024, 24, 8, 2, 256, 3584, True, 16),
+        Shape("qwen3.5-2b", "qwen35", 248320, 2048, 24, 8, 2, 256, 6144, True, 16),
         Shape("qwen3.5-4b", "qwen35", 248320, 2560, 32, 16, 4, 256, 9216, True, 32),
+        Shape("qwen3.5-9b", "qwen35", 248320, 4096, 32, 16, 4, 256, 12288, False, 32),
+        Shape("qwen3.5-27b", "qwen35", 248320, 5120, 64, 24, 4, 256, 17408, False, 48),  # also 3.6-27B, 3.8-27B
         Shape("gemma-3-270m", "gemma3", 262144, 640, 18, 4, 1, 256, 2048, True),
         Shape("gemma-3-1b", "gemma3", 262144, 1152, 26, 4, 1, 256, 6912, True),
         Shape("gemma-3-4b", "gemma3", 262208, 2560, 34, 8, 4, 256, 10240, True),

@@ -296,6 +296,7 @@ class Context(SequenceContext):
             if to == self._checkpoint:
                 llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
                 llama_cpp.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
+                self._forget_checkpoint()  # a state that is not shared is gone on from in place
             else:
                 copy = self._copies[to]
                 llama_cpp.llama_state_seq_set_data_ext(self.handle, _bytes(copy), copy.size, 0, _STATE_ONLY)

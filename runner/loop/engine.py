@@ -29,8 +29,8 @@ from .stops import StopFilter, TextPiece
 from .weights import LoadOptions, Weights
 
 # REWINDS: tokens of a batch whose states a recurrent target keeps. A state takes 50 MB for Qwen3.5-4B and -9B, of which
-# there are 2 (1 + REWINDS), and keeping them takes 2 to 4 % of a step. Without them the accepted tokens are read again,
-# each for up to half a step (docs/results/2026-11-29-hybrid-targets.json).
+# there are 2 (1 + REWINDS), and keeping them takes up to 7 % of a step. Without them the accepted tokens of a round are
+# read again, each for a quarter to a half of a plain step (docs/results/2026-11-29-hybrid-targets.json).
 REWINDS = 3
 OUTPUTS = 32  # tokens of a round
 

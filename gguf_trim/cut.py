@@ -19,7 +19,7 @@ from gguf.constants import GGMLQuantizationType
 
 from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock
-from gguf_trim.format.state_fed import D2T, STATE_FED, Eagle3Head, row_by_id
+from gguf_trim.format.state_fed import D2T, LOOKED_UP, MARKOV, STATE_FED, Eagle3Head, row_by_id
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor
@@ -101,8 +101,8 @@ class Cut:
 
     @property
     def step_bytes(self) -> int:
-        """Weight bytes that one draft step of the trimmed file reads: all but an embedding table beside a head."""
-        skipped = set() if self.tied else {EMBEDDING}
+        """Weight bytes that one draft step of the trimmed file reads: all but tables of which it reads single rows."""
+        skipped = {*LOOKED_UP, *(() if self.tied else {EMBEDDING})}
         return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)
 
 
@@ -154,7 +154,9 @@ def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None
     """
     file = head.file
     target_file = None if target is None else GGUFFile(target)
-    source = file if HEAD in file.tensors else target_file
+    source = target_file if head.own is None else file
+    Of a DSpark drafter also the rows of MARKOV, which belong to those of the head.
+
     named = file if "tokenizer.ggml.tokens" in file.fields else target_file
     if source is None or named is None:
         lacks = "head of its own" if source is None else "tokenizer"
@@ -169,7 +171,8 @@ def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None
     size_key = f"{file.architecture}.vocab_size"
     fields = [*(file.raw(key) for key in file.fields if key != size_key), field(size_key, head.n_vocab)]
     rows = np.sort(row_of[keep.ids])
-    pieces = [Piece(tensor) for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
+    others = [tensor for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
+    pieces = [Piece(tensor, rows if tensor.name == MARKOV else None) for tensor in others]
     pieces += [Piece(cut_head, rows, source.path), _d2t_piece(order[rows])]
     whole = [Piece(cut_head, file=source.path)] + ([] if head.ids is None else [_d2t_piece(head.ids)])
     return _cut(file, keep, vocabulary, head.n_vocab, fields, pieces, whole, named)

@@ -9,12 +9,12 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
 
 from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
-from .state_fed import STATE_FED
+from .state_fed import LOOKED_UP, STATE_FED
 
 
 def step_bytes(file: GGUFFile) -> int:
-    """Weight bytes that one draft step reads: every tensor, except an embedding table that is not also the head."""
-    skipped = {EMBEDDING} if HEAD in file.tensors else set()
+    """Weight bytes that one draft step reads: every tensor, except tables of which it reads single rows."""
+    skipped = {*LOOKED_UP, *({EMBEDDING} if HEAD in file.tensors else ())}
     return sum(tensor.n_bytes for tensor in file.tensors.values() if tensor.name not in skipped)
 
 
@@ -32,7 +32,7 @@ class StepWeights:
     def of(cls, file: GGUFFile, target: GGUFFile | None = None) -> StepWeights:
         """`target`: has the head of a drafter that has none of its own."""
         head = head_tensor(target if target is not None and HEAD not in file.tensors else file)
-        skipped = {head.name, EMBEDDING}
+        skipped = {head.name, EMBEDDING, *LOOKED_UP}
         params = sum(tensor.n_elements for tensor in file.tensors.values() if tensor.name not in skipped)
         fixed = step_bytes(file) - (head.n_bytes if head.name in file.tensors else 0)
         return cls(head.n_rows, fixed, head.n_bytes / head.n_rows, params, head.shape[0])

@@ -15,14 +15,17 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from llamabase.errors import FileFormatError, VocabularyMismatch
-from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD
+from llamabase.gguf.reader import GGUFFile, Tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
 from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary, require_same
 from llamabase.llama.states import RECORDING
 
 EAGLE3, DFLASH = "eagle3", "dflash"
 STATE_FED = (EAGLE3, DFLASH)  # of which the runner drives the first
 D2T = "d2t"
+MARKOV = "markov_w2.weight"  # of DSpark: one row for each of the head's, whose logits it changes by the token before
+SELECTOR = "selector_hidden.weight"  # of DFlash2: chooses among the likeliest tokens of all places
+LOOKED_UP = ("markov_w1.weight", "selector_predecessor.weight", "selector_successor.weight")  # a row for each token
 FC, NORM = "fc.weight", "output_norm.weight"
 
 
@@ -63,11 +66,8 @@ class Eagle3Head:
 
         if arch not in STATE_FED:
             raise bad(f"its architecture is {arch}")
-        if other := [tensor for tensor in file.tensors if tensor.startswith(("markov_", "selector_", "conf_proj"))]:
-            raise FileFormatError(
-                f"{file.path}: is a DSpark or DFlash2 drafter: its {other[0]} chooses tokens, too, and no way to cut "
-                "it is known"
-            )
+        if file.integer(f"{arch}.hyper_connection.count", 0):
+            raise FileFormatError(f"{file.path}: is a drafter for DeepSeek-V4, of which llama.cpp reads no {D2T}")
         n_embd, width = (file.integer(f"{arch}.{key}", 0) for key in ("embedding_length", "target_hidden_size"))
         width = width or n_embd * (arch == DFLASH)
         layers = file.integers(f"{arch}.target_layers")
@@ -95,7 +95,18 @@ class Eagle3Head:
 
     @cached_property
     def _norm(self) -> np.ndarray:
+        n_rows = n_vocab if ids is None else len(ids)
+        if MARKOV in tensors and (len(tensors[MARKOV].shape) != 2 or tensors[MARKOV].n_rows != n_rows):
+            raise bad(f"its {MARKOV} has not {n_rows} rows, as its head has")
+        if MARKOV in tensors and file.integer(f"{arch}.block_size", 0) < 1:
+            raise bad(f"it does not say how many tokens it drafts at once ({arch}.block_size)")
         return np.frombuffer(self.file.read(self.file.tensors[NORM]), "<f4").copy()
+
+    @property
+    def own(self) -> Tensor | None:
+        """The tensor of its own head; None if llama.cpp takes its target's."""
+        tied = self.file.architecture == DFLASH and EMBEDDING in self.file.tensors
+        return head_tensor(self.file) if tied or HEAD in self.file.tensors else None
 
     def hidden(self, states: np.ndarray) -> np.ndarray:
         """Their RMS norm."""

@@ -174,7 +174,7 @@ class Context(SequenceContext):
     """A sequence of tokens, decoded from their ids or their embeddings.
 
     A recurrent cache keeps `rewinds` copies of itself: at most that many tokens of the last batch can be undone. The
-    attribute is 0 if the architecture keeps no copies.
+    attribute is 0 if the architecture keeps no copies. `other`: the target's context, for a drafter that lacks tables.
     """
 
     def __init__(
@@ -187,10 +187,11 @@ class Context(SequenceContext):
         cache: Cache = F16,
         rewinds: int = 0,
     ) -> None:
-        copies = rewinds if model.recurrent else 0
-        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, n_rs_seq=copies)
+        copies, target = rewinds if model.recurrent else 0, None if other is None else other.handle
+        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, n_rs_seq=copies, ctx_other=target)
         self.recurrent = model.recurrent
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
+        other: Context | None = None,
         self._oldest = 0  # the lowest position above 0 that a recurrent cache can be rewound to
         self._with_hidden = False
         self._ids = _Batch(self.n_batch)

@@ -88,19 +88,19 @@ class Eagle3Head:
                 raise bad(f"rows of its {name} are not {n_embd} wide")
         if not 0 < n_vocab <= MOST_TOKENS or (EMBEDDING in tensors and tensors[EMBEDDING].n_rows != n_vocab):
             raise bad(f"it does not say how many tokens its target has ({arch}.vocab_size)")
-        ids = _d2t(file, n_vocab, bad)
+        if D2T in tensors and HEAD not in tensors:
+            raise bad(f"it has a {D2T} and no {HEAD}")
+        if D2T in tensors and tensors[D2T].shape != (tensors[HEAD].n_rows,):
+            raise bad(f"its {D2T} is not one I64 for each of the {tensors[HEAD].n_rows} rows of its head")
+        ids = reduced_ids(file, n_vocab, bad)
         if ids is None and HEAD in tensors and tensors[HEAD].n_rows != n_vocab:
             raise bad(f"its head has {tensors[HEAD].n_rows} rows for {n_vocab} tokens and no {D2T}")
-        return cls(file, ids, tuple(layers.tolist()), width, n_embd, n_vocab, epsilon)
-
-    @cached_property
-    def _norm(self) -> np.ndarray:
         n_rows = n_vocab if ids is None else len(ids)
         if MARKOV in tensors and (len(tensors[MARKOV].shape) != 2 or tensors[MARKOV].n_rows != n_rows):
             raise bad(f"its {MARKOV} has not {n_rows} rows, as its head has")
         if MARKOV in tensors and file.integer(f"{arch}.block_size", 0) < 1:
             raise bad(f"it does not say how many tokens it drafts at once ({arch}.block_size)")
-        return np.frombuffer(self.file.read(self.file.tensors[NORM]), "<f4").copy()
+        return cls(file, ids, tuple(layers.tolist()), width, n_embd, n_vocab, epsilon)
 
     @property
     def own(self) -> Tensor | None:

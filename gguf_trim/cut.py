@@ -23,7 +23,7 @@ from gguf_trim.format.state_fed import D2T, LOOKED_UP, MARKOV, STATE_FED, Eagle3
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.gguf.writer import Output, Piece, field
 
@@ -42,6 +42,10 @@ NEEDS_TOKEN_IDS = {
     "t5": "it is an encoder-decoder",
     "t5encoder": "it is an encoder",
 }
+ALONE = (
+    "it holds an MTP block without its model: draft with it whole (--draft), or choose rows of the block in a file of "
+    "the target (trim --mtp)"
+)
 EMBEDDINGS_NEED_MROPE = {"glm4", "glm4moe"}
 
 
@@ -53,12 +57,13 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
         return "it is the companion of a trimmed drafter; trim the original drafter"
     if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
-    if mtp or file.architecture in STATE_FED:
+    alone = is_block_alone(file)
+    if mtp or alone or file.architecture in STATE_FED:
         try:
-            (MtpBlock if mtp else Eagle3Head).of(file)
+            (MtpBlock if mtp or alone else Eagle3Head).of(file)
         except FileFormatError as error:
             return str(error).removeprefix(f"{file.path}: ")
-        return None
+        return ALONE if alone else None
     if EMBEDDING not in file.tensors:
         return f"it has no {EMBEDDING}: not a language model"
     refused = f"architecture {file.architecture} cannot be trimmed: "
@@ -150,13 +155,13 @@ def _embedding_scale(file: GGUFFile) -> float:
 def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None, multiple: int) -> Cut:
     """The cut of an EAGLE-3 head: rows of the head and entries of its d2t, nothing else (llama.cpp reads both).
 
+    Of a DSpark drafter also the rows of MARKOV, which belong to those of the head.
+
     The trimmed file needs no companion to be run; the companion has the whole head, for rows beyond the kept ones.
     """
     file = head.file
     target_file = None if target is None else GGUFFile(target)
     source = target_file if head.own is None else file
-    Of a DSpark drafter also the rows of MARKOV, which belong to those of the head.
-
     named = file if "tokenizer.ggml.tokens" in file.fields else target_file
     if source is None or named is None:
         lacks = "head of its own" if source is None else "tokenizer"

@@ -308,11 +308,14 @@ def write_mtp(
     sharpness: float = 4.0,
     n_ctx: int = 512,
     mrope: bool | None = None,
+    alone: bool = False,
+    ids: np.ndarray | None = None,
 ) -> Path:
     """Write a loadable model of two layers with an MTP block: `qwen35` (whose first layer is recurrent) or `glm4moe`.
 
     `own_head`: the block has a head that is not the target's. `without`: tensors left out. `mrope`: whether it has the
-    sections of M-RoPE, for None if it is `qwen35`.
+    sections of M-RoPE, for None if it is `qwen35`. `alone`: without the two layers, as files beside a target are.
+    `ids`: the head that the block uses has rows for these only, and the file a d2t; llama.cpp does not load that.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
@@ -393,14 +396,19 @@ def write_mtp(
                 block |= {"nextn.shared_head_head.weight": normal(n_tokens, N_EMBD, scale=sharpness)}
                 block |= {"nextn.shared_head_norm.weight": 1 + 0.1 * normal(1, N_EMBD)[0]}
         tensors |= {f"blk.{layer}.{name}": values for name, values in block.items()}
+    reduced = "blk.2.nextn.shared_head_head.weight" if own_head else "output.weight"
     for name, values in tensors.items():
-        if name in without:
+        if name in without or (alone and name.startswith(("blk.0.", "blk.1."))):
             continue
         heads = ("output.weight", "blk.2.nextn.shared_head_head.weight")
         type_ = head_type if name in ("token_embd.weight", *heads) else Quant.F32
         if name in heads:
             values[np.isin(names, ENDS)] = 0
+        if ids is not None and name == reduced:
+            values = values[ids]
         writer.add_tensor(name, quantize(values, type_), raw_dtype=None if type_ in (Quant.F32, Quant.F16) else type_)
+    if ids is not None:
+        writer.add_tensor("d2t", np.asarray(ids, np.int64), raw_dtype=Quant.I64)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor, is_block_alone
 
 from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
 from .state_fed import LOOKED_UP, STATE_FED
@@ -45,12 +45,13 @@ class StepWeights:
 
 
 def draft_weights(drafter: DrafterSource, target: Path) -> StepWeights:
-    """What a draft step reads: of a model file its own weights, of an MTP block or rows for one its target's."""
-    rows = None if isinstance(drafter, OwnBlock) else GGUFFile(drafter)
-    if rows is not None and rows.architecture != MTP:
-        return StepWeights.of(rows, GGUFFile(target) if rows.architecture in STATE_FED else None)
-    block = MtpBlock.of(GGUFFile(target))
-    n_rows = block.n_vocab if rows is None else head_tensor(rows).n_rows
+    """What a draft step reads: of a model file its own weights, of an MTP block or rows for one those of the block."""
+    file = GGUFFile(target if isinstance(drafter, OwnBlock) else drafter)
+    rows = file if file.architecture == MTP else None
+    if not (isinstance(drafter, OwnBlock) or rows or is_block_alone(file)):
+        return StepWeights.of(file, GGUFFile(target) if file.architecture in STATE_FED else None)
+    block = MtpBlock.of(GGUFFile(target) if rows else file)
+    n_rows = head_tensor(rows).n_rows if rows else block.n_vocab
     n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
     return StepWeights(n_rows, n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
 

@@ -108,6 +108,10 @@ class Eagle3Head:
         tied = self.file.architecture == DFLASH and EMBEDDING in self.file.tensors
         return head_tensor(self.file) if tied or HEAD in self.file.tensors else None
 
+    @cached_property
+    def _norm(self) -> np.ndarray:
+        return np.frombuffer(self.file.read(self.file.tensors[NORM]), "<f4").copy()
+
     def hidden(self, states: np.ndarray) -> np.ndarray:
         """Their RMS norm."""
         scale = 1 / np.sqrt(np.mean(states * states, axis=-1, keepdims=True) + np.float32(self.epsilon))
@@ -155,15 +159,13 @@ def _has_tokens(file: GGUFFile) -> bool:
     return "tokenizer.ggml.tokens" in file.fields
 
 
-def _d2t(file: GGUFFile, n_vocab: int, bad: Callable[[str], FileFormatError]) -> np.ndarray | None:
-    """Absolute target ids of the head's rows; None if the file has none."""
-    tensor, head = file.tensors.get(D2T), file.tensors.get(HEAD)
+def reduced_ids(file: GGUFFile, n_vocab: int, bad: Callable[[str], FileFormatError]) -> np.ndarray | None:
+    """int64, the target ids of the rows of a head that has not all; None if the file has no d2t. Raises `bad`."""
+    tensor = file.tensors.get(D2T)
     if tensor is None:
         return None
-    if head is None:
-        raise bad(f"it has a {D2T} and no {HEAD}")
-    if tensor.type != GGMLQuantizationType.I64 or tensor.shape != (head.n_rows,):
-        raise bad(f"its {D2T} is not one I64 for each of the {head.n_rows} rows of its head")
+    if tensor.type != GGMLQuantizationType.I64:
+        raise bad(f"its {D2T} is {tensor.type.name}, not I64")
     ids = np.frombuffer(file.read(tensor), "<i8").astype(np.int64)
     if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
         raise bad(f"its {D2T} names token {wrong[0]}, and its target has {n_vocab}")

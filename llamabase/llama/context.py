@@ -74,6 +74,11 @@ class BaseContext(Owner):
         n_batch: int = 512,
         **params: Any,
     ) -> None:
+        if model.is_block_alone and params.get("ctx_type") != llama_cpp.LLAMA_CONTEXT_TYPE_MTP:
+            raise EngineError(
+                f"{model.path}: holds only the block for multi-token prediction of a model, not its layers; give it as "
+                "--draft beside the model"
+            )
         self.model, self.n_batch, self.n_outputs = model, min(n_batch, n_ctx), min(n_outputs, n_batch, n_ctx)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = n_ctx
@@ -186,12 +191,12 @@ class Context(SequenceContext):
         n_outputs: int = 32,
         cache: Cache = F16,
         rewinds: int = 0,
+        other: Context | None = None,
     ) -> None:
         copies, target = rewinds if model.recurrent else 0, None if other is None else other.handle
         super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, n_rs_seq=copies, ctx_other=target)
         self.recurrent = model.recurrent
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
-        other: Context | None = None,
         self._oldest = 0  # the lowest position above 0 that a recurrent cache can be rewound to
         self._with_hidden = False
         self._ids = _Batch(self.n_batch)

@@ -65,7 +65,7 @@ def main() -> None:
 @click.option("--target", type=FILE, help="The target, for --k auto, which measures, and for an EAGLE-3 head.")
 @click.option("--requant", type=quantisation, metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say.")
 @COUNTS
-@click.option("--keep", "keep_file", type=FILE, help="Token ids to keep instead, one a line.")
+@click.option("--keep", "keep_file", type=FILE, help="Token ids to keep, one a line, or a .gguf with a reduced head.")
 @click.option("--exact-k", is_flag=True, help=f"Keep exactly K rows, not the next multiple of {MULTIPLE}.")
 @click.option("--mtp", is_flag=True, help="DRAFTER is a target: choose the rows that its own MTP block drafts from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

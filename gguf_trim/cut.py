@@ -20,11 +20,11 @@ from gguf.constants import GGMLQuantizationType
 from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
 from gguf_trim.format.memory_bound import unread
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock
-from gguf_trim.format.state_fed import D2T, STATE_FED, Eagle3Head, row_by_id
+from gguf_trim.format.state_fed import D2T, MARKOV, STATE_FED, Eagle3Head, row_by_id
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.gguf.writer import Output, Piece, field
 
@@ -43,6 +43,10 @@ NEEDS_TOKEN_IDS = {
     "t5": "it is an encoder-decoder",
     "t5encoder": "it is an encoder",
 }
+ALONE = (
+    "it holds an MTP block without its model: draft with it whole (--draft), or choose rows of the block in a file of "
+    "the target (trim --mtp)"
+)
 EMBEDDINGS_NEED_MROPE = {"glm4", "glm4moe"}
 
 
@@ -54,12 +58,13 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
         return "it is the companion of a trimmed drafter; trim the original drafter"
     if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
-    if mtp or file.architecture in STATE_FED:
+    alone = is_block_alone(file)
+    if mtp or alone or file.architecture in STATE_FED:
         try:
-            (MtpBlock if mtp else Eagle3Head).of(file)
+            (MtpBlock if mtp or alone else Eagle3Head).of(file)
         except FileFormatError as error:
             return str(error).removeprefix(f"{file.path}: ")
-        return None
+        return ALONE if alone else None
     if EMBEDDING not in file.tensors:
         return f"it has no {EMBEDDING}: not a language model"
     refused = f"architecture {file.architecture} cannot be trimmed: "
@@ -151,11 +156,13 @@ def _embedding_scale(file: GGUFFile) -> float:
 def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None, multiple: int) -> Cut:
     """The cut of an EAGLE-3 head: rows of the head and entries of its d2t, nothing else (llama.cpp reads both).
 
+    Of a DSpark drafter also the rows of MARKOV, which belong to those of the head.
+
     The trimmed file needs no companion to be run; the companion has the whole head, for rows beyond the kept ones.
     """
     file = head.file
     target_file = None if target is None else GGUFFile(target)
-    source = file if HEAD in file.tensors else target_file
+    source = target_file if head.own is None else file
     named = file if "tokenizer.ggml.tokens" in file.fields else target_file
     if source is None or named is None:
         lacks = "head of its own" if source is None else "tokenizer"
@@ -170,7 +177,8 @@ def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None
     size_key = f"{file.architecture}.vocab_size"
     fields = [*(file.raw(key) for key in file.fields if key != size_key), field(size_key, head.n_vocab)]
     rows = np.sort(row_of[keep.ids])
-    pieces = [Piece(tensor) for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
+    others = [tensor for name, tensor in file.tensors.items() if name not in (HEAD, D2T)]
+    pieces = [Piece(tensor, rows if tensor.name == MARKOV else None) for tensor in others]
     pieces += [Piece(cut_head, rows, source.path), _d2t_piece(order[rows])]
     whole = [Piece(cut_head, file=source.path)] + ([] if head.ids is None else [_d2t_piece(head.ids)])
     return _cut(file, keep, vocabulary, head.n_vocab, fields, pieces, whole, named)

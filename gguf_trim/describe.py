@@ -8,9 +8,9 @@ from typing import Any
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.memory_bound import step_bytes
 from gguf_trim.format.speculator import UP
-from gguf_trim.format.state_fed import STATE_FED, Eagle3Head
+from gguf_trim.format.state_fed import EAGLE3, MARKOV, SELECTOR, STATE_FED, Eagle3Head
 from llamabase.gguf.reader import GGUFFile, Tensor
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary
 
 from .cut import why_not
@@ -56,14 +56,24 @@ def describe(path: Path) -> dict[str, Any]:
     if reason is None and file.architecture in STATE_FED:
         head = Eagle3Head.of(file)
         facts |= {"target_layers": list(head.layers), "target_width": head.width, "vocabulary": head.n_vocab}
-    facts |= {"kind": "model", "trimmable": reason is None, "why": reason}
-    if file.integer(f"{file.architecture}.nextn_predict_layers", 0):
+    facts |= {"kind": _kind(file), "trimmable": reason is None, "why": reason}
+    if not is_block_alone(file) and file.integer(f"{file.architecture}.nextn_predict_layers", 0):
         facts["mtp"] = why_not(file, mtp=True) or "its rows can be chosen: trim --mtp"
     if "tokenizer.ggml.tokens" in file.fields:
         vocabulary = Vocabulary(file)
         facts |= {"vocabulary": len(vocabulary), "fingerprint": vocabulary.fingerprint}
         facts["forced"] = len(vocabulary.forced)
     return facts
+
+
+def _kind(file: GGUFFile) -> str:
+    if is_block_alone(file):
+        return "MTP block without its model"
+    if file.architecture not in STATE_FED:
+        return "model"
+    if file.architecture == EAGLE3:
+        return "EAGLE-3 head"
+    return "DSpark drafter" if MARKOV in file.tensors else f"DFlash{'2' if SELECTOR in file.tensors else ''} drafter"
 
 
 def _head(file: GGUFFile) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import numpy as np
 
 from corpus.counts import Counts
 from corpus.ready import ranking_counts
+from gguf_trim.format.state_fed import reduced_ids
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import read_text
-from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.vocabulary import Vocabulary, require_same
 
 DEFAULT_K = 16384
 MULTIPLE = 16  # rows that llama.cpp's kernels take at a time: another one takes the rest, and rounds differently
@@ -110,6 +112,16 @@ def read_keep_list(path: Path, n_rows: int) -> list[int]:
     return listed
 
 
+def read_reduced(file: GGUFFile, vocabulary: Vocabulary, n_rows: int) -> list[int]:
+    """The token ids of a reduced head. Raises FileFormatError if a file has none, VocabularyMismatch for other ids."""
+    if "tokenizer.ggml.tokens" in file.fields:
+        require_same(vocabulary, Vocabulary(file))
+    ids = reduced_ids(file, n_rows, lambda why: FileFormatError(f"{file.path}: {why}; give a list of token ids"))
+    if ids is None:
+        raise FileFormatError(f"{file.path}: has no reduced head (no d2t); give one that has, or a list of token ids")
+    return [int(i) for i in ids]
+
+
 def choose_rows(
     vocabulary: Vocabulary,
     has_row: np.ndarray,
@@ -121,14 +133,18 @@ def choose_rows(
     top_p: float | None = None,
     min_count: int | None = None,
 ) -> Keep:
-    """A ChooseRows: the ids of a keep list, or the most frequent ones by counts (None: the shipped counts).
+    """A ChooseRows: the most frequent ids by counts (None: the shipped counts), or those of a keep list.
 
-    Their number is k, or the one that covers a share top_p of the counts, or of those counted min_count times; without
-    any of these the whole list, or DEFAULT_K rows at most. A list is filled up to a multiple in keep order.
+    A keep list is a text, or a .gguf with a reduced head. The number of ids is k, or the one that covers a share top_p
+    of the counts, or of those counted min_count times; without any of these the whole list, or DEFAULT_K rows at most.
+    A list is filled up to a multiple in keep order.
     """
     listed = None
     if keep_file is not None:
-        ids = read_keep_list(keep_file, len(has_row))
+        if keep_file.suffix == ".gguf":
+            ids = read_reduced(GGUFFile(keep_file), vocabulary, len(has_row))
+        else:
+            ids = read_keep_list(keep_file, len(has_row))
         if not has_row[ids].any():
             raise TrimError(f"{keep_file}: the head to be cut has a row for none of these ids; list ids that it has")
         listed = keep_listed(vocabulary, has_row, ids, k)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
-from gguf_trim.format.state_fed import D2T, EAGLE3, STATE_FED, Eagle3Head, row_by_id
+from gguf_trim.format.state_fed import D2T, DFLASH, MARKOV, STATE_FED, Eagle3Head, row_by_id
 from llamabase.cli.progress import progress
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import CHUNK
@@ -143,9 +143,9 @@ def _decoded(path: Path, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
-    """Random pairs go through both files, in stock llama.cpp."""
+    """Random pairs, or tokens if it is a DFlash drafter, go through both files, in stock llama.cpp."""
     original, part = whole.file, Eagle3Head.of(cut.file)
-    source = original if HEAD in original.tensors else None if target is None else GGUFFile(target)
+    source = original if whole.own is not None else None if target is None else GGUFFile(target)
     if source is None:
         raise FileFormatError(f"{original.path}: has no head of its own; give the model it was made for as --target")
     head = replace(head_tensor(source), name=HEAD)
@@ -157,24 +157,41 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
         differences = [f"{cut.file.path}: its d2t is not that of the kept rows"]
     rows = row_by_id(known, whole.n_vocab)[ids]
     copies = [_Copy(source, head, cut.file, rows), _Copy(source, head, cut.companion)]
-    copies += [_Copy(original, t, cut.file) for name, t in original.tensors.items() if name not in (HEAD, D2T)]
+    copies += [
+        _Copy(original, tensor, cut.file, rows if name == MARKOV else None)
+        for name, tensor in original.tensors.items()
+        if name not in (HEAD, D2T)
+    ]
 
     def logits() -> tuple[np.ndarray, np.ndarray]:
-        if original.architecture != EAGLE3:
-            nothing = np.zeros((0, len(cut.d2t)), np.float32)
-            return nothing, nothing  # what else a DFlash step needs is its target's; the bytes were compared
-        if target is None and not {HEAD, EMBEDDING} <= original.tensors.keys():
+        if target is None and (whole.own is None or EMBEDDING not in original.tensors):
             raise FileFormatError(f"{original.path}: takes token embeddings from its target; give that as --target")
         tokens, states = _random_pairs(whole)
         made = []
         with contextlib.ExitStack() as stack:
             other = None if target is None else stack.enter_context(Context(stack.enter_context(Model(target)), 32))
             for path in (original.path, cut.file.path):
+                if original.architecture == DFLASH:
+                    made.append(_first_drafts(path, tokens, other)[:, cut.d2t])
+                    continue
                 with Model(path) as model, PairContext(model, PAIRS + 8, None, other, n_outputs=PAIRS) as context:
                     made.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())
         return made[0], made[1]
 
     return _Claim(differences, copies, list(original.fields), logits)
+
+
+def _first_drafts(path: Path, tokens: list[int], other: Context | None) -> np.ndarray:
+    """Logits (float32, tokens x n_vocab) of a DFlash drafter's first draft after each token, which stands alone: later
+    drafts of a block may depend on what was likeliest before them.
+    """
+    n = 1 if GGUFFile(path).get("dflash.sample_from_anchor", True) else 2  # whether the token's own place drafts, too
+    with Model(path) as model, Context(model, 32, n_outputs=n, other=other) as context:
+        logits = []
+        for token in tokens:
+            context.truncate(0)
+            logits.append(context.decode([token] * n, n)[-1].copy())
+        return np.array(logits)
 
 
 def _mtp(cut: Trimmed, block: MtpBlock) -> _Claim:

@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
+from gguf import GGUFValueType as Kind
 
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.cut import lay_out, write
+from gguf_trim.describe import describe
 from gguf_trim.format.companion import Trimmed
+from gguf_trim.format.memory_bound import draft_weights
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.keep import ChooseRows, Keep
 from gguf_trim.pairs.shapes import SHAPES, write_shape
 from gguf_trim.prove import prove
-from llamabase.errors import EngineError, FileFormatError, TrimError
+from llamabase.errors import EngineError, FileFormatError, TrimError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import is_block_alone
+from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context
 from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from runner.bench.__main__ import main as bench
 from runner.chat.__main__ import main as chat
+from runner.draft_model import TrimmedDraft
 from runner.exact import Law, check_prompt
 from runner.exact import main as exact
 from runner.loop import engine as engine_module
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
+from .encode import Table, field, gguf
 from .test_state_fed import (
     F32,
     FEW,
@@ -273,6 +282,156 @@ def test_what_cannot_draft_is_refused_by_name(tmp_path: Path, name: str) -> None
     if name in ("none", "two blocks"):  # llama.cpp loads it
         with pytest.raises(FileFormatError, match=said):
             Engine(LoadOptions(path, MTP, n_ctx=64))
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_block_in_its_own_file_drafts_what_it_drafts_inside_its_target(
+    tmp_path: Path, name: str, own_head: bool
+) -> None:
+    """Also for a target that was converted without it, and in a second conversation over the same weights."""
+    whole = write_mtp(tmp_path / "whole.gguf", name, seed=1, own_head=own_head)
+    bare = write_mtp(tmp_path / "bare.gguf", name, seed=1, n_blocks=0)
+    alone = write_mtp(tmp_path / "alone.gguf", name, seed=1, own_head=own_head, alone=True)
+    how = {"cache": F32, "cache_draft": F32, "n_ctx": 128}
+    with (
+        Engine(LoadOptions(whole, MTP, **how)) as inside,
+        Engine(LoadOptions(bare, alone, **how)) as beside,
+        beside.share_weights() as second,
+    ):
+        text = inside.model.tokenize(PROMPT)
+        for n in range(3, len(text)):
+            for engine in (inside, beside, second):
+                read(engine, text[:n])
+            drafts, *others = (
+                e.drafter.draft(text[:n], 3, SAMPLINGS["greedy"], Noise(0)) for e in (inside, beside, second)
+            )
+            assert others == [drafts, drafts]
+        for kind in ("greedy", "few"):
+            plain = text_of(inside, SAMPLINGS[kind], draft_max=0, seed=2)
+            assert text_of(beside, SAMPLINGS[kind], draft_max=3, seed=2) == plain
+    weights = draft_weights(alone, bare)
+    assert weights.bytes_at(weights.n_rows) == draft_weights(MTP, whole).bytes_at(600)
+    assert describe(alone)["kind"] == "MTP block without its model"
+
+
+def test_a_block_of_another_model_is_refused(files, tmp_path: Path) -> None:
+    alone = write_mtp(tmp_path / "alone.gguf", "qwen35", alone=True)
+    with pytest.raises(FileFormatError, match=r"does not fit .*glm4moe\.gguf: it is the MTP block of a qwen35 model"):
+        Engine(LoadOptions(files["glm4moe"], alone, n_ctx=64))
+    few = write_mtp(tmp_path / "few.gguf", "qwen35", alone=True, n_tokens=560)
+    with pytest.raises(VocabularyMismatch, match=r"few\.gguf"):
+        Engine(LoadOptions(files["qwen35"], few, n_ctx=64))
+    with pytest.raises(EngineError, match="is fed its target's states, which only this runner gives it"):
+        TrimmedDraft(alone, target=files["qwen35"])
+
+
+FAST = np.random.default_rng(8).permutation(600)[:320]
+CIRCULATING: dict[str, dict[str, Any]] = {
+    "block alone": {"alone": True},
+    "reduced, alone": {"alone": True, "ids": FAST},
+    "reduced, alone, its own head": {"alone": True, "ids": FAST, "own_head": True},
+    "reduced inside its target": {"ids": FAST, "own_head": True},
+}
+ONLY_A_BLOCK, REDUCED = "only the block for multi-token prediction", "rows for 320 tokens only"
+NO_ROWS, CUT_TARGET = "holds an MTP block without its model", r"trim TARGET --mtp --keep \S+x\.gguf"
+HAS_ONE = "one row per token|without M-RoPE"  # the second of glm4moe, whose own refusal comes first
+# What each command says of each file, in this order; "" if it does what it is asked.
+COMMANDS = ("--target", "--draft", "trim", "trim --mtp", "verify", "plan", "prepare")
+SAID = {
+    "block alone": (ONLY_A_BLOCK, "", NO_ROWS, NO_ROWS, NO_ROWS, "a plan is for", NO_ROWS),
+    "reduced, alone": (REDUCED, CUT_TARGET, CUT_TARGET, CUT_TARGET, CUT_TARGET, "a plan is for", CUT_TARGET),
+    "reduced, alone, its own head": (REDUCED, *[CUT_TARGET] * 4, "a plan is for", CUT_TARGET),
+    "reduced inside its target": (REDUCED, REDUCED, HAS_ONE, CUT_TARGET, CUT_TARGET, REDUCED, HAS_ONE),
+}
+
+
+@pytest.mark.parametrize("name", CIRCULATING)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_files_that_circulate_are_run_or_refused_in_one_sentence(
+    files, tmp_path: Path, architecture: str, name: str
+) -> None:
+    """llama.cpp does not load a reduced head, and ends the process if it computes layers that are not there."""
+    path = str(write_mtp(tmp_path / "x.gguf", architecture, **CIRCULATING[name]))
+    target, out, cut = str(files[architecture]), str(tmp_path / "o.gguf"), str(files[f"{architecture} cut"])
+    how = ("-c", "64", "--prompt", "tea", "-n", "4")
+    runs: dict[str, tuple[Any, ...]] = {
+        "--target": (chat, "--target", path, *how),
+        "--draft": (chat, "--target", target, "--draft", path, *how),
+        "trim": (gguf_trim, "trim", path, "-o", out, "-k", "64"),
+        "trim --mtp": (gguf_trim, "trim", path, "--mtp", "-o", out, "-k", "64"),
+        "verify": (gguf_trim, "verify", cut, "--source", path),
+        "plan": (gguf_trim, "plan", "--target", target, "--draft", path, "--no-measure"),
+        "prepare": (gguf_trim, "prepare", "--target", target, "--draft", path),
+    }
+    for what, said in zip(COMMANDS, SAID[name], strict=True):
+        command, *arguments = runs[what]
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == (0 if not said else 2 if what == "plan" and "plan" in said else 1), (what, done.output)
+        assert re.search(said, done.stderr), (what, done.stderr)
+        assert not said or done.stderr.strip().splitlines()[-1].startswith("Error: "), done.stderr
+    assert not Path(out).exists()
+    told = CliRunner().invoke(gguf_trim, ["inspect", path])
+    assert told.exit_code == 0
+    assert ("MTP block without its model" in told.stdout) == ("alone" in name)
+    if "reduced" in name:
+        with pytest.raises(FileFormatError, match=REDUCED):
+            Model(path)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_tokens_of_a_reduced_head_choose_rows_of_the_targets_own_block(
+    files, tmp_path: Path, name: str, own_head: bool
+) -> None:
+    fast = write_mtp(tmp_path / "fast.gguf", name, alone=True, ids=FAST, own_head=own_head)
+    cut, vocabulary = tmp_path / "cut.gguf", Vocabulary(GGUFFile(files[name]))
+    done = CliRunner().invoke(
+        gguf_trim, ["trim", str(files[name]), "--mtp", "--keep", str(fast), "-o", str(cut), "--exact-k"]
+    )
+    assert done.exit_code == 0, done.output
+    found = prove(cut, files[name])
+    assert (found.ok, found.max_logit_difference) == (True, 0.0), found.differences
+    assert set(Trimmed.open(cut).d2t.tolist()) == {*FAST.tolist(), *vocabulary.forced}
+
+
+def test_a_file_that_names_no_tokens_to_keep_is_refused(files, tmp_path: Path) -> None:
+    other = write_mtp(tmp_path / "other.gguf", alone=True, ids=FAST)
+    other.write_bytes(other.read_bytes().replace(b"<|im_end|>", b"<|im_fin|>"))
+    outside = write_mtp(tmp_path / "outside.gguf", alone=True, ids=np.array([5, 599]))
+    data = bytearray(outside.read_bytes())
+    np.frombuffer(data, "<i8", 2, GGUFFile(outside).tensors["d2t"].offset)[1] = 600
+    outside.write_bytes(data)
+    for keep, said in ((files["glm4moe"], "has no reduced head"), (other, "other.gguf"), (outside, "names token 600")):
+        arguments = ["trim", str(files["qwen35"]), "--mtp", "--keep", str(keep), "-o", str(tmp_path / "o.gguf")]
+        done = CliRunner().invoke(gguf_trim, arguments)
+        assert (done.exit_code, said in done.stderr) == (1, True), done.output
+
+
+@pytest.mark.parametrize(("tensor", "n_layers", "n_parts", "alone"), [
+    ("blk.0.attn_norm.weight", 3, 1, False),
+    ("blk.2.attn_norm.weight", 3, 1, True),
+    ("blk.0.nextn.eh_proj.weight", 1, 1, True),  # numbered from the block itself
+    ("blk.2.attn_norm.weight", 3, 2, False),  # the layers are in another part
+])  # fmt: skip
+def test_a_file_is_a_block_alone_if_it_lacks_the_layers(
+    tmp_path: Path, tensor: str, n_layers: int, n_parts: int, alone: bool
+) -> None:
+    numbers = {"qwen35.nextn_predict_layers": 1, "qwen35.block_count": n_layers, "split.count": n_parts}
+    fields = [field("general.architecture", Kind.STRING, "qwen35")]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf(fields + [field(key, Kind.UINT32, n) for key, n in numbers.items()], [Table(tensor, (32,))]))
+    assert is_block_alone(GGUFFile(path)) is alone
+
+
+def test_more_blocks_than_layers_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would end the process as it loads the file."""
+    path = write_mtp(tmp_path / "t.gguf")
+    data = bytearray(path.read_bytes())
+    np.frombuffer(data, "<u4", 1, GGUFFile(path).fields["qwen35.nextn_predict_layers"].value)[0] = 4
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match="says that 4 of its 3 layers are for multi-token prediction"):
+        Model(path)
 
 
 def test_rows_of_another_target_are_refused(files, tmp_path: Path) -> None:

@@ -457,23 +457,6 @@ def test_a_cut_of_a_head_for_more_tokens_is_not_one_of_this_head(heads, tmp_path
     assert "its d2t is not that of the kept rows" in prove(cut, other, target=heads["target"]).differences[0]
 
 
-@pytest.mark.parametrize("name", ["markov_w2.weight", "selector_hidden.weight"])
-def test_what_chooses_tokens_beside_its_head_is_not_cut(heads, tmp_path: Path, name: str) -> None:
-    path = write_head(tmp_path / "d.gguf", architecture="dflash", more={name: np.ones((600, 8), np.float32)})
-    with pytest.raises(FileFormatError, match=f"DSpark or DFlash2 drafter: its {name}"):
-        lay_out(path, rows(64), heads["target"])
-
-
-def test_a_dflash_head_is_cut_and_not_run(heads, tmp_path: Path) -> None:
-    path, cut = write_head(tmp_path / "d.gguf", architecture="dflash", tokens=True), tmp_path / "cut.gguf"
-    write(lay_out(path, rows(64)), cut)
-    assert prove(cut, path).ok
-    with pytest.raises(FileFormatError, match="is a DFlash drafter"):
-        Engine(LoadOptions(heads["target"], cut))
-    with pytest.raises(FileFormatError, match="is a DFlash drafter, which is cut but not run"):
-        TeacherForced.of(cut, [TargetAnswer("a", "", [5, 6], [7, 8])], target=heads["target"])
-
-
 @pytest.mark.parametrize("name", ["whole", "no head"])
 def test_a_step_reads_the_rows_of_its_own_head_or_of_its_targets(heads, name: str) -> None:
     weights, n_bytes = draft_weights(heads[name], heads["target"]), step_bytes(GGUFFile(heads[name]))

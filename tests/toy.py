@@ -203,20 +203,30 @@ def write_head(
     architecture: str = "eagle3",
     zeros: tuple[str, ...] = (),
     more: dict[str, np.ndarray] | None = None,
+    kind: str = "",
+    anchor: bool = True,
+    numbers: dict[str, int] | None = None,
 ) -> Path:
-    """Write a loadable EAGLE-3 head for a target of these sizes.
+    """Write a loadable EAGLE-3 head, or a DFlash drafter, for a target of these sizes.
 
-    `ids`: the d2t; `without`: keys and tensors left out; `zeros`: tensors that are 0.
+    `ids`: the d2t; `without`: keys and tensors left out; `zeros`: tensors that are 0. `kind`: of a DFlash drafter,
+    "markov" for DSpark, "selector" for DFlash2. `anchor`: whether the place of a block's first token drafts, too.
+    `numbers`: further keys.
     The rows of two heads of one seed that stand for the same token are the same.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     head_dim = N_EMBD // N_HEAD
-    numbers = {
+    numbers = (numbers or {}) | {
         "context_length": 512, "embedding_length": N_EMBD, "block_count": 1, "feed_forward_length": N_FF,
         "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD, "rope.dimension_count": head_dim,
         "target_hidden_size": width, "vocab_size": n_tokens,
     }  # fmt: skip
+    if architecture == "dflash":
+        numbers |= {"block_size": 4}
+        writer.add_bool("dflash.sample_from_anchor", anchor)
+    if kind == "selector":
+        numbers |= {"selector_rank": 32, "selector_top_k": 8, "conv_kernel_size": 3, "conv_group_size": 32}
     for key, value in numbers.items():
         if key not in without:
             writer.add_uint32(f"{architecture}.{key}", value)
@@ -248,6 +258,20 @@ def write_head(
         **{f"blk.0.ffn_{part}.weight": normal(N_FF, N_EMBD) for part in ("gate", "up", "down")},
     }
     whole = normal(n_tokens, N_EMBD) * sharpness
+    if architecture == "dflash":
+        tensors |= {f"blk.0.attn_{part}.weight": normal(N_EMBD, N_EMBD) for part in "qkv"}
+        tensors |= {f"blk.0.attn_{part}_norm.weight": np.ones(head_dim, np.float32) for part in "qk"}
+        tensors["enc.output_norm.weight"] = np.ones(N_EMBD, np.float32)
+        del tensors["blk.0.attn_norm_2.weight"]
+    if kind == "markov":
+        tensors |= {"markov_w1.weight": normal(n_tokens, 32) * 8, "conf_proj.weight": normal(1, N_EMBD + 32)}
+    if kind == "selector":
+        for part in ("predecessor", "successor"):
+            tensors[f"selector_{part}.weight"] = normal(n_tokens, 32)
+        tensors["selector_hidden.weight"] = normal(32, N_EMBD)
+        for part in ("attn", "ffn"):
+            tensors[f"blk.0.{part}_conv_base"] = normal(2, 3, N_EMBD)
+            tensors[f"blk.0.{part}_conv_proj.weight"] = normal(2 * 3 * N_EMBD // 32, N_EMBD)
     for name, values in tensors.items():
         if name not in without:
             writer.add_tensor(name, values * (name not in zeros))
@@ -255,12 +279,14 @@ def write_head(
         writer.add_tensor(name, values)
     if own_embeddings:
         writer.add_tensor("token_embd.weight", normal(n_tokens, N_EMBD))
-    if "output.weight" not in without:
-        rows = whole if ids is None else whole[np.clip(ids, 0, n_tokens - 1)]
-        rows = quantize(rows if head_rows is None else rows[:head_rows], head_type)
-        writer.add_tensor(
-            "output.weight", rows, raw_dtype=head_type if head_type not in (Quant.F32, Quant.F16) else None
-        )
+    heads = {"output.weight": whole}
+    if kind == "markov":
+        heads["markov_w2.weight"] = normal(n_tokens, 32) * sharpness
+    for name, rows in heads.items():
+        if name not in without:
+            rows = rows if ids is None else rows[np.clip(ids, 0, n_tokens - 1)]
+            rows = quantize(rows if head_rows is None else rows[:head_rows], head_type)
+            writer.add_tensor(name, rows, raw_dtype=head_type if head_type not in (Quant.F32, Quant.F16) else None)
     if ids is not None:
         writer.add_tensor("d2t", np.asarray(ids, np.int64), raw_dtype=Quant.I64)
     writer.write_header_to_file()
@@ -282,11 +308,14 @@ def write_mtp(
     sharpness: float = 4.0,
     n_ctx: int = 512,
     mrope: bool | None = None,
+    alone: bool = False,
+    ids: np.ndarray | None = None,
 ) -> Path:
     """Write a loadable model of two layers with an MTP block: `qwen35` (whose first layer is recurrent) or `glm4moe`.
 
     `own_head`: the block has a head that is not the target's. `without`: tensors left out. `mrope`: whether it has the
-    sections of M-RoPE, for None if it is `qwen35`.
+    sections of M-RoPE, for None if it is `qwen35`. `alone`: without the two layers, as files beside a target are.
+    `ids`: the head that the block uses has rows for these only, and the file a d2t; llama.cpp does not load that.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
@@ -367,14 +396,19 @@ def write_mtp(
                 block |= {"nextn.shared_head_head.weight": normal(n_tokens, N_EMBD, scale=sharpness)}
                 block |= {"nextn.shared_head_norm.weight": 1 + 0.1 * normal(1, N_EMBD)[0]}
         tensors |= {f"blk.{layer}.{name}": values for name, values in block.items()}
+    reduced = "blk.2.nextn.shared_head_head.weight" if own_head else "output.weight"
     for name, values in tensors.items():
-        if name in without:
+        if name in without or (alone and name.startswith(("blk.0.", "blk.1."))):
             continue
         heads = ("output.weight", "blk.2.nextn.shared_head_head.weight")
         type_ = head_type if name in ("token_embd.weight", *heads) else Quant.F32
         if name in heads:
             values[np.isin(names, ENDS)] = 0
+        if ids is not None and name == reduced:
+            values = values[ids]
         writer.add_tensor(name, quantize(values, type_), raw_dtype=None if type_ in (Quant.F32, Quant.F16) else type_)
+    if ids is not None:
+        writer.add_tensor("d2t", np.asarray(ids, np.int64), raw_dtype=Quant.I64)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor, is_block_alone
 
 from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
-from .state_fed import STATE_FED
+from .state_fed import LOOKED_UP, STATE_FED
 
 
 def unread(file: GGUFFile) -> set[str]:
-    """Tensors that a step of the model does not read: an embedding table beside a head, and an MTP block."""
+    """Tensors that a step does not read: a model's MTP block, and tables of which it reads single rows."""
     arch = file.architecture
     n_layer, n_blocks = (file.integer(f"{arch}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
-    block = tuple(f"blk.{i}." for i in range(n_layer - n_blocks, n_layer)) if n_blocks < n_layer else ()
-    return ({EMBEDDING} if HEAD in file.tensors else set()) | {t for t in file.tensors if t.startswith(block)}
+    blocks = () if is_block_alone(file) else range(n_layer - n_blocks, n_layer)
+    block = {name for name in file.tensors if name.startswith(tuple(f"blk.{i}." for i in blocks))}
+    return {*LOOKED_UP, *([EMBEDDING] if HEAD in file.tensors else []), *block}
 
 
 def step_bytes(file: GGUFFile) -> int:
@@ -53,12 +54,13 @@ class StepWeights:
 
 
 def draft_weights(drafter: DrafterSource, target: Path) -> StepWeights:
-    """What a draft step reads: of a model file its own weights, of an MTP block or rows for one its target's."""
-    rows = None if isinstance(drafter, OwnBlock) else GGUFFile(drafter)
-    if rows is not None and rows.architecture != MTP:
-        return StepWeights.of(rows, GGUFFile(target) if rows.architecture in STATE_FED else None)
-    block = MtpBlock.of(GGUFFile(target))
-    n_rows = block.n_vocab if rows is None else head_tensor(rows).n_rows
+    """What a draft step reads: of a model file its own weights, of an MTP block or rows for one those of the block."""
+    file = GGUFFile(target if isinstance(drafter, OwnBlock) else drafter)
+    rows = file if file.architecture == MTP else None
+    if not (isinstance(drafter, OwnBlock) or rows or is_block_alone(file)):
+        return StepWeights.of(file, GGUFFile(target) if file.architecture in STATE_FED else None)
+    block = MtpBlock.of(GGUFFile(target) if rows else file)
+    n_rows = head_tensor(rows).n_rows if rows else block.n_vocab
     n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))
     return StepWeights(n_rows, n_bytes, block.head.n_bytes / block.n_vocab, params, block.n_embd)
 

@@ -15,7 +15,7 @@ import numpy as np
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import EMBEDDING, HEAD, has_mrope, head_tensor
-from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.ggml import Backend, Product, Table
 
 MTP = "mtp"  # how a user names the target's own block as the drafter; the architecture of files that hold rows for it
@@ -46,7 +46,10 @@ def drafter_source(named: str | Path) -> DrafterSource:
 
 @dataclass(frozen=True)
 class MtpBlock:
-    """The MTP block of a target: a StateFedHead. `head`: the tensor that makes its logits, its own or the target's."""
+    """An MTP block: a StateFedHead. `file`: the target's own, or one beside it that holds the block alone.
+
+    `head`: the tensor that makes its logits, its own or the target's.
+    """
 
     file: GGUFFile
     head: Tensor
@@ -83,6 +86,12 @@ class MtpBlock:
         n_embd = file.integer(f"{arch}.embedding_length", 0)
         if len(head.shape) != 2 or head.shape[0] != n_embd:
             raise FileFormatError(f"{file.path}: rows of its {head.name} are not {n_embd} wide; convert it again")
+        if head.n_rows != file.tensors[EMBEDDING].n_rows:
+            raise FileFormatError(
+                f"{file.path}: its MTP block has a head of {head.n_rows} rows for {file.tensors[EMBEDDING].n_rows} "
+                "tokens, which llama.cpp does not load; choose the rows of these tokens from the target's own block: "
+                f"`python -m gguf_trim trim TARGET --mtp --keep {file.path} -o rows.gguf`"
+            )
         scale = file.get(f"{arch}.logit_scale", 1.0)
         return cls(file, head, layer, n_embd, head.n_rows, float(scale) if isinstance(scale, float) and scale else 1.0)
 
@@ -96,6 +105,20 @@ class MtpBlock:
         prefix = f"blk.{self.layer}."
         tables = (f"{prefix}nextn.embed_tokens.weight", self.head.name)
         return [t for name, t in self.file.tensors.items() if name.startswith(prefix) and name not in tables]
+
+    def require_target(self, target: GGUFFile, vocabulary: Vocabulary) -> None:
+        """Raise FileFormatError or VocabularyMismatch, naming both files, if it cannot read this target's states."""
+        both, arch = f"{self.file.path} does not fit {target.path}", self.file.architecture
+        theirs = (target.architecture, target.integer(f"{target.architecture}.embedding_length", 0))
+        if theirs != (arch, self.n_embd):
+            raise FileFormatError(
+                f"{both}: it is the MTP block of a {arch} model with states of {self.n_embd} numbers, and this target "
+                f"is a {theirs[0]} model with {theirs[1]}; use the block of this very target"
+            )
+        own = Vocabulary(self.file)
+        if len(own) != len(vocabulary):
+            raise VocabularyMismatch(f"{both}: it has {len(own)} tokens, and this target has {len(vocabulary)}")
+        require_same(vocabulary, own)
 
     def require_rows(self, rows: GGUFFile, vocabulary: Vocabulary) -> None:
         """Raise FileFormatError or VocabularyMismatch, naming both files, if `rows` were not cut for this block."""

@@ -15,14 +15,17 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from llamabase.errors import FileFormatError, VocabularyMismatch
-from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD
+from llamabase.gguf.reader import GGUFFile, Tensor
+from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
 from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary, require_same
 from llamabase.llama.states import RECORDING
 
 EAGLE3, DFLASH = "eagle3", "dflash"
 STATE_FED = (EAGLE3, DFLASH)  # of which the runner drives the first
 D2T = "d2t"
+MARKOV = "markov_w2.weight"  # of DSpark: one row for each of the head's, whose logits it changes by the token before
+SELECTOR = "selector_hidden.weight"  # of DFlash2: chooses among the likeliest tokens of all places
+LOOKED_UP = ("markov_w1.weight", "selector_predecessor.weight", "selector_successor.weight")  # a row for each token
 FC, NORM = "fc.weight", "output_norm.weight"
 
 
@@ -63,11 +66,8 @@ class Eagle3Head:
 
         if arch not in STATE_FED:
             raise bad(f"its architecture is {arch}")
-        if other := [tensor for tensor in file.tensors if tensor.startswith(("markov_", "selector_", "conf_proj"))]:
-            raise FileFormatError(
-                f"{file.path}: is a DSpark or DFlash2 drafter: its {other[0]} chooses tokens, too, and no way to cut "
-                "it is known"
-            )
+        if file.integer(f"{arch}.hyper_connection.count", 0):
+            raise FileFormatError(f"{file.path}: is a drafter for DeepSeek-V4, of which llama.cpp reads no {D2T}")
         n_embd, width = (file.integer(f"{arch}.{key}", 0) for key in ("embedding_length", "target_hidden_size"))
         width = width or n_embd * (arch == DFLASH)
         layers = file.integers(f"{arch}.target_layers")
@@ -88,10 +88,25 @@ class Eagle3Head:
                 raise bad(f"rows of its {name} are not {n_embd} wide")
         if not 0 < n_vocab <= MOST_TOKENS or (EMBEDDING in tensors and tensors[EMBEDDING].n_rows != n_vocab):
             raise bad(f"it does not say how many tokens its target has ({arch}.vocab_size)")
-        ids = _d2t(file, n_vocab, bad)
+        if D2T in tensors and HEAD not in tensors:
+            raise bad(f"it has a {D2T} and no {HEAD}")
+        if D2T in tensors and tensors[D2T].shape != (tensors[HEAD].n_rows,):
+            raise bad(f"its {D2T} is not one I64 for each of the {tensors[HEAD].n_rows} rows of its head")
+        ids = reduced_ids(file, n_vocab, bad)
         if ids is None and HEAD in tensors and tensors[HEAD].n_rows != n_vocab:
             raise bad(f"its head has {tensors[HEAD].n_rows} rows for {n_vocab} tokens and no {D2T}")
+        n_rows = n_vocab if ids is None else len(ids)
+        if MARKOV in tensors and (len(tensors[MARKOV].shape) != 2 or tensors[MARKOV].n_rows != n_rows):
+            raise bad(f"its {MARKOV} has not {n_rows} rows, as its head has")
+        if MARKOV in tensors and file.integer(f"{arch}.block_size", 0) < 1:
+            raise bad(f"it does not say how many tokens it drafts at once ({arch}.block_size)")
         return cls(file, ids, tuple(layers.tolist()), width, n_embd, n_vocab, epsilon)
+
+    @property
+    def own(self) -> Tensor | None:
+        """The tensor of its own head; None if llama.cpp takes its target's."""
+        tied = self.file.architecture == DFLASH and EMBEDDING in self.file.tensors
+        return head_tensor(self.file) if tied or HEAD in self.file.tensors else None
 
     @cached_property
     def _norm(self) -> np.ndarray:
@@ -144,15 +159,13 @@ def _has_tokens(file: GGUFFile) -> bool:
     return "tokenizer.ggml.tokens" in file.fields
 
 
-def _d2t(file: GGUFFile, n_vocab: int, bad: Callable[[str], FileFormatError]) -> np.ndarray | None:
-    """Absolute target ids of the head's rows; None if the file has none."""
-    tensor, head = file.tensors.get(D2T), file.tensors.get(HEAD)
+def reduced_ids(file: GGUFFile, n_vocab: int, bad: Callable[[str], FileFormatError]) -> np.ndarray | None:
+    """int64, the target ids of the rows of a head that has not all; None if the file has no d2t. Raises `bad`."""
+    tensor = file.tensors.get(D2T)
     if tensor is None:
         return None
-    if head is None:
-        raise bad(f"it has a {D2T} and no {HEAD}")
-    if tensor.type != GGMLQuantizationType.I64 or tensor.shape != (head.n_rows,):
-        raise bad(f"its {D2T} is not one I64 for each of the {head.n_rows} rows of its head")
+    if tensor.type != GGMLQuantizationType.I64:
+        raise bad(f"its {D2T} is {tensor.type.name}, not I64")
     ids = np.frombuffer(file.read(tensor), "<i8").astype(np.int64)
     if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
         raise bad(f"its {D2T} names token {wrong[0]}, and its target has {n_vocab}")

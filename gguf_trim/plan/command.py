@@ -25,7 +25,7 @@ from llamabase.cli.plot import drawing
 from llamabase.cli.progress import stderr
 from llamabase.files import PLOT
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import HEAD
+from llamabase.gguf.tensors import HEAD, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import AS_SHIPPED, requantized
@@ -105,10 +105,13 @@ def plan_command(
     """Find the k and the draft length that are fastest for this pair here, by measurement."""
     PLOT.require(picture)
     target, drafter = files_of(model, target, drafter)
-    if isinstance(drafter, OwnBlock):
-        raise click.UsageError("--draft mtp: a plan is for a drafter of its own; its rows are chosen by `trim --mtp`")
+    if isinstance(drafter, OwnBlock) or is_block_alone(GGUFFile(drafter)):
+        raise click.UsageError(
+            f"--draft {drafter}: a plan is for a drafter of its own; rows of an MTP block are chosen by `trim --mtp`"
+        )
     ranking = _ranking(target, drafter, counts)
     file, target_file = GGUFFile(drafter), GGUFFile(target)
+    file.require_loadable()  # now, and not after the target has answered
     state_fed = file.architecture == EAGLE3
     if state_fed and temp > 0:
         raise click.UsageError("--temp is for drafters that read the text themselves")

@@ -31,6 +31,7 @@ MAX_DIMS = 4
 _MOST_LAYERS = 512  # LLAMA_MAX_LAYERS, and LLAMA_MAX_EXPERTS
 # Types of whole numbers, and those that only intermediate sums have.
 _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")}
+_REDUCED = ("eagle3", "dflash")  # architectures of which llama.cpp reads a head with rows for some tokens only
 _WEIGHT = re.compile(r"(token_embd|output|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)(_exps|_shexp)?))\.weight")
 
 _U64 = struct.Struct("<Q")
@@ -243,12 +244,24 @@ class GGUFFile:
 
     def require_loadable(self) -> None:
         """Raise FileFormatError for what makes llama.cpp end the process, as it loads or at the first decode."""
-        layers, experts, used = (
+        layers, blocks, experts, used = (
             self.integer(f"{self.architecture}.{key}", default)
-            for key, default in (("block_count", 1), ("expert_count", 0), ("expert_used_count", 0))
+            for key, default in (
+                ("block_count", 1),
+                ("nextn_predict_layers", 0),
+                ("expert_count", 0),
+                ("expert_used_count", 0),
+            )
         )
         if not 0 < layers <= _MOST_LAYERS:
             raise self._bad(f"it says that it has {layers} layers")
+        if not 0 <= blocks <= layers:
+            raise self._bad(f"it says that {blocks} of its {layers} layers are for multi-token prediction")
+        if "d2t" in self.tensors and self.architecture not in _REDUCED:
+            raise FileFormatError(
+                f"{self.path}: its head has rows for {self.tensors['d2t'].n_elements} tokens only (d2t), which "
+                "llama.cpp reads of EAGLE-3 and DFlash heads alone; use a file with the whole head"
+            )
         if not 0 <= used <= experts <= _MOST_LAYERS or (experts > 0) != (used > 0):
             raise self._bad(f"it says that it has {experts} experts, of which it uses {used}")
         for name, tensor in self.tensors.items():

@@ -14,6 +14,18 @@ def head_tensor(file: GGUFFile) -> Tensor:
     return file.tensors.get(HEAD) or file.tensors[EMBEDDING]
 
 
+def is_block_alone(file: GGUFFile) -> bool:
+    """Whether a file holds a block for multi-token prediction without its model's layers, as files beside a target do.
+
+    llama.cpp loads it, and ends the process if the layers are computed.
+    """
+    arch = file.architecture
+    n_blocks, n_layers = (file.integer(f"{arch}.{key}", 0) for key in ("nextn_predict_layers", "block_count"))
+    if n_blocks < 1 or file.integer("split.count", 1) > 1:  # the layers may be in another part of a split file
+        return False
+    return n_blocks == n_layers or not any(name.startswith("blk.0.") for name in file.tensors)
+
+
 def has_mrope(file: GGUFFile) -> bool:
     """Whether a file has M-RoPE, as files for images do, if its architecture (GLM-4) can be with or without."""
     sections = file.integers(f"{file.architecture}.rope.dimension_sections")

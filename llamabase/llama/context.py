@@ -77,6 +77,11 @@ class BaseContext(Owner):
         n_batch: int = 512,
         **params: Any,
     ) -> None:
+        if model.is_block_alone and params.get("ctx_type") != llama_cpp.LLAMA_CONTEXT_TYPE_MTP:
+            raise EngineError(
+                f"{model.path}: holds only the block for multi-token prediction of a model, not its layers; give it as "
+                "--draft beside the model"
+            )
         self.model, self.n_batch, self.n_outputs = model, min(n_batch, n_ctx), min(n_outputs, n_batch, n_ctx)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = n_ctx
@@ -177,6 +182,8 @@ class Context(SequenceContext):
     to states that were copied, and once after each batch by at most `rewinds` tokens, of which llama.cpp keeps the
     states. The attribute is 0 if it cannot keep them for the architecture. A second sequence holds the checkpoint:
     llama.cpp copies a state only when one of the sequences that share it goes on.
+
+    `other`: the target's context, for a drafter that lacks tables.
     """
 
     def __init__(
@@ -188,9 +195,11 @@ class Context(SequenceContext):
         n_outputs: int = 32,
         cache: Cache = F16,
         rewinds: int = 0,
+        other: Context | None = None,
     ) -> None:
-        states = {"n_seq_max": 2, "n_rs_seq": rewinds} if model.recurrent else {}
-        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, **states)
+        states: dict[str, Any] = {"n_seq_max": 2, "n_rs_seq": rewinds} if model.recurrent else {}
+        target = None if other is None else other.handle
+        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, ctx_other=target, **states)
         self.recurrent = model.recurrent
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
         self._oldest = 0  # the lowest position whose state is one of the last batch's that llama.cpp keeps

@@ -15,6 +15,7 @@ import llama_cpp
 
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import is_block_alone
 
 from .library import Owner, interruptible, last_error, start
 from .tokenizing import Tokenizer
@@ -39,6 +40,7 @@ class Model(Owner):
         file = None
         with contextlib.suppress(FileFormatError):  # llama.cpp says itself what it cannot read
             file = None if vocab_only else GGUFFile(self.path)
+        self.is_block_alone = file is not None and is_block_alone(file)
         if file is not None:
             file.require_loadable()
         with interruptible() as go_on:

@@ -109,8 +109,8 @@ class PairContext(SequenceContext):
 
     The pair at position P is the token at P + 1 of the text with a state at P: what `encode` makes of the target's
     recorded states there or, while drafting, the state that `pairs` returned for the pair before. `model` is an EAGLE-3
-    head, and `other` its target's context; or `model` is the target itself, and `mtp` decodes with its MTP block.
-    Without `head` no logits are computed.
+    head, and `other` its target's context; or `model` holds an MTP block, as the target itself may, and `mtp` decodes
+    with it. Without `head` no logits are computed.
     """
 
     _extended: Any = None

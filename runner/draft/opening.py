@@ -1,4 +1,4 @@
-"""Opens a drafter: a stock or trimmed GGUF, an EAGLE-3 head, a target's MTP block or rows for it."""
+"""Opens a drafter: a stock or trimmed GGUF, an EAGLE-3 head, an MTP block in or beside its target, or rows for one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import DFLASH, EAGLE3, Eagle3Head
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.context import F16, Cache, Context
 from llamabase.llama.ggml import Backend
@@ -68,6 +69,8 @@ def open_drafter(
         raise FileFormatError(f"{source}: is fed the states of its Gemma 4 target: this runner cannot run it")
     if file.architecture == EAGLE3:
         return _open_state_fed(options, Eagle3Head.of(file), target, target_context, model)
+    if is_block_alone(file):
+        return _open_block(options, MtpBlock.of(file), target, target_context, model)
     return _open_own(options, file, target, model)
 
 
@@ -123,6 +126,21 @@ def _open_state_fed(
         context = PairContext(model, target_context.n_ctx, options.n_threads, target_context)
         reading = StateFedReading(opened.enter_context(context), recorded, head)
         return ModelDrafter(reading, reading.ids, dynamic, owned)
+
+
+def _open_block(
+    options: DraftOptions, block: MtpBlock, target: Vocabulary, target_context: Context | None, loaded: Model | None
+) -> ModelDrafter:
+    """An MTP block in a file beside its target's, with llama.cpp's head."""
+    path = block.file.path
+    if target_context is None:
+        raise EngineError(f"{path}: is fed its target's states, which only this runner gives it")
+    block.require_target(GGUFFile(target_context.model.path), target)
+    with _closed_on_failure() as opened:
+        model = loaded or opened.enter_context(Model(path, options.n_gpu_layers))
+        context = PairContext(model, target_context.n_ctx, options.n_threads, mtp=True, cache=options.cache)
+        reading = StateFedReading(opened.enter_context(context), Recorded.of(target_context), block)
+        return ModelDrafter(reading, owned=None if loaded else model)
 
 
 def _open_mtp(

@@ -20,6 +20,7 @@ import click
 from corpus.__main__ import main as counting_commands
 from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.assistant import KEPT
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.memory_bound import draft_weights, step_bytes
 from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
@@ -40,7 +41,7 @@ from .keep import DEFAULT_K, MULTIPLE, choose_rows
 from .prove import prove
 
 Auto = Literal["auto"]
-STATES_OF = click.option("--target", type=FILE, help="The target whose states an EAGLE-3 head or an MTP block reads.")
+STATES_OF = click.option("--target", type=FILE, help="The target, if DRAFTER or TRIMMED reads its states.")
 
 
 def rows(value: str) -> int | Auto:
@@ -120,7 +121,7 @@ def trim_command(
         with progress(f"trimming to {cut.keep.k}", cut.n_bytes, "B") as advance:
             write(cut, made, advance)
         if requant is not None:
-            quantize(made, made, requant)
+            quantize(made, made, requant, KEPT)
             move(made, output)
     click.echo(str(output))
 

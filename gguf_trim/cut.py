@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from gguf_trim.format.assistant import POST, PRE, Assistant
 from gguf_trim.format.companion import COMPANION, FORMAT_VERSION, TRIMMED, companion_path
 from gguf_trim.format.memory_bound import unread
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock
@@ -24,7 +25,7 @@ from gguf_trim.format.state_fed import D2T, MARKOV, STATE_FED, Eagle3Head, row_b
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor, is_block_alone
+from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, has_mrope, head_tensor, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.gguf.writer import Output, Piece, field
 
@@ -38,7 +39,6 @@ NEEDS_TOKEN_IDS = {
     "deepseek4": "it chooses experts by token id",
     "gemma3n": "it looks up per-layer embeddings by token id",
     "gemma4": "it looks up per-layer embeddings by token id",
-    "gemma4-assistant": "it reads its target's states, which only llama-server gives it",
     "graniteswitch": "it chooses adapters by token id",
     "t5": "it is an encoder-decoder",
     "t5encoder": "it is an encoder",
@@ -59,9 +59,9 @@ def why_not(file: GGUFFile, mtp: bool = False) -> str | None:
     if file.integer("split.count", 1) > 1:
         return "it is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first"
     alone = is_block_alone(file)
-    if mtp or alone or file.architecture in STATE_FED:
+    if mtp or alone or file.architecture in (*STATE_FED, ASSISTANT):
         try:
-            (MtpBlock if mtp or alone else Eagle3Head).of(file)
+            (MtpBlock if mtp or alone else Assistant if file.architecture == ASSISTANT else Eagle3Head).of(file)
         except FileFormatError as error:
             return str(error).removeprefix(f"{file.path}: ")
         return ALONE if alone else None
@@ -109,7 +109,10 @@ class Cut:
     def step_bytes(self) -> int:
         """Weight bytes that one draft step of the trimmed file reads."""
         skipped = unread(self.source)
-        return sum(piece.n_bytes for piece in self.trimmed.pieces if piece.tensor.name not in skipped)
+        pieces = [piece for piece in self.trimmed.pieces if piece.tensor.name not in skipped]
+        # An assistant's projections are read, too.
+        pieces += [piece for piece in self.companion.pieces if piece.tensor.name in (PRE, POST)]
+        return sum(piece.n_bytes for piece in pieces)
 
 
 def lay_out(drafter: DrafterSource, choose: ChooseRows, target: Path | None = None, multiple: int = MULTIPLE) -> Cut:
@@ -129,6 +132,10 @@ def lay_out(drafter: DrafterSource, choose: ChooseRows, target: Path | None = No
         return _lay_out_mtp(MtpBlock.of(file), choose, multiple)
     if file.architecture in STATE_FED:
         return _lay_out_state_fed(Eagle3Head.of(file), choose, target, multiple)
+    assistant = Assistant.of(file) if file.architecture == ASSISTANT else None
+    if assistant is not None and target is not None:
+        target_file = GGUFFile(target)
+        assistant.require_target(target_file, Vocabulary(target_file))
     vocabulary, arch, n_rows = Vocabulary(file), file.architecture, file.tensors[EMBEDDING].n_rows
     keep = choose(vocabulary, np.ones(n_rows, bool), multiple)
     cut_names = {EMBEDDING, HEAD, HEAD_BIAS} & file.tensors.keys()
@@ -137,16 +144,20 @@ def lay_out(drafter: DrafterSource, choose: ChooseRows, target: Path | None = No
         field(f"{arch}.vocab_size", keep.k),
         field("tokenizer.ggml.model", "none"),
     ]
-    pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in file.tensors.items()]
-    whole = [Piece(file.tensors[name]) for name in sorted(cut_names)]
+    copying = {} if assistant is None else assistant.copying
+    kept = {name: tensor for name, tensor in file.tensors.items() if name not in copying}
+    pieces = [Piece(tensor, keep.ids if name in cut_names else None) for name, tensor in kept.items()]
+    pieces += [_data_piece(name, values, GGMLQuantizationType.F32) for name, values in copying.items()]
+    whole = [Piece(file.tensors[name]) for name in sorted(cut_names | copying.keys())]
     return _cut(file, keep, vocabulary, n_rows, fields, pieces, whole, scale=_embedding_scale(file))
 
 
 def _embedding_scale(file: GGUFFile) -> float:
     """What the runner multiplies embeddings by, as llama.cpp does with those of token ids only."""
     arch = file.architecture
-    if arch in SCALED_TOKEN_INPUTS:
-        return float(np.float32(math.sqrt(file.tensors[EMBEDDING].shape[0])))
+    if arch in SCALED_TOKEN_INPUTS or arch == ASSISTANT:
+        width = Assistant.of(file).width if arch == ASSISTANT else file.tensors[EMBEDDING].shape[0]
+        return float(np.float32(math.sqrt(width)))
     layers = file.integers(f"{arch}.deepstack_mapping")  # of Granite: -1 for a layer that takes no features of an image
     scale = file.get(f"{arch}.embedding_scale")
     deepstack = layers is not None and bool((layers >= 0).any())
@@ -185,8 +196,12 @@ def _lay_out_state_fed(head: Eagle3Head, choose: ChooseRows, target: Path | None
 
 
 def _d2t_piece(ids: np.ndarray) -> Piece:
-    data = ids.astype("<i8").tobytes()
-    return Piece(Tensor(D2T, (len(ids),), GGMLQuantizationType.I64, 0, len(data)), data=data)
+    return _data_piece(D2T, ids.astype("<i8"), GGMLQuantizationType.I64)
+
+
+def _data_piece(name: str, values: np.ndarray, type_: GGMLQuantizationType) -> Piece:
+    data = values.tobytes()
+    return Piece(Tensor(name, values.shape[::-1], type_, 0, len(data)), data=data)
 
 
 def _lay_out_mtp(block: MtpBlock, choose: ChooseRows, multiple: int) -> Cut:

@@ -10,7 +10,7 @@ from gguf_trim.format.memory_bound import step_bytes
 from gguf_trim.format.speculator import UP
 from gguf_trim.format.state_fed import EAGLE3, MARKOV, SELECTOR, STATE_FED, Eagle3Head
 from llamabase.gguf.reader import GGUFFile, Tensor
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor, is_block_alone
+from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary
 
 from .cut import why_not
@@ -57,7 +57,11 @@ def describe(path: Path) -> dict[str, Any]:
         head = Eagle3Head.of(file)
         facts |= {"target_layers": list(head.layers), "target_width": head.width, "vocabulary": head.n_vocab}
     facts |= {"kind": _kind(file), "trimmable": reason is None, "why": reason}
-    if not is_block_alone(file) and file.integer(f"{file.architecture}.nextn_predict_layers", 0):
+    if (
+        file.architecture != ASSISTANT
+        and not is_block_alone(file)
+        and file.integer(f"{file.architecture}.nextn_predict_layers", 0)
+    ):
         facts["mtp"] = why_not(file, mtp=True) or "its rows can be chosen: trim --mtp"
     if "tokenizer.ggml.tokens" in file.fields:
         vocabulary = Vocabulary(file)
@@ -69,6 +73,8 @@ def describe(path: Path) -> dict[str, Any]:
 def _kind(file: GGUFFile) -> str:
     if is_block_alone(file):
         return "MTP block without its model"
+    if file.architecture == ASSISTANT:
+        return "Gemma 4 assistant"
     if file.architecture not in STATE_FED:
         return "model"
     if file.architecture == EAGLE3:

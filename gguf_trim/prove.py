@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf_trim.format.assistant import POST, PRE, Assistant, AssistantSteps
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
 from gguf_trim.format.state_fed import D2T, DFLASH, MARKOV, STATE_FED, Eagle3Head, row_by_id
@@ -20,7 +21,7 @@ from llamabase.cli.progress import progress
 from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.files import CHUNK
 from llamabase.gguf.reader import GGUFFile, Tensor
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
+from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.context import Context
 from llamabase.llama.model import Model
@@ -88,6 +89,8 @@ def prove(trimmed: Path, source: Path, target: Path | None = None) -> Proof:
         raise FileFormatError(f"{original.path}: is no --source to verify with: {reason}")
     if mtp:
         claim = _mtp(cut, MtpBlock.of(original))
+    elif original.architecture == ASSISTANT:
+        claim = _assistant(cut, Assistant.of(original), target)
     elif original.architecture in STATE_FED:
         claim = _state_fed(cut, Eagle3Head.of(original), target)
     else:
@@ -114,6 +117,20 @@ def _unequal(cut: Trimmed, original: GGUFFile, claim: _Claim) -> list[str]:
 
 def _plain(cut: Trimmed, original: GGUFFile) -> _Claim:
     """One prompt goes through both files."""
+
+    def logits() -> tuple[np.ndarray, np.ndarray]:
+        with Model(original.path, vocab_only=True) as model:
+            prompt = model.tokenize(PROMPT)
+        expected = _decoded(original.path, prompt)[:, cut.d2t]
+        return expected, _decoded(cut.file.path, cut.embeddings().rows(prompt))
+
+    return _like_the_source(cut, original, logits)
+
+
+def _like_the_source(
+    cut: Trimmed, original: GGUFFile, logits: Callable[[], tuple[np.ndarray, np.ndarray]], moved: Sequence[str] = ()
+) -> _Claim:
+    """Every tensor is the source's: in the cut, or if `moved` in the companion; the tables whole in the companion."""
     differences = _lacking(cut, original)
     try:
         require_same(Vocabulary(original), cut.vocabulary)
@@ -122,16 +139,10 @@ def _plain(cut: Trimmed, original: GGUFFile) -> _Claim:
     copies = []
     for name, tensor in original.tensors.items():
         rows = cut.d2t if name in (EMBEDDING, HEAD, HEAD_BIAS) else None
-        copies.append(_Copy(original, tensor, cut.file, rows))
-        if rows is not None:
+        if name not in moved:
+            copies.append(_Copy(original, tensor, cut.file, rows))
+        if name in moved or rows is not None:
             copies.append(_Copy(original, tensor, cut.companion))
-
-    def logits() -> tuple[np.ndarray, np.ndarray]:
-        with Model(original.path, vocab_only=True) as model:
-            prompt = model.tokenize(PROMPT)
-        expected = _decoded(original.path, prompt)[:, cut.d2t]
-        return expected, _decoded(cut.file.path, cut.embeddings().rows(prompt))
-
     return _Claim(differences, copies, [key for key in original.fields if not key.startswith("tokenizer.")], logits)
 
 
@@ -140,6 +151,37 @@ def _decoded(path: Path, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
     n = len(prompt)
     with Model(path) as model, Context(model, n_ctx=n + 8, n_outputs=n) as context:
         return context.decode(prompt, outputs=n).copy()
+
+
+def _assistant(cut: Trimmed, whole: Assistant, target: Path | None) -> _Claim:
+    """Random pairs go through both files over one text of the target, every other one after its own last state."""
+
+    def logits() -> tuple[np.ndarray, np.ndarray]:
+        if target is None:
+            raise FileFormatError(f"{whole.file.path}: reads its target's states; give that as --target")
+        target_file = GGUFFile(target)
+        whole.require_target(target_file, Vocabulary(target_file))
+        tokens, states = _random_pairs(whole.file.tensors[EMBEDDING].n_rows, whole.width)
+        made: list[np.ndarray] = []
+        with Model(target) as model, Context(model, 2 * PAIRS) as context:
+            for trimmed in (None, cut):
+                file = whole.file if trimmed is None else cut.file
+                with Model(file.path) as drafter:
+                    steps = AssistantSteps(drafter, context, None, trimmed)
+                    with steps.context:
+                        context.decode(tokens, 0)
+                        ids = cut.d2t if trimmed is None else slice(None)
+                        made += [
+                            (steps.follow(tokens[i]) if i % 2 else steps.begin(tokens[i], states[i]))[0][ids].copy()
+                            for i in range(PAIRS)
+                        ]
+        return np.array(made[:PAIRS]), np.array(made[PAIRS:])
+
+    claim = _like_the_source(cut, whole.file, logits, (PRE, POST))
+    for name, values in whole.copying.items():
+        if (tensor := cut.file.tensors.get(name)) is None or cut.file.read(tensor) != values.tobytes():
+            claim.differences.append(f"{cut.file.path}: its {name} does not copy what it is fed")
+    return claim
 
 
 def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
@@ -166,7 +208,7 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
     def logits() -> tuple[np.ndarray, np.ndarray]:
         if target is None and (whole.own is None or EMBEDDING not in original.tensors):
             raise FileFormatError(f"{original.path}: takes token embeddings from its target; give that as --target")
-        tokens, states = _random_pairs(whole)
+        tokens, states = _random_pairs(whole.n_vocab, whole.n_embd)
         made = []
         with contextlib.ExitStack() as stack:
             other = None if target is None else stack.enter_context(Context(stack.enter_context(Model(target)), 32))
@@ -203,7 +245,8 @@ def _mtp(cut: Trimmed, block: MtpBlock) -> _Claim:
     def logits() -> tuple[np.ndarray, np.ndarray]:
         rows, expected, made = kept_rows(cut.file), [], []
         with Model(block.file.path) as model, PairContext(model, PAIRS + 8, None, mtp=True) as context:
-            for token, state in zip(*_random_pairs(block), strict=True):  # one at a time, as drafts are
+            # One at a time, as drafts are.
+            for token, state in zip(*_random_pairs(block.n_vocab, block.n_embd), strict=True):
                 logits, after = context.pairs([token], state[None], True)
                 expected.append(logits[0, cut.d2t])
                 made.append(rows(block.hidden(after[0])).copy())
@@ -212,11 +255,11 @@ def _mtp(cut: Trimmed, block: MtpBlock) -> _Claim:
     return _Claim([], copies, [], logits)
 
 
-def _random_pairs(head: Eagle3Head | MtpBlock) -> tuple[list[int], np.ndarray]:
-    """PAIRS tokens, and as many states (float32, PAIRS x n_embd)."""
+def _random_pairs(n_vocab: int, width: int) -> tuple[list[int], np.ndarray]:
+    """PAIRS tokens, and as many states (float32, PAIRS x width)."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, head.n_vocab, PAIRS).tolist()
-    return tokens, rng.standard_normal((PAIRS, head.n_embd)).astype(np.float32)
+    tokens = rng.integers(0, n_vocab, PAIRS).tolist()
+    return tokens, rng.standard_normal((PAIRS, width)).astype(np.float32)
 
 
 def _lacking(cut: Trimmed, original: GGUFFile, *but: str) -> list[str]:

@@ -61,7 +61,7 @@ WRONG_SOURCES = {
     "gemma3n": ((EMBEDDING,), {"architecture": "gemma3n"}, "gemma3n cannot be trimmed: it looks up per-layer"),
     "cogvlm": ((EMBEDDING,), {"architecture": "cogvlm"}, "cogvlm cannot be trimmed: it reads embeddings with the"),
     "deepseek4": ((EMBEDDING,), {"architecture": "deepseek4"}, "it chooses experts by token id"),
-    "gemma4-assistant": ((EMBEDDING,), {"architecture": "gemma4-assistant"}, "it reads its target's states"),
+    "gemma4-assistant": ((EMBEDDING,), {"architecture": "gemma4-assistant"}, "a usable Gemma 4 assistant"),
     "graniteswitch": ((EMBEDDING,), {"architecture": "graniteswitch"}, "it chooses adapters by token id"),
     "per-layer embeddings": (
         (EMBEDDING, Table("per_layer_token_embd.weight", (32, 4))),

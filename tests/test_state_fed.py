@@ -471,11 +471,6 @@ def test_k_is_exact_if_that_is_asked_for(heads, multiple: int, k: int) -> None:
     assert lay_out(heads["own embeddings"], choose, heads["target"], multiple).keep.k == k
 
 
-def test_an_assistant_of_gemma_4_is_not_run(heads, tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="is fed the states of its Gemma 4 target"):
-        Engine(LoadOptions(heads["target"], write_head(tmp_path / "a.gguf", architecture="gemma4-assistant")))
-
-
 def test_commands_trim_verify_and_describe_one(heads, tmp_path: Path) -> None:
     head, cut, ids = str(heads["whole"]), str(tmp_path / "cut.gguf"), tmp_path / "ids.txt"
     ids.write_text("\n".join(map(str, range(90, 130))))

@@ -11,6 +11,7 @@ import numpy as np
 
 from corpus.answers import TargetAnswer, read_answers, ready_answers
 from corpus.prompts import spread
+from gguf_trim.format.assistant import AssistantSteps
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, MtpBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
@@ -18,6 +19,7 @@ from gguf_trim.format.state_fed import DFLASH, EAGLE3, Eagle3Head
 from llamabase.cli.progress import Advance, progress
 from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import ASSISTANT
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context
 from llamabase.llama.ggml import Product
@@ -115,6 +117,32 @@ def read_state_fed(
             advance(1)
 
 
+def read_assistant(
+    drafter: Path,
+    target: Path,
+    answers: Sequence[TargetAnswer],
+    advance: Advance,
+    n_threads: int | None = None,
+    trimmed: Trimmed | None = None,
+) -> Iterator[Position]:
+    """Read answers with an assistant: the positions after every token but the first, the last ones first.
+
+    A draft attends to what comes before its token, so the target's cache forgets a text token by token from its end.
+    """
+    longest = _longest(answers)
+    with Model(target) as model, Context(model, longest, n_threads) as context, Model(drafter) as own:
+        recorded, steps = Recorded.of(context), AssistantSteps(own, context, n_threads, trimmed)
+        with steps.context:
+            for n, answer in enumerate(answers):
+                text, asked = [*answer.prompt, *answer.answer], len(answer.prompt)
+                context.truncate(0)
+                context.decode(text, 0)
+                for last in range(len(text) - 1, 0, -1):
+                    context.truncate(last)
+                    yield Position(n, last + 1 - asked, *steps.begin(text[last], recorded.rows[last - 1]))
+                advance(1)
+
+
 def _longest(answers: Sequence[TargetAnswer]) -> int:
     """Tokens of a context that holds every text, a multiple of 32."""
     return -(-max(len(answer.prompt) + len(answer.answer) for answer in answers) // 32) * 32
@@ -173,6 +201,8 @@ class TeacherForced:
                 positions = read_state_fed(block, target, answers, advance, n_threads, rows)
             elif target is not None and file.architecture == DFLASH:
                 raise FileFormatError(f"{file.path}: is a DFlash drafter, which is cut but not run here; use `trim`")
+            elif target is not None and file.architecture == ASSISTANT:
+                positions = read_assistant(drafter, target, answers, advance, n_threads, trimmed)
             elif target is not None and file.architecture == EAGLE3:
                 positions = read_state_fed(Eagle3Head.of(file), target, answers, advance, n_threads)
                 ids = None  # its logits are by id

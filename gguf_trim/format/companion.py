@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD, HEAD_BIAS, head_tensor
+from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.ggml import dequantizer
 
@@ -80,8 +80,8 @@ class Trimmed:
 
     @property
     def reads_states(self) -> bool:
-        """Whether it reads its target's states, as EAGLE-3 heads and MTP blocks do, and no text of its own."""
-        return self.file.architecture in (*STATE_FED, MTP)
+        """Whether it reads its target's states, as EAGLE-3 heads do, and no text of its own."""
+        return self.file.architecture in (*STATE_FED, MTP, ASSISTANT)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -100,7 +100,8 @@ class Trimmed:
 
     def _wrong_table(self, n_vocab: int) -> str | None:
         """Which table of the companion is not one of the trimmed file, whole."""
-        whole, tensors = HEAD if self.reads_states else EMBEDDING, self.companion.tensors
+        own_head = self.reads_states and self.file.architecture != ASSISTANT
+        whole, tensors = HEAD if own_head else EMBEDDING, self.companion.tensors
         if whole not in tensors or (whole == EMBEDDING and tensors[whole].n_rows != n_vocab):
             return f"lacks the full {whole}"
         width = self.file.tensors[whole].shape[0] if whole in self.file.tensors else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor, is_block_alone
+from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, head_tensor, is_block_alone
 
+from .assistant import POST, PRE
+from .companion import Trimmed
 from .mtp import MTP, DrafterSource, MtpBlock, OwnBlock
 from .state_fed import LOOKED_UP, STATE_FED
 
@@ -16,7 +18,7 @@ def unread(file: GGUFFile) -> set[str]:
     """Tensors that a step does not read: a model's MTP block, and tables of which it reads single rows."""
     arch = file.architecture
     n_layer, n_blocks = (file.integer(f"{arch}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
-    blocks = () if is_block_alone(file) else range(n_layer - n_blocks, n_layer)
+    blocks = () if arch == ASSISTANT or is_block_alone(file) else range(n_layer - n_blocks, n_layer)
     block = {name for name in file.tensors if name.startswith(tuple(f"blk.{i}." for i in blocks))}
     return {*LOOKED_UP, *([EMBEDDING] if HEAD in file.tensors else []), *block}
 
@@ -58,7 +60,12 @@ def draft_weights(drafter: DrafterSource, target: Path) -> StepWeights:
     file = GGUFFile(target if isinstance(drafter, OwnBlock) else drafter)
     rows = file if file.architecture == MTP else None
     if not (isinstance(drafter, OwnBlock) or rows or is_block_alone(file)):
-        return StepWeights.of(file, GGUFFile(target) if file.architecture in STATE_FED else None)
+        weights = StepWeights.of(file, GGUFFile(target) if file.architecture in STATE_FED else None)
+        if file.architecture != ASSISTANT or "gguf_trim.k" not in file.fields:
+            return weights
+        # The projections are read beside the matrices, as large, that stand in for them.
+        tensors = Trimmed.open(file.path).companion.tensors
+        return replace(weights, fixed_bytes=weights.fixed_bytes + sum(tensors[name].n_bytes for name in (PRE, POST)))
     block = MtpBlock.of(GGUFFile(target) if rows else file)
     n_rows = head_tensor(rows).n_rows if rows else block.n_vocab
     n_bytes, params = (sum(getattr(t, what) for t in block.tensors) for what in ("n_bytes", "n_elements"))

@@ -133,6 +133,4 @@ class MtpBlock:
 
 def kept_rows(rows: GGUFFile, n_threads: int | None = None) -> Product:
     """The product that makes the logits of a file's kept rows (float32, k) from a hidden state, as llama.cpp would."""
-    head = rows.tensors[HEAD]
-    table = np.asarray(np.memmap(rows.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
-    return Product(Backend(n_threads), Table(table, head.type, head.shape[0], packs=True))
+    return Product(Backend(n_threads), Table.of(rows, rows.tensors[HEAD]))

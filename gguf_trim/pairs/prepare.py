@@ -22,6 +22,7 @@ from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import cache_folder, work_folder
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import ASSISTANT
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.library import key_of
 from llamabase.llama.quantize import AS_SHIPPED, renamed
@@ -67,9 +68,9 @@ def prepare(
     chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
-    state_fed = isinstance(drafter, OwnBlock) or GGUFFile(drafter).architecture in STATE_FED
+    state_fed = isinstance(drafter, OwnBlock) or GGUFFile(drafter).architecture in (*STATE_FED, ASSISTANT)
     if state_fed:
-        requant = requant or NONE  # one layer: another type can save little
+        requant = requant or NONE  # few layers: another type can save little
     elif not isinstance(drafter, OwnBlock):
         require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
     cut = lay_out(drafter, choose, target if state_fed else None)

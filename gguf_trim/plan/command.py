@@ -23,9 +23,10 @@ from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
 from llamabase.cli.command import FILE, THREADS, quantisation
 from llamabase.cli.plot import drawing
 from llamabase.cli.progress import stderr
+from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import HEAD, is_block_alone
+from llamabase.gguf.tensors import ASSISTANT, HEAD, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import AS_SHIPPED, requantized
@@ -165,6 +166,8 @@ def auto_k(target: Path, drafter: Path, counts: Path | None) -> int:
 def _ranking(target: Path, drafter: Path, counts: Path | None) -> Counts:
     """The counts that rank a drafter's rows; raises VocabularyMismatch if the target has other tokens."""
     file, theirs = GGUFFile(drafter), Vocabulary(GGUFFile(target))
+    if file.architecture == ASSISTANT:
+        raise FileFormatError(f"{file.path}: Gemma 4's assistants cannot be planned for; give `trim` a --k")
     if file.architecture == EAGLE3:
         Eagle3Head.of(file).require_target(GGUFFile(target), theirs)
         return ranking_counts(theirs, counts)

@@ -15,9 +15,8 @@ from pathlib import Path
 from gguf_trim.cut import move
 from gguf_trim.fit.calibrate import TeacherForced, calibration, share
 from gguf_trim.fit.closed_form import attach
+from gguf_trim.format.assistant import KEPT
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.mtp import MTP
-from gguf_trim.format.state_fed import STATE_FED
 from llamabase.cli.progress import stderr
 from llamabase.errors import TrimError
 from llamabase.files import require_room
@@ -65,13 +64,13 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
     files: dict[str, Path] = {}
     for kind in [decided] if decided else [AS_SHIPPED, *TYPES]:
         try:
-            files[kind] = requantized(cut, kind, folder)
+            files[kind] = requantized(cut, kind, folder, KEPT)
         except TrimError as error:  # llama.cpp cannot, or the disk lacks the room
             if decided:
                 raise
             stderr.print(f"{kind} is left out: {error}", markup=False)
     trimmed = Trimmed.open(cut)
-    states_of = target if trimmed.file.architecture in (*STATE_FED, MTP) else None
+    states_of = target if trimmed.reads_states else None
     answers = calibration(GGUFFile(target) if states_of else trimmed.companion)
     readings = {
         kind: TeacherForced.of(path, answers, trimmed, title=f"reading {kind}", target=states_of)

@@ -32,7 +32,9 @@ _MOST_LAYERS = 512  # LLAMA_MAX_LAYERS, and LLAMA_MAX_EXPERTS
 # Types of whole numbers, and those that only intermediate sums have.
 _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")}
 _REDUCED = ("eagle3", "dflash")  # architectures of which llama.cpp reads a head with rows for some tokens only
-_WEIGHT = re.compile(r"(token_embd|output|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)(_exps|_shexp)?))\.weight")
+_WEIGHT = re.compile(
+    r"(token_embd|output|nextn\.\w+_projection|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)(_exps|_shexp)?))\.weight"
+)
 
 _U64 = struct.Struct("<Q")
 

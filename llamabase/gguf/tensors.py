@@ -7,6 +7,7 @@ from .reader import GGUFFile, Tensor
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 HEAD_BIAS = "output.bias"
+ASSISTANT = "gemma4-assistant"  # the architecture of a drafter for Gemma 4, all of whose layers draft
 
 
 def head_tensor(file: GGUFFile) -> Tensor:
@@ -21,7 +22,7 @@ def is_block_alone(file: GGUFFile) -> bool:
     """
     arch = file.architecture
     n_blocks, n_layers = (file.integer(f"{arch}.{key}", 0) for key in ("nextn_predict_layers", "block_count"))
-    if n_blocks < 1 or file.integer("split.count", 1) > 1:  # the layers may be in another part of a split file
+    if arch == ASSISTANT or n_blocks < 1 or file.integer("split.count", 1) > 1:  # the layers may be in another part
         return False
     return n_blocks == n_layers or not any(name.startswith("blk.0.") for name in file.tensors)
 

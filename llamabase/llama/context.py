@@ -83,6 +83,7 @@ class BaseContext(Owner):
                 "--draft beside the model"
             )
         self.model, self.n_batch, self.n_outputs = model, min(n_batch, n_ctx), min(n_outputs, n_batch, n_ctx)
+        self.cache = cache
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = n_ctx
         settings.n_batch = settings.n_ubatch = self.n_batch

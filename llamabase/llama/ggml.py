@@ -22,6 +22,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape
 
 from llamabase.errors import EngineError
+from llamabase.gguf.reader import GGUFFile, Tensor
 
 from .library import Owner, physical_cores, start
 
@@ -171,6 +172,12 @@ class Table:
         if rows.ctypes.data % 32:
             raise EngineError("ggml needs tables that begin at a multiple of 32 bytes")
         self.rows, self.type, self.n_columns, self.packs = rows, type_, n_columns, packs
+
+    @classmethod
+    def of(cls, file: GGUFFile, tensor: Tensor) -> Table:
+        """A matrix of a file, memory-mapped and packed: multiplied as llama.cpp does it."""
+        rows = np.asarray(np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes)))
+        return cls(rows, tensor.type, tensor.shape[0], packs=True)
 
 
 class Product(Owner):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import llama_cpp
@@ -37,18 +39,26 @@ def require_type(type_: str) -> str:
     return type_
 
 
-def quantize(source: Path, out: Path, type_: str) -> None:
+def quantize(source: Path, out: Path, type_: str, kept: Sequence[str] = ()) -> None:
     """Rewrite a GGUF to another quantisation; `out` appears whole or not at all, and replaces what was there.
 
-    Raises EngineError for an unknown type, or with llama.cpp's reason if it fails, and TrimError if the disk is full.
+    Tensors of the names in `kept` stay F32. Raises EngineError for an unknown type, or with llama.cpp's reason if it
+    fails, and TrimError if the disk is full.
     """
     start()
     require_type(type_)
-    require_room(out, _size_as(type_, GGUFFile(source)))
+    original = GGUFFile(source)
+    require_room(out, _size_as(type_, original))
+    kept = [name for name in kept if name in original.tensors]
+    if kept and type_ in ("F16", "BF16"):
+        raise EngineError(f"{source}: llama.cpp would make its {kept[0]} {type_}, which must stay F32; use Q8_0")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = _FTYPES[type_]
     params.allow_requantize = True
     params.nthread = physical_cores()
+    override, f32 = llama_cpp.llama_model_tensor_override, int(GGMLQuantizationType.F32)
+    overrides = [override(f"^{re.escape(name)}$".encode(), f32) for name in kept]
+    params.tt_overrides = (override * (len(kept) + 1))(*overrides)  # the last names nothing
     with write_whole(out, CACHED) as file:
         with interruptible():
             code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(file.name), ctypes.byref(params))
@@ -64,11 +74,11 @@ def renamed(path: Path, type_: str) -> Path:
     return path if type_ in ("", AS_SHIPPED) else path.with_name(f"{path.stem}-{type_}.gguf")
 
 
-def requantized(path: Path, type_: str, folder: Path) -> Path:
+def requantized(path: Path, type_: str, folder: Path, kept: Sequence[str] = ()) -> Path:
     """The path of a file rewritten to another quantisation in `folder`; or its own, if it is to stay as shipped."""
     if (out := renamed(path, type_)) == path:
         return path
     out = folder / out.name
     if not out.exists():
-        quantize(path, out, type_)
+        quantize(path, out, type_, kept)
     return out

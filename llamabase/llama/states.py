@@ -128,6 +128,7 @@ class PairContext(SequenceContext):
     ) -> None:
         self._library = _experimental()
         self._mtp, self._head = mtp, head
+        self._width: int = llama_cpp.llama_model_n_embd_out(model.handle)  # numbers of a state
         kind = llama_cpp.LLAMA_CONTEXT_TYPE_MTP if mtp else llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT
         target = None if other is None else other.handle  # whose context must outlive this one
         super().__init__(model, n_ctx, n_threads, n_outputs, cache, ctx_type=kind, ctx_other=target)
@@ -138,7 +139,7 @@ class PairContext(SequenceContext):
         """The states (float32, n x n_embd) to pair tokens with, made of a target's (float32, n x width of a record)."""
         if self._mtp:
             return recorded
-        states = np.empty((len(recorded), self.model.n_embd), np.float32)
+        states = np.empty((len(recorded), self._width), np.float32)
         for start in range(0, len(recorded), self.n_batch):
             part = np.ascontiguousarray(recorded[start : start + self.n_batch])
             # The encoder ignores positions, but llama.cpp insists on those that come next.
@@ -148,9 +149,10 @@ class PairContext(SequenceContext):
 
     def pairs(self, tokens: Sequence[int], states: np.ndarray, outputs: bool) -> tuple[np.ndarray, np.ndarray]:
         """Append pairs. With `outputs`, (logits, states) after the last of them, at most n_outputs: float32
-        (n x n_vocab, a view) and (n x n_embd). The head is computed for each of them, so n_outputs is mostly 1.
+        (n x n_vocab, a view) and (n x numbers of a state). The head is computed for each of them, so n_outputs is
+        mostly 1.
         """
-        logits, made = np.empty((0, self.model.n_vocab), np.float32), np.empty((0, self.model.n_embd), np.float32)
+        logits, made = np.empty((0, self.model.n_vocab), np.float32), np.empty((0, self._width), np.float32)
         size = self.n_outputs if outputs else self.n_batch
         for start in range(0, len(tokens), size):
             self._require_going_on(len(tokens))
@@ -165,7 +167,7 @@ class PairContext(SequenceContext):
         return logits, made
 
     def _states(self, n: int) -> np.ndarray:
-        return floats(self._library["llama_get_embeddings_nextn"](self.handle), n, self.model.n_embd)
+        return floats(self._library["llama_get_embeddings_nextn"](self.handle), n, self._width)
 
     def _process(self, kind: int, first: int, tokens: Sequence[int] | None, states: np.ndarray, outputs: bool) -> None:
         batch = self._extended
@@ -188,3 +190,21 @@ class PairContext(SequenceContext):
             llama_cpp.llama_batch_ext_free(self._extended)
             self._extended = None
         super().close()
+
+
+class SharedPairContext(PairContext):
+    """Pairs that a Gemma 4 assistant decodes over the cache of its target, which it only reads.
+
+    Each pair comes at the position after what the target holds, and leaves nothing behind. Opening one makes llama.cpp
+    forget what the target's cache holds.
+    """
+
+    def __init__(self, model: Model, other: Context, n_threads: int | None) -> None:
+        # The same type of cache, since llama.cpp lays out one with flash attention differently.
+        super().__init__(model, other.n_ctx, n_threads, other, cache=other.cache)
+        self._other = other
+        other.rewind(0)
+
+    def pairs(self, tokens: Sequence[int], states: np.ndarray, outputs: bool) -> tuple[np.ndarray, np.ndarray]:
+        self.n_past = self._other.n_past
+        return super().pairs(tokens, states, outputs)

@@ -21,6 +21,7 @@ from gguf_trim.format.state_fed import EAGLE3
 from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import ASSISTANT
 from llamabase.llama.library import physical_cores
 from llamabase.sampling.settings import GREEDY
 from runner.loop.engine import Engine
@@ -31,7 +32,8 @@ from .modes import Files
 BENCH, SPECULATIVE = "llama-bench", "llama-speculative-simple"
 GENERATED = 64  # tokens of the single-stream comparison, from an empty context
 TURNS = 7  # of the single-stream comparison
-SPEC_TYPES = {EAGLE3: "draft-eagle3", MTP: "draft-mtp"}  # by architecture; all others are draft-simple
+# By architecture; all others are draft-simple.
+SPEC_TYPES = {EAGLE3: "draft-eagle3", MTP: "draft-mtp", ASSISTANT: "draft-mtp"}
 REPORTED = re.compile(
     r"decoded\s+(?P<tokens>\d+) tokens in\s+(?P<seconds>[\d.]+) seconds"
     r".*n_drafted\s*=\s*(?P<drafted>\d+).*n_accept\s*=\s*(?P<accepted>\d+)",

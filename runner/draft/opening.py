@@ -1,4 +1,4 @@
-"""Opens a drafter: a stock or trimmed GGUF, an EAGLE-3 head, an MTP block in or beside its target, or rows for one."""
+"""Opens a drafter: a stock or trimmed GGUF, an EAGLE-3 head, an assistant, an MTP block in or beside its target, rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gguf_trim.format.assistant import Assistant, AssistantSteps
 from gguf_trim.format.companion import EmbeddingTable, Trimmed, companion_of
 from gguf_trim.format.mtp import MTP, DrafterSource, MtpBlock, OwnBlock, kept_rows
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import DFLASH, EAGLE3, Eagle3Head
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.tensors import is_block_alone
+from llamabase.gguf.tensors import ASSISTANT, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.context import F16, Cache, Context
 from llamabase.llama.ggml import Backend
@@ -23,7 +24,7 @@ from llamabase.llama.states import PairContext, Recorded
 
 from .contracts import AUTO
 from .drafters import ModelDrafter
-from .reading import OwnReading, StateFedReading
+from .reading import AssistantReading, OwnReading, StateFedReading
 from .rows import NEAR, DynamicHead
 
 HIDDEN_ROWS = 8  # tokens that may be read in one batch with the one whose hidden state is wanted
@@ -65,8 +66,8 @@ def open_drafter(
         raise EngineError(f"{source}: is the companion of a trimmed drafter; give the file beside it")
     if file.architecture == DFLASH:
         raise FileFormatError(f"{source}: is a DFlash drafter, which llama-server runs and this runner does not")
-    if file.architecture == "gemma4-assistant":  # llama.cpp would end the process
-        raise FileFormatError(f"{source}: is fed the states of its Gemma 4 target: this runner cannot run it")
+    if file.architecture == ASSISTANT:
+        return _open_assistant(options, Assistant.of(file), target, target_context, model)
     if file.architecture == EAGLE3:
         return _open_state_fed(options, Eagle3Head.of(file), target, target_context, model)
     if is_block_alone(file):
@@ -141,6 +142,24 @@ def _open_block(
         context = PairContext(model, target_context.n_ctx, options.n_threads, mtp=True, cache=options.cache)
         reading = StateFedReading(opened.enter_context(context), Recorded.of(target_context), block)
         return ModelDrafter(reading, owned=None if loaded else model)
+
+
+def _open_assistant(
+    options: DraftOptions, assistant: Assistant, target: Vocabulary, fed_by: Context | None, loaded: Model | None
+) -> ModelDrafter:
+    path = assistant.file.path
+    if fed_by is None:
+        raise EngineError(f"{path}: is fed its target's states, which only this runner gives it")
+    assistant.require_target(GGUFFile(fed_by.model.path), target)
+    trimmed = Trimmed.open(path) if "gguf_trim.d2t" in assistant.file.fields else None
+    dynamic = None if trimmed is None else _dynamic(options, trimmed, len(target))
+    with _closed_on_failure() as opened:
+        model = loaded or opened.enter_context(Model(path, options.n_gpu_layers))
+        recorded = Recorded.of(fed_by)
+        steps = AssistantSteps(model, fed_by, options.n_threads, trimmed)
+        opened.enter_context(steps.context)
+        reading = AssistantReading(steps, recorded, fed_by)
+        return ModelDrafter(reading, None if trimmed is None else trimmed.d2t, dynamic, None if loaded else model)
 
 
 def _open_mtp(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gguf_trim.format.assistant import AssistantSteps
 from gguf_trim.format.state_fed import StateFedHead
 from llamabase.llama.context import Context
 from llamabase.llama.ggml import Product
@@ -152,6 +153,42 @@ class OwnReading:
             return text
         start = -(-(len(text) + AHEAD - n) // half) * half
         return [*text[:FIRST], *text[start + FIRST :]]
+
+
+class AssistantReading:
+    """The `Reading` of a Gemma 4 assistant. It attends to its target's cache, so it has nothing to read or to forget.
+
+    It drafts where the target has read all of a text but the last token. All its drafts come at the position of that
+    token, as it was trained, and llama.cpp's own loop does the same.
+    """
+
+    def __init__(self, steps: AssistantSteps, recorded: Recorded, target: Context) -> None:
+        self._steps, self._recorded, self._target = steps, recorded, target
+        self.context = steps.context
+
+    def room(self, text: Sequence[int]) -> int:
+        n = len(text) - 1
+        known = 0 < n == self._target.n_past <= self._recorded.n
+        return self._target.n_ctx - n if known else 0
+
+    def unread(self, text: Sequence[int]) -> int:
+        return 1
+
+    def begin(self, text: Sequence[int]) -> Step:
+        return Step(*self._steps.begin(text[-1], self._recorded.rows[len(text) - 2]))
+
+    def follow(self, token: int) -> Step:
+        return Step(*self._steps.follow(token))
+
+    def prepare(self, text: Sequence[int]) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    @property
+    def seconds(self) -> float:
+        return self._steps.seconds
 
 
 class StateFedReading:

@@ -11,7 +11,7 @@ and Q themselves are in the companion, and are multiplied here as llama.cpp does
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -63,6 +63,10 @@ class Assistant:
         known = isinstance(windows, np.ndarray) and len(windows) == n_layer == n_blocks
         if not known or len(np.unique(windows)) != 2:
             raise bad(f"it does not say which of its {n_layer} layers have a sliding window and which have none")
+        for layer in range(n_layer):
+            n_heads, shared = _of_layer(file, "attention.head_count", layer), _Attended.of(file, layer).n_heads
+            if not shared or n_heads % shared:
+                raise bad(f"in its layer {layer}, {n_heads} heads cannot attend to {shared}")
         rows = file.tensors[EMBEDDING].n_rows if EMBEDDING in file.tensors else 0
         for name, shape in {EMBEDDING: (n_embd, rows), PRE: (2 * width, n_embd), POST: (n_embd, width)}.items():
             if name not in file.tensors or file.tensors[name].shape != shape:
@@ -93,13 +97,12 @@ class Assistant:
                 f"{both}: the target has no {EMBEDDING}; join its parts with `llama-gguf-split --merge` first"
             )
         for layer in range(self.file.integer(f"{ASSISTANT}.block_count")):
-            own = _cache_of(self.file, layer)
-            theirs = _cache_of(target, n_layer - (2 if own[0] else 1))
-            n_heads, n_shared = _of_layer(self.file, "attention.head_count", layer), own[1]
-            if own != theirs or not n_shared or n_heads % n_shared:
+            own = _Attended.of(self.file, layer)
+            theirs = _Attended.of(target, n_layer - (2 if own.window else 1))
+            if own != theirs:
                 raise FileFormatError(
-                    f"{both}: its layer {layer} attends to {own[1]} heads of {own[2]} numbers, and those of the target "
-                    f"are {theirs[1]} of {theirs[2]}; use the assistant of this very target"
+                    f"{both}: its layer {layer} attends to {own}, and the target has {theirs} there; use the assistant "
+                    "of this very target"
                 )
         known = self.file.get("gguf_trim.vocab_fingerprint")
         if known is not None and known != vocabulary.fingerprint:
@@ -115,19 +118,37 @@ def _is_cut(file: GGUFFile) -> bool:
     return "gguf_trim.k" in file.fields
 
 
-def _of_layer(file: GGUFFile, key: str, layer: int) -> Any:
-    """A number that a file holds once, or for each layer; 0 if it has none."""
-    value = file.get(f"{file.architecture}.{key}", 0)
+def _of_layer(file: GGUFFile, key: str, layer: int, default: int = 0) -> int:
+    """A number that a file holds once, or for each layer."""
+    value = file.get(f"{file.architecture}.{key}", default)
     if isinstance(value, np.ndarray):
         value = value[layer].item() if 0 <= layer < len(value) else 0
     return value if isinstance(value, int) else 0
 
 
-def _cache_of(file: GGUFFile, layer: int) -> tuple[bool, int, int]:
-    """(whether it has a sliding window, heads, numbers of a head) of the keys and values of a layer."""
-    window = bool(_of_layer(file, "attention.sliding_window_pattern", layer))
-    n_heads = _of_layer(file, "attention.head_count_kv", layer) or _of_layer(file, "attention.head_count", layer)
-    return window, n_heads, _of_layer(file, f"attention.key_length{'_swa' if window else ''}", layer)
+class _Attended(NamedTuple):
+    """What a layer attends to: numbers of heads, and in each of a key, of these rotated, and of a value."""
+
+    window: bool
+    n_heads: int
+    key: int
+    rotated: int
+    value: int
+
+    @classmethod
+    def of(cls, file: GGUFFile, layer: int) -> _Attended:
+        window = bool(_of_layer(file, "attention.sliding_window_pattern", layer))
+        n_heads = _of_layer(file, "attention.head_count_kv", layer) or _of_layer(file, "attention.head_count", layer)
+        kind = "_swa" if window else ""
+        key, value = (_of_layer(file, f"attention.{what}_length{kind}", layer) for what in ("key", "value"))
+        rotated = _of_layer(
+            file, f"rope.dimension_count{kind}", layer, _of_layer(file, "rope.dimension_count", layer, key)
+        )
+        return cls(window, n_heads, key, rotated, value)
+
+    def __str__(self) -> str:
+        kind = "with" if self.window else "without"
+        return f"{self.n_heads} heads of {self.key} ({self.rotated} rotated) and {self.value} numbers {kind} a window"
 
 
 class AssistantSteps:

@@ -79,8 +79,10 @@ def engines(files: dict[str, Path]) -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
-@pytest.mark.parametrize("type_", [Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0, Quant.Q4_0, Quant.IQ4_NL])
-@pytest.mark.parametrize("name", ["target", "layered"])
+TYPES = [Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0, Quant.Q4_0, Quant.IQ4_NL]
+
+
+@pytest.mark.parametrize(("name", "type_"), [("layered", Quant.F32), *(("target", type_) for type_ in TYPES)])
 def test_a_cut_is_its_source_bit_for_bit(files, tmp_path: Path, name: str, type_: Quant) -> None:
     """Head, projections and layers in each type; for first drafts and for those that follow them."""
     source, cut = write_assistant(tmp_path / "a.gguf", head_type=type_, type_=type_), tmp_path / "cut.gguf"
@@ -172,10 +174,9 @@ def test_a_cut_that_lost_its_copies_is_refused(files, tmp_path: Path) -> None:
 def test_the_text_is_the_plain_one(engines, eager, what: str, kind: str) -> None:
     engine, sampling = engines(what), SAMPLINGS[kind]
     engine.measure()
-    for seed in (3, 4):
-        plain = text_of(engines(None), sampling, draft_max=0, seed=seed)
-        for draft_max in (1, 3, 8, None):
-            assert text_of(engine, sampling, draft_max=draft_max, seed=seed) == plain
+    plain = text_of(engines(None), sampling, draft_max=0, seed=3)
+    for draft_max in (1, 3, 8, None):
+        assert text_of(engine, sampling, draft_max=draft_max, seed=3) == plain
 
 
 @pytest.mark.parametrize("what", ["whole", "spec"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.calibrate import TeacherForced, read_assistant
 from gguf_trim.format.assistant import KEPT, POST, PRE, Assistant
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.memory_bound import draft_weights
+from gguf_trim.format.memory_bound import draft_weights, step_bytes
+from gguf_trim.format.selection import CANDIDATES
 from gguf_trim.format.speculator import Speculator
+from gguf_trim.keep import Keep
 from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
-from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.reader import GGUFFile, Tensor, bytes_of
+from llamabase.gguf.writer import Output, Piece, field
 from llamabase.llama.context import Cache, Context
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
@@ -534,3 +539,40 @@ def test_only_this_runner_feeds_one(files) -> None:
         TrimmedDraft(files["cut"], target=files["target"])
     with Model(files["whole"]) as model, pytest.raises(EngineError, match="requires ctx_other"):
         Context(model, 64)
+
+
+def test_the_docs_say_what_a_step_reads(tmp_path: Path) -> None:
+    """docs/gemma4.md: of an assistant of E2B's sizes, in a file whose tensors are holes."""
+    n, width, n_ff, n_vocab = 256, 1536, 2048, 262144
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (n, n_vocab), PRE: (2 * width, n), POST: (n, width)}
+    for layer, head in enumerate((256, 256, 256, 512)):
+        block = {"attn_q": (n, 4 * head), "attn_output": (4 * head, n)}
+        block |= {"ffn_gate": (n, n_ff), "ffn_up": (n, n_ff), "ffn_down": (n_ff, n)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+    numbers: dict[str, int | np.ndarray] = {
+        "embedding_length": n, "embedding_length_out": width, "block_count": 4, "nextn_predict_layers": 4,
+        "attention.head_count": 4, "attention.head_count_kv": 1,
+        "attention.sliding_window_pattern": np.array([1, 1, 1, 0]),
+    }  # fmt: skip
+    fields = [field("general.architecture", "gemma4-assistant"), field("tokenizer.ggml.model", "gpt2")]
+    fields += [field(f"gemma4-assistant.{key}", value) for key, value in numbers.items()]
+    fields.append(field("tokenizer.ggml.tokens", [f"t{i}" for i in range(n_vocab)]))
+    found = {}
+    for type_ in (Quant.Q8_0, Quant.Q4_0):
+        pieces = [Piece(Tensor(k, v, type_, 0, bytes_of(type_, math.prod(v)))) for k, v in shapes.items()]
+        output, path = Output(fields, pieces, 32), tmp_path / "holes.gguf"
+        path.write_bytes(output.header)
+        os.truncate(path, output.n_bytes)
+        for k in (4096, 16384, 32768):
+            cut = lay_out(path, lambda *_, k=k: Keep(np.arange(k, dtype=np.int32), 0, 0, None))
+            found[k, type_] = cut.step_bytes / step_bytes(cut.source)
+        head = cut.source.tensors["token_embd.weight"]
+        rank = n // 8
+        scores = bytes_of(Quant.Q4_0, n_vocab * rank) * (1 - 16384 / n_vocab) + 4 * n * rank
+        found["added", type_] = (scores + CANDIDATES * head.row_bytes) / step_bytes(cut.source)
+        found["head", type_] = head.n_bytes / step_bytes(cut.source)
+    text = (Path(__file__).parent.parent / "docs" / "gemma4.md").read_text("utf-8")
+    for k in (4096, 16384, 32768):
+        assert f"| {k:,} rows | {found[k, Quant.Q8_0]:.2f} | {found[k, Quant.Q4_0]:.2f} |" in text
+    assert f"rows: {found['head', Quant.Q8_0]:.2f} of what a draft step" in text
+    assert f"add {found['added', Quant.Q8_0]:.2f} (Q8_0) and {found['added', Quant.Q4_0]:.2f} (Q4_0)" in text

@@ -143,7 +143,7 @@ def test_an_interruption_leaves_nothing_that_is_not_whole(toy, tmp_path: Path, m
 
 
 def test_a_type_that_llama_cpp_cannot_make_is_left_out(toy, monkeypatch) -> None:
-    def refuses(source: Path, out: Path, type_: str) -> None:
+    def refuses(source: Path, out: Path, type_: str, kept: object) -> None:
         raise EngineError(f"{source}: llama.cpp cannot quantize it to {type_}")
 
     monkeypatch.setattr("llamabase.llama.quantize.quantize", refuses)

@@ -60,15 +60,16 @@ class Assistant:
         if not 0 < n_embd < width:
             raise bad(f"states of {width} numbers are not wider than its own of {n_embd}")
         windows = file.get(f"{ASSISTANT}.attention.sliding_window_pattern")
-        known = isinstance(windows, np.ndarray) and len(windows) == n_layer == n_blocks
-        if not known or len(np.unique(windows)) != 2:
+        if not isinstance(windows, np.ndarray) or len(windows) != n_layer or len(np.unique(windows)) != 2:
             raise bad(f"it does not say which of its {n_layer} layers have a sliding window and which have none")
+        if n_blocks != n_layer:
+            raise bad(f"only {n_blocks} of its {n_layer} layers draft")
         for layer in range(n_layer):
             n_heads, shared = _of_layer(file, "attention.head_count", layer), _Attended.of(file, layer).n_heads
             if not shared or n_heads % shared:
                 raise bad(f"in its layer {layer}, {n_heads} heads cannot attend to {shared}")
         rows = file.tensors[EMBEDDING].n_rows if EMBEDDING in file.tensors else 0
-        for name, shape in {EMBEDDING: (n_embd, rows), PRE: (2 * width, n_embd), POST: (n_embd, width)}.items():
+        for name, shape in {EMBEDDING: (n_embd, rows), **_shapes(n_embd, width)}.items():
             if name not in file.tensors or file.tensors[name].shape != shape:
                 raise bad(f"it has no {name} of {' x '.join(map(str, shape))}")
             if name != EMBEDDING and _is_cut(file) and file.tensors[name].type != GGMLQuantizationType.F32:
@@ -112,6 +113,11 @@ class Assistant:
         n_vocab = self.file.integer("gguf_trim.vocab_size", self.file.tensors[EMBEDDING].n_rows)
         if n_vocab != len(vocabulary):
             raise VocabularyMismatch(f"{both}: it drafts {n_vocab} tokens, and this target has {len(vocabulary)}")
+
+
+def _shapes(n_embd: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Those of P and Q, in ggml's order."""
+    return {PRE: (2 * width, n_embd), POST: (n_embd, width)}
 
 
 def _is_cut(file: GGUFFile) -> bool:
@@ -162,8 +168,8 @@ class AssistantSteps:
         self._backend: Backend | None = None
         if trimmed is not None:
             cut, companion = Assistant.of(trimmed.file), trimmed.companion
-            for name, values in cut.copying.items():
-                if name not in companion.tensors or companion.tensors[name].shape != values.shape[::-1]:
+            for name, shape in _shapes(cut.n_embd, cut.width).items():
+                if name not in companion.tensors or companion.tensors[name].shape != shape:
                     raise FileFormatError(f"{companion.path}: lacks the {name} of its assistant; trim that again")
             self._backend, self._n_embd, self._inputs = Backend(n_threads), cut.n_embd, np.zeros((1, cut.width), "f4")
             self._pre, self._post = (

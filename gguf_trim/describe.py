@@ -57,11 +57,8 @@ def describe(path: Path) -> dict[str, Any]:
         head = Eagle3Head.of(file)
         facts |= {"target_layers": list(head.layers), "target_width": head.width, "vocabulary": head.n_vocab}
     facts |= {"kind": _kind(file), "trimmable": reason is None, "why": reason}
-    if (
-        file.architecture != ASSISTANT
-        and not is_block_alone(file)
-        and file.integer(f"{file.architecture}.nextn_predict_layers", 0)
-    ):
+    has_block = file.integer(f"{file.architecture}.nextn_predict_layers", 0) and file.architecture != ASSISTANT
+    if has_block and not is_block_alone(file):
         facts["mtp"] = why_not(file, mtp=True) or "its rows can be chosen: trim --mtp"
     if "tokenizer.ggml.tokens" in file.fields:
         vocabulary = Vocabulary(file)

@@ -493,7 +493,8 @@ def test_commands_cut_prove_fit_and_run_one(files, tmp_path: Path) -> None:
     ids.write_text("\n".join(map(str, range(90, 130))))
     target = ["--target", str(files["target"])]
     said = json.loads(run(gguf_trim, "inspect", whole, "--json").stdout)
-    assert (said["trimmable"], said["tied"], said["head"]["rows"]) == (True, True, 600)
+    assert (said["kind"], said["trimmable"], said["head"]["rows"]) == ("Gemma 4 assistant", True, 600)
+    assert "mtp" not in said
     run(gguf_trim, "trim", whole, "-o", cut, "--keep", str(ids), *target)
     assert "difference 0 over 24" in run(gguf_trim, "verify", cut, "--source", whole, *target).stdout
     assert "give that as --target" in run(gguf_trim, "verify", cut, "--source", whole, code=1).stderr

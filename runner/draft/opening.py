@@ -1,4 +1,4 @@
-"""Opens a drafter: a stock or trimmed GGUF, an EAGLE-3 head, an assistant, an MTP block in or beside its target, rows."""
+"""Opens a drafter: a GGUF, stock or trimmed, an EAGLE-3 head, an assistant, an MTP block where it lies, or its rows."""
 
 from __future__ import annotations
 

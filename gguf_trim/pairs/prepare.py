@@ -12,7 +12,7 @@ import numpy as np
 
 from gguf_trim.cut import Cut, lay_out, move, remove, write
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.mtp import DrafterSource, OwnBlock
+from gguf_trim.format.mtp import MTP, DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import STATE_FED
 from gguf_trim.keep import DEFAULT_K, ChooseRows, choose_rows
@@ -68,10 +68,11 @@ def prepare(
     chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
-    state_fed = isinstance(drafter, OwnBlock) or GGUFFile(drafter).architecture in (*STATE_FED, ASSISTANT)
-    if state_fed:
-        requant = requant or NONE  # few layers: another type can save little
-    elif not isinstance(drafter, OwnBlock):
+    arch = MTP if isinstance(drafter, OwnBlock) else GGUFFile(drafter).architecture
+    state_fed = arch in (*STATE_FED, MTP, ASSISTANT)
+    if state_fed and arch != ASSISTANT:
+        requant = requant or NONE  # one layer: another type can save little
+    elif not state_fed and not isinstance(drafter, OwnBlock):
         require_same(Vocabulary(GGUFFile(target)), Vocabulary(GGUFFile(drafter)))
     cut = lay_out(drafter, choose, target if state_fed else None)
     name = f"{target.stem}-{drafter}" if isinstance(drafter, OwnBlock) else drafter.stem

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gguf_trim.cut import lay_out, write
+from gguf_trim.format.assistant import AssistantSteps
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.selection import CANDIDATES, scorer, top
 from gguf_trim.format.speculator import Speculator
@@ -105,6 +106,21 @@ def _state_fed_step(
         return head.hidden(context.pairs(tokens, states, outputs > 0)[1])
 
     return decode_step(context, 1, read)
+
+
+def assistant_step(stack: contextlib.ExitStack, path: Path, trimmed: Trimmed, target: Context) -> Step:
+    """A step of a trimmed assistant after N_CONTEXT tokens of its target, and what is multiplied around it."""
+    steps = AssistantSteps(stack.enter_context(Model(path)), target, None, trimmed)
+    stack.enter_context(steps.context)
+    state = np.ones(target.model.n_embd, np.float32)
+
+    def step() -> float:
+        if target.n_past != N_CONTEXT:
+            target.truncate(0)
+            target.decode([1] * N_CONTEXT, 0)
+        return timed(lambda: steps.begin(0, state))()
+
+    return step
 
 
 def adding_step(file: GGUFFile, speculator: Speculator | None, n_rows: int, n_threads: int | None = None) -> Step:

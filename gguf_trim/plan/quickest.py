@@ -21,10 +21,11 @@ from llamabase.cli.progress import stderr
 from llamabase.errors import TrimError
 from llamabase.files import require_room
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import ASSISTANT
 from llamabase.llama.quantize import AS_SHIPPED, renamed, requantized
 from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, medians, open_context
 
-from .costs import draft_step
+from .costs import assistant_step, draft_step
 from .matches import DRAFT_LENGTHS, speed, tau_of
 
 TYPES = ("Q4_0", "Q8_0")  # llama.cpp repacks the first for matrix kernels; the second loses next to nothing
@@ -90,8 +91,11 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
 
 def _quickest(target: Path, trimmed: Trimmed, files: dict[str, Path], readings: dict[str, TeacherForced]) -> str:
     with contextlib.ExitStack() as stack:
-        context = open_context(stack, target)
-        steps: dict[str | int, Step] = {kind: draft_step(stack, path, trimmed) for kind, path in files.items()}
+        context, attends = open_context(stack, target), trimmed.file.architecture == ASSISTANT
+        steps: dict[str | int, Step] = {
+            kind: assistant_step(stack, path, trimmed, context) if attends else draft_step(stack, path, trimmed)
+            for kind, path in files.items()
+        }
         steps |= {n: decode_step(context, n) for n in VERIFY}
         seconds = medians(by_turns(steps, REPEAT, "timing"))
     verify = StepCost({n: seconds[n] for n in VERIFY})

@@ -26,7 +26,7 @@ from gguf_trim.prove import prove
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import F32, Cache, Context
+from llamabase.llama.context import COPIES, F32, Cache, Context
 from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY, Sampling
@@ -80,7 +80,7 @@ def test_a_toy_remembers_what_it_read_and_stays_in_range(files: Callable[[str], 
         assert model.recurrent
         logits = context.decode(text, 400).copy()
         context.truncate(0)
-        changed = context.decode([*text[:-2], (text[-2] + 17) % 600, text[-1]])
+        changed = context.decode([*text[:-2], (text[-2] + 17) % 600, text[-1]]).copy()
     spread = np.ptp(logits, axis=1)
     assert (0.5 * spread[10] < spread[10:]).all() and (spread[10:] < 2 * spread[10]).all()
     assert np.abs(changed[0] - logits[-1]).max() > 0.1 * spread[-1]
@@ -275,6 +275,7 @@ STEPS = st.lists(
         st.tuples(st.just("decode"), st.integers(1, 20)),
         st.tuples(st.just("checkpoint"), st.just(0)),
         st.tuples(st.just("rewind"), st.sampled_from([0, 1, 1, 2, 3, 4, 7, 20, 1000])),
+        st.tuples(st.just("copy"), st.just(0)),
         st.tuples(st.just("recount"), st.just(0)),
     ),
     max_size=20,
@@ -285,10 +286,11 @@ STEPS = st.lists(
 @given(steps=STEPS, rewinds=st.sampled_from([0, 3]), seed=st.integers(0, 99))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_cache_goes_back_to_where_it_says(benches, kind: str, steps, rewinds: int, seed: int) -> None:
-    """Batches, checkpoints and rewinds in any order: the cache holds the beginning of the text that it says it does, at
-    least up to its checkpoint."""
+    """Batches, checkpoints, copies and rewinds in any order: the cache holds the beginning of the text that it says it
+    does, at least up to its checkpoint or a copy."""
     rng, model = np.random.default_rng(seed), benches(kind).model
-    text, mark = [], 0
+    text: list[int] = []
+    checkpoint, copies = 0, []
     with (
         Context(model, 512, 1, n_batch=8, cache=F32, rewinds=rewinds) as used,
         Context(model, 512, 1, cache=F32) as fresh,
@@ -302,14 +304,20 @@ def test_a_cache_goes_back_to_where_it_says(benches, kind: str, steps, rewinds: 
                 expected = fresh.decode(text)[0]
                 assert np.abs(found - expected).max() <= 1e-4 * np.ptp(expected)
             elif what == "checkpoint":
-                mark = len(text) if used.undoable == used.n_ctx else mark
+                if used.undoable == used.n_ctx:
+                    checkpoint = len(text)
                 used.checkpoint()
+            elif what == "copy":
+                copies = [*copies, len(text)][-COPIES:] if len(text) not in [0, *copies] else copies
+                used.copy_state()
             elif what == "rewind":
                 to = max(0, len(text) - n)
                 reached = used.reach(to)
-                assert (mark if mark <= to else 0) <= reached <= to and used.rewind(to) == reached
+                assert max(place for place in (0, checkpoint, *copies) if place <= to) <= reached <= to
+                assert used.rewind(to) == reached
                 del text[reached:]
-                mark = mark if mark <= reached else 0
+                checkpoint = checkpoint if checkpoint <= reached else 0
+                copies = [place for place in copies if place <= reached]
             else:
                 used.recount()
             assert used.n_past == len(text)

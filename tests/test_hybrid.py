@@ -16,6 +16,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Quant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,14 +31,20 @@ from llamabase.llama.context import COPIES, F32, Cache, Context
 from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY, Sampling
+from runner import SpeculativeLM
+from runner.chat.__main__ import main as chat
 from runner.draft.contracts import Reading, Step
 from runner.draft.drafters import ModelDrafter
 from runner.draft.opening import DraftOptions, open_drafter
+from runner.draft.reading import AHEAD, PARTING
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
 from .conftest import keep_spread, with_speculator
 from .hybrid_toys import TOYS, write_hybrid
+from .test_draft_model import Watched as WatchedDraft
+from .test_draft_model import llama, say
+from .test_soak import own_memory
 from .toy import write_model
 
 QUICK = ("qwen35", "lfm2", "falcon-h1", "mamba2")
@@ -453,3 +460,118 @@ def test_ctrl_c_at_any_line_of_a_round(files, plain, target: str) -> None:
             found = text_of(engine, GREEDY, 4)
             assert found[0] == plain(target, "greedy") and sum(found[1]) == sum(wanted[1])
     assert at > 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_prompt_is_read_from_near_where_it_parts(benches, kind: str) -> None:
+    """As prompts of a chat do, where the answer begins; a copy is held of each of the last ones."""
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(0, 600, 60).tolist()]
+    with benches(kind).drafter() as drafter:
+        for _ in range(4):
+            drafter.prepare(prompts[-1], 50)
+            drafts = benches(kind).compare(drafter, prompts[-1], 6)
+            drafter.draft([*prompts[-1], *drafts[:3], 200], 6, GREEDY, Noise(0))
+            prompts.append([*prompts[-1][:-5], *rng.integers(0, 600, 20).tolist()])
+            assert drafter.unread(prompts[-1]) <= PARTING + 20
+        for prompt in prompts[::-1]:
+            assert drafter.unread(prompt) <= (PARTING + 20 if prompt is not prompts[0] else 60)
+            benches(kind).compare(drafter, prompt, 3)
+
+
+def state_bytes(context: Context) -> int:
+    """What llama.cpp would save: all cells in use, and the states."""
+    return int(llama_cpp.llama_state_get_size(context.handle))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_hundred_rounds_leave_nothing_behind(benches, kind: str) -> None:
+    """No cell, no memory; then the context is filled to its last token."""
+    rng = np.random.default_rng(9)
+    with benches(kind).drafter() as drafter:
+        context, text, sizes = drafter.reading.context, list(range(100, 130)), []
+        for i in range(300):
+            if i % 10 == 0:  # another text, or one that forks
+                text = text[: (0, 5, 20)[i // 10 % 3]] + rng.integers(0, 600, 30).tolist()
+                drafter.prepare(text, 50)
+            drafts = drafter.draft(text, 4, GREEDY, Noise(0))
+            text += [*drafts[: i % 5], int(rng.integers(0, 600))]
+            if i % 60 == 59:
+                drafter.prepare(list(range(200, 240)), 50)
+                drafter.draft(list(range(200, 240)), 4, GREEDY, Noise(0))
+                sizes.append((state_bytes(context), own_memory()))
+        assert len({cells for cells, _ in sizes}) == 1
+        assert sizes[-1][1] - sizes[0][1] < 4 << 20
+        text = rng.integers(0, 600, 200).tolist()
+        assert len(benches(kind).compare(drafter, text, 1000)) == context.n_ctx - 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_longer_than_the_context_moves_through_it(benches, kind: str) -> None:
+    """The window of it that is read moves by half a context at a time, and is then read anew."""
+    bench, rng, text = benches(kind, n_ctx=64), np.random.default_rng(10), list(range(100, 120))
+    with bench.drafter() as drafter:
+        unread = []
+        for i in range(60):
+            unread.append(drafter.unread(text))
+            drafts = bench.compare(drafter, text, 4)
+            text += [*drafts[: i % 5], int(rng.integers(0, 600))]
+        assert len(text) > 190
+    assert sum(n > 10 for n in unread) == 1 + -(-(len(text) + AHEAD - 64) // 32) and max(unread[1:]) <= 48
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_rounded_cache_and_a_small_context(files, plain, kind: str) -> None:
+    """Of the drafter: most of what it drafts still stands."""
+    for more in (
+        {"cache_draft": Cache("q8_0", "q8_0")},
+        {"n_ctx_draft": 64},
+        {"cache": Cache(), "cache_draft": Cache()},
+    ):
+        options = {"n_ctx": 128, "n_threads": 1, "cache": F32, **more}
+        with Engine(LoadOptions(files(kind), files(kind), **options)) as engine:
+            text, accepted = text_of(engine, GREEDY, 3)
+            assert text == plain(kind, "greedy") or "cache" in more
+            assert sum(accepted) >= 0.6 * len(accepted) > 10
+
+
+@pytest.mark.parametrize("name", ["qwen35 cut", "qwen35", pytest.param("mamba2 cut", marks=pytest.mark.slow)])
+def test_llama_cpp_pythons_own_loop_drafts_with_it(files, name: str) -> None:
+    """The texts of a `Llama` are the same: new ones, and ones that begin like the last."""
+    plain = llama(files("llama"))
+    with WatchedDraft(files(name), target=files("llama"), n_threads=1) as draft:
+        speculating = llama(files("llama"), draft)
+        for prompt in ("the king and the sea", "of tea", "the king and the sea, the second"):
+            draft.calls = []
+            text = say(speculating, prompt)
+            assert text == say(plain, prompt) and draft.figures(text)[0] >= 40
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_session_with_one(files, eager, kind: str) -> None:
+    """Chat, streams that are left half-way and long answers, greedy and at a temperature, by cost and by number."""
+    settings = {"temperature": 0.8, "seed": 5, "max_tokens": 60}
+    with SpeculativeLM(files(kind), n_ctx=256, n_threads=1, cache=F32) as lm:
+        wanted = [lm.chat([{"role": "user", "content": text}], **settings).text for text in ("the sea", "tea")]
+    with SpeculativeLM(files(kind), files(f"{kind} cut"), n_ctx=256, n_threads=1, cache=F32, cache_draft=F32) as lm:
+        for draft_max in (3, 12, None):
+            for _ in lm.stream("of tea and the", **settings):
+                break
+            found = [
+                lm.chat([{"role": "user", "content": text}], draft_max=draft_max, **settings)
+                for text in ("the sea", "tea")
+            ]
+            assert [answer.text for answer in found] == wanted
+            assert draft_max is None or sum(answer.accepted for answer in found) > 5
+
+
+def test_chat_runs_one(files) -> None:
+    """With the same answer as without."""
+    answers = []
+    for draft in ([], ["--draft", str(files("lfm2 cut")), "--draft-max", "5"]):
+        command = ["--target", str(files("lfm2")), *draft, "-p", "the sea", "--max-tokens", "20", "--temp", "0"]
+        done = CliRunner().invoke(chat, [*command, "--ctx-size", "128", "--threads", "1"])
+        assert done.exit_code == 0, done.stderr
+        answers.append(done.stdout)
+    assert answers[0] == answers[1] and len(answers[0]) > 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Quant
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gguf_trim.cut import lay_out, write
@@ -289,9 +290,16 @@ STEPS = st.lists(
 )
 
 
+DECODED = [("decode", 5), ("checkpoint", 0), ("decode", 5)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(steps=STEPS, rewinds=st.sampled_from([0, 3]), seed=st.integers(0, 99))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([*DECODED, ("copy", 0), ("decode", 2), ("rewind", 6), ("decode", 10), ("rewind", 4)], 0, 0)  # a copy is stale
+@example([("decode", 5), ("rewind", 2), ("checkpoint", 0), ("decode", 3), ("rewind", 3)], 3, 0)  # of a batch's state
+@example([("decode", 5), ("rewind", 1), ("rewind", 1)], 3, 0)  # a batch is undone once
+@example([*DECODED, ("rewind", 8), ("decode", 9), ("rewind", 4)], 0, 0)  # a checkpoint is stale
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_cache_goes_back_to_where_it_says(benches, kind: str, steps, rewinds: int, seed: int) -> None:
     """Batches, checkpoints, copies and rewinds in any order: the cache holds the beginning of the text that it says it
     does, at least up to its checkpoint or a copy."""
@@ -348,6 +356,23 @@ def test_a_round_reads_what_is_new_of_the_text(benches, monkeypatch, kind: str) 
             text += [*drafts[:accepted], 200]
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_target_reads_what_is_new_of_the_text(files, plain, monkeypatch, kind: str) -> None:
+    """In rounds of any length, whatever falls: the drafts, and what was accepted of those of the round before."""
+    read: list[int] = []
+    options = {"n_ctx": 128, "n_threads": 1, "cache": F32}
+    with Engine(LoadOptions(files(kind), files(f"{kind} cut"), vocab="trim", **options)) as engine:
+        decode = engine.context.decode
+        monkeypatch.setattr(
+            engine.context, "decode", lambda inputs, *how: read.append(len(inputs)) or decode(inputs, *how)
+        )
+        for draft_max in (1, 3, 4, 12):
+            read.clear()
+            text, accepted = text_of(engine, GREEDY, draft_max)
+            assert text == plain(kind, "greedy") and not all(accepted)
+            assert max(read[1:]) <= 2 * draft_max + 1  # after the prompt
+
+
 def claims_to(context: Context, n: int) -> int:
     """Goes on from the drafts as if they had been taken back."""
     return n
@@ -401,6 +426,9 @@ def test_what_cannot_go_back_is_refused(files, monkeypatch, kind: str, forgetful
 PLACES = ("llama/context.py", "draft/reading.py", "draft/drafters.py", "loop/speculative.py")
 
 
+SET_STATE = "llama_state_seq_set_data_ext"
+
+
 def interrupted(at: int, call: Callable[[], object]) -> bool:
     """Whether Ctrl-C at the `at`-th line that a call runs in PLACES came before its end."""
     n = 0
@@ -440,8 +468,46 @@ def test_ctrl_c_at_any_line_of_a_draft(benches, kind: str) -> None:
             going = interrupted(at, partial(drafter.draft, text, 4, GREEDY, Noise(0)))
             interrupted(at % 23, drafter.settle)
             drafter.settle()
-            bench.compare(drafter, text if at % 3 else text[:20], 3)
+            filling = rng.integers(0, 600, 240).tolist()  # which a cell that is still in use would not leave room for
+            bench.compare(drafter, (text, text[:20], filling)[at % 3], 3)
     assert at > 100
+
+
+@pytest.mark.parametrize("first", ["before", "after"])
+@pytest.mark.parametrize("name", ["llama_decode", "llama_memory_seq_rm", "llama_memory_seq_cp", SET_STATE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_at_a_call_of_llama_cpp(benches, monkeypatch, kind: str, name: str, first: str) -> None:
+    """A checkpoint of a text that was given up is not gone back to from another one."""
+    bench, rng, honest = benches(kind), np.random.default_rng(11), getattr(llama_cpp, name)
+    begun, at, going = rng.integers(0, 600, 60).tolist(), 0, True
+    with bench.drafter() as drafter:
+        while going:
+            drafter.prepare(begun, 50)
+            drafts = drafter.draft(begun, 3, GREEDY, Noise(0))
+            calls = iter(range(at, -1, -1))
+
+            def pressed(*arguments: Any, calls: Iterator[int] = calls) -> Any:
+                due = next(calls, None) == 0
+                if due and first == "before":
+                    signal.raise_signal(signal.SIGINT)
+                done = honest(*arguments)
+                if due and first == "after":
+                    signal.raise_signal(signal.SIGINT)
+                return done
+
+            monkeypatch.setattr(llama_cpp, name, pressed)
+            try:
+                for text in ([*begun, drafts[0], 200], [*begun[:50], 201, 202], [*begun, 203]):
+                    drafter.draft(text, 3, GREEDY, Noise(0))
+                going = False
+            except KeyboardInterrupt:
+                at += 1
+            monkeypatch.setattr(llama_cpp, name, honest)
+            drafter.settle()
+            other = rng.integers(0, 600, 70).tolist()
+            bench.compare(drafter, other, 1)
+            bench.compare(drafter, other[:65], 3)
+    assert at > 0
 
 
 @pytest.mark.parametrize("target", [pytest.param("llama", marks=pytest.mark.slow), *TARGETS])

@@ -22,7 +22,9 @@ from gguf import GGMLQuantizationType as Quant
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from corpus.answers import TargetAnswer
 from gguf_trim.cut import lay_out, write
+from gguf_trim.fit.calibrate import TeacherForced
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.prove import prove
 from llamabase.errors import EngineError
@@ -165,10 +167,21 @@ def test_the_text_is_the_plain_one(files, plain, target: str, draft: str, sampli
 
 @pytest.mark.parametrize("kind", NO_ROWS)
 def test_rows_that_cannot_be_added_are_refused_or_left_out(files, kind: str) -> None:
-    with pytest.raises(EngineError, match="rows cannot be added to it; use vocabulary trim"):
+    with pytest.raises(EngineError, match="rows cannot be added; use vocabulary trim"):
         Engine(LoadOptions(files("llama"), files(f"{kind} cut"), n_ctx=64, vocab="context"))
     with Engine(LoadOptions(files("llama"), files(f"{kind} cut"), n_ctx=64)) as engine:
         assert engine.drafter is not None and engine.drafter.vocabs == ["auto"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_drafter_makes_of_answers_is_its_own(files, kind: str) -> None:
+    """Of LFM2, llama.cpp gives no logits beside the hidden states: the head is multiplied here."""
+    with Model(files(kind)) as model, Context(model, 64, 1, n_outputs=64) as context:
+        text = list(range(100, 130))
+        for _ in range(6):
+            text.append(int(context.decode(text[context.n_past :], 1)[0].argmax()))
+    found = TeacherForced.of(files(kind), [TargetAnswer("0", "all", text[:30], text[30:])], n_threads=1)
+    assert found.rights[0].tolist() == [True] * 6
 
 
 class Watched:

@@ -263,15 +263,13 @@ TOYS: dict[str, Toy] = {
 }
 
 
-def write_hybrid(
-    path: Path, architecture: str, head_type: Quant = Quant.F32, seed: int = 0, n_ctx: int = 512, sharpness: float = 4.0
-) -> Path:
+def write_hybrid(path: Path, architecture: str, head_type: Quant = Quant.F32, seed: int = 0) -> Path:
     """Write a loadable model of one of TOYS, with the vocabulary, the template and the head of `write_model`'s."""
     toy, rng = TOYS[architecture], np.random.default_rng(seed)
     names, types, merges = vocabulary()
     writer = gguf.GGUFWriter(path, architecture)
     keys: Keys = {
-        "context_length": n_ctx, "embedding_length": N_EMBD, "block_count": len(toy.layers),
+        "context_length": 512, "embedding_length": N_EMBD, "block_count": len(toy.layers),
         "feed_forward_length": N_FF, "attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD,
         "attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM, "vocab_size": len(names),
         "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 10000.0,
@@ -293,7 +291,7 @@ def write_hybrid(
     writer.add_eos_token_id(names.index("<|im_end|>"))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-    for name, scale in (("token_embd.weight", 8.0), ("output.weight", sharpness)):
+    for name, scale in (("token_embd.weight", 8.0), ("output.weight", 4.0)):
         rows = _values(name, (len(names), N_EMBD), rng) * np.float32(scale)
         if name == "output.weight":
             rows[np.isin(names, ENDS)] = 0

@@ -40,6 +40,11 @@ def keep_first(n: int):
     return choose
 
 
+def keep_spread(k: int) -> Callable[[Vocabulary, np.ndarray, int], Keep]:
+    """A choice of k rows: every forced token, then every third id, then the others."""
+    return lambda known, has_row, _: keep_listed(known, has_row, [*range(0, len(has_row), 3), *range(len(has_row))], k)
+
+
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A target, a good drafter (the target itself, trimmed), and wrong ones (other weights), all F32."""

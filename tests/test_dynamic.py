@@ -296,7 +296,7 @@ def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, 
             honest(self)
 
         monkeypatch.setattr(kind, "close", close)
-    with pytest.raises(EngineError, match="does more than multiply") as refused:
+    with pytest.raises(EngineError, match="are not the product of its head") as refused:
         open_with(toys, spec, "spec")
     assert closed[:2] == ["Context", "Model"] and refused.tb  # which keeps the context from the collector
     drafter = open_with(toys, spec, "auto")

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from gguf_trim.cut import lay_out, why_not, write
 from gguf_trim.format.companion import EmbeddingTable, Trimmed
 from gguf_trim.format.mtp import MtpBlock
-from gguf_trim.keep import Keep, keep_listed
 from gguf_trim.prove import prove
 from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
@@ -28,7 +27,7 @@ from runner import TrimmedDraft
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
-from .conftest import with_speculator
+from .conftest import keep_spread, with_speculator
 from .toy import MROPE, N_EMBD, write_model, write_mtp
 
 # Keys for DeepStack by architecture, and how many layers use them.
@@ -47,17 +46,12 @@ def write_kind(path: Path, kind: str, type_: Quant = Quant.F32, seed: int = 0) -
     return write_model(path, name, type_, seed, keys=keys, n_layer=n_layer)
 
 
-def keep(k: int) -> Callable[..., Keep]:
-    """Every forced token, then every third id, then the others: k in all."""
-    return lambda known, had, _: keep_listed(known, had, [*range(0, len(had), 3), *range(len(had))], k)
-
-
 @pytest.mark.parametrize("k", [288, 352])
 @pytest.mark.parametrize("type_", [Quant.F32, Quant.Q8_0, Quant.Q4_0], ids=lambda type_: type_.name)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_is_its_source_bit_for_bit(tmp_path: Path, kind: str, type_: Quant, k: int) -> None:
     source = write_kind(tmp_path / "m.gguf", kind, type_)
-    write(lay_out(source, keep(k)), tmp_path / "t.gguf")
+    write(lay_out(source, keep_spread(k)), tmp_path / "t.gguf")
     found = prove(tmp_path / "t.gguf", source)
     assert found.ok and found.max_logit_difference == 0 and found.kept == k, found.differences
     assert found.positions > 100 and found.logit_range is not None and found.logit_range > 1
@@ -96,7 +90,7 @@ def test_embeddings_and_ids_mix_in_any_pieces(
 def test_verify_sees_positions_and_widths_that_are_wrong(tmp_path: Path, what: str) -> None:
     """In a process of its own, since llama.cpp then reads past the end of arrays."""
     source = write_kind(tmp_path / "m.gguf", "qwen3vl with DeepStack")
-    write(lay_out(source, keep(352)), tmp_path / "t.gguf")
+    write(lay_out(source, keep_spread(352)), tmp_path / "t.gguf")
     command = ["verify", str(tmp_path / "t.gguf"), "--source", str(source)]
     wrong = "2" if what == "llama_model_rope_type" else "llama_cpp.llama_model_n_embd(model)"
     for broken in (True, False):
@@ -119,7 +113,7 @@ def cuts(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         other = write_kind(folder / f"other-{i}.gguf", kind, seed=2)
         for name, source, k in (("good", files[kind], 320), ("wrong", other, 320), ("all", files[kind], 600)):
             found[kind, name] = folder / f"{name}-{i}.gguf"
-            write(lay_out(source, keep(k)), found[kind, name])
+            write(lay_out(source, keep_spread(k)), found[kind, name])
         with_speculator(found[kind, "good"], 32)
     return found
 
@@ -181,7 +175,7 @@ def test_granites_scale_is_kept_in_the_file(files, cuts, tmp_path: Path) -> None
     """Its graph scales embeddings of token ids only if it has DeepStack, and both if it has not."""
     assert Trimmed.open(cuts["granite with DeepStack", "all"]).file.get("gguf_trim.embedding_scale") == 3
     source = write_model(tmp_path / "m.gguf", "granite", keys={"embedding_scale": 3.0, "deepstack_mapping": [-1]})
-    write(lay_out(source, keep(352)), tmp_path / "t.gguf")
+    write(lay_out(source, keep_spread(352)), tmp_path / "t.gguf")
     assert Trimmed.open(tmp_path / "t.gguf").file.get("gguf_trim.embedding_scale") == 1
     assert prove(tmp_path / "t.gguf", source).max_logit_difference == 0
 
@@ -189,7 +183,7 @@ def test_granites_scale_is_kept_in_the_file(files, cuts, tmp_path: Path) -> None
 @pytest.mark.parametrize("n_blocks", [0, 1])
 def test_a_hybrid_model_is_cut_rightly(tmp_path: Path, n_blocks: int) -> None:
     source = write_mtp(tmp_path / "m.gguf", "qwen35", n_blocks=n_blocks)
-    write(lay_out(source, keep(352)), tmp_path / "t.gguf")
+    write(lay_out(source, keep_spread(352)), tmp_path / "t.gguf")
     found = prove(tmp_path / "t.gguf", source)
     assert found.ok and found.max_logit_difference == 0, found.differences
 
@@ -199,7 +193,7 @@ def test_what_llama_cpp_would_end_the_process_over_is_refused(tmp_path: Path) ->
     text = write_model(tmp_path / "glm4.gguf", "glm4", keys={"rope.dimension_sections": []})
     for file in (text, write_mtp(tmp_path / "glm4moe.gguf", "glm4moe")):
         with pytest.raises(FileFormatError, match=rf"{file.name}: architecture \w+ cannot be trimmed: .* embeddings"):
-            lay_out(file, keep(352))
+            lay_out(file, keep_spread(352))
         with Model(file) as model, Context(model, 32, 1) as context:
             assert context.decode([1, 2, 3]).shape == (1, 600)  # of token ids it is a model like any other
     assert MtpBlock.of(GGUFFile(tmp_path / "glm4moe.gguf")).n_embd == N_EMBD

@@ -29,6 +29,7 @@ from llamabase.llama.states import PairContext, Recorded
 from .closed_form import fit
 
 CONVERSATIONS, TOKENS = 64, 160  # answers to fit on, and tokens of each: some thousand positions are enough
+HIDDEN_ONLY = {"lfm2", "lfm2moe"}  # of these llama.cpp computes no logits if hidden states are asked for
 ROWS = 256  # positions whose logits and hidden states are held at a time
 PAIR_ROWS = 32  # the same of a state-fed drafter, whose rows of logits are as long as its target's vocabulary
 
@@ -59,6 +60,8 @@ def read_through(
 
     `trimmed` makes a trimmed drafter's inputs of ids; the logits are by row of its head.
     """
+    file = GGUFFile(model_path)
+    head = kept_rows(file, n_threads) if file.architecture in HIDDEN_ONLY else None
     with Model(model_path) as model, Context(model, _longest(answers), n_threads, n_outputs=ROWS) as context:
         last = model.n_vocab - 1  # which stands for the padding of a target's longer table, too
         inputs = trimmed.embeddings().rows if trimmed else lambda ids: np.minimum(ids, last)
@@ -73,7 +76,8 @@ def read_through(
                 logits = context.decode(inputs(ids), len(ids), hidden=True)
                 hidden = context.hidden_states(len(ids))
                 for row in range(len(ids)):
-                    yield Position(n, start + 1 + row - asked, logits[row], hidden[row])
+                    scores = logits[row] if head is None else head(hidden[row])
+                    yield Position(n, start + 1 + row - asked, scores, hidden[row])
             advance(1)
 
 

@@ -132,5 +132,5 @@ class MtpBlock:
 
 
 def kept_rows(rows: GGUFFile, n_threads: int | None = None) -> Product:
-    """The product that makes the logits of a file's kept rows (float32, k) from a hidden state, as llama.cpp would."""
-    return Product(Backend(n_threads), Table.of(rows, rows.tensors[HEAD]))
+    """The product that makes the logits of a file's rows (float32, k) from a hidden state, as llama.cpp would."""
+    return Product(Backend(n_threads), Table.of(rows, head_tensor(rows)))

@@ -100,7 +100,8 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
         if dynamic is not None and not _multiplies(dynamic, context, embeddings):
             if options.vocab != AUTO:
                 raise EngineError(
-                    f"{file.path}: its head does more than multiply, so rows cannot be added to it; use vocabulary trim"
+                    f"{file.path}: llama.cpp's logits are not the product of its head and the hidden states that it "
+                    "gives, so rows cannot be added; use vocabulary trim"
                 )
             dynamic = None
         ids = trimmed.d2t[: int(np.searchsorted(trimmed.d2t, len(target)))]

@@ -42,7 +42,7 @@ def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, dr
     for prompt in PROMPTS:
         ids = engine.model.tokenize(prompt)
         engine.reader.keep([], 0)
-        plain, _ = plain_tokens(engine.context, ids, 48, lambda token: False)
+        plain = plain_tokens(engine.context, ids, 48, lambda token: False)
         engine.reader.settle()
         rounds = run(engine, prompt, draft_max=draft_max)
         assert tokens_of(rounds) == plain

@@ -39,9 +39,8 @@ from .modes import AGAIN, AUTO, KINDS, PLAIN, SPEC, Files, find_files, names_of
 from .report import compare, plot, report
 from .steps import STEPS, acceptance_in, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
-# A report of a pair that is measured for it, in a few minutes: turns of every step, prompts, tokens of an answer.
-BRIEF = {"repeat": 7, "prompts": 4, "tokens": 48}
-BRIEF_MODES = [PLAIN, FULL, "trim", SPEC, AUTO]
+# What a report measures if no records are given: turns of every step, prompts, tokens of an answer, ways to decode.
+TURNS, PROMPTS, TOKENS, MODES = 7, 4, 48, [PLAIN, FULL, "trim", SPEC, AUTO]
 SHAPED_KS = (16384, 32768)  # rows of the cuts of a --shape
 
 
@@ -278,17 +277,17 @@ def report_command(
         raise click.UsageError("-o takes one report")
     click.echo("\n\n".join(map(block, found)))
     runs.write_record(found[0], output, REPORT)
-    for report in found:
-        _print_json(report)
+    for each in found:
+        _print_json(each)
 
 
 def _brief(pair: Models, full: Path | None) -> list[dict[str, Any]]:
     """A record of `steps` and one of `run`, of a few turns each."""
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         files = find_files(pair, Path(folder), full)
-        steps = _stepped(files, pair, BRIEF["repeat"])
-        prompts = spread(runs.prompts_of(None, None), BRIEF["prompts"])
-        settings = {"modes": BRIEF_MODES, "max_tokens": BRIEF["tokens"], "seed": 0, "draft_max": 3, "repeat": 1}
+        steps = _stepped(files, pair, TURNS)
+        prompts = spread(runs.prompts_of(None, None), PROMPTS)
+        settings = {"modes": MODES, "max_tokens": TOKENS, "seed": 0, "draft_max": 3, "repeat": 1}
         record = _unmeasured(files, pair, prompts, 0.0, settings)
         runs.measure(record, files, pair, prompts, None, None)
     return [steps, record]

@@ -92,8 +92,8 @@ def _stem(name: str) -> str:
 
 
 def _steps(record: dict[str, Any]) -> dict[str, Any]:
-    ms = {name: round(1000 * seconds, 3) for name, seconds in medians(record["seconds"]).items()}
-    times = {name: round(quartiles[1], 3) for name, quartiles in ratios(record).items()}
+    ms = {name: round(1000 * seconds, 5) for name, seconds in medians(record["seconds"]).items()}
+    times = {name: round(quartiles[1], 5) for name, quartiles in ratios(record).items()}
     n_bytes, pays = record["bytes"], paying(record)
     return {
         "target": _stem(record["target"]),
@@ -105,8 +105,8 @@ def _steps(record: dict[str, Any]) -> dict[str, Any]:
             name: {
                 "ms": ms[name],
                 "time": times[name],
-                "bytes": round(n_bytes[name] / n_bytes["full"], 3),
-                "pays_from": None if points["from"] is None else round(points["from"]["acceptance"], 3),
+                "bytes": round(n_bytes[name] / n_bytes["full"], 5),
+                "pays_from": None if points["from"] is None else points["from"]["acceptance"],
             }
             for name, points in pays.items()
         },
@@ -114,19 +114,19 @@ def _steps(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(record: dict[str, Any]) -> dict[str, Any]:
-    modes = {}
-    for mode, f in figures(record)[ALL].items():
+    modes, found = {}, figures(record)[ALL]
+    for mode, f in found.items():
         speed = f["speedup_over_plain"] or {"total": None, "overall": None}
         values = (f["tau"], f["acceptance_rate"], f["tokens_per_second"], speed["total"], speed["overall"])
         names = ("tau", "acceptance", "tokens_per_second", "times_plain", "with_prompt")
-        rounded = (None if value is None else round(float(value), 3) for value in values)
+        rounded = (None if value is None else round(float(value), 5) for value in values)
         modes[mode] = dict(zip(names, rounded, strict=True))
     files = record["files"]
     return {
         "target": _stem(files["target"][0]["file"]),
         "drafters": [_stem(file["file"]) for which in ("full", "trimmed") for file in files[which]],
         "temperature": float(record["settings"]["sampling"]["temp"]),
-        "answers": sum("error" not in answer for answer in record["answers"]),
+        "answers": max(f["answers"] for f in found.values()),
         "modes": modes,
     }
 
@@ -166,7 +166,7 @@ def block(report: dict[str, Any]) -> str:
         ]
         drafters = " and ".join(run["drafters"]) or "no drafter"
         parts.append(
-            f"{run['target']} with {drafters}: {run['answers']} answers at temperature {run['temperature']:g}."
+            f"{run['target']} with {drafters}: {run['answers']} answers in each mode, temperature {run['temperature']:g}."
         )
         parts.append(table(["mode", "tau", "acceptance", "tok/s", "x plain", "with prompt"], rows))
     return "\n\n".join(parts)

@@ -121,7 +121,10 @@ def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
             else:
                 honest = speculative._p_at
                 monkeypatch.setattr(speculative, "_p_at", lambda logits, *rest: honest(logits[::-1], *rest))
-            assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults > 0
+            found = check_prompt(engine, context, "x", ids, 32, 3)
+            assert found.replay_faults > 0
+            # The noise is that of the text with the fault, which must not hide it.
+            assert found.as_json(float(found.noise.max()))["beyond_noise"] > 0
 
 
 @pytest.mark.parametrize("name", ["good-trimmed", "wrong", None])

@@ -166,7 +166,7 @@ def block(report: dict[str, Any]) -> str:
         ]
         drafters = " and ".join(run["drafters"]) or "no drafter"
         parts.append(
-            f"{run['target']} with {drafters}: {run['answers']} answers in each mode, temperature {run['temperature']:g}."
+            f"{run['target']} with {drafters}: {run['answers']} answers by mode, temperature {run['temperature']:g}."
         )
         parts.append(table(["mode", "tau", "acceptance", "tok/s", "x plain", "with prompt"], rows))
     return "\n\n".join(parts)

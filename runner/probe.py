@@ -87,13 +87,13 @@ def verdict(found: Sequence[Probed], backends: str) -> str:
     """What the probe means for "the same text", in a sentence or two; `backends` is what was computed on."""
     if not found:
         return f"{backends}: no batch was read within {PATIENCE} seconds, so nothing is known."
-    if all(probed.equal == probed.rows for probed in found):
+    rows, other = sum(p.rows for p in found), sum(p.other_best for p in found)
+    if all(p.equal == p.rows for p in found):
         return (
-            f"{backends}: a token has the same logits, bit for bit, alone and in batches of up to {found[-1].batch}: "
-            "the text with drafts is plain decoding's."
+            f"{backends}: in {rows} rows of batches of up to {found[-1].batch} tokens each token has the logits, bit for "
+            "bit, that it has alone: as far as these texts go, the text with drafts is plain decoding's."
         )
-    greatest = max(probed.greatest for probed in found)
-    other, rows = (sum(counts) for counts in zip(*((p.other_best, p.rows) for p in found), strict=True))
+    greatest = max(p.greatest for p in found)
     twice = "" if found[0].equal == found[0].rows else " One token read twice differs, too, so plain texts may part."
     return (
         f"{backends}: batches move a logit by up to {greatest:.3%} of the logits' range, and {other} of {rows} rows "

@@ -61,7 +61,7 @@ def test_a_report_says_what_the_records_say(records: list[Path], tmp_path: Path)
     assert auto["tokens_per_second"] == pytest.approx(figures(run)[ALL]["auto"]["tokens_per_second"], abs=1e-4)
     assert report["report_of"]["cpu"] == run["machine"]["cpu"] and report["report_of"]["ggml"]
     shown = done.stdout.rpartition("\n{")[0]
-    assert f"| auto  | {auto['tau']:.2f} |" in shown and "| target + target | spec" in shown
+    assert f"| auto  | {auto['tau']:.2f} |" in shown and "| target + target  | spec " in shown
     again = invoke("report", tmp_path / "r.json")
     assert again.stdout == done.stdout
 
@@ -98,7 +98,7 @@ def test_what_is_no_record_is_refused(records: list[Path], tmp_path: Path) -> No
     path.write_text(json.dumps(steps | {"machine": steps["machine"] | {"cpu": "another"}}))
     with pytest.raises(TrimError, match="were measured on different machines; make a report of each"):
         card.reports([records[1], path])
-    with pytest.raises(TrimError, match="of at most 50,000; give fewer"):
+    with pytest.raises(TrimError, match="at most 50,000 can be posted; give fewer"):
         card.report_of([steps] * 200, "x")
 
 

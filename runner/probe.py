@@ -90,8 +90,8 @@ def verdict(found: Sequence[Probed], backends: str) -> str:
     rows, other = sum(p.rows for p in found), sum(p.other_best for p in found)
     if all(p.equal == p.rows for p in found):
         return (
-            f"{backends}: in {rows} rows of batches of up to {found[-1].batch} tokens each token has the logits, bit for "
-            "bit, that it has alone: as far as these texts go, the text with drafts is plain decoding's."
+            f"{backends}: in {rows} rows of batches of up to {found[-1].batch} tokens each token has the logits, bit "
+            "for bit, that it has alone: as far as these texts go, the text with drafts is plain decoding's."
         )
     greatest = max(p.greatest for p in found)
     twice = "" if found[0].equal == found[0].rows else " One token read twice differs, too, so plain texts may part."

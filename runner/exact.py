@@ -9,8 +9,11 @@ prompt, greedily or with the noise of a seed:
 3. replay: the rounds are decoded again in the same batches on an empty cache; every emitted token must be the argmax of
    its row of scores, that is, of logits after samplers and noise;
 4. one pass: the emitted text is read in one batch; no token may score further below the maximum than batch shape alone
-   moves scores, which is measured on the plain text; a token that a filter such as top-p leaves out is counted apart;
+   moves scores, which is measured on the same text, read one token a call; a token that a filter such as top-p leaves
+   out is counted apart;
 5. parting: if the loop's text parts from the plain one, the gap between the two tokens is printed.
+
+`--probe` asks the backend itself, without a drafter: see runner.probe.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from corpus.prompts import load_prompts, spread
+from corpus.prompts import Prompt, load_prompts, spread
 from llamabase.cli.command import FILE, OneCommand
-from llamabase.cli.progress import progress
+from llamabase.cli.progress import progress, step
 from llamabase.errors import TrimError
 from llamabase.llama.context import Context
 from llamabase.sampling.chain import Chain
@@ -45,6 +48,7 @@ from runner.loop.engine import REWINDS, Engine
 from runner.loop.speculative import Round
 
 from .options import Models, model_options, sampling_options
+from .probe import probe, probed_table, verdict
 
 MOST = 512  # tokens of an answer, since it is read in one batch
 
@@ -57,7 +61,7 @@ class Exactness:
     tokens: int
     replay_faults: int
     gaps: np.ndarray  # one pass: the maximum minus the emitted token's score, by position
-    noise: np.ndarray  # of batch shape, by position of the plain text
+    noise: np.ndarray  # of batch shape, by position: how far it moves the two best tokens, whichever was emitted
     parts_at: int | None
     parting_gap: float | None  # None, too, if a filter leaves one of the two tokens out
 
@@ -103,11 +107,26 @@ class Batch(NamedTuple):
     emitted: Sequence[int | None] = (None,)
 
 
-class Second(NamedTuple):
-    """The second-best token of a position, and by how many logits the best one leads it."""
+class Lead(NamedTuple):
+    """The best token of a position, the second-best one, and by how many logits the best one leads it."""
 
-    token: int
-    lead: float
+    best: int
+    second: int
+    logits: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> Lead:
+        second, best = map(int, np.argpartition(scores, -2)[-2:])
+        return cls(best, second, float(scores[best]) - float(scores[second]))
+
+    def moved(self, scores: np.ndarray) -> float:
+        """How far the scores of another batch shape move the lead, or put the best token below another one.
+
+        What cannot be compared, since samplers leave out one of the two tokens, moves nothing.
+        """
+        best, second = float(scores[self.best]), float(scores[self.second])
+        moves = abs(self.logits - (best - second)), float(scores.max()) - best
+        return max((move for move in moves if np.isfinite(move)), default=0.0)
 
 
 def read(
@@ -131,16 +150,14 @@ def read(
 
 def plain_tokens(
     context: Context, prompt: Sequence[int], n: int, is_end: Callable[[int], bool], law: Law = Law()
-) -> tuple[list[int], list[Second]]:
-    """Decode one token a call: the tokens, and the second-best of each position."""
-    tokens, seconds = list[int](), list[Second]()
-    for token, scores in read(context, prompt, [Batch()] * n, law):
-        second = next(int(i) for i in np.argpartition(scores, -2)[-2:] if i != token)
-        seconds.append(Second(second, float(scores[token] - scores[second])))
+) -> list[int]:
+    """The tokens of decoding one token a call."""
+    tokens = list[int]()
+    for token, _ in read(context, prompt, [Batch()] * n, law):
         tokens.append(token)
         if is_end(token):
             break
-    return tokens, seconds
+    return tokens
 
 
 def replay(context: Context, prompt: Sequence[int], rounds: Sequence[Round], law: Law = Law()) -> int:
@@ -153,24 +170,31 @@ def check_prompt(
     engine: Engine, context: Context, name: str, prompt: list[int], n: int, draft_max: int | None, law: Law = Law()
 ) -> Exactness:
     """All five steps for one prompt; `context` is a second one over the target with room for n rows of logits."""
-    plain, seconds = plain_tokens(context, prompt, n, engine.model.is_end, law)
+    plain = plain_tokens(context, prompt, n, engine.model.is_end, law)
     engine.reader.keep([], 0)  # so that the loop reads the prompt as the replay will
     rounds = list(engine.rounds(prompt, law.sampling, max_tokens=n, draft_max=draft_max, seed=law.seed))
     tokens = [token for round_ in rounds for token in round_.tokens]
     faults = replay(context, prompt, rounds, law)
-    noise = []
-    for (token, scores), second in zip(read(context, prompt, [Batch(plain[:-1], plain)], law), seconds, strict=True):
-        moved = abs(second.lead - (float(scores[token]) - float(scores[second.token])))
-        below = float(scores.max()) - float(scores[token])
-        finite = [each for each in (moved, below) if np.isfinite(each)]  # samplers may leave out one, or the second
-        noise += [max(finite)] if finite else []
-    gaps, parting = [], None
+    leads = [Lead.of(scores) for _, scores in read(context, prompt, [Batch(emitted=[token]) for token in tokens], law)]
+    gaps, noise, parting = [], [], None
     parts_at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), None)
     for i, (token, scores) in enumerate(read(context, prompt, [Batch(tokens[:-1], tokens)], law)):
         gaps.append(scores.max() - scores[token])
+        noise.append(leads[i].moved(scores))
         if i == parts_at and np.isfinite(gap := float(scores[plain[i]] - scores[token])):
             parting = gap
-    return Exactness(name, len(tokens), faults, np.array(gaps), np.array(noise or [0.0]), parts_at, parting)
+    return Exactness(name, len(tokens), faults, np.array(gaps), np.array(noise), parts_at, parting)
+
+
+def run_probe(pair: Models, prompts: Sequence[Prompt], max_tokens: int) -> None:
+    """Print how far batches of several tokens part from one token at a time, by size, and a record of it."""
+    with replace(pair, draft=None).open() as engine, step("comparing batches"):
+        ids = (engine.prompt(prompt.messages) for prompt in prompts)
+        found = probe(engine.reader, ids, max_tokens, engine.model.is_end)
+    card = machine()
+    click.echo(f"{probed_table(found)}\n\n{verdict(found, ', '.join(card['backends']))}")
+    record = {"machine": card, "target": pair.target.name, "cache": asdict(pair.cache)}
+    click.echo(json.dumps(record | {"batches": [asdict(probed) for probed in found]}))
 
 
 @click.command(cls=OneCommand)
@@ -180,9 +204,11 @@ def check_prompt(
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(2, MOST), default=128, show_default=True, help="Most per answer."
 )
+@click.option("--probe", "probing", is_flag=True, help="Only ask whether batches change logits here; one minute.")
 @sampling_options
 def main(
     models: Callable[[], Models],
+    probing: bool,
     sampling: Sampling,
     prompts: Path | None,
     limit: int,
@@ -192,8 +218,12 @@ def main(
 ) -> None:
     """Check token by token that the output is the target's; exit 1 for a wrong token.
 
-    Greedily unless --temp is given, and with every sampler that is given.
+    Greedily unless --temp is given, and with every sampler that is given. With --probe: whether a token has the same
+    logits alone and among others, by batch size, which decides where texts may part from plain decoding's.
     """
+    if probing:
+        run_probe(models(), spread(load_prompts(prompts), limit), max_tokens)
+        return
     if click.get_current_context().get_parameter_source("temp") is ParameterSource.DEFAULT:
         sampling = replace(sampling, temp=0.0)
     law = Law(sampling, seed or 0)

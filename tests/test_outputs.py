@@ -61,6 +61,7 @@ WRITERS = {
     "steps": Writer(bench, f"steps {PAIR} --repeat 1 -o OUT", ".json", "steps", "runner.bench.__main__.find_files"),
     "run": Writer(bench, f"{RUN} -o OUT", ".json", "record", "runner.bench.__main__.find_files"),
     "run --plot": Writer(bench, f"{RUN} --plot OUT", ".png", "plot", "runner.bench.__main__.find_files"),
+    "report": Writer(bench, "report RECORD -o OUT", ".json", "report", "runner.bench.__main__.reports"),
     "compare": Writer(bench, "compare RECORD RECORD --plot OUT", ".png", "plot", "runner.bench.__main__.compare"),
 }
 

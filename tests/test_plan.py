@@ -52,7 +52,7 @@ def answers(pair) -> list[TargetAnswer]:
     with Model(pair[0]) as model, Context(model, 256) as context:
         for i, text in enumerate(("the king and the sea", "a", "of tea", "once more")):
             prompt = model.tokenize(text)
-            tokens, _ = plain_tokens(context, prompt, N_TOKENS, lambda token: False)
+            tokens = plain_tokens(context, prompt, N_TOKENS, lambda token: False)
             found.append(TargetAnswer(f"p{i}", "xy"[i % 2], prompt, tokens))
     return found
 

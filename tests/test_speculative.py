@@ -42,7 +42,7 @@ def test_greedy_text_is_plain_greedy_whatever_the_drafter(engines, name: str, dr
     for prompt in PROMPTS:
         ids = engine.model.tokenize(prompt)
         engine.reader.keep([], 0)
-        plain, _ = plain_tokens(engine.context, ids, 48, lambda token: False)
+        plain = plain_tokens(engine.context, ids, 48, lambda token: False)
         engine.reader.settle()
         rounds = run(engine, prompt, draft_max=draft_max)
         assert tokens_of(rounds) == plain
@@ -121,7 +121,10 @@ def test_replay_finds_faults_of_the_loop(toys, monkeypatch, fault: str) -> None:
             else:
                 honest = speculative._p_at
                 monkeypatch.setattr(speculative, "_p_at", lambda logits, *rest: honest(logits[::-1], *rest))
-            assert check_prompt(engine, context, "x", ids, 32, 3).replay_faults > 0
+            found = check_prompt(engine, context, "x", ids, 32, 3)
+            assert found.replay_faults > 0
+            # The noise is that of the text with the fault, which must not hide it.
+            assert found.as_json(float(found.noise.max()))["beyond_noise"] > 0
 
 
 @pytest.mark.parametrize("name", ["good-trimmed", "wrong", None])

@@ -28,6 +28,7 @@ from .library import Owner, physical_cores, start
 
 ALIGNMENT = 64  # bytes; ggml asks for 32
 _CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
+_GPUS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
 
 class _TypeTraits(ctypes.Structure):
@@ -62,6 +63,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_dev_supports_op": (c_bool, [c_void_p, c_void_p]),
+    "ggml_backend_dev_count": (c_size_t, []),
+    "ggml_backend_dev_get": (c_void_p, [c_size_t]),
+    "ggml_backend_dev_type": (c_int, [c_void_p]),
+    "ggml_backend_dev_description": (c_char_p, [c_void_p]),
+    "ggml_version": (c_char_p, []),
+    "ggml_commit": (c_char_p, []),
     "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, c_size_t]),
     "ggml_backend_buft_alloc_buffer": (c_void_p, [c_void_p, c_size_t]),
     "ggml_backend_buffer_get_base": (c_void_p, [c_void_p]),
@@ -102,6 +109,23 @@ def release_threads() -> None:
     """
     if (pause := _ggml().omp_pause_resource_all) is not None:
         pause(1)  # omp_pause_soft
+
+
+def build() -> str:
+    """The version of ggml that llama.cpp was built with, and the commit."""
+    return f"{_ggml().ggml_version().decode()} {_ggml().ggml_commit().decode()}"
+
+
+def gpus() -> list[str]:
+    """What each GPU that llama.cpp can compute on calls itself."""
+    start()
+    ggml = _ggml()
+    devices = map(ggml.ggml_backend_dev_get, range(ggml.ggml_backend_dev_count()))
+    return [
+        ggml.ggml_backend_dev_description(device).decode("utf-8", "replace")
+        for device in devices
+        if ggml.ggml_backend_dev_type(device) in _GPUS
+    ]
 
 
 def aligned(n_bytes: int) -> np.ndarray:

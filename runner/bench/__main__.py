@@ -15,28 +15,32 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from corpus.prompts import Prompt, spread
 from llamabase.cli.command import FILE, Commands, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import LONGEST
-from runner.options import Models, draft_max_option, model_options
+from runner.options import FULL, Models, draft_max_option, model_options
 
 from . import demo, peers, runs
+from .card import REPORT, block, report_of, reports
 from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
-from .modes import AGAIN, KINDS, find_files, names_of
+from .modes import AGAIN, AUTO, KINDS, PLAIN, SPEC, Files, find_files, names_of
 from .report import compare, plot, report
 from .steps import STEPS, acceptance_in, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
+# What a report measures if no records are given: turns of every step, prompts, tokens of an answer, ways to decode.
+TURNS, PROMPTS, TOKENS, MODES = 7, 4, 48, [PLAIN, FULL, "trim", SPEC, AUTO]
 SHAPED_KS = (16384, 32768)  # rows of the cuts of a --shape
 
 
@@ -131,28 +135,13 @@ def run_command(
     pair = models()
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         files = find_files(pair, Path(folder), full, ks, target_quant, draft_quant)
-        described = {
-            "target": [describe(files.target)],
-            "full": [describe(files.full)] if isinstance(files.full, Path) else [],
-            "trimmed": [describe(path) for path in files.trimmed.values()],
-        }
-        settings |= {
-            "modes": names_of(settings["modes"], files),
-            "prompts": [prompt.id for prompt in chosen],
-            "sampling": json.loads(json.dumps(asdict(Sampling(temp=temp)))),
-            "n_ctx": pair.n_ctx,
-            "n_threads": pair.n_threads,
-            "n_gpu_layers": pair.n_gpu_layers,
-            "sha256": [entry["sha256"] for entries in described.values() for entry in entries],
-        }
-        if left.get("settings", settings) != settings:
+        record = _unmeasured(files, pair, chosen, temp, settings)
+        if left.get("settings", record["settings"]) != record["settings"]:
             raise FileFormatError(f"{output}: holds the record of another run; name another file, or remove it")
-        record: dict[str, Any] = {"machine": machine(), "files": described, "settings": settings}
         record |= {"answers": left.get("answers", []), "modes": left.get("modes", {})}
         if n := len(record["answers"]):
             stderr.print(f"{output}: continues after the {n} answers there (remove it to begin anew)", markup=False)
-        answers = sum(1 + len(prompt.more) for prompt in chosen) * len(settings["modes"]) * settings["repeat"]
-        record["missing"] = answers - n
+        record["missing"] -= n
         with contextlib.suppress(KeyboardInterrupt):  # the report says what is missing
             runs.measure(record, files, pair, chosen, tools, output)
     record["figures"] = figures(record)
@@ -165,6 +154,29 @@ def run_command(
     _print_json(record)
     if "missing" in record:
         sys.exit(130)
+
+
+def _unmeasured(
+    files: Files, pair: Models, prompts: Sequence[Prompt], temp: float, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """A record of `run` that `runs.measure` fills."""
+    described = {
+        "target": [describe(files.target)],
+        "full": [describe(files.full)] if isinstance(files.full, Path) else [],
+        "trimmed": [describe(path) for path in files.trimmed.values()],
+    }
+    settings = settings | {
+        "modes": names_of(settings["modes"], files),
+        "prompts": [prompt.id for prompt in prompts],
+        "sampling": json.loads(json.dumps(asdict(Sampling(temp=temp)))),
+        "n_ctx": pair.n_ctx,
+        "n_threads": pair.n_threads,
+        "n_gpu_layers": pair.n_gpu_layers,
+        "sha256": [entry["sha256"] for entries in described.values() for entry in entries],
+    }
+    answers = sum(1 + len(prompt.more) for prompt in prompts) * len(settings["modes"]) * settings["repeat"]
+    record = {"machine": machine(), "files": described, "settings": settings}
+    return record | {"answers": [], "modes": {}, "missing": answers}
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -222,22 +234,63 @@ def steps_command(
         else:
             pair = models()
             files = find_files(pair, Path(folder), **wanted)
-        record: dict[str, Any] = {
-            "machine": machine(),
-            "shape": shape,
-            "target": files.target.name,
-            "full": files.full.name if files.full else None,
-            **time_steps(files, pair, repeat),
-            "copy_bytes_per_second": bandwidth(pair.n_threads),
-        }
-    record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
-    record["paying"] = paying(record)
+        record = _stepped(files, pair, repeat, shape)
     parts = [steps_table(record), paying_table(record)]
     if acceptance is not None and given is not None:
         parts.append(promised(record, acceptance, *given))
     click.echo("\n\n".join(parts))
     runs.write_record(record, output, STEPS)
     _print_json(record)
+
+
+def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None) -> dict[str, Any]:
+    """A record of `steps`."""
+    record: dict[str, Any] = {
+        "machine": machine(),
+        "shape": shape,
+        "target": files.target.name,
+        "full": files.full.name if files.full else None,
+        **time_steps(files, pair, repeat),
+        "copy_bytes_per_second": bandwidth(pair.n_threads),
+    }
+    record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
+    record["paying"] = paying(record)
+    return record
+
+
+@main.command("report")
+@click.argument("records", type=FILE, nargs=-1)
+@model_options
+@full_option
+@click.option("-o", "--output", type=FILE, help="Keep the report here, as JSON.")
+def report_command(
+    records: tuple[Path, ...], models: Callable[[], Models], full: Path | None, output: Path | None
+) -> None:
+    """What this machine is and how quick: a Markdown block and a small JSON to post, without paths.
+
+    RECORDS are those of `steps` and `run` of one machine, or reports, which are shown again. Without any, the pair is
+    measured now, briefly.
+    """
+    REPORT.require(output)
+    found = reports(records) if records else [report_of(_brief(models(), full), "this machine")]
+    if output is not None and len(found) > 1:
+        raise click.UsageError("-o takes one report")
+    click.echo("\n\n".join(map(block, found)))
+    runs.write_record(found[0], output, REPORT)
+    for each in found:
+        _print_json(each)
+
+
+def _brief(pair: Models, full: Path | None) -> list[dict[str, Any]]:
+    """A record of `steps` and one of `run`, of a few turns each."""
+    with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
+        files = find_files(pair, Path(folder), full)
+        steps = _stepped(files, pair, TURNS)
+        prompts = spread(runs.prompts_of(None, None), PROMPTS)
+        settings = {"modes": MODES, "max_tokens": TOKENS, "seed": 0, "draft_max": 3, "repeat": 1}
+        record = _unmeasured(files, pair, prompts, 0.0, settings)
+        runs.measure(record, files, pair, prompts, None, None)
+    return [steps, record]
 
 
 @main.command("compare")

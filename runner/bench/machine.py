@@ -19,6 +19,7 @@ import numpy as np
 
 from llamabase.files import sha256_of
 from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.ggml import build, gpus
 from llamabase.llama.library import backends, physical_cores
 
 COPIED = 256 << 20  # bytes that each thread copies: far more than any cache holds
@@ -26,7 +27,7 @@ COPIES = 5  # the fastest counts
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, llama.cpp's backends and library versions."""
+    """Processor, cores, memory, GPUs, llama.cpp's backends and library versions."""
     memory = 0
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -35,11 +36,13 @@ def machine() -> dict[str, Any]:
         "cores": physical_cores(),
         "logical_cores": os.cpu_count(),
         "memory_gb": round(memory / 1e9, 1),
+        "gpus": gpus(),
         "backends": backends(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "llama_cpp_python": version("llama-cpp-python"),
+        "ggml": build(),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -43,7 +43,7 @@ from runner.loop.weights import LoadOptions
 from . import toy_gemma
 from .test_mtp import some
 from .test_state_fed import F32, PROMPT, SAMPLINGS, answers_file, fitted, interrupt_at, read, table_of, text_of
-from .toy import write_model
+from .toy import write_head, write_model
 from .toy_gemma import HEAD, N_EMBD, WIDTH, write_assistant, write_gemma4
 
 # What drafts: a whole assistant, a cut to 304 rows, and one to 16 rows with the text's and with the speculator's.
@@ -449,6 +449,13 @@ def test_a_wrong_pair_is_refused_by_name(tmp_path: Path, name: str) -> None:
     if make in (write_model, write_gemma4):  # the others do not load
         with pytest.raises(error, match=said):
             Engine(LoadOptions(target, path, n_ctx=64))
+
+
+def test_what_reads_its_targets_states_is_not_a_target(files, tmp_path: Path) -> None:
+    head = write_head(tmp_path / "head.gguf", tokens=True)
+    for path in (files["whole"], head):
+        with pytest.raises(EngineError, match=rf"{path.name}: is a drafter .* give it as the drafter"):
+            Engine(LoadOptions(path))
 
 
 def test_a_cut_for_another_vocabulary_is_refused(files, tmp_path: Path) -> None:

@@ -617,6 +617,18 @@ def test_a_rounded_cache_and_a_small_context(files, plain, kind: str) -> None:
             assert sum(accepted) >= 0.6 * len(accepted) > 10
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_context_of_a_few_tokens_is_filled(files, kind: str) -> None:
+    """llama.cpp ends the process if it is to keep the states of as many tokens as its batches hold."""
+    for n_ctx in range(2, 8):
+        with Engine(LoadOptions(files(kind), files(kind), n_ctx=n_ctx, n_threads=1, cache=F32)) as engine:
+            plain, drafted = (
+                [token for round_ in rounds for token in round_.tokens]
+                for rounds in (engine.rounds([100], GREEDY, max_tokens=20, draft_max=n) for n in (0, 5))
+            )
+        assert plain == drafted and len(plain) == n_ctx
+
+
 @pytest.mark.parametrize("name", ["qwen35 cut", "qwen35", pytest.param("mamba2 cut", marks=pytest.mark.slow)])
 def test_llama_cpp_pythons_own_loop_drafts_with_it(files, name: str) -> None:
     """The texts of a `Llama` are the same: new ones, and ones that begin like the last."""

@@ -181,8 +181,9 @@ class Context(SequenceContext):
 
     A recurrent cache is a state, which does not contain the states before it. So it can be rewound to its checkpoint,
     to states that were copied, and once after each batch by at most `rewinds` tokens, of which llama.cpp keeps the
-    states. The attribute is 0 if it cannot keep them for the architecture. A second sequence holds the checkpoint:
-    llama.cpp copies a state only when one of the sequences that share it goes on.
+    states. The attribute is 0 if it cannot keep them for the architecture, and lower in a context of fewer than
+    `rewinds` + 2 tokens. A second sequence holds the checkpoint: llama.cpp copies a state only when one of the
+    sequences that share it goes on.
 
     `other`: the target's context, for a drafter that lacks tables.
     """
@@ -198,7 +199,9 @@ class Context(SequenceContext):
         rewinds: int = 0,
         other: Context | None = None,
     ) -> None:
-        states: dict[str, Any] = {"n_seq_max": 2, "n_rs_seq": rewinds} if model.recurrent else {}
+        # llama.cpp ends the process if its batches do not hold two tokens more.
+        kept = max(0, min(rewinds, n_batch - 2, n_ctx - 2))
+        states: dict[str, Any] = {"n_seq_max": 2, "n_rs_seq": kept} if model.recurrent else {}
         target = None if other is None else other.handle
         super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, ctx_other=target, **states)
         self.recurrent = model.recurrent

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from gguf_trim.format.companion import companion_of
 from gguf_trim.format.mtp import DrafterSource, OwnBlock
+from gguf_trim.format.state_fed import STATE_FED
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.tensors import ASSISTANT
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import F16, Cache
 from llamabase.llama.library import Closing, key_of
@@ -70,6 +72,11 @@ class Weights(Closing):
             raise EngineError(f"{file.path}: is a trimmed drafter and cannot be the target; give it as the drafter")
         if "gguf_trim.companion" in file.fields:
             raise EngineError(f"{file.path}: is the companion of a trimmed drafter, not a model")
+        if file.architecture in (*STATE_FED, ASSISTANT):
+            raise EngineError(
+                f"{file.path}: is a drafter that reads its target's states and cannot be the target; give it as the "
+                "drafter"
+            )
         self.vocabulary = Vocabulary(file)
         self.template = ChatTemplate(file, self.vocabulary)
         self.architecture = file.architecture

@@ -64,12 +64,14 @@ class Exactness:
     noise: np.ndarray  # of batch shape, by position: how far it moves the two best tokens, whichever was emitted
     parts_at: int | None
     parting_gap: float | None  # None, too, if a filter leaves one of the two tokens out
+    drafted: int  # drafts that were verified
 
     def as_json(self, epsilon: float) -> dict[str, Any]:
         finite = self.gaps[np.isfinite(self.gaps)]
         return {
             "prompt": self.prompt,
             "tokens": self.tokens,
+            "drafted": self.drafted,
             "replay_faults": self.replay_faults,
             "greatest_gap": float(finite.max(initial=0)),
             "beyond_noise": int((finite > epsilon).sum()),
@@ -183,7 +185,8 @@ def check_prompt(
         noise.append(leads[i].moved(scores))
         if i == parts_at and np.isfinite(gap := float(scores[plain[i]] - scores[token])):
             parting = gap
-    return Exactness(name, len(tokens), faults, np.array(gaps), np.array(noise), parts_at, parting)
+    drafted = sum(len(round_.drafted) for round_ in rounds)
+    return Exactness(name, len(tokens), faults, np.array(gaps), np.array(noise), parts_at, parting, drafted)
 
 
 def run_probe(pair: Models, prompts: Sequence[Prompt], max_tokens: int) -> None:
@@ -246,7 +249,7 @@ def main(
             gap = "at a filter's edge" if row["parting_gap"] is None else f"gap {row['parting_gap']:+.3f}"
             parting = f"parts at {row['parts_at']}, {gap}"
         click.echo(f"{row['prompt']:14s} {row['tokens']:4d} tokens  greatest gap {row['greatest_gap']:.3f}  {parting}")
-    summed = ("tokens", "replay_faults", "beyond_noise", "at_filters_edge")
+    summed = ("tokens", "drafted", "replay_faults", "beyond_noise", "at_filters_edge")
     total = {
         "machine": machine(),
         "target": pair.target.name,
@@ -263,8 +266,9 @@ def main(
     }
     edge = f", and filters leave out {total['at_filters_edge']} tokens" if total["at_filters_edge"] else ""
     click.echo(
-        f"{total['tokens']} tokens: {total['replay_faults']} are not the target's in the loop's own batches; in one "
-        f"pass the greatest gap is {total['greatest_gap']:.3f} and the measured noise {epsilon:.3f}{edge}; "
+        f"{total['tokens']} tokens, {total['drafted']} drafts verified: {total['replay_faults']} tokens are not the "
+        f"target's in the loop's own batches; in one pass the greatest gap is {total['greatest_gap']:.3f} and the "
+        f"measured noise {epsilon:.3f}{edge}; "
         f"{total['parted']} of {len(rows)} texts part from plain decoding"
     )
     click.echo(json.dumps(total))

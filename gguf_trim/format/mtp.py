@@ -68,7 +68,8 @@ class MtpBlock:
         layer = file.integer(f"{arch}.block_count", 0) - n_blocks
         if not n_blocks or f"blk.{layer}.nextn.eh_proj.weight" not in tensors:
             raise FileFormatError(
-                f"{file.path}: has no MTP block; convert the model again with it, or use a drafter of its own"
+                f"{file.path}: has no MTP block; give the block's own file (mtp-*.gguf) as the drafter, convert "
+                "the model again with its block, or use another drafter"
             )
         if arch not in POST_NORM or n_blocks > 1:
             why = f"it has {n_blocks}" if arch in POST_NORM else f"llama.cpp returns no normed state for {arch}"

@@ -14,7 +14,7 @@ from gguf_trim.cut import Cut, lay_out, move, remove, write
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
-from gguf_trim.format.state_fed import STATE_FED
+from gguf_trim.format.state_fed import DFLASH, STATE_FED
 from gguf_trim.keep import DEFAULT_K, ChooseRows, choose_rows
 from gguf_trim.plan.quickest import TYPES, choose_type
 from gguf_trim.prove import prove
@@ -69,6 +69,10 @@ def prepare(
     """
     target, drafter = files_of(model, target, drafter)
     arch = MTP if isinstance(drafter, OwnBlock) else GGUFFile(drafter).architecture
+    if arch == DFLASH:
+        raise FileFormatError(f"{drafter}: is a DFlash drafter, which is cut but not run here; use `trim`")
+    if arch == MTP and requant not in (None, NONE):
+        raise TrimError(f"{target}: rows for its MTP block stay in its type; leave --requant (make's REQUANT=) out")
     state_fed = arch in (*STATE_FED, MTP, ASSISTANT)
     if state_fed and arch != ASSISTANT:
         requant = requant or NONE  # one layer: another type can save little

@@ -304,7 +304,10 @@ class Context(SequenceContext):
         if to < self._checkpoint:
             self._forget_checkpoint()
         if from_batch or not to:
-            return super().rewind(to)
+            if super().rewind(to) < to:  # llama.cpp refused, and all is forgotten
+                self._copies = {}
+                self._forget_checkpoint()
+            return self.n_past
         with interruptible():
             if to == self._checkpoint:
                 llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)

@@ -25,6 +25,7 @@ from llamabase.llama.ggml import Backend, Product, Table
 from llamabase.llama.timing import VERIFY, Step, by_turns, decode_step, medians, timed
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
+from runner.loop.engine import Engine
 from runner.options import FULL, Models
 
 from .modes import CUT, Files, Mode, named, names_of, open_modes
@@ -73,8 +74,8 @@ def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
     kinds = CUT if len(trims) == 1 and Speculator.of(Trimmed.open(trims[0])) is not None else CUT[:1]
     engine = replace(models, target=files.target, draft=None, n_ctx=512).open()
     with engine, open_modes(names_of([FULL, *kinds], files), files, engine, models, 1) as modes:
-        steps = {mode.name: _drafting(mode, engine.model.n_vocab) for mode in modes}
-        steps |= {mode.name + ROUND_OF: _drafting(mode, engine.model.n_vocab, ROUND) for mode in modes}
+        steps = {mode.name: _drafting(mode, engine) for mode in modes}
+        steps |= {mode.name + ROUND_OF: _drafting(mode, engine, ROUND) for mode in modes}
         steps |= _heads(files.full, files, models.n_threads)
         n_bytes = step_bytes(GGUFFile(files.target))
         steps |= {
@@ -88,13 +89,21 @@ def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
         }
 
 
-def _drafting(mode: Mode, n_vocab: int, n_drafts: int = 1) -> BenchStep:
+def _drafting(mode: Mode, engine: Engine, n_drafts: int = 1) -> BenchStep:
     """A round of drafts after a random text. Before it, untimed, a round after all but the last token has fallen."""
+    n_vocab, target = engine.model.n_vocab, engine.reader
     text, noise = np.random.default_rng(1).integers(n_vocab // 8, n_vocab // 2, N_TEXT).tolist(), Noise(0)
 
+    def read(part: list[int]) -> None:
+        if engine.context.recorders:  # the drafter reads the target's states of it
+            target.settle()
+            target.read_prompt(part)
+
     def prepare() -> None:
+        read(text[:-1])
         mode.drafter.prepare(text[:-1], 0)
         mode.drafter.draft(text[:-1], n_drafts, GREEDY, noise)
+        read(text)
 
     step = timed(lambda: mode.drafter.draft(text, n_drafts, GREEDY, noise))
     base = FULL if n_drafts == 1 else mode.name

@@ -27,7 +27,7 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.calibrate import TeacherForced
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.prove import prove
-from llamabase.errors import EngineError
+from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import COPIES, F32, Cache, Context
@@ -615,6 +615,24 @@ def test_a_rounded_cache_and_a_small_context(files, plain, kind: str) -> None:
             text, accepted = text_of(engine, GREEDY, 3)
             assert text == plain(kind, "greedy") or "cache" in more
             assert sum(accepted) >= 0.6 * len(accepted) > 10
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("full_attention_interval", 0, "full_attention_interval is not a number of layers"),
+        ("rope.dimension_count", 63, "that 63 of the 64 numbers of a head are rotated"),
+        ("rope.dimension_count", 1 << 20, "that 1048576 of the 64 numbers of a head are rotated"),
+        ("ssm.inner_size", 128, "that its 4 recurrent heads of 64 numbers have 128 in all"),
+    ],
+)
+def test_numbers_that_would_end_the_process_are_refused(files, tmp_path: Path, key: str, value: int, said: str) -> None:
+    file = GGUFFile(files("qwen35"))
+    data = bytearray(file.path.read_bytes())
+    np.frombuffer(data, "<u4", 1, file.fields[f"qwen35.{key}"].value)[:] = value
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(FileFormatError, match=rf"bad\.gguf: .*{said}"):
+        Engine(LoadOptions(tmp_path / "bad.gguf", n_ctx=64))
 
 
 @pytest.mark.parametrize("kind", TARGETS)

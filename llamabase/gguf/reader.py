@@ -32,6 +32,7 @@ _MOST_LAYERS = 512  # LLAMA_MAX_LAYERS, and LLAMA_MAX_EXPERTS
 # Types of whole numbers, and those that only intermediate sums have.
 _NO_WEIGHTS = {GGMLQuantizationType[name] for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")}
 _REDUCED = ("eagle3", "dflash")  # architectures of which llama.cpp reads a head with rows for some tokens only
+_DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
 _WEIGHT = re.compile(
     r"(token_embd|output|nextn\.\w+_projection|blk\.\d+\.(attn_\w+|ffn_(gate|up|down)(_exps|_shexp)?))\.weight"
 )
@@ -266,6 +267,7 @@ class GGUFFile:
             )
         if not 0 <= used <= experts <= _MOST_LAYERS or (experts > 0) != (used > 0):
             raise self._bad(f"it says that it has {experts} experts, of which it uses {used}")
+        self._require_computable_heads()
         for name, tensor in self.tensors.items():
             if tensor.type in _NO_WEIGHTS and _WEIGHT.fullmatch(name):
                 raise self._bad(f"its {name} is {tensor.type.name}, which no weight can be")
@@ -274,6 +276,22 @@ class GGUFFile:
                 epsilon = self.get(key)
                 if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
                     raise self._bad(f"its {key} is {epsilon}, which no norm can use")
+
+    def _require_computable_heads(self) -> None:
+        """Raise FileFormatError for parts to rotate that no head has, and for delta nets that cannot be computed."""
+        arch = self.architecture
+        rotated, size = (self.get(f"{arch}.{key}") for key in ("rope.dimension_count", "attention.key_length"))
+        if isinstance(rotated, int) and isinstance(size, int) and (rotated % 2 or rotated > size):
+            raise self._bad(f"it says that {rotated} of the {size} numbers of a head are rotated")
+        if arch not in _DELTA_NETS:
+            return
+        if self.integer(f"{arch}.full_attention_interval", 1) < 1:
+            raise self._bad(f"its {arch}.full_attention_interval is not a number of layers")
+        inner, state, n_heads = (
+            self.integer(f"{arch}.ssm.{key}", 0) for key in ("inner_size", "state_size", "time_step_rank")
+        )
+        if inner != state * n_heads:
+            raise self._bad(f"it says that its {n_heads} recurrent heads of {state} numbers have {inner} in all")
 
     @cached_property
     def architecture(self) -> str:

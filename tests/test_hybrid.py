@@ -50,7 +50,7 @@ from .test_draft_model import llama, say
 from .test_soak import own_memory
 from .toy import write_model
 
-QUICK = ("qwen35", "lfm2", "mamba2")
+QUICK = ("qwen35", "lfm2")
 # Rows cannot be added to these: llama.cpp gives hidden states or logits, not both, or it scales the logits.
 NO_ROWS = ("lfm2", "lfm2moe", "granitehybrid")
 KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in TOYS]

@@ -353,7 +353,7 @@ def test_a_target_that_records_nothing_is_refused(heads, tmp_path: Path, archite
 def test_a_head_is_no_target_and_hangs_on_no_other_program(heads) -> None:
     from runner import TrimmedDraft
 
-    with pytest.raises(EngineError, match="is a drafter that reads its target.s states and cannot be the target"):
+    with pytest.raises(EngineError, match="states and cannot be the target; give it as the drafter"):
         Engine(LoadOptions(heads["whole"]))
     with pytest.raises((FileFormatError, EngineError), match="is fed its target's states"):
         TrimmedDraft(heads["own embeddings"], target=heads["target"])

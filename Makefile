@@ -75,14 +75,14 @@ chat: $(STAMP)  ## Talk to a pair: MODEL=name, or TARGET=path DRAFTER=path
 	$(RUN) runner.chat $(PAIR)
 
 bench: $(STAMP)  ## Every way to decode, by turns, on all tasks of Spec-Bench (or bundled prompts); under 15 minutes
-	$(RUN) runner.bench run --model $(call quote,$(MODEL)) --limit 12 -n 48 \
+	$(RUN) runner.bench run $(PAIR) --limit 12 -n 48 \
 	  -o $(call quote,$(MODEL)-bench.json) --plot $(call quote,$(MODEL)-bench.png)
 
 steps: $(STAMP)  ## Time single steps: drafting by what is drafted from, verifying by batch size
-	$(RUN) runner.bench steps --model $(call quote,$(MODEL))
+	$(RUN) runner.bench steps $(PAIR)
 
 exact: $(STAMP)  ## Check token by token that the output is the target's (20 prompts, about 10 minutes)
-	$(RUN) runner.exact --model $(call quote,$(MODEL))
+	$(RUN) runner.exact $(PAIR)
 
 clean:  ## Remove .venv and caches of the tools (models stay in the cache folder)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -276,7 +276,8 @@ def _same_bytes(copy: _Copy) -> list[str]:
     count = x.shape[-1]
     wanted = np.arange(count) if copy.rows is None else copy.rows
     if y.type != x.type or y.shape != (*x.shape[:-1], len(wanted)):
-        return [f"{path}: {y.name} is {y.type.name} {list(y.shape)}, not {len(wanted)} rows of {x.type.name}"]
+        other = "; verify the cut before it is requantised" if y.type != x.type else ""
+        return [f"{path}: {y.name} is {y.type.name} {list(y.shape)}, not {len(wanted)} rows of {x.type.name}{other}"]
     row_bytes = x.n_bytes // count
     source = np.memmap(copy.source.path, np.uint8, "r", x.offset, (count, row_bytes))
     result = np.memmap(path, np.uint8, "r", y.offset, (len(wanted), row_bytes))

@@ -47,6 +47,7 @@ from .conftest import keep_spread, with_speculator
 from .hybrid_toys import TOYS, write_hybrid
 from .test_draft_model import Watched as WatchedDraft
 from .test_draft_model import llama, say
+from .test_mrope import text_of
 from .test_soak import own_memory
 from .toy import write_model
 
@@ -109,7 +110,6 @@ def test_a_cut_is_its_source_bit_for_bit(tmp_path: Path, kind: str) -> None:
             assert found.positions > 100 and found.logit_range is not None and found.logit_range > 1
 
 
-PROMPT = "tea and tea and the sea and tea and the"
 LIKELY = dict.fromkeys((97, 101, 116, 104, 32), 60.0)  # so likely that some drafts stand by chance
 SAMPLINGS = {"greedy": GREEDY, "sampled": Sampling(temp=3.0, top_k=4, top_p=1, min_p=0, logit_bias=LIKELY)}
 TARGETS = ("qwen35", "lfm2", "falcon-h1")
@@ -131,14 +131,6 @@ def plain(files: Callable[[str], Path]) -> Iterator[Callable[[str, str], list[in
     yield get
     for engine in engines.values():
         engine.close()
-
-
-def text_of(engine: Engine, sampling: Sampling, draft_max: int) -> tuple[list[int], list[bool]]:
-    """Forty tokens, and of every draft whether it was accepted."""
-    prompt = engine.model.tokenize(PROMPT)
-    rounds = list(engine.rounds(prompt, sampling, max_tokens=40, draft_max=draft_max, seed=3))
-    accepted = [i < found.accepted for found in rounds for i in range(len(found.drafted))]
-    return [token for found in rounds for token in found.tokens], accepted
 
 
 PAIRS = [("llama", kind) for kind in TOYS] + [(kind, kind) for kind in TARGETS]

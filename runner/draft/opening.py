@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -81,8 +82,7 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = None if trimmed is None else _dynamic(options, trimmed, len(target))
     with _closed_on_failure() as opened:
-        model = loaded or opened.enter_context(Model(file.path, options.n_gpu_layers))
-        owned = None if loaded else model
+        model, owned = _model(opened, options, file.path, loaded)
         outputs = HIDDEN_ROWS if dynamic else 1
         context = Context(model, options.n_ctx, options.n_threads, n_outputs=outputs, cache=options.cache)
         opened.enter_context(context)
@@ -113,19 +113,17 @@ def _open_state_fed(
     options: DraftOptions, head: Eagle3Head, target: Vocabulary, target_context: Context | None, loaded: Model | None
 ) -> ModelDrafter:
     path = head.file.path
-    if target_context is None:
-        raise EngineError(f"{path}: is fed its target's states, which only this runner gives it")
-    target_file = GGUFFile(target_context.model.path)
+    fed_by = _required(target_context, path)
+    target_file = GGUFFile(fed_by.model.path)
     head.require_target(target_file, target)
-    recorded = Recorded.of(target_context, target_file.architecture, head.layers)
+    recorded = Recorded.of(fed_by, target_file.architecture, head.layers)
     # Only rows beyond the kept ones need the companion.
     whole = "gguf_trim.d2t" not in head.file.fields or options.vocab == "trim"
     whole = whole or (options.vocab == AUTO and not companion_of(path).exists())
     dynamic = None if whole else _dynamic(options, Trimmed.open(path), len(target))
     with _closed_on_failure() as opened:
-        model = loaded or opened.enter_context(Model(path, options.n_gpu_layers))
-        owned = None if loaded else model
-        context = PairContext(model, target_context.n_ctx, options.n_threads, target_context)
+        model, owned = _model(opened, options, path, loaded)
+        context = PairContext(model, fed_by.n_ctx, options.n_threads, fed_by)
         reading = StateFedReading(opened.enter_context(context), recorded, head)
         return ModelDrafter(reading, reading.ids, dynamic, owned)
 
@@ -135,32 +133,34 @@ def _open_block(
 ) -> ModelDrafter:
     """An MTP block in a file beside its target's, with llama.cpp's head."""
     path = block.file.path
-    if target_context is None:
-        raise EngineError(f"{path}: is fed its target's states, which only this runner gives it")
-    block.require_target(GGUFFile(target_context.model.path), target)
+    fed_by = _required(target_context, path)
+    block.require_target(GGUFFile(fed_by.model.path), target)
     with _closed_on_failure() as opened:
-        model = loaded or opened.enter_context(Model(path, options.n_gpu_layers))
-        context = PairContext(model, target_context.n_ctx, options.n_threads, mtp=True, cache=options.cache)
-        reading = StateFedReading(opened.enter_context(context), Recorded.of(target_context), block)
-        return ModelDrafter(reading, owned=None if loaded else model)
+        model, owned = _model(opened, options, path, loaded)
+        context = PairContext(model, fed_by.n_ctx, options.n_threads, mtp=True, cache=options.cache)
+        reading = StateFedReading(opened.enter_context(context), Recorded.of(fed_by), block)
+        return ModelDrafter(reading, owned=owned)
 
 
 def _open_assistant(
-    options: DraftOptions, assistant: Assistant, target: Vocabulary, fed_by: Context | None, loaded: Model | None
+    options: DraftOptions,
+    assistant: Assistant,
+    target: Vocabulary,
+    target_context: Context | None,
+    loaded: Model | None,
 ) -> ModelDrafter:
     path = assistant.file.path
-    if fed_by is None:
-        raise EngineError(f"{path}: is fed its target's states, which only this runner gives it")
+    fed_by = _required(target_context, path)
     assistant.require_target(GGUFFile(fed_by.model.path), target)
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in assistant.file.fields else None
     dynamic = None if trimmed is None else _dynamic(options, trimmed, len(target))
     with _closed_on_failure() as opened:
-        model = loaded or opened.enter_context(Model(path, options.n_gpu_layers))
+        model, owned = _model(opened, options, path, loaded)
         recorded = Recorded.of(fed_by)
         steps = AssistantSteps(model, fed_by, options.n_threads, trimmed)
         opened.enter_context(steps.context)
         reading = AssistantReading(steps, recorded, fed_by)
-        return ModelDrafter(reading, None if trimmed is None else trimmed.d2t, dynamic, None if loaded else model)
+        return ModelDrafter(reading, None if trimmed is None else trimmed.d2t, dynamic, owned)
 
 
 def _open_mtp(
@@ -185,6 +185,22 @@ def _open_mtp(
         )
     context = PairContext(model, n_ctx, n_threads, mtp=True, head=False, cache=options.cache)
     return ModelDrafter(StateFedReading(context, recorded, block, rows), trimmed.d2t, dynamic)
+
+
+def _required(target_context: Context | None, path: Path) -> Context:
+    if target_context is None:
+        raise EngineError(f"{path}: is fed its target's states, which only this runner gives it")
+    return target_context
+
+
+def _model(
+    opened: contextlib.ExitStack, options: DraftOptions, path: Path, loaded: Model | None
+) -> tuple[Model, Model | None]:
+    """A drafter's model, and the same if the drafter owns it: one that is not loaded yet."""
+    if loaded is not None:
+        return loaded, None
+    model = opened.enter_context(Model(path, options.n_gpu_layers))
+    return model, model
 
 
 @contextlib.contextmanager

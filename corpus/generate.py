@@ -18,7 +18,7 @@ from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import ParallelContext
+from llamabase.llama.context import ContextParams, ParallelContext
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.chain import Chain
@@ -128,7 +128,7 @@ def generate(
     total, started = 0, time.perf_counter()
     try:
         with (
-            ParallelContext(model, n_ctx, n_parallel, n_threads) as context,
+            ParallelContext(model, n_ctx, n_parallel, ContextParams(n_threads)) as context,
             open(out, "a", encoding="utf-8") as lines,
             progress("answering", len(prompts), "prompts") as advance,
         ):

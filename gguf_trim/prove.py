@@ -23,7 +23,7 @@ from llamabase.files import CHUNK
 from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary, require_same
-from llamabase.llama.context import Context
+from llamabase.llama.context import CONTEXT_DEFAULTS, Context
 from llamabase.llama.model import Model
 from llamabase.llama.states import PairContext
 
@@ -167,7 +167,7 @@ def _assistant(cut: Trimmed, whole: Assistant, target: Path | None) -> _Claim:
             for trimmed in (None, cut):
                 file = whole.file if trimmed is None else cut.file
                 with Model(file.path) as drafter:
-                    steps = AssistantSteps(drafter, context, None, trimmed)
+                    steps = AssistantSteps(drafter, context, CONTEXT_DEFAULTS, trimmed)
                     with steps.context:
                         context.decode(tokens, 0)
                         ids = cut.d2t if trimmed is None else slice(None)
@@ -216,7 +216,10 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
                 if original.architecture == DFLASH:
                     made.append(_first_drafts(path, tokens, other)[:, cut.d2t])
                     continue
-                with Model(path) as model, PairContext(model, PAIRS + 8, None, other, n_outputs=PAIRS) as context:
+                with (
+                    Model(path) as model,
+                    PairContext(model, PAIRS + 8, other=other, n_outputs=PAIRS) as context,
+                ):
                     made.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())
         return made[0], made[1]
 
@@ -244,7 +247,7 @@ def _mtp(cut: Trimmed, block: MtpBlock) -> _Claim:
 
     def logits() -> tuple[np.ndarray, np.ndarray]:
         rows, expected, made = kept_rows(cut.file), [], []
-        with Model(block.file.path) as model, PairContext(model, PAIRS + 8, None, mtp=True) as context:
+        with Model(block.file.path) as model, PairContext(model, PAIRS + 8, mtp=True) as context:
             # One at a time, as drafts are.
             for token, state in zip(*_random_pairs(block.n_vocab, block.n_embd), strict=True):
                 logits, after = context.pairs([token], state[None], True)

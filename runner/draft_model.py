@@ -20,7 +20,9 @@ from gguf_trim.format.companion import Trimmed
 from llamabase.errors import EngineError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.context import ContextParams
 from llamabase.llama.library import Closing
+from llamabase.llama.model import ModelParams
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from runner.draft.contracts import AUTO
@@ -59,7 +61,7 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
         self._path, self.num_pred_tokens = Path(path), num_pred_tokens
         vocabulary = self._own_vocabulary() if target is None else Vocabulary(GGUFFile(target))
         self._n_ids = len(vocabulary)
-        options = DraftOptions(self._path, n_ctx, n_threads, n_gpu_layers, vocab)
+        options = DraftOptions(self._path, n_ctx, vocab, ModelParams(n_gpu_layers), ContextParams(n_threads))
         self._drafter: ModelDrafter | None = open_drafter(options, vocabulary)
         self._settled = True
 

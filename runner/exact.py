@@ -233,7 +233,7 @@ def main(
     chosen, pair, results = spread(load_prompts(prompts), limit), models(), []
     with pair.open() as engine:
         context = Context(
-            engine.model, engine.context.n_ctx, pair.n_threads, n_outputs=max_tokens, cache=pair.cache, rewinds=REWINDS
+            engine.model, engine.context.n_ctx, replace(pair.context_params, n_batch=MOST), max_tokens, REWINDS
         )
         with context, progress("checking", len(chosen), "prompts") as advance:
             for prompt in chosen:

@@ -21,6 +21,7 @@ from llamabase.cli.progress import step
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
 from llamabase.llama.context import CACHE_TYPES, Cache
+from llamabase.llama.model import LOAD_MODES, SPLIT_MODES
 from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
@@ -121,6 +122,80 @@ def _layers_option(*flags: str, help: str) -> Callable[[Any], Any]:
     return click.option(*flags, name, type=_layers, metavar="N|all|auto", help=help)
 
 
+def _placing_options() -> list[Callable[..., Any]]:
+    """Where the weights go and how they are loaded: the target's, and the drafter's variants that llama.cpp has."""
+    devices: dict[str, Any] = {"metavar": "NAME,...", "type": str}
+    overrides: dict[str, Any] = {"metavar": "PATTERN=BUFFER,...", "multiple": True}
+    layers: dict[str, Any] = {"metavar": "N", "type": click.IntRange(0), "default": 0}
+    return [
+        click.option("-dev", "--device", **devices, help="Devices that take layers; none: the CPU.  [default: all]"),
+        click.option(
+            *("-devd", "--device-draft", "--spec-draft-device"), **devices, help="The drafter's.  [default: --device]"
+        ),
+        click.option(
+            *("-sm", "--split-mode"),
+            type=click.Choice([*SPLIT_MODES]),
+            default="layer",
+            show_default=True,
+            help="How several devices share a model.",
+        ),
+        click.option(
+            "-ts", "--tensor-split", type=_shares, metavar="N0,N1,...", default="", help="Each device's share."
+        ),
+        click.option(
+            *("-mg", "--main-gpu"),
+            type=click.IntRange(-1),
+            default=0,
+            show_default=True,
+            help="The device that takes all of it, with --split-mode none.",
+        ),
+        click.option("-ot", "--override-tensor", **overrides, help="Memory for tensors of these names: exps=CPU."),
+        click.option(
+            *("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"), **overrides, help="The drafter's."
+        ),
+        click.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts on the CPU."),
+        click.option(*("-cmoed", "--cpu-moe-draft", "--spec-draft-cpu-moe"), is_flag=True, help="The drafter's."),
+        click.option("-ncmoe", "--n-cpu-moe", **layers, help="Keep those of the first N layers there."),
+        click.option(
+            *("-ncmoed", "--n-cpu-moe-draft", "--spec-draft-n-cpu-moe", "--spec-draft-ncmoe"),
+            **layers,
+            help="The drafter's.",
+        ),
+        click.option(
+            *("-lm", "--load-mode"),
+            type=click.Choice([*LOAD_MODES]),
+            default="auto",
+            show_default=True,
+            help="How weights come into memory.",
+        ),
+        click.option("--mmap/--no-mmap", default=None, help="The same in llama.cpp's older words."),
+        click.option("--mlock", is_flag=True, help="The same; beside --mmap or --no-mmap."),
+    ]
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """--tensor-split, with commas or slashes as in llama.cpp."""
+    try:
+        return tuple(map(float, filter(None, re.split(r"[,/]+", text))))
+    except ValueError:
+        raise click.BadParameter(f"{text} is not a list of proportions, such as 3,1") from None
+
+
+def _placed(others: dict[str, Any]) -> dict[str, Any]:
+    """The fields of LoadOptions for the flags that do not have their form."""
+    placed: dict[str, Any] = {}
+    for which in ("", "_draft"):
+        if others.pop(f"cpu_moe{which}"):
+            placed[f"n_cpu_moe{which}"] = -1
+        placed[f"override_tensor{which}"] = ",".join(others.pop(f"override_tensor{which}"))
+    mmap, mlock = others.pop("mmap"), others.pop("mlock")
+    if mmap is not None or mlock:
+        if others["load_mode"] != "auto":
+            raise click.UsageError("give --load-mode, or --mmap, --no-mmap and --mlock, not both")
+        placed["load_mode"] = "+".join(["mmap"] * (mmap is not False) + ["mlock"] * mlock) or "none"
+    return placed
+
+
 def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
     """--cache-type-k and -v of one of the two models."""
     return [
@@ -145,7 +220,6 @@ _UNLIKE = {
     ),
     ("--spec-draft-n-min", "--draft-min", "--draft-n-min"): "a round drafts as few tokens as pay, down to none",
     ("--spec-type",): "the file given as --model-draft says what kind of drafter it is",
-    ("--spec-draft-device", "-devd", "--device-draft"): "both models run on the same devices",
 }
 
 
@@ -178,6 +252,7 @@ def model_options(command: Any) -> Any:
         *("-ngld", "--n-gpu-layers-draft", "--gpu-layers-draft", "--spec-draft-ngl"),
         help="The drafter's.  [default: --n-gpu-layers]",
     )
+    @_options(*_placing_options())
     @THREADS
     @click.option(
         *("-td", "--threads-draft", "--spec-draft-threads", "n_threads_draft"),
@@ -191,6 +266,26 @@ def model_options(command: Any) -> Any:
         default="4096",
         show_default=True,
         help="Tokens of context; 0: as many as the model was trained on.",
+    )
+    @click.option(
+        *("-b", "--batch-size", "n_batch"),
+        type=click.IntRange(1),
+        metavar="N",
+        help="Most tokens of a call.  [default: --ubatch-size]",
+    )
+    @click.option(
+        *("-ub", "--ubatch-size", "n_ubatch"),
+        type=click.IntRange(1),
+        metavar="N",
+        default=512,
+        show_default=True,
+        help="Most tokens that are computed together.",
+    )
+    @click.option(
+        *("-kvo/-nkvo", "--kv-offload/--no-kv-offload", "offload_kqv"),
+        default=True,
+        show_default=True,
+        help="Keep the KV cache of a device's layers there.",
     )
     @click.option(
         *("-fa", "--flash-attn"),
@@ -219,7 +314,8 @@ def model_options(command: Any) -> Any:
     def with_models(
         model: str | None, target: Path | None, draft: DrafterSource | None, flash_attn: bool | None, **others: Any
     ) -> Any:
-        loading = {field: others.pop(field) for field in LOADING if field in others}
+        placed = _placed(others)
+        loading = {field: others.pop(field) for field in LOADING if field in others} | placed
         loading["n_threads"] = others.pop("threads")
         for whose in ("", "_draft"):
             keys, values = (others.pop(f"cache_type_{letter}{whose}") for letter in "kv")
@@ -232,13 +328,18 @@ def model_options(command: Any) -> Any:
         if full and target is not None:
             raise click.UsageError("--vocab full is for a --model; with --target give the uncut drafter as --draft")
 
+        try:
+            unfound = Models(target or Path(), draft, **loading)
+        except SettingError as error:
+            raise click.UsageError(str(error)) from error
+
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
             if (given := instead or target) is not None:
-                return Models(given, None if instead else draft, **loading)
+                return replace(unfound, target=given, draft=None if instead else draft)
             prepared = prepare(model or DEFAULT_MODEL)
             drafter = prepared.drafter if full else prepared.trimmed
-            return Models(prepared.target, drafter, prepared=prepared, **loading)
+            return replace(unfound, target=prepared.target, draft=drafter, prepared=prepared)
 
         return command(models=find, **others)
 

@@ -27,7 +27,7 @@ from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile, Tensor, bytes_of
 from llamabase.gguf.writer import Output, Piece, field
-from llamabase.llama.context import Cache, Context
+from llamabase.llama.context import Cache, Context, ContextParams
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
 from llamabase.sampling.noise import Noise
@@ -359,7 +359,7 @@ def test_another_assistant_may_open_at_any_time(engines, files) -> None:
 
 def test_exact_finds_nothing(engines) -> None:
     engine = engines("spec")
-    with Context(engine.model, 256, 1, n_outputs=32, cache=F32) as context:
+    with Context(engine.model, 256, ContextParams(1, cache=F32), n_outputs=32) as context:
         for law in (Law(), Law(SAMPLED, 3)):
             found = check_prompt(engine, context, "p", engine.model.tokenize(PROMPT), 24, 3, law)
             assert (found.replay_faults, found.parts_at) == (0, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamabase.llama.context import F32, Cache, Context
+from llamabase.llama.context import F32, Cache, Context, ContextParams
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import GREEDY
 from runner.draft.reading import AHEAD
@@ -64,8 +64,8 @@ def test_a_cache_in_f32_is_read_in_f32(toys: dict[str, Path]) -> None:
     """So one token at a time has the logits of many at once, on any processor, and no text parts at a near-tie."""
     ids = list(range(20, 60))
     with Model(toys["target"]) as model:
-        with Context(model, 64, n_outputs=40, cache=F32) as context:
+        with Context(model, 64, ContextParams(cache=F32), n_outputs=40) as context:
             together = context.decode(ids, 40).copy()
-        with Context(model, 64, cache=F32) as context:
+        with Context(model, 64, ContextParams(cache=F32)) as context:
             alone = np.concatenate([context.decode([token]).copy() for token in ids])
     assert np.abs(together - alone).max() < 1e-5 * np.ptp(together)

@@ -18,7 +18,7 @@ from gguf_trim.format.state_fed import Eagle3Head
 from gguf_trim.prove import _first_drafts, prove
 from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.library import floats
 from llamabase.llama.model import Model
 from llamabase.llama.states import _experimental
@@ -71,7 +71,7 @@ def test_a_cut_dspark_block_goes_on_as_its_source_does_while_that_drafts_kept_to
     assert prove(cut, path).ok
     kept, blocks = Eagle3Head.of(GGUFFile(cut)).ids, []
     for file in (path, cut):
-        with Model(file) as model, Context(model, 32, 1, n_outputs=4) as context:
+        with Model(file) as model, Context(model, 32, ContextParams(1), n_outputs=4) as context:
             made = []
             for token in range(40):
                 context.truncate(0)
@@ -96,9 +96,9 @@ def test_a_cut_dflash2_chooses_among_kept_tokens(tmp_path: Path) -> None:
     write_dflash(path, "selector", own_embeddings=True, tokens=True)
     write(lay_out(path, rows(64)), cut)
     kept, library = Eagle3Head.of(GGUFFile(cut)).ids, _experimental()
-    with Model(path) as model, Context(model, 32, 1, n_outputs=4) as context:
+    with Model(path) as model, Context(model, 32, ContextParams(1), n_outputs=4) as context:
         whole = context.decode([7, 1, 1, 1], 4).copy()
-    with Model(cut) as model, Context(model, 32, 1, n_outputs=4) as context:
+    with Model(cut) as model, Context(model, 32, ContextParams(1), n_outputs=4) as context:
         library["llama_set_embeddings_nextn"](context.handle, True, False)
         context.decode([7, 1, 1, 1], 4)
         lattice = floats(library["llama_get_embeddings_nextn"](context.handle), 4, model.n_embd)

@@ -30,7 +30,7 @@ from gguf_trim.prove import prove
 from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import COPIES, F32, Cache, Context
+from llamabase.llama.context import COPIES, F32, Cache, Context, ContextParams
 from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY, Sampling
@@ -88,7 +88,7 @@ def vocabs_of(kind: str) -> list[str]:
 def test_a_toy_remembers_what_it_read_and_stays_in_range(files: Callable[[str], Path], kind: str) -> None:
     """Logits hang on the token before the last one, and are as large after 400 tokens as after 10."""
     text = np.random.default_rng(0).integers(0, 600, 400).tolist()
-    with Model(files(kind)) as model, Context(model, 512, 1, n_outputs=400, cache=F32) as context:
+    with Model(files(kind)) as model, Context(model, 512, ContextParams(1, cache=F32), n_outputs=400) as context:
         assert model.recurrent
         logits = context.decode(text, 400).copy()
         context.truncate(0)
@@ -168,7 +168,7 @@ def test_rows_that_cannot_be_added_are_refused_or_left_out(files, kind: str) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_drafter_makes_of_answers_is_its_own(files, kind: str) -> None:
     """Of LFM2, llama.cpp gives no logits beside the hidden states: the head is multiplied here."""
-    with Model(files(kind)) as model, Context(model, 64, 1, n_outputs=64) as context:
+    with Model(files(kind)) as model, Context(model, 64, ContextParams(1), n_outputs=64) as context:
         text = list(range(100, 130))
         for _ in range(6):
             text.append(int(context.decode(text[context.n_past :], 1)[0].argmax()))
@@ -202,7 +202,7 @@ class Bench:
     """Opens drafters over one model, fresh ones at will."""
 
     def __init__(self, path: Path, n_ctx: int = 256, vocab: str = "auto", cache: Cache = F32) -> None:
-        self._options = DraftOptions(path, n_ctx, 1, vocab=vocab, cache=cache)
+        self._options = DraftOptions(path, n_ctx, vocab, how=ContextParams(1, cache))
         file = GGUFFile(path)
         self._vocabulary = Trimmed.open(path).vocabulary if "gguf_trim.d2t" in file.fields else Vocabulary(file)
         self.model = Model(path)
@@ -313,8 +313,8 @@ def test_a_cache_goes_back_to_where_it_says(benches, kind: str, steps, rewinds: 
     text: list[int] = []
     checkpoint, copies = 0, []
     with (
-        Context(model, 512, 1, n_batch=8, cache=F32, rewinds=rewinds) as used,
-        Context(model, 512, 1, cache=F32) as fresh,
+        Context(model, 512, ContextParams(1, n_batch=8, cache=F32), rewinds=rewinds) as used,
+        Context(model, 512, ContextParams(1, cache=F32)) as fresh,
     ):
         for what, n in [*steps, ("decode", 1)]:
             if what == "decode":

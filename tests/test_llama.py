@@ -14,7 +14,7 @@ import pytest
 from gguf_trim.format.companion import EmbeddingTable
 from llamabase.errors import EngineError, TrimError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.context import Context, ParallelContext
+from llamabase.llama.context import Context, ContextParams, ParallelContext
 from llamabase.llama.ggml import dequantizer
 from llamabase.llama.library import physical_cores
 from llamabase.llama.model import Model
@@ -42,7 +42,10 @@ def test_long_prompts_go_in_batches_with_the_same_result(toys) -> None:
     """Rows asked for come from the end, however the prompt was cut into batches."""
     with Model(toys["target"]) as model:
         ids = (model.tokenize("the king and the sea ") * 20)[:100]
-        with Context(model, 128, n_batch=128) as whole, Context(model, 128, n_batch=16) as pieces:
+        with (
+            Context(model, 128, ContextParams(n_batch=128)) as whole,
+            Context(model, 128, ContextParams(n_batch=16)) as pieces,
+        ):
             for outputs in (1, 5, 16):
                 whole.truncate(0), pieces.truncate(0)
                 a, b = whole.decode(ids, outputs), pieces.decode(ids, outputs)

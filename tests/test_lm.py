@@ -194,7 +194,7 @@ def test_the_drafters_own_threads(toys, monkeypatch) -> None:
     opened = []
 
     def noted(options, *others):
-        opened.append((options.n_ctx, options.n_threads, options.n_gpu_layers))
+        opened.append((options.n_ctx, options.how.n_threads, options.model.n_gpu_layers))
         return open_drafter(options, *others)
 
     monkeypatch.setattr(runner.loop.engine, "open_drafter", noted)

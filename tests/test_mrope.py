@@ -20,7 +20,7 @@ from gguf_trim.format.mtp import MtpBlock
 from gguf_trim.prove import prove
 from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import GREEDY, Sampling
 from runner import TrimmedDraft
@@ -76,7 +76,11 @@ def test_embeddings_and_ids_mix_in_any_pieces(
     """Pieces of any length, as embeddings or ids, some taken back, in batches of 8: the same logits as ids alone."""
     path, rng = files[kind], np.random.default_rng(seed)
     table = EmbeddingTable(GGUFFile(path), 3.0 if kind.startswith("granite") else 1.0)
-    with Model(path) as model, Context(model, 96, 1, n_batch=8) as by_id, Context(model, 96, 1, n_batch=8) as mixed:
+    with (
+        Model(path) as model,
+        Context(model, 96, ContextParams(1, n_batch=8)) as by_id,
+        Context(model, 96, ContextParams(1, n_batch=8)) as mixed,
+    ):
         for n, as_rows, back in pieces:
             ids = rng.integers(0, 600, n).tolist()
             expected = by_id.decode(ids, min(n, 3))
@@ -194,7 +198,7 @@ def test_what_llama_cpp_would_end_the_process_over_is_refused(tmp_path: Path) ->
     for file in (text, write_mtp(tmp_path / "glm4moe.gguf", "glm4moe")):
         with pytest.raises(FileFormatError, match=rf"{file.name}: architecture \w+ cannot be trimmed: .* embeddings"):
             lay_out(file, keep_spread(352))
-        with Model(file) as model, Context(model, 32, 1) as context:
+        with Model(file) as model, Context(model, 32, ContextParams(1)) as context:
             assert context.decode([1, 2, 3]).shape == (1, 600)  # of token ids it is a model like any other
     assert MtpBlock.of(GGUFFile(tmp_path / "glm4moe.gguf")).n_embd == N_EMBD
     vision = GGUFFile(write_mtp(tmp_path / "vision.gguf", "glm4moe", mrope=True))

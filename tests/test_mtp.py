@@ -31,7 +31,7 @@ from llamabase.errors import EngineError, FileFormatError, TrimError, Vocabulary
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.model import Model
 from llamabase.sampling.noise import Noise
 from runner.bench.__main__ import main as bench
@@ -156,8 +156,8 @@ def test_a_running_state_is_taken_back_or_read_anew(files) -> None:
     rng = np.random.default_rng(6)
     with (
         Model(files["qwen35"]) as model,
-        Context(model, 128, rewinds=4, cache=F32) as context,
-        Context(model, 128, cache=F32) as fresh,
+        Context(model, 128, ContextParams(cache=F32), rewinds=4) as context,
+        Context(model, 128, ContextParams(cache=F32)) as fresh,
     ):
         assert (context.recurrent, context.rewinds, fresh.rewinds) == (True, 4, 0)
         text: list[int] = []
@@ -183,7 +183,7 @@ def test_a_running_state_is_taken_back_or_read_anew(files) -> None:
 
 def test_an_interrupted_batch_is_not_gone_on_from(files, monkeypatch) -> None:
     """llama.cpp may have taken some of it in: its copies are of other tokens than is thought."""
-    with Model(files["qwen35"]) as model, Context(model, 64, rewinds=4, cache=F32) as context:
+    with Model(files["qwen35"]) as model, Context(model, 64, ContextParams(cache=F32), rewinds=4) as context:
         context.decode(list(range(100, 110)), 0)
         honest = context._decode
 
@@ -227,7 +227,7 @@ def test_another_conversation_and_back(engines, name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exact_finds_nothing(engines, name: str) -> None:
     engine = engines(name, "cut")
-    with Context(engine.model, 256, n_outputs=32, cache=F32, rewinds=7) as context:
+    with Context(engine.model, 256, ContextParams(cache=F32), n_outputs=32, rewinds=7) as context:
         for law in (Law(), Law(SAMPLINGS["few"], 3)):
             found = check_prompt(engine, context, "p", engine.model.tokenize(PROMPT), 24, 3, law)
             assert (found.replay_faults, found.parts_at) == (0, None)

@@ -106,7 +106,7 @@ def own(models: Models) -> tuple[int | None, int | None]:
     """The drafter's threads and layers on the GPU."""
     assert models.draft is not None
     options = models.of_drafter(models.draft, models.n_ctx)
-    return options.n_threads, options.n_gpu_layers
+    return options.how.n_threads, options.model.n_gpu_layers
 
 
 def test_the_models_in_llama_cpps_words() -> None:
@@ -210,7 +210,6 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         ),
         (["--draft-min", "1"], 2, "--spec-draft-n-min is not taken: a round drafts as few tokens as pay"),
         (["--spec-type", "draft"], 2, "--spec-type is not taken: the file given as --model-draft"),
-        (["-devd", "none"], 2, "is not taken: both models run on the same devices"),
         (["--dry-multiplier", "1", "--dry-allowed-length", "9" * 20, "-n", "1"], 0, "1 token,"),
         (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
         (["-j", "{"], 2, "the JSON schema is not JSON"),

@@ -29,7 +29,7 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama import states
-from llamabase.llama.context import F32, Context
+from llamabase.llama.context import F32, Context, ContextParams
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.bench.__main__ import main as bench
@@ -241,7 +241,7 @@ def test_interruptions_anywhere_leave_it_usable(engines, monkeypatch) -> None:
 
 def test_exact_finds_nothing(engines) -> None:
     engine = engines("whole")
-    with Context(engine.model, 256, n_outputs=32, cache=F32) as context:
+    with Context(engine.model, 256, ContextParams(cache=F32), n_outputs=32) as context:
         for law in (Law(), Law(SAMPLINGS["few"], 3)):
             found = check_prompt(engine, context, "p", engine.model.tokenize(PROMPT), 24, 3, law)
             assert (found.replay_faults, found.parts_at) == (0, None)
@@ -283,7 +283,7 @@ def test_five_hundred_turns_with_interruptions_and_openings(heads, engines, monk
         assert sum(len(round_.tokens) for round_ in rounds) == 12
         return replay(judge, prompt, rounds, Law(sampling, seed))
 
-    with Context(engine.model, 128, n_outputs=8, cache=F32) as judge:
+    with Context(engine.model, 128, ContextParams(cache=F32), n_outputs=8) as judge:
         for turn in range(500):
             text = " ".join(rng.choice(["tea", "the", "and", "sea", "in"], int(rng.integers(3, 20))))
             prompt, sampling = engine.model.tokenize(text), list(SAMPLINGS.values())[turn % 4]

@@ -45,7 +45,7 @@ from llamabase.gguf import reader, writer
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import Context, ParallelContext
+from llamabase.llama.context import Context, ContextParams, ParallelContext
 from llamabase.llama.library import floats
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
@@ -145,7 +145,7 @@ def make_texts(
     done: list[Text] = []
     with (
         Model(fast) as model,
-        ParallelContext(model, n_ctx, N_PARALLEL, threads, unified=False) as context,
+        ParallelContext(model, n_ctx, N_PARALLEL, ContextParams(threads), unified=False) as context,
     ):
         waiting = deque(
             text for text in beginnings(template, model, questions)[number - 1 :: of] if text.name not in made
@@ -530,7 +530,7 @@ def check(path: Path, head: Head, target: Target, file: GGUFFile, answers: list[
     with Model(file.path) as judge, Model(path) as model, Context(judge, n_ctx) as context:
         exported = Eagle3Head.of(GGUFFile(path))
         recorded = Recorded.of(context, file.architecture, exported.layers)
-        with PairContext(model, n_ctx, None, context) as pairs:
+        with PairContext(model, n_ctx, other=context) as pairs:
             for number, answer in enumerate(answers):
                 tokens = [*answer.prompt, *answer.answer]
                 context.truncate(0)

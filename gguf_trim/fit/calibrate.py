@@ -21,7 +21,7 @@ from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.ggml import Product
 from llamabase.llama.model import Model
 from llamabase.llama.states import PairContext, Recorded
@@ -62,7 +62,10 @@ def read_through(
     """
     file = GGUFFile(model_path)
     head = kept_rows(file, n_threads) if file.architecture in HIDDEN_ONLY else None
-    with Model(model_path) as model, Context(model, _longest(answers), n_threads, n_outputs=ROWS) as context:
+    with (
+        Model(model_path) as model,
+        Context(model, _longest(answers), ContextParams(n_threads), n_outputs=ROWS) as context,
+    ):
         last = model.n_vocab - 1  # which stands for the padding of a target's longer table, too
         inputs = trimmed.embeddings().rows if trimmed else lambda ids: np.minimum(ids, last)
         for n, answer in enumerate(answers):
@@ -96,15 +99,15 @@ def read_state_fed(
     longest, file = _longest(answers), GGUFFile(target)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(Model(target))
-        context = stack.enter_context(Context(model, longest, n_threads))
+        context = stack.enter_context(Context(model, longest, ContextParams(n_threads)))
         if isinstance(head, MtpBlock):
             recorded = Recorded.of(context)
-            pairs = PairContext(model, longest, n_threads, n_outputs=PAIR_ROWS, mtp=True, head=False)
+            pairs = PairContext(model, longest, ContextParams(n_threads), n_outputs=PAIR_ROWS, mtp=True, head=False)
         else:
             head.require_target(file, Vocabulary(file))
             recorded = Recorded.of(context, file.architecture, head.layers)
             own = stack.enter_context(Model(head.file.path))
-            pairs = PairContext(own, longest, n_threads, context, n_outputs=PAIR_ROWS)
+            pairs = PairContext(own, longest, ContextParams(n_threads), context, n_outputs=PAIR_ROWS)
         stack.enter_context(pairs)
         for n, answer in enumerate(answers):
             text, asked = [*answer.prompt, *answer.answer], len(answer.prompt)
@@ -134,8 +137,8 @@ def read_assistant(
     A draft attends to what comes before its token, so the target's cache forgets a text token by token from its end.
     """
     longest = _longest(answers)
-    with Model(target) as model, Context(model, longest, n_threads) as context, Model(drafter) as own:
-        recorded, steps = Recorded.of(context), AssistantSteps(own, context, n_threads, trimmed)
+    with Model(target) as model, Context(model, longest, ContextParams(n_threads)) as context, Model(drafter) as own:
+        recorded, steps = Recorded.of(context), AssistantSteps(own, context, ContextParams(n_threads), trimmed)
         with steps.context:
             for n, answer in enumerate(answers):
                 text, asked = [*answer.prompt, *answer.answer], len(answer.prompt)

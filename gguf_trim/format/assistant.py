@@ -20,7 +20,7 @@ from llamabase.errors import FileFormatError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT, EMBEDDING
 from llamabase.gguf.vocabulary import Vocabulary, require_same
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.ggml import Backend, Product, Table
 from llamabase.llama.model import Model
 from llamabase.llama.states import SharedPairContext
@@ -164,21 +164,25 @@ class AssistantSteps:
     hidden states, too (float32, n_embd). `trimmed` is the cut, or the one that `model` was requantised from.
     """
 
-    def __init__(self, model: Model, target: Context, n_threads: int | None, trimmed: Trimmed | None = None) -> None:
+    def __init__(self, model: Model, target: Context, how: ContextParams, trimmed: Trimmed | None = None) -> None:
         self._backend: Backend | None = None
         if trimmed is not None:
             cut, companion = Assistant.of(trimmed.file), trimmed.companion
             for name, shape in _shapes(cut.n_embd, cut.width).items():
                 if name not in companion.tensors or companion.tensors[name].shape != shape:
                     raise FileFormatError(f"{companion.path}: lacks the {name} of its assistant; trim that again")
-            self._backend, self._n_embd, self._inputs = Backend(n_threads), cut.n_embd, np.zeros((1, cut.width), "f4")
+            self._backend, self._n_embd, self._inputs = (
+                Backend(how.n_threads),
+                cut.n_embd,
+                np.zeros((1, cut.width), "f4"),
+            )
             self._pre, self._post = (
                 Product(self._backend, Table.of(companion, companion.tensors[name])) for name in (PRE, POST)
             )
             scale = trimmed.file.get("gguf_trim.embedding_scale")
             self._embeddings = EmbeddingTable(GGUFFile(target.model.path), scale)
         self._made = _NO_STATE
-        self.context = SharedPairContext(model, target, n_threads)
+        self.context = SharedPairContext(model, target, how)
 
     def begin(self, token: int, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(logits, hidden state) of the draft after `token`, which the target has not read, and its last state."""

@@ -19,7 +19,7 @@ from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from gguf_trim.keep import Keep
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
-from llamabase.llama.context import Context
+from llamabase.llama.context import CONTEXT_DEFAULTS, Context, ContextParams
 from llamabase.llama.ggml import Backend, Product, Table, aligned
 from llamabase.llama.model import Model
 from llamabase.llama.states import PairContext
@@ -98,7 +98,7 @@ def draft_step(stack: contextlib.ExitStack, path: Path, trimmed: Trimmed | None,
 def _state_fed_step(
     stack: contextlib.ExitStack, path: Path, head: Eagle3Head, target: Context, n_threads: int | None
 ) -> Step:
-    context = PairContext(stack.enter_context(Model(path)), N_CONTEXT + 32, n_threads, target)
+    context = PairContext(stack.enter_context(Model(path)), N_CONTEXT + 32, ContextParams(n_threads), target)
     stack.enter_context(context)
 
     def read(tokens: Sequence[int], outputs: int) -> object:
@@ -110,7 +110,7 @@ def _state_fed_step(
 
 def assistant_step(stack: contextlib.ExitStack, path: Path, trimmed: Trimmed, target: Context) -> Step:
     """A step of a trimmed assistant after N_CONTEXT tokens of its target, and what is multiplied around it."""
-    steps = AssistantSteps(stack.enter_context(Model(path)), target, None, trimmed)
+    steps = AssistantSteps(stack.enter_context(Model(path)), target, CONTEXT_DEFAULTS, trimmed)
     stack.enter_context(steps.context)
     state = np.ones(target.model.n_embd, np.float32)
 

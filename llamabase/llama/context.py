@@ -42,6 +42,24 @@ class Cache:
 
 
 F16, F32 = Cache(), Cache("f32", "f32")
+
+
+@dataclass(frozen=True)
+class ContextParams:
+    """How a context computes, in the words of llama.cpp's flags.
+
+    n_threads: None for one per physical core. n_ubatch: most tokens that are computed together. n_batch: most tokens of
+    a call, None for n_ubatch. offload_kqv: a device that holds a layer also holds its part of the KV cache.
+    """
+
+    n_threads: int | None = None
+    cache: Cache = F16
+    n_batch: int | None = None
+    n_ubatch: int = 512
+    offload_kqv: bool = True
+
+
+CONTEXT_DEFAULTS = ContextParams()
 COPIES = 3  # of a recurrent cache's state, each 50 MB for Qwen3.5-4B and 19 MB for Qwen3.5-0.8B
 _STATE_ONLY = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # without the keys and values of a hybrid cache
 
@@ -58,9 +76,10 @@ class Recorder(Protocol):
 class BaseContext(Owner):
     """What all contexts share: opening, computing and closing. `params`: further fields of llama_context_params.
 
-    n_ctx: tokens that fit. n_batch: most tokens of a batch. n_outputs: most rows of logits of a batch; llama.cpp
-    reserves n_outputs x n_vocab floats. seconds: wall time spent inside llama.cpp so far. go_on is called before every
-    batch and cancels the reading by returning False, so another thread can end the reading of a long prompt.
+    n_ctx: tokens that fit. n_batch: most tokens of a batch, of which n_ubatch are computed together. n_outputs: most
+    rows of logits of a batch; llama.cpp reserves n_outputs x n_vocab floats. seconds: wall time spent inside llama.cpp
+    so far. go_on is called before every batch and cancels the reading by returning False, so another thread can end the
+    reading of a long prompt.
 
     Raises EngineError, with llama.cpp's reason, if it cannot be opened; also if it is cancelled or used when closed.
     """
@@ -71,10 +90,8 @@ class BaseContext(Owner):
         self,
         model: Model,
         n_ctx: int,
-        n_threads: int | None,
+        how: ContextParams,
         n_outputs: int,
-        cache: Cache = F16,
-        n_batch: int = 512,
         **params: Any,
     ) -> None:
         if model.is_block_alone and params.get("ctx_type") != llama_cpp.LLAMA_CONTEXT_TYPE_MTP:
@@ -82,16 +99,18 @@ class BaseContext(Owner):
                 f"{model.path}: holds only the block for multi-token prediction of a model, not its layers; give it as "
                 "--draft beside the model"
             )
-        self.model, self.n_batch, self.n_outputs = model, min(n_batch, n_ctx), min(n_outputs, n_batch, n_ctx)
-        self.cache = cache
+        self.model, self.how, cache = model, how, how.cache
+        self.n_batch = min(how.n_batch or how.n_ubatch, n_ctx)
+        self.n_ubatch = min(how.n_ubatch, self.n_batch)
+        self.n_outputs = min(n_outputs, self.n_batch)
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = n_ctx
-        settings.n_batch = settings.n_ubatch = self.n_batch
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, self.n_batch, self.n_ubatch
         settings.type_k, settings.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
         if cache.flash is not None or cache == F32:
             settings.flash_attn_type = int(bool(cache.flash))  # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED 0
         settings.kv_unified = True
-        settings.n_threads = settings.n_threads_batch = n_threads or physical_cores()
+        settings.n_threads = settings.n_threads_batch = how.n_threads or physical_cores()
+        settings.offload_kqv = how.offload_kqv
         settings.swa_full = True  # a sliding window that forgets cannot be rewound
         settings.no_perf = True
         for name, value in params.items():
@@ -192,18 +211,16 @@ class Context(SequenceContext):
         self,
         model: Model,
         n_ctx: int,
-        n_threads: int | None = None,
-        n_batch: int = 512,
+        how: ContextParams = CONTEXT_DEFAULTS,
         n_outputs: int = 32,
-        cache: Cache = F16,
         rewinds: int = 0,
         other: Context | None = None,
     ) -> None:
-        # llama.cpp ends the process if its batches do not hold two tokens more.
-        kept = max(0, min(rewinds, n_batch - 2, n_ctx - 2))
+        # llama.cpp ends the process if it does not compute two tokens more together.
+        kept = max(0, min(rewinds, how.n_ubatch - 2, (how.n_batch or how.n_ubatch) - 2, n_ctx - 2))
         states: dict[str, Any] = {"n_seq_max": 2, "n_rs_seq": kept} if model.recurrent else {}
         target = None if other is None else other.handle
-        super().__init__(model, n_ctx, n_threads, n_outputs, cache, n_batch, ctx_other=target, **states)
+        super().__init__(model, n_ctx, how, n_outputs, ctx_other=target, **states)
         self.recurrent = model.recurrent
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
         self._oldest = 0  # the lowest position whose state is one of the last batch's that llama.cpp keeps
@@ -355,11 +372,10 @@ class ParallelContext(BaseContext):
         model: Model,
         n_ctx: int,
         n_parallel: int,
-        n_threads: int | None = None,
-        n_batch: int = 512,
+        how: ContextParams = CONTEXT_DEFAULTS,
         unified: bool = True,
     ) -> None:
-        super().__init__(model, n_ctx, n_threads, n_parallel, n_batch=n_batch, n_seq_max=n_parallel, kv_unified=unified)
+        super().__init__(model, n_ctx, how, n_parallel, n_seq_max=n_parallel, kv_unified=unified)
         self._ids = _Batch(self.n_batch)
 
     def decode_each(

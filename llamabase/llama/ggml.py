@@ -67,6 +67,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_get": (c_void_p, [c_size_t]),
     "ggml_backend_dev_type": (c_int, [c_void_p]),
     "ggml_backend_dev_description": (c_char_p, [c_void_p]),
+    "ggml_backend_dev_name": (c_char_p, [c_void_p]),
+    "ggml_backend_dev_buffer_type": (c_void_p, [c_void_p]),
+    "ggml_backend_buft_name": (c_char_p, [c_void_p]),
     "ggml_version": (c_char_p, []),
     "ggml_commit": (c_char_p, []),
     "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, c_size_t]),
@@ -116,16 +119,34 @@ def build() -> str:
     return f"{_ggml().ggml_version().decode()} {_ggml().ggml_commit().decode()}"
 
 
+def _devices() -> list[Any]:
+    """All devices that llama.cpp can compute on, the CPU among them."""
+    start()
+    return list(map(_ggml().ggml_backend_dev_get, range(_ggml().ggml_backend_dev_count())))
+
+
 def gpus() -> list[str]:
     """What each GPU that llama.cpp can compute on calls itself."""
-    start()
     ggml = _ggml()
-    devices = map(ggml.ggml_backend_dev_get, range(ggml.ggml_backend_dev_count()))
     return [
         ggml.ggml_backend_dev_description(device).decode("utf-8", "replace")
-        for device in devices
+        for device in _devices()
         if ggml.ggml_backend_dev_type(device) in _GPUS
     ]
+
+
+def offloading() -> dict[str, Any]:
+    """The devices that can take layers of a model, by llama.cpp's names: {"CUDA0": ...}."""
+    ggml = _ggml()
+    devices = (device for device in _devices() if ggml.ggml_backend_dev_type(device) != _CPU)
+    return {ggml.ggml_backend_dev_name(device).decode(): device for device in devices}
+
+
+def buffer_types() -> dict[str, Any]:
+    """The kinds of memory that tensors can be kept in, by llama.cpp's names: {"CPU": ..., "CUDA0": ...}."""
+    ggml = _ggml()
+    kinds = filter(None, map(ggml.ggml_backend_dev_buffer_type, _devices()))
+    return {ggml.ggml_backend_buft_name(kind).decode(): kind for kind in kinds}
 
 
 def aligned(n_bytes: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llamabase.errors import EngineError
 
-from .context import F16, BaseContext, Cache, Context, SequenceContext
+from .context import CONTEXT_DEFAULTS, BaseContext, Context, ContextParams, SequenceContext
 from .library import floats
 from .model import Model
 
@@ -119,19 +120,18 @@ class PairContext(SequenceContext):
         self,
         model: Model,
         n_ctx: int,
-        n_threads: int | None,
+        how: ContextParams = CONTEXT_DEFAULTS,
         other: Context | None = None,
         n_outputs: int = 1,
         mtp: bool = False,
         head: bool = True,
-        cache: Cache = F16,
     ) -> None:
         self._library = _experimental()
         self._mtp, self._head = mtp, head
         self._width: int = llama_cpp.llama_model_n_embd_out(model.handle)  # numbers of a state
         kind = llama_cpp.LLAMA_CONTEXT_TYPE_MTP if mtp else llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT
         target = None if other is None else other.handle  # whose context must outlive this one
-        super().__init__(model, n_ctx, n_threads, n_outputs, cache, ctx_type=kind, ctx_other=target)
+        super().__init__(model, n_ctx, how, n_outputs, ctx_type=kind, ctx_other=target)
         self._library["llama_set_embeddings_nextn"](self.handle, True, head)  # of all tokens, or only of outputs
         self._extended = llama_cpp.llama_batch_ext_init(self.handle)
 
@@ -140,8 +140,8 @@ class PairContext(SequenceContext):
         if self._mtp:
             return recorded
         states = np.empty((len(recorded), self._width), np.float32)
-        for start in range(0, len(recorded), self.n_batch):
-            part = np.ascontiguousarray(recorded[start : start + self.n_batch])
+        for start in range(0, len(recorded), self.n_ubatch):  # an encoder's batch must be computed together
+            part = np.ascontiguousarray(recorded[start : start + self.n_ubatch])
             # The encoder ignores positions, but llama.cpp insists on those that come next.
             self._process(llama_cpp.LLAMA_PROCESS_TYPE_ENCODE, self.recount(), None, part, True)
             states[start : start + len(part)] = self._states(len(part))
@@ -199,9 +199,9 @@ class SharedPairContext(PairContext):
     forget what the target's cache holds.
     """
 
-    def __init__(self, model: Model, other: Context, n_threads: int | None) -> None:
+    def __init__(self, model: Model, other: Context, how: ContextParams) -> None:
         # The same type of cache, since llama.cpp lays out one with flash attention differently.
-        super().__init__(model, other.n_ctx, n_threads, other, cache=other.cache)
+        super().__init__(model, other.n_ctx, replace(how, cache=other.how.cache), other)
         self._other = other
         other.rewind(0)
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from llamabase.cli.progress import progress
 
-from .context import Context, SequenceContext
+from .context import Context, ContextParams, SequenceContext
 from .model import Model
 
 VERIFY = (1, 2, 3, 4, 5, 6, 8)  # tokens of the batches in which a target's step is timed
@@ -68,7 +68,7 @@ def open_context(
 ) -> Context:
     """A context to time steps in, open as long as the stack."""
     model = stack.enter_context(Model(path))
-    context: Context = stack.enter_context(Context(model, N_CONTEXT + 32, n_threads, n_outputs=n_outputs))
+    context: Context = stack.enter_context(Context(model, N_CONTEXT + 32, ContextParams(n_threads), n_outputs))
     return context
 
 

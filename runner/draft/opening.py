@@ -18,9 +18,9 @@ from llamabase.errors import EngineError, FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary, require_same
-from llamabase.llama.context import F16, Cache, Context
+from llamabase.llama.context import CONTEXT_DEFAULTS, Context, ContextParams
 from llamabase.llama.ggml import Backend
-from llamabase.llama.model import Model
+from llamabase.llama.model import MODEL_DEFAULTS, Model, ModelParams
 from llamabase.llama.states import PairContext, Recorded
 
 from .contracts import AUTO
@@ -33,8 +33,7 @@ HIDDEN_ROWS = 8  # tokens that may be read in one batch with the one whose hidde
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """How to load a drafter: n_ctx tokens of context, threads (None: one per physical core), layers on the GPU (None:
-    llama.cpp's default), and the type of its KV cache.
+    """How to load a drafter: n_ctx tokens of context, where its weights go, and how it computes.
 
     `vocab`, one of VOCABS, is what a trimmed drafter may draft from: the rows that it kept ("trim"), those and the
     tokens of the text ("context"), those and the speculator's candidates ("spec"), or the most that its files allow
@@ -43,10 +42,9 @@ class DraftOptions:
 
     source: DrafterSource
     n_ctx: int = 4096
-    n_threads: int | None = None
-    n_gpu_layers: int | None = None
     vocab: str = AUTO
-    cache: Cache = F16
+    model: ModelParams = MODEL_DEFAULTS
+    how: ContextParams = CONTEXT_DEFAULTS
 
 
 def open_drafter(
@@ -84,7 +82,7 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
     with _closed_on_failure() as opened:
         model, owned = _model(opened, options, file.path, loaded)
         outputs = HIDDEN_ROWS if dynamic else 1
-        context = Context(model, options.n_ctx, options.n_threads, n_outputs=outputs, cache=options.cache)
+        context = Context(model, options.n_ctx, options.how, n_outputs=outputs)
         opened.enter_context(context)
         embeddings = None if trimmed is None else trimmed.embeddings()
         if not context.goes_back([0, 1] if embeddings is None else embeddings.rows([0, 1])):
@@ -123,7 +121,7 @@ def _open_state_fed(
     dynamic = None if whole else _dynamic(options, Trimmed.open(path), len(target))
     with _closed_on_failure() as opened:
         model, owned = _model(opened, options, path, loaded)
-        context = PairContext(model, fed_by.n_ctx, options.n_threads, fed_by)
+        context = PairContext(model, fed_by.n_ctx, options.how, fed_by)
         reading = StateFedReading(opened.enter_context(context), recorded, head)
         return ModelDrafter(reading, reading.ids, dynamic, owned)
 
@@ -137,7 +135,7 @@ def _open_block(
     block.require_target(GGUFFile(fed_by.model.path), target)
     with _closed_on_failure() as opened:
         model, owned = _model(opened, options, path, loaded)
-        context = PairContext(model, fed_by.n_ctx, options.n_threads, mtp=True, cache=options.cache)
+        context = PairContext(model, fed_by.n_ctx, options.how, mtp=True)
         reading = StateFedReading(opened.enter_context(context), Recorded.of(fed_by), block)
         return ModelDrafter(reading, owned=owned)
 
@@ -157,7 +155,7 @@ def _open_assistant(
     with _closed_on_failure() as opened:
         model, owned = _model(opened, options, path, loaded)
         recorded = Recorded.of(fed_by)
-        steps = AssistantSteps(model, fed_by, options.n_threads, trimmed)
+        steps = AssistantSteps(model, fed_by, options.how, trimmed)
         opened.enter_context(steps.context)
         reading = AssistantReading(steps, recorded, fed_by)
         return ModelDrafter(reading, None if trimmed is None else trimmed.d2t, dynamic, owned)
@@ -169,21 +167,21 @@ def _open_mtp(
     """The target's MTP block, with llama.cpp's head or with the rows of a trimmed file."""
     if target_context is None:
         raise EngineError("an MTP block reads its target's states, which only this runner gives it")
-    model, n_ctx, n_threads = target_context.model, target_context.n_ctx, options.n_threads
+    model, n_ctx, how = target_context.model, target_context.n_ctx, options.how
     block, recorded = MtpBlock.of(GGUFFile(model.path)), Recorded.of(target_context)
     if trimmed is None:
-        context = PairContext(model, n_ctx, n_threads, mtp=True, cache=options.cache)
+        context = PairContext(model, n_ctx, how, mtp=True)
         return ModelDrafter(StateFedReading(context, recorded, block))
     block.require_rows(trimmed.file, target)
-    dynamic, rows = _dynamic(options, trimmed, len(target)), kept_rows(trimmed.file, n_threads)
-    with PairContext(model, 8, n_threads, mtp=True) as probe:  # one step of llama.cpp's own, with its head
+    dynamic, rows = _dynamic(options, trimmed, len(target)), kept_rows(trimmed.file, how.n_threads)
+    with PairContext(model, 8, how, mtp=True) as probe:  # one step of llama.cpp's own, with its head
         logits, states = probe.pairs([0], np.ones((1, block.n_embd), np.float32), True)
         expected, computed = logits[0, trimmed.d2t], rows(block.hidden(states[0]))
     if not np.abs(computed - expected).max() <= NEAR * np.ptp(expected):
         raise EngineError(
             f"{trimmed.file.path}: its rows are not the head of {block.file.path}; cut it again with --mtp"
         )
-    context = PairContext(model, n_ctx, n_threads, mtp=True, head=False, cache=options.cache)
+    context = PairContext(model, n_ctx, how, mtp=True, head=False)
     return ModelDrafter(StateFedReading(context, recorded, block, rows), trimmed.d2t, dynamic)
 
 
@@ -199,7 +197,7 @@ def _model(
     """A drafter's model, and the same if the drafter owns it: one that is not loaded yet."""
     if loaded is not None:
         return loaded, None
-    model = opened.enter_context(Model(path, options.n_gpu_layers))
+    model = opened.enter_context(Model(path, options.model))
     return model, model
 
 
@@ -219,7 +217,7 @@ def _dynamic(options: DraftOptions, trimmed: Trimmed, n_ids: int) -> DynamicHead
         raise EngineError(
             f"{trimmed.companion.path}: holds no speculator; make one with `python -m gguf_trim speculator`"
         )
-    return DynamicHead(trimmed, Backend(options.n_threads), speculator, n_ids)
+    return DynamicHead(trimmed, Backend(options.how.n_threads), speculator, n_ids)
 
 
 def _multiplies(dynamic: DynamicHead, context: Context, embeddings: EmbeddingTable) -> bool:

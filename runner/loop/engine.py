@@ -59,7 +59,7 @@ class Engine(Closing):
     def _open(self, options: LoadOptions) -> None:
         model = self.model
         n_ctx = min(options.n_ctx or model.n_ctx_train, model.n_ctx_train)
-        self.context = Context(model, n_ctx, options.n_threads, n_outputs=OUTPUTS, cache=options.cache, rewinds=REWINDS)
+        self.context = Context(model, n_ctx, options.context_params, n_outputs=OUTPUTS, rewinds=REWINDS)
         self._opened.callback(self.context.close)
         if not self.context.goes_back([0, 1]):
             if options.draft is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gguf_trim.format.companion import companion_of
 from gguf_trim.format.mtp import DrafterSource, OwnBlock
@@ -13,9 +15,9 @@ from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import F16, Cache
+from llamabase.llama.context import F16, Cache, ContextParams
 from llamabase.llama.library import Closing, key_of
-from llamabase.llama.model import Model
+from llamabase.llama.model import Model, ModelParams
 from llamabase.llama.template import ChatTemplate
 from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
@@ -36,6 +38,12 @@ class LoadOptions:
     for llama.cpp's default. vocab: see `DraftOptions`. n_ctx_draft: tokens that the drafter remembers, if fewer than
     n_ctx. n_threads_draft, n_gpu_layers_draft: the drafter's; None for the target's. cache, cache_draft: the types of
     the KV caches.
+
+    device to n_cpu_moe_draft say where the weights go, as `ModelParams` does. A drafter takes the target's devices
+    unless device_draft is given; tensor_split and main_gpu count the target's devices. override_tensor and n_cpu_moe
+    name tensors of one model, so each model has its own. n_batch to offload_kqv: as in `ContextParams`, for both.
+
+    Raises SettingError for what does not exist here.
     """
 
     target: Path
@@ -49,13 +57,48 @@ class LoadOptions:
     cache_draft: Cache = F16
     n_threads_draft: int | None = None
     n_gpu_layers_draft: int | None = None
+    device: str | None = None
+    device_draft: str | None = None
+    split_mode: str = "layer"
+    tensor_split: Sequence[float] = ()
+    main_gpu: int = 0
+    load_mode: str = "auto"
+    override_tensor: str = ""
+    override_tensor_draft: str = ""
+    n_cpu_moe: int = 0
+    n_cpu_moe_draft: int = 0
+    n_batch: int | None = None
+    n_ubatch: int = 512
+    offload_kqv: bool = True
+
+    def __post_init__(self) -> None:
+        _ = self.model_params, self.model_params_draft, self.context_params  # which are checked as they are made
+
+    @property
+    def model_params(self) -> ModelParams:
+        """Where the target's weights go."""
+        return ModelParams(**{field.name: getattr(self, field.name) for field in fields(ModelParams)})
+
+    @property
+    def model_params_draft(self) -> ModelParams:
+        """Where the drafter's weights go."""
+        named: dict[str, Any] = {"override_tensor": self.override_tensor_draft, "n_cpu_moe": self.n_cpu_moe_draft}
+        if self.n_gpu_layers_draft is not None:
+            named["n_gpu_layers"] = self.n_gpu_layers_draft
+        if self.device_draft is not None:
+            named |= {"device": self.device_draft, "tensor_split": (), "main_gpu": 0}
+        return replace(self.model_params, **named)
+
+    @property
+    def context_params(self) -> ContextParams:
+        """How the target computes."""
+        return ContextParams(**{field.name: getattr(self, field.name) for field in fields(ContextParams)})
 
     def of_drafter(self, source: DrafterSource, n_ctx: int) -> DraftOptions:
         """The drafter's share, for a target that has n_ctx tokens of context."""
-        layers = self.n_gpu_layers if self.n_gpu_layers_draft is None else self.n_gpu_layers_draft
-        n_ctx = min(self.n_ctx_draft or n_ctx, n_ctx)
         threads = self.n_threads_draft or self.n_threads
-        return DraftOptions(source, n_ctx, threads, layers, self.vocab, self.cache_draft)
+        how = replace(self.context_params, n_threads=threads, cache=self.cache_draft)
+        return DraftOptions(source, min(self.n_ctx_draft or n_ctx, n_ctx), self.vocab, self.model_params_draft, how)
 
 
 class Weights(Closing):
@@ -80,7 +123,7 @@ class Weights(Closing):
         self.vocabulary = Vocabulary(file)
         self.template = ChatTemplate(file, self.vocabulary)
         self.architecture = file.architecture
-        self.model = Model(options.target, options.n_gpu_layers)
+        self.model = Model(options.target, options.model_params)
         self.draft_model: Model | None = None
         self._costs: tuple[StepCost, StepCost | None] | None = None
         self._stats = DraftStats()

@@ -216,10 +216,7 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
                 if original.architecture == DFLASH:
                     made.append(_first_drafts(path, tokens, other)[:, cut.d2t])
                     continue
-                with (
-                    Model(path) as model,
-                    PairContext(model, PAIRS + 8, other=other, n_outputs=PAIRS) as context,
-                ):
+                with Model(path) as model, PairContext(model, PAIRS + 8, other=other, n_outputs=PAIRS) as context:
                     made.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())
         return made[0], made[1]
 

@@ -20,7 +20,7 @@ from llamabase.cli.command import FILE, THREADS
 from llamabase.cli.progress import step
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
-from llamabase.llama.context import CACHE_TYPES, Cache
+from llamabase.llama.context import BATCH, CACHE_TYPES, Cache
 from llamabase.llama.model import LOAD_MODES, SPLIT_MODES
 from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
@@ -271,13 +271,13 @@ def model_options(command: Any) -> Any:
         *("-b", "--batch-size", "n_batch"),
         type=click.IntRange(1),
         metavar="N",
-        help="Most tokens of a call.  [default: --ubatch-size]",
+        help="Most tokens of a call, so one more than can be drafted.  [default: --ubatch-size, at least 512]",
     )
     @click.option(
         *("-ub", "--ubatch-size", "n_ubatch"),
         type=click.IntRange(1),
         metavar="N",
-        default=512,
+        default=BATCH,
         show_default=True,
         help="Most tokens that are computed together.",
     )

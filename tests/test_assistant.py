@@ -311,11 +311,9 @@ def test_drafting_leaves_the_targets_cache_as_it_was(files, what: str, cache: Ca
 
 def test_drafting_ends_where_the_context_does(files) -> None:
     with (
-        Engine(LoadOptions(files["target"], files["cut"], 128, 1, vocab="trim", cache=F32)) as engine,
-        Engine(LoadOptions(files["target"], None, 128, 1, cache=F32)) as other,
+        Engine(LoadOptions(files["target"], files["cut"], 128, 1, vocab="trim", cache=F32, n_batch=32)) as engine,
+        Engine(LoadOptions(files["target"], None, 128, 1, cache=F32, n_batch=32)) as other,
     ):
-        for context in (engine.context, engine.drafter.reading.context, other.context):
-            context.n_batch = 32
         prompt = "the sea and the tea " * 11
         n = 128 - len(engine.model.tokenize(prompt)) + 1
         assert 10 < n < 60

@@ -42,10 +42,8 @@ def test_long_prompts_go_in_batches_with_the_same_result(toys) -> None:
     """Rows asked for come from the end, however the prompt was cut into batches."""
     with Model(toys["target"]) as model:
         ids = (model.tokenize("the king and the sea ") * 20)[:100]
-        with (
-            Context(model, 128, ContextParams(n_batch=128)) as whole,
-            Context(model, 128, ContextParams(n_batch=16)) as pieces,
-        ):
+        large, small = (ContextParams(n_batch=n) for n in (128, 16))
+        with Context(model, 128, large) as whole, Context(model, 128, small) as pieces:
             for outputs in (1, 5, 16):
                 whole.truncate(0), pieces.truncate(0)
                 a, b = whole.decode(ids, outputs), pieces.decode(ids, outputs)

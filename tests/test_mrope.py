@@ -76,11 +76,8 @@ def test_embeddings_and_ids_mix_in_any_pieces(
     """Pieces of any length, as embeddings or ids, some taken back, in batches of 8: the same logits as ids alone."""
     path, rng = files[kind], np.random.default_rng(seed)
     table = EmbeddingTable(GGUFFile(path), 3.0 if kind.startswith("granite") else 1.0)
-    with (
-        Model(path) as model,
-        Context(model, 96, ContextParams(1, n_batch=8)) as by_id,
-        Context(model, 96, ContextParams(1, n_batch=8)) as mixed,
-    ):
+    how = ContextParams(1, n_batch=8)
+    with Model(path) as model, Context(model, 96, how) as by_id, Context(model, 96, how) as mixed:
         for n, as_rows, back in pieces:
             ids = rng.integers(0, 600, n).tolist()
             expected = by_id.decode(ids, min(n, 3))

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 
 from gguf_trim.pairs.prepare import Prepared
 from llamabase.cli.command import OneCommand
-from llamabase.llama.context import Cache
+from llamabase.llama.context import Cache, ContextParams
+from llamabase.llama.model import ModelParams
 from llamabase.sampling.settings import Sampling
 from runner.chat.__main__ import main as chat
 from runner.loop.weights import LoadOptions, Weights
@@ -132,6 +133,43 @@ def test_the_models_in_llama_cpps_words() -> None:
     assert found_by("--spec-draft-model", "other.gguf").draft == Path("other.gguf")
 
 
+def test_where_weights_go_in_llama_cpps_words() -> None:
+    """Each flag by every name it has there; the drafter's are those of its variants."""
+    usual = found_by()
+    assert (usual.model_params, usual.context_params) == (ModelParams(), ContextParams())
+    same: dict[tuple[str, ...], tuple[str, str, object]] = {
+        ("-dev", "--device"): ("none", "device", "none"),
+        ("-devd", "--device-draft", "--spec-draft-device"): ("none", "device_draft", "none"),
+        ("-sm", "--split-mode"): ("row", "split_mode", "row"),
+        ("-ts", "--tensor-split"): ("3,1/2", "tensor_split", (3.0, 1.0, 2.0)),
+        ("-mg", "--main-gpu"): ("1", "main_gpu", 1),
+        ("-lm", "--load-mode"): ("mmap+mlock", "load_mode", "mmap+mlock"),
+        ("-ot", "--override-tensor"): ("a=CPU,b=CPU", "override_tensor", "a=CPU,b=CPU"),
+        ("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"): (
+            "a=CPU",
+            "override_tensor_draft",
+            "a=CPU",
+        ),
+        ("-ncmoe", "--n-cpu-moe"): ("3", "n_cpu_moe", 3),
+        ("-ncmoed", "--n-cpu-moe-draft", "--spec-draft-n-cpu-moe", "--spec-draft-ncmoe"): ("3", "n_cpu_moe_draft", 3),
+        ("-b", "--batch-size"): ("64", "n_batch", 64),
+        ("-ub", "--ubatch-size"): ("64", "n_ubatch", 64),
+    }
+    for flags, (text, field, value) in same.items():
+        for flag in flags:
+            assert found_by(flag, text) == replace(usual, **{field: value}), flag
+    for flag in ("-cmoe", "--cpu-moe"):
+        assert found_by(flag, "-ncmoe", "3") == replace(usual, n_cpu_moe=-1)
+    for flag in ("-cmoed", "--cpu-moe-draft", "--spec-draft-cpu-moe"):
+        assert found_by(flag) == replace(usual, n_cpu_moe_draft=-1)
+    for flag in ("-nkvo", "--no-kv-offload"):
+        assert found_by(flag) == replace(usual, offload_kqv=False)
+    assert found_by("-nkvo", "-kvo") == found_by("-nkvo", "--kv-offload") == usual
+    assert found_by("-ot", "a=CPU", "-ot", "b=CPU").override_tensor == "a=CPU,b=CPU"
+    words = {"--no-mmap": "none", "--mmap": "mmap", "--mlock": "mmap+mlock", "--no-mmap --mlock": "mlock"}
+    assert {text: found_by(*text.split()).load_mode for text in words} == words
+
+
 def test_numbers_that_stand_for_none() -> None:
     assert (limit_of("-1"), limit_of("-2"), limit_of("5")) == (sys.maxsize, sys.maxsize, 5)
     assert (seed_of("-s", "-1"), seed_of("-s", "7"), seed_of()) == ((None, None), (7, None), (None, None))
@@ -211,6 +249,16 @@ def test_grammars_and_schemas_from_files(tmp_path: Path) -> None:
         (["--draft-min", "1"], 2, "--spec-draft-n-min is not taken: a round drafts as few tokens as pay"),
         (["--spec-type", "draft"], 2, "--spec-type is not taken: the file given as --model-draft"),
         (["--dry-multiplier", "1", "--dry-allowed-length", "9" * 20, "-n", "1"], 0, "1 token,"),
+        (["-dev", "GPU7"], 2, "device 'GPU7': llama.cpp has no such device here; choose from"),
+        (["-devd", "GPU7"], 2, "device 'GPU7': llama.cpp has no such device here"),
+        (["-ot", "exps"], 2, "override_tensor 'exps': is not PATTERN=BUFFER"),
+        (["-ts", "a,b"], 2, "a,b is not a list of proportions, such as 3,1"),
+        (["-ts", "0"], 2, "is not a list of proportions"),
+        (["-sm", "rows"], 2, "rows"),
+        (["-lm", "mmap", "--mlock"], 2, "give --load-mode, or --mmap, --no-mmap and --mlock, not both"),
+        (["-b", "0"], 2, "0"),
+        (["-ncmoe", "-1"], 2, "-1"),
+        (["-dev", "none", "-ub", "8", "-nkvo", "-lm", "none", "-cmoe", "-n", "1"], 0, "1 token,"),
         (["--grammar", "x", "-j", "{}"], 2, "give one of --grammar"),
         (["-j", "{"], 2, "the JSON schema is not JSON"),
         (["-j", '{"type": "circle"}'], 2, "cannot be obeyed"),

@@ -179,14 +179,13 @@ def test_a_pair_is_the_last_token_and_the_state_before_it(heads, tmp_path: Path,
             assert found == pytest.approx(wanted, abs=0.05)
 
 
-def test_a_prompt_in_pieces_and_a_full_context(heads) -> None:
-    """Longer than a batch; drafting ends where the context does."""
+@pytest.mark.parametrize("batches", [{"n_batch": 64}, {"n_batch": 100, "n_ubatch": 33}])
+def test_a_prompt_in_pieces_and_a_full_context(heads, batches: dict[str, int]) -> None:
+    """Longer than a batch, which is computed whole or in pieces; drafting ends where the context does."""
     with (
-        Engine(LoadOptions(heads["target"], heads["whole"], cache=F32, n_ctx=512)) as engine,
-        Engine(LoadOptions(heads["target"], cache=F32, n_ctx=512)) as other,
+        Engine(LoadOptions(heads["target"], heads["whole"], cache=F32, n_ctx=512, **batches)) as engine,
+        Engine(LoadOptions(heads["target"], cache=F32, n_ctx=512, **batches)) as other,
     ):
-        for context in (engine.context, engine.drafter.reading.context, other.context):
-            context.n_batch = 64
         prompt = "the sea and the tea " * 47
         n = 512 - len(engine.model.tokenize(prompt)) + 1
         assert 20 < n < 60

@@ -62,10 +62,8 @@ def read_through(
     """
     file = GGUFFile(model_path)
     head = kept_rows(file, n_threads) if file.architecture in HIDDEN_ONLY else None
-    with (
-        Model(model_path) as model,
-        Context(model, _longest(answers), ContextParams(n_threads), n_outputs=ROWS) as context,
-    ):
+    longest, how = _longest(answers), ContextParams(n_threads)
+    with Model(model_path) as model, Context(model, longest, how, n_outputs=ROWS) as context:
         last = model.n_vocab - 1  # which stands for the padding of a target's longer table, too
         inputs = trimmed.embeddings().rows if trimmed else lambda ids: np.minimum(ids, last)
         for n, answer in enumerate(answers):

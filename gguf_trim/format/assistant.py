@@ -171,11 +171,8 @@ class AssistantSteps:
             for name, shape in _shapes(cut.n_embd, cut.width).items():
                 if name not in companion.tensors or companion.tensors[name].shape != shape:
                     raise FileFormatError(f"{companion.path}: lacks the {name} of its assistant; trim that again")
-            self._backend, self._n_embd, self._inputs = (
-                Backend(how.n_threads),
-                cut.n_embd,
-                np.zeros((1, cut.width), "f4"),
-            )
+            self._backend = Backend(how.n_threads)
+            self._n_embd, self._inputs = cut.n_embd, np.zeros((1, cut.width), "f4")
             self._pre, self._post = (
                 Product(self._backend, Table.of(companion, companion.tensors[name])) for name in (PRE, POST)
             )

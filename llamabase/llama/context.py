@@ -42,6 +42,7 @@ class Cache:
 
 
 F16, F32 = Cache(), Cache("f32", "f32")
+BATCH = 512  # tokens, llama.cpp's default for --ubatch-size
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,20 @@ class ContextParams:
     """How a context computes, in the words of llama.cpp's flags.
 
     n_threads: None for one per physical core. n_ubatch: most tokens that are computed together. n_batch: most tokens of
-    a call, None for n_ubatch. offload_kqv: a device that holds a layer also holds its part of the KV cache.
+    a call, so one more than can be drafted; None for n_ubatch, but no less than BATCH. offload_kqv: a device that holds
+    a layer also holds its part of the KV cache. Raises SettingError for batches of no tokens.
     """
 
     n_threads: int | None = None
     cache: Cache = F16
     n_batch: int | None = None
-    n_ubatch: int = 512
+    n_ubatch: int = BATCH
     offload_kqv: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_batch", "n_ubatch"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise SettingError(f"{name}={given}: a batch holds at least one token")
 
 
 CONTEXT_DEFAULTS = ContextParams()
@@ -100,7 +107,7 @@ class BaseContext(Owner):
                 "--draft beside the model"
             )
         self.model, self.how, cache = model, how, how.cache
-        self.n_batch = min(how.n_batch or how.n_ubatch, n_ctx)
+        self.n_batch = min(how.n_batch or max(how.n_ubatch, BATCH), n_ctx)
         self.n_ubatch = min(how.n_ubatch, self.n_batch)
         self.n_outputs = min(n_outputs, self.n_batch)
         settings = llama_cpp.llama_context_default_params()

@@ -29,7 +29,7 @@ from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import LONGEST
-from runner.options import FULL, Models, draft_max_option, model_options
+from runner.options import FULL, LOADING, Models, draft_max_option, model_options
 
 from . import demo, peers, runs
 from .card import REPORT, block, report_of, reports
@@ -169,9 +169,7 @@ def _unmeasured(
         "modes": names_of(settings["modes"], files),
         "prompts": [prompt.id for prompt in prompts],
         "sampling": json.loads(json.dumps(asdict(Sampling(temp=temp)))),
-        "n_ctx": pair.n_ctx,
-        "n_threads": pair.n_threads,
-        "n_gpu_layers": pair.n_gpu_layers,
+        **json.loads(json.dumps({name: asdict(pair)[name] for name in LOADING[2:]})),  # all but target and draft
         "sha256": [entry["sha256"] for entries in described.values() for entry in entries],
     }
     answers = sum(1 + len(prompt.more) for prompt in prompts) * len(settings["modes"]) * settings["repeat"]

@@ -150,6 +150,10 @@ def _open_assistant(
     path = assistant.file.path
     fed_by = _required(target_context, path)
     assistant.require_target(GGUFFile(fed_by.model.path), target)
+    if options.model.device != fed_by.model.how.device:  # llama.cpp would end the process
+        raise EngineError(
+            f"{path}: attends to its target's cache, so it must be on the target's devices; leave out --device-draft"
+        )
     trimmed = Trimmed.open(path) if "gguf_trim.d2t" in assistant.file.fields else None
     dynamic = None if trimmed is None else _dynamic(options, trimmed, len(target))
     with _closed_on_failure() as opened:
@@ -168,6 +172,12 @@ def _open_mtp(
     if target_context is None:
         raise EngineError("an MTP block reads its target's states, which only this runner gives it")
     model, n_ctx, how = target_context.model, target_context.n_ctx, options.how
+    own, its = options.model, model.how
+    if (own.device, own.n_gpu_layers) != (its.device, its.n_gpu_layers) or own.override_tensor or own.n_cpu_moe:
+        raise EngineError(
+            f"{model.path}: its own block drafts, and is where the target is; leave out --device-draft, "
+            "--n-gpu-layers-draft, --override-tensor-draft, --cpu-moe-draft and --n-cpu-moe-draft"
+        )
     block, recorded = MtpBlock.of(GGUFFile(model.path)), Recorded.of(target_context)
     if trimmed is None:
         context = PairContext(model, n_ctx, how, mtp=True)

@@ -15,7 +15,7 @@ from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import F16, Cache, ContextParams
+from llamabase.llama.context import BATCH, F16, Cache, ContextParams
 from llamabase.llama.library import Closing, key_of
 from llamabase.llama.model import Model, ModelParams
 from llamabase.llama.template import ChatTemplate
@@ -68,7 +68,7 @@ class LoadOptions:
     n_cpu_moe: int = 0
     n_cpu_moe_draft: int = 0
     n_batch: int | None = None
-    n_ubatch: int = 512
+    n_ubatch: int = BATCH
     offload_kqv: bool = True
 
     def __post_init__(self) -> None:

@@ -38,8 +38,8 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
     With `target`, the path that `Llama` loads, the pair is checked here, and VocabularyMismatch is raised for a wrong
     one. Without it a wrong drafter shows only by ids that it does not have (VocabularyMismatch at the call) or by
     drafts that are never accepted; if the target's table is shorter, `Llama` may get an id that it does not know. n_ctx
-    should be no less than Llama's, since nothing is drafted for longer texts. `vocab` and other errors: see
-    `runner.draft.opening`.
+    should be no less than Llama's, since nothing is drafted for longer texts. n_gpu_layers, device: see `ModelParams`.
+    `vocab` and other errors: see `runner.draft.opening`.
 
     `Llama` (llama-cpp-python 0.3.36) uses drafts more slowly than `SpeculativeLM` does; see docs/llama-cpp-python.md.
     It keeps the logits of every position, and needs logits_all=True for texts beyond n_batch tokens. It asks for drafts
@@ -57,11 +57,12 @@ class TrimmedDraft(Closing, LlamaDraftModel):  # type: ignore[misc]  # the packa
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         vocab: str = AUTO,
+        device: str | None = None,
     ) -> None:
         self._path, self.num_pred_tokens = Path(path), num_pred_tokens
         vocabulary = self._own_vocabulary() if target is None else Vocabulary(GGUFFile(target))
         self._n_ids = len(vocabulary)
-        options = DraftOptions(self._path, n_ctx, vocab, ModelParams(n_gpu_layers), ContextParams(n_threads))
+        options = DraftOptions(self._path, n_ctx, vocab, ModelParams(n_gpu_layers, device), ContextParams(n_threads))
         self._drafter: ModelDrafter | None = open_drafter(options, vocabulary)
         self._settled = True
 

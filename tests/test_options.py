@@ -137,6 +137,7 @@ def test_where_weights_go_in_llama_cpps_words() -> None:
     """Each flag by every name it has there; the drafter's are those of its variants."""
     usual = found_by()
     assert (usual.model_params, usual.context_params) == (ModelParams(), ContextParams())
+    of_drafter = "override_tensor_draft"
     same: dict[tuple[str, ...], tuple[str, str, object]] = {
         ("-dev", "--device"): ("none", "device", "none"),
         ("-devd", "--device-draft", "--spec-draft-device"): ("none", "device_draft", "none"),
@@ -145,11 +146,7 @@ def test_where_weights_go_in_llama_cpps_words() -> None:
         ("-mg", "--main-gpu"): ("1", "main_gpu", 1),
         ("-lm", "--load-mode"): ("mmap+mlock", "load_mode", "mmap+mlock"),
         ("-ot", "--override-tensor"): ("a=CPU,b=CPU", "override_tensor", "a=CPU,b=CPU"),
-        ("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"): (
-            "a=CPU",
-            "override_tensor_draft",
-            "a=CPU",
-        ),
+        ("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"): ("a=CPU", of_drafter, "a=CPU"),
         ("-ncmoe", "--n-cpu-moe"): ("3", "n_cpu_moe", 3),
         ("-ncmoed", "--n-cpu-moe-draft", "--spec-draft-n-cpu-moe", "--spec-draft-ncmoe"): ("3", "n_cpu_moe_draft", 3),
         ("-b", "--batch-size"): ("64", "n_batch", 64),

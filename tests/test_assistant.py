@@ -309,6 +309,13 @@ def test_drafting_leaves_the_targets_cache_as_it_was(files, what: str, cache: Ca
     assert (after[0] == after[1]).all()
 
 
+def test_it_is_where_its_target_is(files) -> None:
+    with pytest.raises(EngineError, match=r"whole\.gguf: attends to its target's cache, so it must be on the"):
+        Engine(LoadOptions(files["target"], files["whole"], 64, 1, device_draft="none"))
+    same = {"device": "none", "device_draft": "none", "n_gpu_layers_draft": 0}
+    Engine(LoadOptions(files["target"], files["whole"], 64, 1, **same)).close()
+
+
 def test_drafting_ends_where_the_context_does(files) -> None:
     with (
         Engine(LoadOptions(files["target"], files["cut"], 128, 1, vocab="trim", cache=F32, n_batch=32)) as engine,

@@ -300,20 +300,20 @@ DECODED = [("decode", 5), ("checkpoint", 0), ("decode", 5)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(steps=STEPS, rewinds=st.sampled_from([0, 3]), seed=st.integers(0, 99))
-@example([*DECODED, ("copy", 0), ("decode", 2), ("rewind", 6), ("decode", 10), ("rewind", 4)], 0, 0)  # a copy is stale
-@example([("decode", 5), ("rewind", 2), ("checkpoint", 0), ("decode", 3), ("rewind", 3)], 3, 0)  # of a batch's state
-@example([("decode", 5), ("rewind", 1), ("rewind", 1)], 3, 0)  # a batch is undone once
-@example([*DECODED, ("rewind", 8), ("decode", 9), ("rewind", 4)], 0, 0)  # a checkpoint is stale
+@given(steps=STEPS, rewinds=st.sampled_from([0, 3]), seed=st.integers(0, 99), n_ubatch=st.sampled_from([1, 3, 8]))
+@example([*DECODED, ("copy", 0), ("decode", 2), ("rewind", 6), ("decode", 10), ("rewind", 4)], 0, 0, 8)  # stale copy
+@example([("decode", 5), ("rewind", 2), ("checkpoint", 0), ("decode", 3), ("rewind", 3)], 3, 0, 8)  # of a batch's state
+@example([("decode", 5), ("rewind", 1), ("rewind", 1)], 3, 0, 8)  # a batch is undone once
+@example([*DECODED, ("rewind", 8), ("decode", 9), ("rewind", 4)], 0, 0, 8)  # a checkpoint is stale
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_cache_goes_back_to_where_it_says(benches, kind: str, steps, rewinds: int, seed: int) -> None:
+def test_a_cache_goes_back_to_where_it_says(benches, kind: str, steps, rewinds: int, seed: int, n_ubatch: int) -> None:
     """Batches, checkpoints, copies and rewinds in any order: the cache holds the beginning of the text that it says it
     does, at least up to its checkpoint or a copy."""
     rng, model = np.random.default_rng(seed), benches(kind).model
     text: list[int] = []
     checkpoint, copies = 0, []
     with (
-        Context(model, 512, ContextParams(1, n_batch=8, cache=F32), rewinds=rewinds) as used,
+        Context(model, 512, ContextParams(1, F32, 8, n_ubatch), rewinds=rewinds) as used,
         Context(model, 512, ContextParams(1, cache=F32)) as fresh,
     ):
         for what, n in [*steps, ("decode", 1)]:
@@ -631,9 +631,10 @@ def test_numbers_that_would_end_the_process_are_refused(files, tmp_path: Path, k
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_a_context_of_a_few_tokens_is_filled(files, kind: str) -> None:
-    """llama.cpp ends the process if it is to keep the states of as many tokens as its batches hold."""
-    for n_ctx in range(2, 8):
-        with Engine(LoadOptions(files(kind), files(kind), n_ctx=n_ctx, n_threads=1, cache=F32)) as engine:
+    """llama.cpp ends the process if it is to keep the states of as many tokens as it computes together."""
+    for n_ctx, n_ubatch in (*((n, 512) for n in range(2, 8)), *((8, n) for n in range(1, 8))):
+        options = LoadOptions(files(kind), files(kind), n_ctx, 1, cache=F32, n_ubatch=n_ubatch)
+        with Engine(options) as engine:
             plain, drafted = (
                 [token for round_ in rounds for token in round_.tokens]
                 for rounds in (engine.rounds([100], GREEDY, max_tokens=20, draft_max=n) for n in (0, 5))

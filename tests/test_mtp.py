@@ -442,6 +442,20 @@ def test_rows_of_another_target_are_refused(files, tmp_path: Path) -> None:
         Engine(LoadOptions(write_model(tmp_path / "plain.gguf"), files["glm4moe cut"], n_ctx=64))
 
 
+@pytest.mark.parametrize("what", ["mtp", "cut"])
+def test_a_block_is_where_its_target_is(files, what: str) -> None:
+    draft = MTP if what == "mtp" else files[f"qwen35 {what}"]
+    elsewhere: list[dict[str, Any]] = [
+        *({"device_draft": "none"}, {"n_gpu_layers_draft": 0}, {"override_tensor_draft": "a=CPU"}),
+        {"n_cpu_moe_draft": 1},
+    ]
+    for how in elsewhere:
+        with pytest.raises(EngineError, match=r"qwen35\.gguf: its own block drafts, and is where the target is"):
+            Engine(LoadOptions(files["qwen35"], draft, n_ctx=64, **how))
+    same = {"device": "none", "device_draft": "none", "override_tensor": "a=CPU", "n_cpu_moe": 1, "n_gpu_layers": 0}
+    Engine(LoadOptions(files["qwen35"], draft, n_ctx=64, **same)).close()
+
+
 def test_what_cannot_be_rewound_drafts_nothing(files, monkeypatch) -> None:
     """If llama.cpp cannot copy a state: as a drafter, and as a target that keeps states of its last batch or none."""
     monkeypatch.setattr(llama_cpp, "llama_memory_seq_cp", lambda *_: None)

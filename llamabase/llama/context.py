@@ -224,7 +224,7 @@ class Context(SequenceContext):
         other: Context | None = None,
     ) -> None:
         # llama.cpp ends the process if it does not compute two tokens more together.
-        kept = max(0, min(rewinds, how.n_ubatch - 2, (how.n_batch or how.n_ubatch) - 2, n_ctx - 2))
+        kept = max(0, min(rewinds, min(how.n_ubatch, how.n_batch or how.n_ubatch, n_ctx) - 2))
         states: dict[str, Any] = {"n_seq_max": 2, "n_rs_seq": kept} if model.recurrent else {}
         target = None if other is None else other.handle
         super().__init__(model, n_ctx, how, n_outputs, ctx_other=target, **states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Distribution, Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft import rows as dynamic
-from runner.draft.contracts import Proposal
 from runner.draft.drafters import ModelDrafter
 from runner.draft.opening import DraftOptions, open_drafter
 from runner.draft.rows import DynamicHead
@@ -308,20 +308,20 @@ def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, 
 def test_greedy_drafts_are_those_of_the_whole_row(toys: dict[str, Path], spec: Path, name: str, monkeypatch) -> None:
     """Token and certainty of kept and added rows apart, as the distribution over all of them has it."""
     drafter = open_with(toys, toys.get(name, spec), "auto")
-    honest, of_added = ModelDrafter._likeliest, []
+    honest, of_added, wanted = ModelDrafter._likeliest, [], []
 
-    def compared(self: ModelDrafter, *step: np.ndarray) -> Proposal:
+    def compared(self: ModelDrafter, *step: np.ndarray) -> tuple[int, np.float32]:
         row, ids = self._merged(*step)
         (token,) = Chain(GREEDY, ()).distribution(row, ids).ids
-        found = honest(self, *step)
         of_added.append(token in step[1])
-        assert found.token == token
-        assert found.certainty == pytest.approx(softmax(row).max(), rel=1e-6)
-        return found
+        wanted.append((token, pytest.approx(softmax(row).max(), rel=1e-6)))
+        return honest(self, *step)
 
     monkeypatch.setattr(ModelDrafter, "_likeliest", compared)
     for text in TEXTS:
-        assert len(drafter.draft(text, 4, GREEDY, Noise(0))) == 4
+        wanted.clear()
+        proposals = list(islice(drafter.propose(text, GREEDY, Noise(0)), 4))
+        assert [(proposal.token, proposal.certainty) for proposal in proposals] == wanted
     drafter.close()
     assert len(of_added) == 4 * len(TEXTS)
     assert any(of_added) == (name != "target")
@@ -336,9 +336,7 @@ def test_of_equal_logits_the_lowest_id_is_drafted(levels: list[int], order: list
     step = logits[drafter._ids], more, logits[more]
     row, ids = drafter._merged(*step)
     assert (row == logits).all() and (ids == np.arange(40)).all()
-    found = drafter._likeliest(*step)
-    assert found.token == int(logits.argmax())
-    assert found.certainty == pytest.approx(softmax(logits).max(), rel=1e-6)
+    assert drafter._likeliest(*step) == (int(logits.argmax()), logits.max())
 
 
 def test_greedy_drafts_heed_bias_and_penalties(toys: dict[str, Path], spec: Path) -> None:

@@ -37,7 +37,7 @@ class Recent:
 
     def follow(self, text: Sequence[int]) -> list[tuple[int, int]]:
         """Read on to the end of `text`; returns (slot, id) of the tokens that were added."""
-        if self._text != list(text[: len(self._text)]):
+        if self._text != text[: len(self._text)]:  # a text that is no list differs, and is read from its beginning
             self.forget()
         known = len(self._text)
         added: dict[int, int] = {}

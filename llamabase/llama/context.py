@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -234,10 +233,12 @@ class Context(SequenceContext):
             batch = self._vectors = self._vectors or _Batch(self.n_batch, self.model)
         else:
             batch = self._ids
-        # llama.cpp keeps the logits of the last batch only, so the last one must hold every wanted row.
-        tail = max(outputs, n % self.n_batch or self.n_batch) if n > self.n_batch else n
-        started = time.perf_counter()
-        for start, end in itertools.pairwise([*range(0, n - tail, self.n_batch), n - tail, n]):
+        ends = [n]
+        if n > self.n_batch:  # llama.cpp keeps the logits of the last batch only, so that must hold every wanted row
+            tail = max(outputs, n % self.n_batch or self.n_batch)
+            ends = [*range(self.n_batch, n - tail, self.n_batch), n - tail, n]
+        started, start = time.perf_counter(), 0
+        for end in ends:
             self._require_going_on(n)
             batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
             self._oldest = self.n_ctx + 1  # nowhere, if the decode is interrupted
@@ -247,6 +248,7 @@ class Context(SequenceContext):
                 recorder.take(self.n_past, end - start)
             self._oldest = max(self.n_past + 1, self.n_past + end - start - self.rewinds)
             self.n_past += end - start
+            start = end
         self._took(started)
         if not outputs:
             return np.empty((0, self.model.n_vocab), np.float32)
@@ -414,6 +416,9 @@ class _Batch:
         """Set tokens of sequence 0, from position `first` on; logits of the last `outputs` of them are wanted."""
         n = self.struct.n_tokens = len(inputs)
         self._inputs[:n] = inputs
+        if n == 1:  # as below, without arrays of one number, which take longer to make than all the rest
+            self._positions[:3], self._positions[3:4], self._wanted[0] = first, 0, outputs
+            return
         rows = self._positions[: self._n_pos * n].reshape(self._n_pos, n)
         rows[:3] = np.arange(first, first + n)
         rows[3:] = 0

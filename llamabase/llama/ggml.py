@@ -135,14 +135,20 @@ def aligned(n_bytes: int) -> np.ndarray:
     return memory[start : start + n_bytes]
 
 
-def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], None]:
-    """ggml's own row function: (bytes of rows, float32 out) -> None; the very function that its CPU get_rows uses."""
+def row_function(type_: GGMLQuantizationType) -> Callable[[int, int, int], object]:
+    """ggml's own: (address of a row, address of float32, numbers) expands it, as its CPU get_rows does."""
     if type_ == GGMLQuantizationType.F32:
-        return lambda rows, out: np.copyto(out.reshape(-1).view(np.uint8), rows.reshape(-1))
-    to_float = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
+        return lambda row, out, n: ctypes.memmove(out, row, 4 * n)
+    to_float: Any = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
     if not to_float:
         raise EngineError(f"ggml cannot expand rows of type {type_.name}")
-    return lambda rows, out: to_float(rows.ctypes.data, out.ctypes.data, out.size)
+    return to_float  # type: ignore[no-any-return]
+
+
+def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], object]:
+    """The same over arrays: (bytes of rows, float32 out)."""
+    expand = row_function(type_)
+    return lambda rows, out: expand(rows.ctypes.data, out.ctypes.data, out.size)
 
 
 def quantize_rows(rows: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps, raising and catching four exceptions
 import ctypes
 import hashlib
 import os
@@ -76,9 +77,9 @@ class interruptible:
         LAST_ERRORS.clear()
         self._own: _Held | None = None
         self._in_main = threading.get_ident() == threading.main_thread().ident
-        if self._in_main and interruptible._held is None and callable(before := signal.getsignal(signal.SIGINT)):
+        if self._in_main and interruptible._held is None and callable(before := _signal.getsignal(signal.SIGINT)):
             self._own = _Held(before)
-            signal.signal(signal.SIGINT, self._own)
+            _signal.signal(signal.SIGINT, self._own)
             interruptible._held = self._own
         return self._going_on
 
@@ -86,7 +87,7 @@ class interruptible:
         held = interruptible._held if self._in_main else None
         if self._own is not None:
             interruptible._held = None
-            signal.signal(signal.SIGINT, self._own.before)
+            _signal.signal(signal.SIGINT, self._own.before)
         if held is not None:
             held.act()
 

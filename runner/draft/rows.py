@@ -47,7 +47,7 @@ class DynamicHead:
         self._others = np.flatnonzero(outside).astype(np.int32)
         self._n_candidates = min(CANDIDATES, len(self._others)) if speculator is not None else 0
         self.recent = Recent(outside, CONTEXT_ROWS)
-        self._in_context = np.zeros(len(outside), bool)
+        self._slot_of = np.zeros(len(outside), np.int16)  # by id, of those in the text; others have any
         self._ids = np.zeros(CONTEXT_ROWS + self._n_candidates, np.int32)
         rows = max(1, -(-len(self._ids) // _BUCKET)) * _BUCKET
         self._rows = aligned(rows * head.row_bytes).reshape(rows, head.row_bytes)
@@ -74,10 +74,8 @@ class DynamicHead:
     def follow(self, text: Sequence[int]) -> None:
         """Take in the text up to the position that is drafted next."""
         for slot, token in self.recent.follow(text):
-            self._ids[slot] = token
+            self._ids[slot], self._slot_of[token] = token, slot
             self._rows[slot] = self._full[self._row_of[token]]
-        self._in_context[:] = False
-        self._in_context[self._ids[: len(self.recent.slots)]] = True
 
     def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
         """Whether `logits` of the kept rows are this head's at `hidden`, apart from requantisation."""
@@ -97,7 +95,8 @@ class DynamicHead:
         n = len(self.recent.slots)
         if self._scores is not None and scored:
             best = self._others[top(self._scores(hidden), self._n_candidates)]
-            best = best[~self._in_context[best]]
+            slots = self._slot_of[best]
+            best = best[(slots >= n) | (self._ids[slots] != best)]  # the text brings the others
             self._ids[n : n + len(best)] = best
             n += len(best)
         return self._ids[:n]

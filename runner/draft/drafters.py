@@ -8,7 +8,6 @@ from itertools import islice
 
 import numpy as np
 
-from llamabase.llama.library import interruptible
 from llamabase.llama.model import Model
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
@@ -43,8 +42,7 @@ class ModelDrafter(Drafter):
         self.vocab = AUTO
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
-        with interruptible():
-            return [token for token, _ in islice(self._drafted(text, sampling, noise), n)] if n > 0 else []
+        return [token for token, _ in islice(self._drafted(text, sampling, noise), n)] if n > 0 else []
 
     def propose(self, text: Sequence[int], sampling: Sampling, noise: Noise) -> Iterator[Proposal]:
         """Drafted tokens until the context is full. Each is computed when it is asked for."""

@@ -21,7 +21,7 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.closed_form import attach, blocks, fit
 from gguf_trim.format import speculator
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.selection import Recent, top
+from gguf_trim.format.selection import Chooser, Recent, chosen, scorer, top
 from gguf_trim.format.speculator import Speculator
 from llamabase.errors import EngineError, FileFormatError, TrimError
 from llamabase.gguf.reader import GGUFFile
@@ -96,6 +96,39 @@ def test_top_is_the_greatest(values: list[int], m: int) -> None:
     found = top(scores, m)
     assert len(set(found.tolist())) == len(found) == min(m, len(values))
     assert sorted(scores[found]) == sorted(values)[-m:]
+
+
+@pytest.mark.parametrize("type_", [Quant.Q8_0, Quant.Q6_K])  # ggml copies rows of 4 n bytes, as Q6_K's are not
+@pytest.mark.parametrize(("n", "m"), [(300, 64), (203, 64), (70, 64), (64, 64), (203, 61)])
+def test_the_best_of_each_group_are_chosen_and_copied(type_: Quant, n: int, m: int) -> None:
+    rng = np.random.default_rng(n)
+    values = quantize_rows(rng.standard_normal((320, 256)).astype(np.float32), type_)
+    head = aligned(values.nbytes).reshape(values.shape)
+    head[:] = values
+    made = Speculator(
+        rng.standard_normal((32, 256)).astype(np.float32),
+        quantize_rows(rng.standard_normal((320, 32)).astype(np.float32), speculator.UP_TYPE),
+        0,
+    )
+    row_of = rng.permutation(320).astype(np.int32)
+    ids, target = np.sort(rng.permutation(320)[:n]).astype(np.int32), aligned(m * head.shape[1]).reshape(m, -1)
+    choose = Chooser(Backend(2), made, Table(head, type_, 256), row_of, ids, target)
+    hidden = rng.standard_normal(256).astype(np.float32)
+    scores = np.append(scorer(Backend(2), made)(hidden)[row_of[ids]], np.zeros(-n % 16))
+    places = chosen(scores, m)
+    assert len(set(places) & set(top(scores, m))) > 0.6 * m
+    wanted = set(ids[places[places < n]].tolist())
+
+    def check(left_out: list[int]) -> None:
+        choose.leave_out(np.array(left_out, np.int32))
+        found = choose(hidden)
+        counted = found >= 0
+        assert set(found[counted].tolist()) == wanted - set(left_out)
+        assert (target[counted] == head[row_of[found[counted]]]).all()
+
+    some = sorted(wanted)[::3]
+    for left_out in ([], some, some[:2], []):
+        check(left_out)
 
 
 @given(st.lists(st.lists(st.integers(0, 30), max_size=30), min_size=1, max_size=6), st.integers(1, 8))
@@ -325,6 +358,14 @@ def test_greedy_drafts_are_those_of_the_whole_row(toys: dict[str, Path], spec: P
     drafter.close()
     assert len(of_added) == 4 * len(TEXTS)
     assert any(of_added) == (name != "target")
+
+
+def test_drafts_of_a_fixed_length_cost_no_certainty(toys: dict[str, Path], spec: Path, monkeypatch) -> None:
+    drafter = open_with(toys, spec, "auto")
+    wanted = [proposal.token for proposal in islice(drafter.propose(TEXTS[0], GREEDY, Noise(0)), 4)]
+    monkeypatch.setattr("runner.draft.drafters._certainty", lambda *_: pytest.fail("was computed"))
+    assert drafter.draft(TEXTS[0], 4, GREEDY, Noise(0)) == wanted
+    drafter.close()
 
 
 @given(st.lists(st.integers(-2, 2), min_size=40, max_size=40), st.permutations(range(40)), st.integers(0, 39))

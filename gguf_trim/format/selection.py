@@ -91,19 +91,22 @@ class Chooser:
         ids: np.ndarray,
         target: np.ndarray,
     ) -> None:
-        groups, n = _groups(len(ids), len(target)), _padded(len(ids))
-        of_place = np.full(n, -1, np.int32)
-        of_place[: len(ids)] = ids
-        of_place = np.ascontiguousarray(of_place.reshape(-1, groups).T)
-        rows = row_of[np.where(of_place < 0, ids[0], of_place)]  # a group that lacks an id has a copy of the first one
+        groups, places = _groups(len(ids), len(target)), np.arange(_padded(len(ids)))
+        places = np.ascontiguousarray(places.reshape(-1, groups).T)  # of the ids, and beyond them
+        real = places < len(ids)
+        rows = np.where(real, row_of[ids.take(places, mode="clip")], -1)
         self._choice = Choice(
-            backend, *_tables(speculator, rows), source=head, row_of=rows, count=len(target) // groups, target=target
+            backend,
+            *_tables(speculator, rows),
+            source=head,
+            row_of=np.maximum(rows, 0),
+            count=len(target) // groups,
+            target=target,
         )
         self._names = self._choice.names.reshape(-1)
-        self._names[:] = of_place.reshape(-1)
+        self._names[:] = np.where(real, ids.take(places, mode="clip"), -1).reshape(-1)
         self._places = np.zeros(len(row_of), np.int32)  # by id
-        real = np.flatnonzero(self._names >= 0)
-        self._places[self._names[real]] = real
+        self._places[ids[places[real]]] = np.flatnonzero(real)
         self._left_out = ids[:0]
 
     def leave_out(self, ids: np.ndarray) -> None:
@@ -120,9 +123,8 @@ class Chooser:
 def scorer(backend: Backend, speculator: Speculator) -> Callable[[np.ndarray], np.ndarray]:
     """A function that scores all rows at a hidden state by U (D h), as a ggml graph."""
     count = len(speculator.up)
-    rows = np.zeros(_padded(count), np.int32)
-    rows[:count] = np.arange(count)
-    product = Product(backend, *_tables(speculator, rows))
+    rows = np.arange(_padded(count))
+    product = Product(backend, *_tables(speculator, np.where(rows < count, rows, -1)))
     return lambda hidden: product(hidden)[:count]
 
 
@@ -131,10 +133,11 @@ def _padded(n: int) -> int:
 
 
 def _tables(speculator: Speculator, rows: np.ndarray) -> tuple[Table, Table]:
-    """D, and these rows of U."""
+    """D, and these rows of U; -1 for a row of zeros."""
     rank, n_embd = speculator.down.shape
     down = aligned(speculator.down.nbytes).reshape(rank, -1)
     down[:] = np.ascontiguousarray(speculator.down, "<f4").view(np.uint8)
     up = aligned(rows.size * speculator.up.shape[1]).reshape(rows.size, -1)
-    np.take(speculator.up, rows.reshape(-1), axis=0, out=up)
+    np.take(speculator.up, rows.reshape(-1), axis=0, out=up, mode="clip")
+    up[rows.reshape(-1) < 0] = 0
     return Table(down, GGMLQuantizationType.F32, n_embd), Table(up, UP_TYPE, rank, packs=True)

@@ -142,7 +142,7 @@ class EmbeddingTable:
         further has them, read as its last row.
         """
         out, address, last = self._one, self._out, self.n_vocab - 1
-        if len(ids) > 1:
+        if len(ids) != 1:
             out = np.empty((len(ids), self.n_embd), np.float32)
             address = out.ctypes.data
         for i, id_ in enumerate(ids):

@@ -92,31 +92,14 @@ class Chooser:
         target: np.ndarray,
     ) -> None:
         groups, places = _groups(len(ids), len(target)), np.arange(_padded(len(ids)))
-        places = np.ascontiguousarray(places.reshape(-1, groups).T)  # of the ids, and beyond them
-        real = places < len(ids)
-        rows = np.where(real, row_of[ids.take(places, mode="clip")], -1)
-        self._choice = Choice(
-            backend,
-            *_tables(speculator, rows),
-            source=head,
-            row_of=np.maximum(rows, 0),
-            count=len(target) // groups,
-            target=target,
-        )
-        self._names = self._choice.names.reshape(-1)
-        self._names[:] = np.where(real, ids.take(places, mode="clip"), -1).reshape(-1)
-        self._places = np.zeros(len(row_of), np.int32)  # by id
-        self._places[ids[places[real]]] = np.flatnonzero(real)
-        self._left_out = ids[:0]
-
-    def leave_out(self, ids: np.ndarray) -> None:
-        """From now on give -1 in the place of these ids, and of no others."""
-        self._names[self._places[self._left_out]] = self._left_out
-        self._left_out = ids.copy()
-        self._names[self._places[ids]] = -1
+        places = places.reshape(-1, groups).T
+        names = ids.take(places, mode="clip")  # beyond the ids the last one again, with a score of 0
+        rows, count = row_of[names], len(target) // groups
+        tables = _tables(speculator, np.where(places < len(ids), rows, -1))
+        self._choice = Choice(backend, *tables, source=head, row_of=rows, names=names, count=count, target=target)
 
     def __call__(self, hidden: np.ndarray) -> np.ndarray:
-        """The ids whose rows were chosen (int32), -1 for a row that does not count; a view until the next call."""
+        """The ids whose rows were chosen (int32), seldom one of them twice; a view until the next call."""
         return self._choice(hidden)
 
 

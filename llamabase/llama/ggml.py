@@ -313,12 +313,19 @@ class Choice(_Graph):
     """Rows of a table, chosen by the scores that a product of `tables` gives them, and copied.
 
     The score g * n + i of the product is of the row `row_of[g, i]` (int32, groups x n) of `source`. The rows of the
-    `count` greatest scores of each group are copied into `target`, uint8 (groups * count x bytes of a row). `names`
-    (int32, groups x n), which may be changed between calls, says what each of the scores stands for.
+    `count` greatest scores of each group are copied into `target`, uint8 (groups * count x bytes of a row). The score is
+    of what `names[g, i]` (int32) says.
     """
 
     def __init__(
-        self, backend: Backend, *tables: Table, source: Table, row_of: np.ndarray, count: int, target: np.ndarray
+        self,
+        backend: Backend,
+        *tables: Table,
+        source: Table,
+        row_of: np.ndarray,
+        names: np.ndarray,
+        count: int,
+        target: np.ndarray,
     ) -> None:
         super().__init__(backend, tables)
         ggml, (n_groups, n) = _ggml(), row_of.shape
@@ -326,23 +333,21 @@ class Choice(_Graph):
         by_group = ggml.ggml_reshape_2d(self._context, self._last, n, n_groups)
         best = self._place(ggml.ggml_top_k(self._context, by_group, count), aligned(4 * total))
 
-        def looked_up(table: np.ndarray) -> tuple[Any, np.ndarray]:
+        def looked_up(numbers: np.ndarray) -> tuple[Any, np.ndarray]:
+            table, of_best = aligned(4 * numbers.size).view(np.int32), aligned(4 * total).view(np.int32)
+            table[:] = numbers.reshape(-1)
             of_all = self._place(self._tensor(GGMLQuantizationType.I32, 1, n, n_groups), table)
-            of_best = aligned(4 * total).view(np.int32)
             return self._place(ggml.ggml_get_rows(self._context, of_all, best), of_best), of_best
 
-        self.names = aligned(row_of.nbytes).view(np.int32).reshape(row_of.shape)
-        names, self._names = looked_up(self.names)
-        numbers = aligned(row_of.nbytes).view(np.int32).reshape(row_of.shape)
-        numbers[:] = row_of
-        rows, self._rows = looked_up(numbers)
+        of_best, self._names = looked_up(names)
+        rows, self._rows = looked_up(row_of)
         n_rows, n_bytes = self._source.shape
         self._copies = not n_bytes % 4
         if self._copies:  # as int32, since ggml would expand rows of any other type
             whole = self._place(self._tensor(GGMLQuantizationType.I32, n_bytes // 4, n_rows), self._source)
             chosen = ggml.ggml_reshape_2d(self._context, rows, total, 1)
             rows = self._place(ggml.ggml_get_rows(self._context, whole, chosen), target)
-        self._finish(names, rows)
+        self._finish(of_best, rows)
 
     def __call__(self, vector: np.ndarray) -> np.ndarray:
         """The names of the chosen rows (int32, groups * count), a view that the next call overwrites."""

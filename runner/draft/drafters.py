@@ -19,9 +19,15 @@ from .rows import DynamicHead
 _NOTHING_ADDED = np.empty(0, np.int32), np.empty(0, np.float32)
 
 
-def _certainty(best: np.float32, *logits: np.ndarray) -> float:
+def _certainty(best: np.float32, logits: np.ndarray, more: np.ndarray, added: np.ndarray) -> float:
     """The probability at temperature 1 of a token of logit `best` among those of all these logits."""
-    return 1 / sum(float(np.exp(part - best).sum()) for part in logits)
+    return 1 / sum(float(np.exp(part - best).sum()) for part in (logits, _once(more, added)[1]))
+
+
+def _once(more: np.ndarray, added: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, ascending, and their logits, without those that come again."""
+    ids, places = np.unique(more, return_index=True)
+    return ids, added[places]
 
 
 class ModelDrafter(Drafter):
@@ -65,13 +71,16 @@ class ModelDrafter(Drafter):
             added = _NOTHING_ADDED if dynamic is None else dynamic.logits(hidden, self.vocab != "context")
             if chain is None:
                 token, best = self._likeliest(logits, *added)
-                yield token, partial(_certainty, best, logits, added[1])
+                yield token, partial(_certainty, best, logits, *added)
             else:
                 row, ids = self._merged(logits, *added)
                 q = chain.distribution(row, ids)
                 token = q.draw(noise, len(text) + i)
                 chain.accept(token)
-                yield token, partial(_certainty, row.max(), row) if sampling.greedy else partial(q.of, token)
+                yield (
+                    token,
+                    partial(_certainty, row.max(), row, *_NOTHING_ADDED) if sampling.greedy else partial(q.of, token),
+                )
 
     @property
     def vocabs(self) -> list[str]:
@@ -110,6 +119,7 @@ class ModelDrafter(Drafter):
         """The logits of kept and added rows as one row, and their ids, ascending (None if they are 0, 1, 2, ...)."""
         if self._ids is None or not len(more):
             return logits, self._ids
+        more, added = _once(more, added)
         ids = np.concatenate([self._ids, more])
         order = np.argsort(ids, kind="stable")  # ten times as fast as the default, since most are in order
         return np.concatenate([logits, added])[order], ids[order]

@@ -47,12 +47,11 @@ class DynamicHead:
             outside[n_ids:] = False
         others = np.flatnonzero(outside).astype(np.int32)
         self.recent = Recent(outside, CONTEXT_ROWS)
-        self._n_text = 0  # tokens of the text that was followed last
         # Rows chosen at each step come first, then, from a multiple of _BUCKET on, those of the text by slot.
         self._n_chosen = min(CANDIDATES, len(others)) if speculator is not None else 0
         self._of_text = -(-self._n_chosen // _BUCKET) * _BUCKET
         n_rows = self._of_text + -(-CONTEXT_ROWS // _BUCKET) * _BUCKET
-        self._ids = np.full(n_rows, -1, np.int32)  # -1 for a row that does not count
+        self._ids = np.zeros(n_rows, np.int32)
         self._rows = aligned(n_rows * head.row_bytes).reshape(n_rows, head.row_bytes)
         self._type, self._n_embd = head.type, head.shape[0]
         self._backend = backend
@@ -64,6 +63,8 @@ class DynamicHead:
         if speculator is not None and len(others):
             whole, target = Table(self._full, head.type, head.shape[0]), self._rows[: self._n_chosen]
             self._chooser = Chooser(backend, speculator, whole, self._row_of, others, target)
+            for place in range(self._n_chosen, self._of_text):  # rows between the two
+                self._set(place, others[0])
 
     @property
     def seconds(self) -> float:
@@ -77,21 +78,17 @@ class DynamicHead:
 
     def follow(self, text: Sequence[int]) -> None:
         """Take in the text up to the position that is drafted next."""
-        added = self.recent.follow(text)
-        if not added and len(self.recent.slots) == self._n_text:
-            return
-        for slot, token in added:
-            self._ids[self._of_text + slot] = token
-            self._rows[self._of_text + slot] = self._full[self._row_of[token]]
-        self._n_text = len(self.recent.slots)
-        if self._chooser is not None:
-            self._chooser.leave_out(self._ids[self._of_text : self._of_text + self._n_text])
+        for slot, token in self.recent.follow(text):
+            self._set(self._of_text + slot, token)
+
+    def _set(self, place: int, token: int) -> None:
+        self._ids[place], self._rows[place] = token, self._full[self._row_of[token]]
 
     def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
         """Whether `logits` of the kept rows are this head's at `hidden`, apart from requantisation."""
-        some = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64)
-        self._rows[:_BUCKET] = self._full[self._row_of[self._kept[some]]]
-        ours = self._product(0, _BUCKET)(hidden)
+        some, first = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64), self._of_text
+        self._rows[first : first + _BUCKET] = self._full[self._row_of[self._kept[some]]]
+        ours = self._product(first, _BUCKET)(hidden)
         if self._bias is not None:
             ours = ours + self._bias[self._kept[some]]
         self.recent.forget()  # its rows were written over
@@ -100,7 +97,8 @@ class DynamicHead:
     def logits(self, hidden: np.ndarray, scored: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """(ids, logits), int32 and float32, of the rows that are worth computing at a hidden state (float32, n_embd).
 
-        In no order. Without `scored`, those of the text only.
+        In no order. An id that is chosen and in the text comes twice, with the same logit. Without `scored`, those of
+        the text only. Both are views until the next call.
         """
         first, end = self._of_text, self._of_text + len(self.recent.slots)
         if self._chooser is not None and scored:
@@ -111,8 +109,6 @@ class DynamicHead:
             return _NO_IDS, _NO_LOGITS
         values = self._product(first, -(-(end - first) // _BUCKET) * _BUCKET)(hidden)[: end - first]
         ids = self._ids[first:end]
-        counted = ids >= 0
-        ids, values = ids[counted], values[counted]
         return ids, values if self._bias is None else values + self._bias[ids]
 
     def _product(self, first: int, n_rows: int) -> Product:

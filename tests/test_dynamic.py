@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gguf_trim.cut import lay_out, write
 from gguf_trim.fit.closed_form import attach, blocks, fit
 from gguf_trim.format import speculator
 from gguf_trim.format.companion import Trimmed, companion_path
-from gguf_trim.format.selection import Recent, top
+from gguf_trim.format.selection import Chooser, Recent, chosen, scorer, top
 from gguf_trim.format.speculator import Speculator
 from llamabase.errors import EngineError, FileFormatError, TrimError
 from llamabase.gguf.reader import GGUFFile
@@ -33,7 +34,6 @@ from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Distribution, Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft import rows as dynamic
-from runner.draft.contracts import Proposal
 from runner.draft.drafters import ModelDrafter
 from runner.draft.opening import DraftOptions, open_drafter
 from runner.draft.rows import DynamicHead
@@ -98,6 +98,33 @@ def test_top_is_the_greatest(values: list[int], m: int) -> None:
     assert sorted(scores[found]) == sorted(values)[-m:]
 
 
+@pytest.mark.parametrize("type_", [Quant.Q8_0, Quant.Q6_K])  # ggml copies rows of 4 n bytes, as Q6_K's are not
+@pytest.mark.parametrize(("n", "m"), [(300, 64), (203, 64), (70, 64), (64, 64), (203, 61)])
+def test_the_best_of_each_group_are_chosen_and_copied(type_: Quant, n: int, m: int) -> None:
+    rng = np.random.default_rng(n)
+    values = quantize_rows(rng.standard_normal((320, 256)).astype(np.float32), type_)
+    head = aligned(values.nbytes).reshape(values.shape)
+    head[:] = values
+    made = Speculator(
+        rng.standard_normal((32, 256)).astype(np.float32),
+        quantize_rows(rng.standard_normal((320, 32)).astype(np.float32), speculator.UP_TYPE),
+        0,
+    )
+    row_of = rng.permutation(320).astype(np.int32)
+    ids, target = np.sort(rng.permutation(320)[:n]).astype(np.int32), aligned(m * head.shape[1]).reshape(m, -1)
+    choose = Chooser(Backend(2), made, Table(head, type_, 256), row_of, ids, target)
+    hidden = rng.standard_normal(256).astype(np.float32)
+    scores = np.append(scorer(Backend(2), made)(hidden)[row_of[ids]], np.zeros(-n % 16))
+    places = chosen(scores, m)
+    assert len(set(places) & set(top(scores, m))) > 0.6 * m
+    wanted = set(ids.take(places, mode="clip").tolist())
+
+    for _ in range(2):
+        found = choose(hidden)
+        assert set(found.tolist()) == wanted
+        assert (target == head[row_of[found]]).all()
+
+
 @given(st.lists(st.lists(st.integers(0, 30), max_size=30), min_size=1, max_size=6), st.integers(1, 8))
 def test_recent_tokens_depend_on_the_text_alone(texts: list[list[int]], size: int) -> None:
     """Growing, rewinding, changing: what is held is always the last distinct wanted tokens of the text at hand."""
@@ -133,7 +160,9 @@ def test_added_rows_have_the_full_heads_logits(
     assert not head.agrees(kept[::-1], hidden)
     head.follow(text)
     ids, logits = head.logits(hidden)
-    assert len(set(ids.tolist())) == len(ids) > 64
+    assert len(set(ids.tolist())) > 64
+    logit_of = dict(zip(ids.tolist(), logits, strict=True))
+    assert len(logit_of) < len(ids) and [logit_of[i] for i in ids.tolist()] == logits.tolist()
     assert not np.isin(ids, trimmed.d2t).any()
     assert set(text) <= {*ids.tolist(), *trimmed.d2t.tolist()}
     assert np.abs(logits - full[ids]).max() < (1e-4 if head_type == Quant.F32 else 0.02) * np.ptp(full)
@@ -308,23 +337,31 @@ def test_a_head_that_does_more_is_left_alone(toys: dict[str, Path], spec: Path, 
 def test_greedy_drafts_are_those_of_the_whole_row(toys: dict[str, Path], spec: Path, name: str, monkeypatch) -> None:
     """Token and certainty of kept and added rows apart, as the distribution over all of them has it."""
     drafter = open_with(toys, toys.get(name, spec), "auto")
-    honest, of_added = ModelDrafter._likeliest, []
+    honest, of_added, wanted = ModelDrafter._likeliest, [], []
 
-    def compared(self: ModelDrafter, *step: np.ndarray) -> Proposal:
+    def compared(self: ModelDrafter, *step: np.ndarray) -> tuple[int, np.float32]:
         row, ids = self._merged(*step)
         (token,) = Chain(GREEDY, ()).distribution(row, ids).ids
-        found = honest(self, *step)
         of_added.append(token in step[1])
-        assert found.token == token
-        assert found.certainty == pytest.approx(softmax(row).max(), rel=1e-6)
-        return found
+        wanted.append((token, pytest.approx(softmax(row).max(), rel=1e-6)))
+        return honest(self, *step)
 
     monkeypatch.setattr(ModelDrafter, "_likeliest", compared)
     for text in TEXTS:
-        assert len(drafter.draft(text, 4, GREEDY, Noise(0))) == 4
+        wanted.clear()
+        proposals = list(islice(drafter.propose(text, GREEDY, Noise(0)), 4))
+        assert [(proposal.token, proposal.certainty) for proposal in proposals] == wanted
     drafter.close()
     assert len(of_added) == 4 * len(TEXTS)
     assert any(of_added) == (name != "target")
+
+
+def test_drafts_of_a_fixed_length_cost_no_certainty(toys: dict[str, Path], spec: Path, monkeypatch) -> None:
+    drafter = open_with(toys, spec, "auto")
+    wanted = [proposal.token for proposal in islice(drafter.propose(TEXTS[0], GREEDY, Noise(0)), 4)]
+    monkeypatch.setattr("runner.draft.drafters._certainty", lambda *_: pytest.fail("was computed"))
+    assert drafter.draft(TEXTS[0], 4, GREEDY, Noise(0)) == wanted
+    drafter.close()
 
 
 @given(st.lists(st.integers(-2, 2), min_size=40, max_size=40), st.permutations(range(40)), st.integers(0, 39))
@@ -336,9 +373,7 @@ def test_of_equal_logits_the_lowest_id_is_drafted(levels: list[int], order: list
     step = logits[drafter._ids], more, logits[more]
     row, ids = drafter._merged(*step)
     assert (row == logits).all() and (ids == np.arange(40)).all()
-    found = drafter._likeliest(*step)
-    assert found.token == int(logits.argmax())
-    assert found.certainty == pytest.approx(softmax(logits).max(), rel=1e-6)
+    assert drafter._likeliest(*step) == (int(logits.argmax()), logits.max())
 
 
 def test_greedy_drafts_heed_bias_and_penalties(toys: dict[str, Path], spec: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from gguf_trim.pairs import prepare as preparing
 from gguf_trim.pairs.prepare import prepare
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
+from llamabase.llama import library
 from llamabase.llama.library import interruptible
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import Sampling
@@ -57,6 +59,30 @@ def test_ctrl_c_goes_to_the_handler_that_is_there() -> None:
         finally:
             signal.signal(signal.SIGINT, before)
         heard.clear()
+
+
+def test_ctrl_c_acts_after_each_of_several_calls(monkeypatch) -> None:
+    """The handler is changed once around them, and only in the main thread."""
+    before, change, changed, reached = signal.getsignal(signal.SIGINT), library._signal.signal, [], []
+    monkeypatch.setattr(library._signal, "signal", lambda *how: changed.append(how) or change(*how))
+    with pytest.raises(KeyboardInterrupt), interruptible() as go_on:
+        for call in range(3):
+            with interruptible() as inner:
+                elsewhere = threading.Thread(target=lambda: reached.append(_in_another_thread()))
+                elsewhere.start()
+                elsewhere.join()
+                if call == 1:
+                    signal.raise_signal(signal.SIGINT)
+                reached.append((call, inner(), go_on()))
+    assert reached == [True, (0, True, True), True, (1, False, False)]
+    assert len(changed) == 2 and signal.getsignal(signal.SIGINT) is before
+    with interruptible() as go_on:
+        assert go_on()
+
+
+def _in_another_thread() -> bool:
+    with interruptible() as go_on:
+        return go_on()
 
 
 def test_ctrl_c_stops_a_load(toys, monkeypatch) -> None:

@@ -46,7 +46,7 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context, ContextParams, ParallelContext
-from llamabase.llama.library import floats
+from llamabase.llama.library import addressed, floats
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
 from llamabase.llama.states import PairContext, Recorded
@@ -164,7 +164,7 @@ def make_texts(
                 n, texts = len(running), list(running.values())
                 places = [len(text.tokens) - 1 for text in texts]
                 logits = context.decode_each([text.tokens[-1] for text in texts], list(running), places, [True] * n)
-                final = floats(llama_cpp.llama_get_embeddings(context.handle), n, model.n_embd)
+                final = floats(addressed("llama_get_embeddings")(context.handle), n, model.n_embd)
                 states = np.concatenate([inputs.rows[:n], final], axis=1).astype(np.float16)
                 for row, (i, text) in enumerate(list(running.items())):
                     text.states.append(states[row])

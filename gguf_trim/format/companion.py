@@ -15,7 +15,7 @@ from llamabase.files import Kind, marked
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.ggml import dequantizer
+from llamabase.llama.ggml import row_function
 
 from .mtp import MTP
 from .state_fed import D2T, STATE_FED, row_by_id
@@ -128,18 +128,26 @@ class EmbeddingTable:
 
     def __init__(self, file: GGUFFile, scale: float) -> None:
         tensor = file.tensors[EMBEDDING]
-        self._expand = dequantizer(tensor.type)
+        self._expand = row_function(tensor.type)
         self._scale = np.float32(scale)
         self.n_embd = tensor.shape[0]
         self.n_vocab = tensor.n_rows
-        # A plain array: to index a memmap takes longer than to expand the row.
-        self._table = np.asarray(np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes)))
+        self._table = np.memmap(file.path, np.uint8, "r", tensor.offset, (tensor.n_rows, tensor.row_bytes))
+        self._one = np.empty((1, self.n_embd), np.float32)
+        # Addresses, since to make an array or ask for its address takes longer than to expand a row.
+        self._first, self._row_bytes, self._out = self._table.ctypes.data, tensor.row_bytes, self._one.ctypes.data
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 (len(ids) x n_embd). Ids beyond the table (a target padded further) read as its last row."""
-        chosen = np.minimum(np.asarray(ids, np.int64), self.n_vocab - 1)
-        out = np.empty((len(chosen), self.n_embd), np.float32)
-        self._expand(np.ascontiguousarray(self._table[chosen]), out)
+        """float32 (len(ids) x n_embd), of one id a view until the next call. Ids beyond the table, as a target padded
+        further has them, read as its last row.
+        """
+        out, address, last = self._one, self._out, self.n_vocab - 1
+        if len(ids) != 1:
+            out = np.empty((len(ids), self.n_embd), np.float32)
+            address = out.ctypes.data
+        for i, id_ in enumerate(ids):
+            row = self._first + min(int(id_), last) * self._row_bytes
+            self._expand(row, address + i * 4 * self.n_embd, self.n_embd)
         if self._scale != 1:
             out *= self._scale
         return out

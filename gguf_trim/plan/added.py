@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gguf_trim.format.selection import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
+from gguf_trim.format.selection import CANDIDATES, CONTEXT_ROWS, Recent, chosen, scorer
 from gguf_trim.format.speculator import Speculator
 from llamabase.llama.ggml import Backend
 
@@ -75,7 +75,7 @@ class AddedRows:
             held[list(recent.slots)] = True
             self._note("context", k, n, held, target, better)
             if scores is not None:
-                held[self._ids[others[top(scores[others], min(CANDIDATES, len(others)))]]] = True
+                held[self._ids[others[chosen(scores[others], min(CANDIDATES, len(others)))]]] = True
                 self._note("spec", k, n, held, target, better)
 
     def _note(self, vocab: str, k: int, n: int, held: np.ndarray, target: int, better: np.ndarray) -> None:

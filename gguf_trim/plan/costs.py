@@ -13,7 +13,7 @@ import numpy as np
 from gguf_trim.cut import lay_out, write
 from gguf_trim.format.assistant import AssistantSteps
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.selection import CANDIDATES, scorer, top
+from gguf_trim.format.selection import CANDIDATES, Chooser
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from gguf_trim.keep import Keep
@@ -129,15 +129,17 @@ def adding_step(file: GGUFFile, speculator: Speculator | None, n_rows: int, n_th
     With a speculator it also scores all rows and gathers the best; rows of the text lie there already.
     """
     head, backend = head_tensor(file), Backend(n_threads)
-    full = np.asarray(np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
     rows = aligned(n_rows * head.row_bytes).reshape(n_rows, -1)
     product = Product(backend, Table(rows, head.type, head.shape[0]))
-    score = None if speculator is None else scorer(backend, speculator)
-    hidden, n_scored = np.ones(head.shape[0], np.float32), min(CANDIDATES, n_rows)
+    hidden, choose = np.ones(head.shape[0], np.float32), None
+    if speculator is not None:
+        full = np.asarray(np.memmap(file.path, np.uint8, "r", head.offset, (head.n_rows, head.row_bytes)))
+        ids = np.arange(head.n_rows, dtype=np.int32)
+        choose = Chooser(backend, speculator, Table(full, head.type, head.shape[0]), ids, ids, rows[:CANDIDATES])
 
     def run() -> None:
-        if score is not None:
-            np.take(full, top(score(hidden), n_scored), axis=0, out=rows[:n_scored], mode="clip")
+        if choose is not None:
+            choose(hidden)
         product(hidden)
 
     return timed(run)

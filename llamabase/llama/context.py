@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from llamabase.errors import EngineError, SettingError
 
-from .library import Owner, floats, interruptible, last_error, physical_cores
+from .library import Owner, addressed, floats, interruptible, last_error, physical_cores
 from .model import Model
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -140,10 +138,8 @@ class BaseContext(Owner):
             raise EngineError(f"{self.model.path}: its context was used after it was closed")
         return self._ctx
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
+    def _took(self, started: float) -> None:
+        """Add the seconds since `started`, once llama.cpp is done with what it was called for."""
         llama_cpp.llama_synchronize(self.handle)
         self.seconds += time.perf_counter() - started
 
@@ -261,27 +257,30 @@ class Context(SequenceContext):
             batch = self._vectors = self._vectors or _Batch(self.n_batch, self.model)
         else:
             batch = self._ids
-        # llama.cpp keeps the logits of the last batch only, so the last one must hold every wanted row.
-        tail = max(outputs, n % self.n_batch or self.n_batch) if n > self.n_batch else n
-        with self._timed():
-            for start, end in itertools.pairwise([*range(0, n - tail, self.n_batch), n - tail, n]):
-                self._require_going_on(n)
-                indices = np.arange(start, end)
-                batch.fill(inputs[start:end], self.n_past - start + indices, indices >= n - outputs)
-                self._oldest = self.n_ctx + 1  # nowhere, if the decode is interrupted
-                self._decode(batch)
-                self._undone = False
-                for recorder in self.recorders:
-                    recorder.take(self.n_past, end - start)
-                self._oldest = max(self.n_past + 1, self.n_past + end - start - self.rewinds)
-                self.n_past += end - start
+        ends = [n]
+        if n > self.n_batch:  # llama.cpp keeps the logits of the last batch only, so that must hold every wanted row
+            tail = max(outputs, n % self.n_batch or self.n_batch)
+            ends = [*range(self.n_batch, n - tail, self.n_batch), n - tail, n]
+        started, start = time.perf_counter(), 0
+        for end in ends:
+            self._require_going_on(n)
+            batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
+            self._oldest = self.n_ctx + 1  # nowhere, if the decode is interrupted
+            self._decode(batch)
+            self._undone = False
+            for recorder in self.recorders:
+                recorder.take(self.n_past, end - start)
+            self._oldest = max(self.n_past + 1, self.n_past + end - start - self.rewinds)
+            self.n_past += end - start
+            start = end
+        self._took(started)
         if not outputs:
             return np.empty((0, self.model.n_vocab), np.float32)
-        return floats(llama_cpp.llama_get_logits(self.handle), outputs, self.model.n_vocab)
+        return floats(addressed("llama_get_logits")(self.handle), outputs, self.model.n_vocab)
 
     def hidden_states(self, n: int) -> np.ndarray:
         """The final hidden states (float32, n x n_embd) of the last decode, a view valid until the next one."""
-        return floats(llama_cpp.llama_get_embeddings(self.handle), n, self.model.n_embd)
+        return floats(addressed("llama_get_embeddings")(self.handle), n, self.model.n_embd)
 
     def checkpoint(self) -> None:
         """Make the end of the sequence the position that a recurrent cache can be rewound to, in place of the last one.
@@ -393,12 +392,14 @@ class ParallelContext(BaseContext):
         The logits (float32, rows x n_vocab) are a view, valid until the next call.
         """
         self._require_going_on(len(tokens))
-        self._ids.fill(tokens, positions, outputs, sequences)
-        with self._timed():
-            self._decode(self._ids)
-            for recorder in self.recorders:
-                recorder.take(0, len(tokens))
-        return floats(llama_cpp.llama_get_logits(self.handle), int(np.count_nonzero(outputs)), self.model.n_vocab)
+        self._ids.fill_each(tokens, sequences, positions, outputs)
+        started = time.perf_counter()
+        self._decode(self._ids)
+        for recorder in self.recorders:
+            recorder.take(0, len(tokens))
+        self._took(started)
+        n_outputs = int(np.count_nonzero(outputs))
+        return floats(addressed("llama_get_logits")(self.handle), n_outputs, self.model.n_vocab)
 
     def drop(self, sequence: int) -> None:
         """Forget a whole sequence."""
@@ -434,18 +435,24 @@ class _Batch:
         pointers = {name: array.ctypes.data_as(types[name]) for name, array in arrays.items()}
         self.struct = llama_cpp.llama_batch(**pointers)
 
-    def fill(
-        self,
-        inputs: Sequence[int] | np.ndarray,
-        positions: Sequence[int] | np.ndarray,
-        wanted: Sequence[bool] | np.ndarray,
-        sequences: Sequence[int] | int = 0,
-    ) -> None:
-        """Set the tokens, their positions in their sequences, and whether their logits are wanted."""
+    def fill(self, inputs: Sequence[int] | np.ndarray, first: int, outputs: int) -> None:
+        """Set tokens of sequence 0, from position `first` on; logits of the last `outputs` of them are wanted."""
         n = self.struct.n_tokens = len(inputs)
         self._inputs[:n] = inputs
+        if n == 1:  # as below, without arrays of one number, which take longer to make than all the rest
+            self._positions[:3], self._positions[3:4], self._wanted[0] = first, 0, outputs
+            return
         rows = self._positions[: self._n_pos * n].reshape(self._n_pos, n)
-        rows[:3] = positions
+        rows[:3] = np.arange(first, first + n)
         rows[3:] = 0
-        self._wanted[:n] = wanted
-        self._sequences[:n] = sequences
+        self._wanted[: n - outputs] = 0
+        self._wanted[n - outputs : n] = 1
+
+    def fill_each(
+        self, tokens: Sequence[int], sequences: Sequence[int], positions: Sequence[int], outputs: Sequence[bool]
+    ) -> None:
+        """Set tokens, each of its sequence at its position there, and whether its logits are wanted."""
+        n = self.struct.n_tokens = len(tokens)
+        arrays = self._inputs, self._sequences, self._positions, self._wanted
+        for array, values in zip(arrays, (tokens, sequences, positions, outputs), strict=True):
+            array[:n] = values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from .library import Owner, physical_cores, start
 
 ALIGNMENT = 64  # bytes; ggml asks for 32
 _CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
+_MORE = 10  # tensors of a graph beside those of its tables, at most
 _GPUS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
 
@@ -53,8 +54,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_free": (None, [c_void_p]),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_graph_overhead": (c_size_t, []),
-    "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
+    "ggml_new_tensor_3d": (c_void_p, [c_void_p, c_int, c_int64, c_int64, c_int64]),
+    "ggml_reshape_2d": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64]),
     "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
+    "ggml_top_k": (c_void_p, [c_void_p, c_void_p, c_int]),
+    "ggml_get_rows": (c_void_p, [c_void_p, c_void_p, c_void_p]),
     "ggml_new_graph": (c_void_p, [c_void_p]),
     "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
     "ggml_backend_init_by_type": (c_void_p, [c_int, c_char_p]),
@@ -156,14 +160,20 @@ def aligned(n_bytes: int) -> np.ndarray:
     return memory[start : start + n_bytes]
 
 
-def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], None]:
-    """ggml's own row function: (bytes of rows, float32 out) -> None; the very function that its CPU get_rows uses."""
+def row_function(type_: GGMLQuantizationType) -> Callable[[int, int, int], object]:
+    """ggml's own: (address of a row, address of float32, numbers) expands it, as its CPU get_rows does."""
     if type_ == GGMLQuantizationType.F32:
-        return lambda rows, out: np.copyto(out.reshape(-1).view(np.uint8), rows.reshape(-1))
-    to_float = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
+        return lambda row, out, n: ctypes.memmove(out, row, 4 * n)
+    to_float: Any = _ggml().ggml_get_type_traits(int(type_)).contents.to_float
     if not to_float:
         raise EngineError(f"ggml cannot expand rows of type {type_.name}")
-    return lambda rows, out: to_float(rows.ctypes.data, out.ctypes.data, out.size)
+    return to_float  # type: ignore[no-any-return]
+
+
+def dequantizer(type_: GGMLQuantizationType) -> Callable[[np.ndarray, np.ndarray], object]:
+    """The same over arrays: (bytes of rows, float32 out)."""
+    expand = row_function(type_)
+    return lambda rows, out: expand(rows.ctypes.data, out.ctypes.data, out.size)
 
 
 def quantize_rows(rows: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
@@ -225,43 +235,49 @@ class Table:
         return cls(rows, tensor.type, tensor.shape[0], packs=True)
 
 
-class Product(Owner):
-    """tables[-1] @ ... @ tables[0] @ vector, as one ggml graph over the first `n_rows` rows of the last table.
+class _Graph(Owner):
+    """A ggml graph that begins with the product of tables and a vector: tables[-1] @ ... @ tables[0] @ vector.
 
-    The columns of each table after the first are the rows of the one before.
+    The columns of each table after the first are the rows of the one before; `n_rows` are taken of the last one.
     """
 
-    def __init__(self, backend: Backend, *tables: Table, n_rows: int | None = None) -> None:
+    def __init__(self, backend: Backend, tables: Sequence[Table], n_rows: int | None = None) -> None:
         self._buffers: list[Any] = []
         self._context = None
         self.backend = backend
         ggml = _ggml()
-        n_tensors = 2 * len(tables) + 1 + 2 * len(backend.packings) * sum(table.packs for table in tables)
+        n_tensors = 2 * len(tables) + _MORE + 2 * len(backend.packings) * sum(table.packs for table in tables)
         size = n_tensors * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
         self._context = ggml.ggml_init(_InitParams(size, None, True))
         self._vector = aligned(4 * tables[0].n_columns).view(np.float32)
-        self._memory: list[np.ndarray] = []  # all that the graph uses; the last is the product
+        self._memory: list[np.ndarray] = []  # all that the graph uses
         self._graph = ggml.ggml_new_graph(self._context)
-        last = self._tensor(GGMLQuantizationType.F32, tables[0].n_columns, 1)
-        self._place(last, self._vector)
+        last = self._place(self._tensor(GGMLQuantizationType.F32, tables[0].n_columns), self._vector)
         for i, table in enumerate(tables, 1):
             count = n_rows if n_rows is not None and i == len(tables) else len(table.rows)
             weights = self._packed(table, count, last) if table.packs else None
             if weights is None:
-                weights = self._tensor(table.type, table.n_columns, count)
-                self._place(weights, table.rows)
+                weights = self._place(self._tensor(table.type, table.n_columns, count), table.rows)
             last = ggml.ggml_mul_mat(self._context, weights, last)
-            self._place(last, aligned(4 * count).view(np.float32))
-        ggml.ggml_build_forward_expand(self._graph, last)
+            self._product = aligned(4 * count).view(np.float32)
+            self._place(last, self._product)
+        self._last = last
         self._compute = ggml.ggml_backend_graph_compute
 
-    def _tensor(self, type_: GGMLQuantizationType, n_columns: int, n_rows: int) -> Any:
-        return _ggml().ggml_new_tensor_2d(self._context, int(type_), n_columns, n_rows)
+    def _finish(self, *tensors: Any) -> None:
+        """The graph computes these, in this order."""
+        for tensor in tensors:
+            _ggml().ggml_build_forward_expand(self._graph, tensor)
 
-    def _place(self, tensor: Any, memory: np.ndarray) -> None:
+    def _tensor(self, type_: GGMLQuantizationType, n_columns: int, *n_rows: int) -> Any:
+        sizes = [n_columns, *n_rows, 1, 1][:3]
+        return _ggml().ggml_new_tensor_3d(self._context, int(type_), *sizes)
+
+    def _place(self, tensor: Any, memory: np.ndarray) -> Any:
         self._memory.append(memory)
         self._buffers.append(_ggml().ggml_backend_cpu_buffer_from_ptr(memory.ctypes.data, memory.nbytes))
         _ggml().ggml_backend_tensor_alloc(self._buffers[-1], tensor, memory.ctypes.data)
+        return tensor
 
     def _packed(self, table: Table, n_rows: int, vector: Any) -> Any:
         """The table's rows rearranged for the matrix kernels; None if there are none for it."""
@@ -281,15 +297,13 @@ class Product(Owner):
                 return tensor
         return None
 
-    def __call__(self, vector: np.ndarray) -> np.ndarray:
-        """float32 (rows of the last table), a view that the next call overwrites."""
+    def _run(self, vector: np.ndarray) -> None:
         self._vector[:] = vector
         started = time.perf_counter()
         code = self._compute(self.backend.handle, self._graph)
         self.backend.seconds += time.perf_counter() - started
         if code:
             raise EngineError(f"ggml could not compute a product ({code})")
-        return self._memory[-1]
 
     def close(self) -> None:
         for buffer in self._buffers:
@@ -298,3 +312,67 @@ class Product(Owner):
         if self._context:
             _ggml().ggml_free(self._context)
             self._context = None
+
+
+class Product(_Graph):
+    """tables[-1] @ ... @ tables[0] @ vector, over the first `n_rows` rows of the last table.
+
+    The columns of each table after the first are the rows of the one before.
+    """
+
+    def __init__(self, backend: Backend, *tables: Table, n_rows: int | None = None) -> None:
+        super().__init__(backend, tables, n_rows)
+        self._finish(self._last)
+
+    def __call__(self, vector: np.ndarray) -> np.ndarray:
+        """float32 (rows of the last table), a view that the next call overwrites."""
+        self._run(vector)
+        return self._product
+
+
+class Choice(_Graph):
+    """Rows of a table, chosen by the scores that a product of `tables` gives them, and copied.
+
+    The score g * n + i of the product is of the row `row_of[g, i]` (int32, groups x n) of `source`. The rows of the
+    `count` greatest scores of each group are copied into `target`, uint8 (groups * count x bytes of a row). The score is
+    of what `names[g, i]` (int32) says.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *tables: Table,
+        source: Table,
+        row_of: np.ndarray,
+        names: np.ndarray,
+        count: int,
+        target: np.ndarray,
+    ) -> None:
+        super().__init__(backend, tables)
+        ggml, (n_groups, n) = _ggml(), row_of.shape
+        total, self._source, self._target = n_groups * count, source.rows, target
+        by_group = ggml.ggml_reshape_2d(self._context, self._last, n, n_groups)
+        best = self._place(ggml.ggml_top_k(self._context, by_group, count), aligned(4 * total))
+
+        def looked_up(numbers: np.ndarray) -> tuple[Any, np.ndarray]:
+            table, of_best = aligned(4 * numbers.size).view(np.int32), aligned(4 * total).view(np.int32)
+            table[:] = numbers.reshape(-1)
+            of_all = self._place(self._tensor(GGMLQuantizationType.I32, 1, n, n_groups), table)
+            return self._place(ggml.ggml_get_rows(self._context, of_all, best), of_best), of_best
+
+        of_best, self._names = looked_up(names)
+        rows, self._rows = looked_up(row_of)
+        n_rows, n_bytes = self._source.shape
+        self._copies = not n_bytes % 4
+        if self._copies:  # as int32, since ggml would expand rows of any other type
+            whole = self._place(self._tensor(GGMLQuantizationType.I32, n_bytes // 4, n_rows), self._source)
+            chosen = ggml.ggml_reshape_2d(self._context, rows, total, 1)
+            rows = self._place(ggml.ggml_get_rows(self._context, whole, chosen), target)
+        self._finish(of_best, rows)
+
+    def __call__(self, vector: np.ndarray) -> np.ndarray:
+        """The names of the chosen rows (int32, groups * count), a view that the next call overwrites."""
+        self._run(vector)
+        if not self._copies:
+            np.take(self._source, self._rows, axis=0, out=self._target, mode="clip")  # mode "raise" would copy twice
+        return self._names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps, raising and catching four exceptions
 import ctypes
 import hashlib
 import os
@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -45,27 +45,55 @@ def last_error() -> str:
     return LAST_ERRORS[0] if LAST_ERRORS else "llama.cpp gave no reason"
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+class _Held:
+    """The handler of SIGINT while llama.cpp is called: it holds back what the handler `before` would do."""
+
+    def __init__(self, before: Callable[[int, FrameType | None], object]) -> None:
+        self.before = before
+        self.pressed: list[tuple[int, FrameType | None]] = []
+
+    def __call__(self, *press: Any) -> None:
+        self.pressed.append(press)
+
+    def act(self) -> None:
+        while self.pressed:
+            self.before(*self.pressed.pop(0))
+
+
+class interruptible:
     """Around a call into llama.cpp: forget older errors, and let Ctrl-C act after the call.
 
-    During the call llama.cpp may call into Python, and ctypes drops what is raised there. Yields a function that is
-    False once a KeyboardInterrupt is due. Only the main thread gets signals, and a signal that is ignored or left to
+    During the call llama.cpp may call into Python, and ctypes drops what is raised there. Enters with a function that
+    is False once a KeyboardInterrupt is due. Only the main thread gets signals, and a signal that is ignored or left to
     the system calls no Python: then nothing is changed.
+
+    Around several calls, each `interruptible` itself, Ctrl-C still acts after each of them, and the handler is changed
+    only once: changing it for every call takes a tenth of a millisecond where the caches are cold.
     """
-    LAST_ERRORS.clear()
-    pressed: list[tuple[int, FrameType | None]] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield lambda: True
-        return
-    signal.signal(signal.SIGINT, lambda *press: pressed.append(press))
-    try:
-        yield lambda: not pressed or before is not signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-        for press in pressed:
-            before(*press)
+
+    _held: ClassVar[_Held | None] = None  # of the outermost one
+
+    def __enter__(self) -> Callable[[], bool]:
+        LAST_ERRORS.clear()
+        self._own: _Held | None = None
+        self._in_main = threading.get_ident() == threading.main_thread().ident
+        if self._in_main and interruptible._held is None and callable(before := _signal.getsignal(signal.SIGINT)):
+            self._own = _Held(before)
+            _signal.signal(signal.SIGINT, self._own)
+            interruptible._held = self._own
+        return self._going_on
+
+    def __exit__(self, *raised: object) -> None:
+        held = interruptible._held if self._in_main else None
+        if self._own is not None:
+            interruptible._held = None
+            _signal.signal(signal.SIGINT, self._own.before)
+        if held is not None:
+            held.act()
+
+    def _going_on(self) -> bool:
+        held = interruptible._held if self._in_main else None
+        return held is None or not held.pressed or held.before is not signal.default_int_handler
 
 
 @lru_cache(maxsize=1)
@@ -129,7 +157,16 @@ class Owner(Closing):
         self.close()
 
 
-def floats(pointer: Any, n_rows: int, n_columns: int) -> np.ndarray:
-    """A view of llama.cpp's memory, as `np.ctypeslib.as_array` gives it, in a fraction of the time."""
-    memory: Any = (ctypes.c_float * (n_rows * n_columns)).from_address(ctypes.addressof(pointer.contents))
+@cache
+def addressed(name: str) -> Callable[[Any], int]:
+    """llama.cpp's function of a context that returns a pointer, with the address in its place."""
+    function: Any = llama_cpp.llama_cpp._lib[name]  # another object than llama_cpp's own, which gives pointers
+    function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    return function  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)  # llama.cpp mostly returns the same address again
+def floats(address: int, n_rows: int, n_columns: int) -> np.ndarray:
+    """A view of llama.cpp's memory, valid as long as that is."""
+    memory: Any = (ctypes.c_float * (n_rows * n_columns)).from_address(address)
     return np.ndarray((n_rows, n_columns), np.float32, memory)

@@ -6,6 +6,7 @@ EAGLE-3 heads and MTP blocks need this. Only this module looks up the functions 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -17,7 +18,7 @@ import numpy as np
 from llamabase.errors import EngineError
 
 from .context import CONTEXT_DEFAULTS, BaseContext, Context, ContextParams, SequenceContext
-from .library import floats
+from .library import addressed, floats
 from .model import Model
 
 KNOWN = "0.3.36"  # the llama-cpp-python whose llama.cpp has everything that is used here
@@ -33,9 +34,9 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 # Result, arguments after the context, and how the names of these are mangled by GCC and Clang, and by Microsoft's C++.
 _EXPERIMENTAL: dict[str, tuple[Any, list[Any], str, str]] = {
     "llama_set_embeddings_layer_inp": (None, [ctypes.c_uint32, ctypes.c_bool], "jb", "XPEAUllama_context@@I_N"),
-    "llama_get_embeddings_layer_inp": (_FLOATS, [ctypes.c_uint32], "j", "PEAMPEAUllama_context@@I"),
+    "llama_get_embeddings_layer_inp": (ctypes.c_void_p, [ctypes.c_uint32], "j", "PEAMPEAUllama_context@@I"),
     "llama_set_embeddings_nextn": (None, [ctypes.c_bool, ctypes.c_bool], "bb", "XPEAUllama_context@@_N1"),
-    "llama_get_embeddings_nextn": (_FLOATS, [], "", "PEAMPEAUllama_context@@"),
+    "llama_get_embeddings_nextn": (ctypes.c_void_p, [], "", "PEAMPEAUllama_context@@"),
 }
 _BOUND = ("llama_batch_ext_init", "llama_process", "llama_embd", "LLAMA_PROCESS_TYPE_ENCODE")
 
@@ -162,7 +163,7 @@ class PairContext(SequenceContext):
             self.n_past += n
             if outputs:
                 if self._head:
-                    logits = floats(llama_cpp.llama_get_logits(self.handle), n, self.model.n_vocab)
+                    logits = floats(addressed("llama_get_logits")(self.handle), n, self.model.n_vocab)
                 made = self._states(n).copy()
         return logits, made
 
@@ -182,8 +183,9 @@ class PairContext(SequenceContext):
                 llama_cpp.llama_batch_ext_set_embd_token(batch, place, state)
             llama_cpp.llama_batch_ext_set_pos(batch, place, ctypes.byref(llama_cpp.llama_pos(first + i)))
             llama_cpp.llama_batch_ext_set_output_logits(batch, place, outputs)
-        with self._timed():
-            self._compute(llama_cpp.llama_process, kind, batch)
+        started = time.perf_counter()
+        self._compute(llama_cpp.llama_process, kind, batch)
+        self._took(started)
 
     def close(self) -> None:
         if self._extended is not None:

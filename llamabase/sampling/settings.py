@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 
@@ -117,7 +118,7 @@ class Sampling:
         """Whether the temperature leaves one token; below 1e-6 a double cannot tell it from 0."""
         return "temperature" in self.samplers and self.temp < 1e-6 and self.dynatemp_range <= 0
 
-    @property
+    @cached_property  # every round asks
     def plain(self) -> bool:
         """Whether the next token is the argmax of the model's own logits, but for a grammar or a schema."""
         return self.sight == 1 and not self.leading and not self.logit_bias

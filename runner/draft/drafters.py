@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -18,9 +19,15 @@ from .rows import DynamicHead
 _NOTHING_ADDED = np.empty(0, np.int32), np.empty(0, np.float32)
 
 
-def _weight(logits: np.ndarray, best: float) -> float:
-    """The weight of these tokens at temperature 1, in units of that of a token of logit `best`."""
-    return float(np.exp(logits - best).sum())
+def _certainty(best: np.float32, logits: np.ndarray, more: np.ndarray, added: np.ndarray) -> float:
+    """The probability at temperature 1 of a token of logit `best` among those of all these logits."""
+    return 1 / sum(float(np.exp(part - best).sum()) for part in (logits, _once(more, added)[1]))
+
+
+def _once(more: np.ndarray, added: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, ascending, and their logits, without those that come again."""
+    ids, places = np.unique(more, return_index=True)
+    return ids, added[places]
 
 
 class ModelDrafter(Drafter):
@@ -41,10 +48,18 @@ class ModelDrafter(Drafter):
         self.vocab = AUTO
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
-        return [proposal.token for proposal in islice(self.propose(text, sampling, noise), n)] if n > 0 else []
+        return [token for token, _ in islice(self._drafted(text, sampling, noise), n)] if n > 0 else []
 
     def propose(self, text: Sequence[int], sampling: Sampling, noise: Noise) -> Iterator[Proposal]:
         """Drafted tokens until the context is full. Each is computed when it is asked for."""
+        return (Proposal(token, certainty()) for token, certainty in self._drafted(text, sampling, noise))
+
+    def _drafted(
+        self, text: Sequence[int], sampling: Sampling, noise: Noise
+    ) -> Iterator[tuple[int, Callable[[], float]]]:
+        """What `propose` does. Certainties, which take as long as all the rest, are computed before the next token, if
+        they are asked for.
+        """
         dynamic = self.dynamic if self.vocab != "trim" else None
         if dynamic is not None:
             dynamic.follow(text)
@@ -55,15 +70,17 @@ class ModelDrafter(Drafter):
             logits, hidden = self.reading.follow(token) if i else self.reading.begin(text)
             added = _NOTHING_ADDED if dynamic is None else dynamic.logits(hidden, self.vocab != "context")
             if chain is None:
-                proposal = self._likeliest(logits, *added)
+                token, best = self._likeliest(logits, *added)
+                yield token, partial(_certainty, best, logits, *added)
             else:
                 row, ids = self._merged(logits, *added)
                 q = chain.distribution(row, ids)
                 token = q.draw(noise, len(text) + i)
                 chain.accept(token)
-                proposal = Proposal(token, 1 / _weight(row, row.max()) if sampling.greedy else q.of(token))
-            yield proposal
-            token = proposal.token
+                yield (
+                    token,
+                    partial(_certainty, row.max(), row, *_NOTHING_ADDED) if sampling.greedy else partial(q.of, token),
+                )
 
     @property
     def vocabs(self) -> list[str]:
@@ -89,19 +106,20 @@ class ModelDrafter(Drafter):
         """The number of tokens of `text` that the next draft has to read first."""
         return self.reading.unread(text)
 
-    def _likeliest(self, logits: np.ndarray, more: np.ndarray, added: np.ndarray) -> Proposal:
-        """The token of the greatest logit, the lowest id at a tie: what `_merged` would give, without its sort."""
+    def _likeliest(self, logits: np.ndarray, more: np.ndarray, added: np.ndarray) -> tuple[int, np.float32]:
+        """The token of the greatest logit, the lowest id at a tie, and the logit: `_merged` would need a sort."""
         place = int(logits.argmax())
         token, best = place if self._ids is None else int(self._ids[place]), logits[place]
         if len(more) and (most := added.max()) >= best:
             other = int(more[added == most].min())
             token, best = other if most > best else min(token, other), most
-        return Proposal(token, 1 / (_weight(logits, best) + _weight(added, best)))
+        return token, best
 
     def _merged(self, logits: np.ndarray, more: np.ndarray, added: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """The logits of kept and added rows as one row, and their ids, ascending (None if they are 0, 1, 2, ...)."""
         if self._ids is None or not len(more):
             return logits, self._ids
+        more, added = _once(more, added)
         ids = np.concatenate([self._ids, more])
         order = np.argsort(ids, kind="stable")  # ten times as fast as the default, since most are in order
         return np.concatenate([logits, added])[order], ids[order]

@@ -135,12 +135,15 @@ class OwnReading:
 
     def _step(self, pending: Sequence[int]) -> Step:
         if not self._hidden:
-            return Step(self.reader.read(pending, 1)[0, : self._rows], _NO_STATE)
+            return Step(self._cut(self.reader.read(pending, 1)[0]), _NO_STATE)
         if len(pending) > self.context.n_outputs:
             self.reader.read(pending[:-1], 0)
             pending = pending[-1:]
-        logits = self.reader.read(pending, len(pending), hidden=True)[-1, : self._rows]
+        logits = self._cut(self.reader.read(pending, len(pending), hidden=True)[-1])
         return Step(logits, self.context.hidden_states(len(pending))[-1])
+
+    def _cut(self, logits: np.ndarray) -> np.ndarray:
+        return logits if len(logits) == self._rows else logits[: self._rows]
 
     def _window(self, text: Sequence[int]) -> Sequence[int]:
         """The part of a text that is read: all of it, or its last part if the context is smaller.

@@ -7,18 +7,19 @@ companion. The choice depends only on the text before the token that is drawn, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gguf_trim.format.companion import Trimmed
-from gguf_trim.format.selection import CANDIDATES, CONTEXT_ROWS, Recent, scorer, top
+from gguf_trim.format.selection import CANDIDATES, CONTEXT_ROWS, Chooser, Recent
 from gguf_trim.format.speculator import Speculator
 from llamabase.gguf.tensors import HEAD_BIAS, head_tensor
 from llamabase.llama.ggml import Backend, Product, Table, aligned
 
 _BUCKET = 64  # rows: products come in multiples of this, with one ggml graph for each
 NEAR = 0.05  # tolerance, as a fraction of the range of the logits: requantisation stays below it, other heads do not
+_NO_IDS, _NO_LOGITS = np.empty(0, np.int32), np.empty(0, np.float32)
 
 
 class DynamicHead:
@@ -44,22 +45,26 @@ class DynamicHead:
         outside[trimmed.d2t] = False
         if n_ids is not None:
             outside[n_ids:] = False
-        self._others = np.flatnonzero(outside).astype(np.int32)
-        self._n_candidates = min(CANDIDATES, len(self._others)) if speculator is not None else 0
+        others = np.flatnonzero(outside).astype(np.int32)
         self.recent = Recent(outside, CONTEXT_ROWS)
-        self._in_context = np.zeros(len(outside), bool)
-        self._ids = np.zeros(CONTEXT_ROWS + self._n_candidates, np.int32)
-        rows = max(1, -(-len(self._ids) // _BUCKET)) * _BUCKET
-        self._rows = aligned(rows * head.row_bytes).reshape(rows, head.row_bytes)
-        self._table = Table(self._rows, head.type, head.shape[0])
+        # Rows chosen at each step come first, then, from a multiple of _BUCKET on, those of the text by slot.
+        self._n_chosen = min(CANDIDATES, len(others)) if speculator is not None else 0
+        self._of_text = -(-self._n_chosen // _BUCKET) * _BUCKET
+        n_rows = self._of_text + -(-CONTEXT_ROWS // _BUCKET) * _BUCKET
+        self._ids = np.zeros(n_rows, np.int32)
+        self._rows = aligned(n_rows * head.row_bytes).reshape(n_rows, head.row_bytes)
+        self._type, self._n_embd = head.type, head.shape[0]
         self._backend = backend
         self._kept = trimmed.d2t
         self.steps = self.rows = 0  # steps so far and the rows that they computed: the bench reports bytes per step
         self.acceptance = speculator.acceptance if speculator is not None else 0.0
-        self._products: dict[int, Product] = {}
-        self._scores: Callable[[np.ndarray], np.ndarray] | None = None
-        if speculator is not None and len(self._others):
-            self._scores = scorer(backend, speculator, self._row_of[self._others])
+        self._products: dict[tuple[int, int], Product] = {}
+        self._chooser: Chooser | None = None
+        if speculator is not None and len(others):
+            whole, target = Table(self._full, head.type, head.shape[0]), self._rows[: self._n_chosen]
+            self._chooser = Chooser(backend, speculator, whole, self._row_of, others, target)
+            for place in range(self._n_chosen, self._of_text):  # rows between the two
+                self._set(place, others[0])
 
     @property
     def seconds(self) -> float:
@@ -69,54 +74,45 @@ class DynamicHead:
     @property
     def speculates(self) -> bool:
         """Whether a speculator scores rows."""
-        return self._scores is not None
+        return self._chooser is not None
 
     def follow(self, text: Sequence[int]) -> None:
         """Take in the text up to the position that is drafted next."""
         for slot, token in self.recent.follow(text):
-            self._ids[slot] = token
-            self._rows[slot] = self._full[self._row_of[token]]
-        self._in_context[:] = False
-        self._in_context[self._ids[: len(self.recent.slots)]] = True
+            self._set(self._of_text + slot, token)
+
+    def _set(self, place: int, token: int) -> None:
+        self._ids[place], self._rows[place] = token, self._full[self._row_of[token]]
 
     def agrees(self, logits: np.ndarray, hidden: np.ndarray) -> bool:
         """Whether `logits` of the kept rows are this head's at `hidden`, apart from requantisation."""
-        some = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64)
-        self._rows[:_BUCKET] = self._full[self._row_of[self._kept[some]]]
-        ours = self._product(_BUCKET)(hidden)
+        some, first = np.linspace(0, len(self._kept) - 1, _BUCKET).astype(np.int64), self._of_text
+        self._rows[first : first + _BUCKET] = self._full[self._row_of[self._kept[some]]]
+        ours = self._product(first, _BUCKET)(hidden)
         if self._bias is not None:
             ours = ours + self._bias[self._kept[some]]
         self.recent.forget()  # its rows were written over
         return bool(np.abs(ours - logits[some]).max() <= NEAR * np.ptp(logits))
 
-    def candidates(self, hidden: np.ndarray, scored: bool = True) -> np.ndarray:
-        """Ids (int32) beyond the kept rows whose logits are worth computing at a hidden state (float32, n_embd).
-
-        Without `scored`, those of the text only.
-        """
-        n = len(self.recent.slots)
-        if self._scores is not None and scored:
-            best = self._others[top(self._scores(hidden), self._n_candidates)]
-            best = best[~self._in_context[best]]
-            self._ids[n : n + len(best)] = best
-            n += len(best)
-        return self._ids[:n]
-
     def logits(self, hidden: np.ndarray, scored: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, logits) of the `candidates`, int32 and float32, in no order; views until the next call."""
-        ids = self.candidates(hidden, scored)
-        known, n = len(self.recent.slots), len(ids)
+        """(ids, logits), int32 and float32, of the rows that are worth computing at a hidden state (float32, n_embd).
+
+        In no order. An id that is chosen and in the text comes twice, with the same logit. Without `scored`, those of
+        the text only. Both are views until the next call.
+        """
+        first, end = self._of_text, self._of_text + len(self.recent.slots)
+        if self._chooser is not None and scored:
+            first, self._ids[: self._n_chosen] = 0, self._chooser(hidden)
         self.steps += 1
-        self.rows += n
-        if not n:
-            return ids, np.empty(0, np.float32)
-        rows = self._row_of[ids[known:]]
-        self._full[rows, 0]  # touches all rows first, since page faults one after another take longer
-        np.take(self._full, rows, axis=0, out=self._rows[known:n], mode="clip")  # mode "raise" would copy twice
-        values = self._product(-(-n // _BUCKET) * _BUCKET)(hidden)[:n]
+        self.rows += end - first
+        if first == end:
+            return _NO_IDS, _NO_LOGITS
+        values = self._product(first, -(-(end - first) // _BUCKET) * _BUCKET)(hidden)[: end - first]
+        ids = self._ids[first:end]
         return ids, values if self._bias is None else values + self._bias[ids]
 
-    def _product(self, n_rows: int) -> Product:
-        if n_rows not in self._products:
-            self._products[n_rows] = Product(self._backend, self._table, n_rows=n_rows)
-        return self._products[n_rows]
+    def _product(self, first: int, n_rows: int) -> Product:
+        if (first, n_rows) not in self._products:
+            table = Table(self._rows[first:], self._type, self._n_embd)
+            self._products[first, n_rows] = Product(self._backend, table, n_rows=n_rows)
+        return self._products[first, n_rows]

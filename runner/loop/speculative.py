@@ -14,6 +14,7 @@ import numpy as np
 
 from llamabase.errors import EngineError
 from llamabase.llama.ggml import release_threads
+from llamabase.llama.library import interruptible
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Distribution, Noise
 from llamabase.sampling.settings import Sampling
@@ -89,11 +90,12 @@ def generate(
             started, before = time.perf_counter(), (drafter.seconds, target.context.seconds)
             # A round of n drafts can emit n + 1 tokens, and feeds n + 1 to the target.
             n = min(draft_max, left - 1, n_ctx - len(text), target.context.n_outputs - 1, target.context.undoable)
-            drafts = drafter.draft(text, n, sampling, noise)
-            n_made = len(drafts)
-            del drafts[chain.fitting(drafts) :]  # a draft that a schema forbids falls, with those after it
-            n_read = len(text) - len(target.held) + len(drafts)
-            logits = target.verify(text, drafts)
+            with interruptible():  # around all calls of the round
+                drafts = drafter.draft(text, n, sampling, noise)
+                n_made = len(drafts)
+                del drafts[chain.fitting(drafts) :]  # a draft that a schema forbids falls, with those after it
+                n_read = len(text) - len(target.held) + len(drafts)
+                logits = target.verify(text, drafts)
             accepted, following = accept(partial(_p_at, logits, chain, drafts), drafts, noise, len(text))
             chain.accept(following)
             tokens = [*drafts[:accepted], following]

@@ -92,18 +92,16 @@ class Index:
         `tail` and with these tokens themselves.
         """
         known, size, given = self.tokens, len(self.tokens), list(tail)
-        for _ in range(n):
-            nexts = [known[place] if place < size else given[place - size] for place in places]
-            token, agreeing, of = nexts[0], nexts.count(nexts[0]), len(nexts)
-            if agreeing < of:
+        for i in range(n):
+            nexts = [known[at] if (at := place + i) < size else given[at - size] for place in places]
+            token, of = nexts[0], len(nexts)
+            if of > 1 and nexts.count(token) < of:
                 token = max(dict.fromkeys(nexts), key=nexts.count)
                 places = [place for place, each in zip(places, nexts, strict=True) if each == token]
-                agreeing = len(places)
             if token == END:
                 return
-            yield token, agreeing, of
+            yield token, len(places), of
             given.append(token)
-            places = [place + 1 for place in places]
 
 
 class Answers:

@@ -33,7 +33,7 @@ from runner.loop import engine
 from .terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
-MODES = ["plain", "full", "trim", "context", "spec", "lookup", "auto"]
+MODES = ["plain", "full", "trim", "context", "spec", "lookup", "pool", "auto"]
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,22 @@ def test_figures_agree_with_an_independent_count(arguments: list[str], toys: dic
     # A full head drafts as the target itself would, so every draft is right.
     assert found[ALL]["full"]["acceptance_rate"] == 1.0
     assert found[ALL]["trim"]["mbsu_bytes"] != found[ALL]["spec"]["mbsu_bytes"]
+
+
+def test_pool_drafts_from_earlier_answers_alone(arguments: list[str], prompts: Path, tmp_path: Path) -> None:
+    """Not from one that it repeats, and also if the run that gave them was cut off."""
+    line = {"question_id": 1, "category": "qa", "turns": ["is it in the sea"]}
+    prompts.write_text("\n".join(json.dumps(line | {"question_id": i}) for i in (1, 2)))
+    path = tmp_path / "r.json"
+    run = [*arguments, "--modes", "plain,lookup,pool:8", "--repeat", "2", "-o", str(path)]
+    record = record_of(invoke(*run))
+    calls = {(a["prompt"], a["repeat"], a["mode"]): len(a["rounds"]) for a in record["answers"]}
+    assert calls["1", 0, "pool:8"] == calls["1", 1, "pool:8"] == calls["1", 0, "lookup"] == calls["2", 0, "lookup"]
+    assert calls["2", 0, "pool:8"] == calls["2", 1, "pool:8"] < calls["1", 0, "pool:8"]
+    del record["answers"][6:], record["figures"]
+    path.write_text(json.dumps(record | {"missing": 6}))
+    again = record_of(invoke(*run))["answers"]
+    assert {(a["prompt"], a["repeat"], a["mode"]): len(a["rounds"]) for a in again} == calls
 
 
 def test_prices_leave_hiccups_out() -> None:
@@ -442,7 +458,7 @@ def test_the_verdict(least: float | None, stands: float, said: str) -> None:
 
 def test_a_trim_without_a_speculator_is_measured_without_spec(toys, capfd) -> None:
     files = Files(toys["target"], None, {"": toys["good-trimmed"]})
-    assert names_of([*KINDS, "spec:3"], files) == ["plain", "trim", "context", "lookup", "auto"]
+    assert names_of([*KINDS, "spec:3"], files) == ["plain", "trim", "context", "lookup", "pool", "auto"]
     assert "spec is left out: " in capfd.readouterr().err
     both = Files(toys["target"], toys["target"], {"@1": toys["spec-trimmed"], "@400": toys["good-trimmed"]})
     assert names_of(["full", "trim", "spec:3"], both) == ["full", "trim@1", "trim@400", "spec@1:3"]

@@ -370,7 +370,7 @@ def test_help_fits_a_narrow_terminal() -> None:
         (["-p", " "], 2, "the prompt is empty"),
         (["-p", "x", "-f", "y"], 2, "give --prompt or --file, not both"),
         (["-f", "absent.txt"], 1, "absent.txt: cannot be read: No such file"),
-        (["--draft-max", "17"], 2, "17"),
+        (["--draft-max", "16"], 2, "16"),
         (["--target", "absent.gguf", "--prompt", "x"], 1, "absent.gguf: cannot be read: No such file"),
         (["--model", "nonsense", "--prompt", "x"], 1, "no model pair called 'nonsense'"),
     ],

@@ -24,7 +24,7 @@ from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
 from runner.draft.contracts import Drafter, NoDrafter
 from runner.draft.drafters import ModelDrafter
-from runner.draft.lookup import LookupDrafter
+from runner.draft.lookup import Answers, LookupDrafter
 from runner.draft.measured import measured_draft, measured_verify
 from runner.draft.opening import open_drafter
 from runner.loop.engine import Engine
@@ -32,10 +32,10 @@ from runner.options import FULL, Models
 
 from .machine import resident
 
-PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
+PLAIN, LOOKUP, POOL, AUTO = "plain", "lookup", "pool", "auto"
 SPEC = "spec"
 CUT = ("trim", "context", SPEC)  # what a trimmed drafter may draft from
-KINDS = (PLAIN, FULL, *CUT, LOOKUP, AUTO)
+KINDS = (PLAIN, FULL, *CUT, LOOKUP, POOL, AUTO)
 AGAIN = "again"  # plain decoding a second time, which shows the machine's noise
 
 
@@ -50,7 +50,8 @@ class Reads(NamedTuple):
 class Mode:
     """A way to decode. Its name is a kind, then @k if several cuts are compared, then :n for a draft length of its own.
 
-    `draft_max` None: as many drafts as pay, by measured costs.
+    `draft_max` None: as many drafts as pay, by measured costs. `answers`: the mode's earlier ones, if it drafts from
+    them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Mode:
     model: ModelDrafter | None  # the drafter that reads; `drafter` may only decide about it
     step: Callable[[], Reads]  # what a draft step reads
     memory: int  # bytes that opening the drafter and answering with it took
+    answers: Answers | None = None
 
     def as_json(self) -> dict[str, Any]:
         file, step = self.file.name if self.file else None, self.step()._asdict()
@@ -144,7 +146,7 @@ def open_modes(
             way, _, own = name.partition(":")
             kind, at, k = way.partition("@")
             path = files.full if kind == FULL else files.trimmed.get(at + k) or next(iter(files.trimmed.values()), None)
-            if kind in (PLAIN, AGAIN, LOOKUP):
+            if kind in (PLAIN, AGAIN, LOOKUP, POOL):
                 path = None
             length = int(own) if own else draft_max
             before, model = resident(), None
@@ -153,14 +155,16 @@ def open_modes(
                 options = replace(options, vocab=kind if kind in CUT else models.vocab)
                 model = open_drafter(options, vocabulary, engine.context)
                 stack.callback(model.close)
-            drafter: Drafter = model or LookupDrafter()
+            answers = Answers() if kind in (POOL, AUTO) else None
+            drafter: Drafter = model or LookupDrafter(answers)
             if kind in (PLAIN, AGAIN):
                 drafter, length = NoDrafter(), 0
             elif kind == AUTO or length is None:
                 draft = None if model is None else StepCost(measured_draft(model, engine.reader))
-                drafter, length = AutoDrafter(model, verify(), draft), None
+                drafter, length = AutoDrafter(model, verify(), draft, answers=answers), None
             memory = resident() - before if path else 0
-            modes.append(Mode(name, drafter, length, path, model, _step_reader(path, model, files.target), memory))
+            reads = _step_reader(path, model, files.target)
+            modes.append(Mode(name, drafter, length, path, model, reads, memory, answers))
         yield modes
 
 

@@ -33,15 +33,16 @@ from .figures import Answer, figures, place
 from .machine import bandwidth, peak, resident
 from .modes import Files, Mode, open_modes
 
-TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # Spec-Bench's, beside MT-Bench's categories
+# Spec-Bench's categories of MT-Bench.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 RECORD = Kind("holds no record of a benchmark", marked(b"{", b'"machine":', b'"settings":', b'"answers":'))
 # Where `--spec-bench auto` looks, from the working directory.
 SPEC_BENCH = ("question.jsonl", "spec_bench/question.jsonl", "../shared/data/spec_bench/question.jsonl")
 
 
 def task_of(prompt: Prompt) -> str:
-    """One of Spec-Bench's six tasks: its eight MT-Bench categories, whose prompts have two turns, count as one."""
-    return "mt_bench" if prompt.more and prompt.task not in TASKS else prompt.task
+    """The prompt's task; MT-Bench's eight categories, whose prompts have two turns, count as one, as in Spec-Bench."""
+    return "mt_bench" if prompt.more and prompt.task in MT_BENCH else prompt.task
 
 
 def answer(engine: Engine, mode: Mode, prompt: list[int], sampling: Sampling, max_tokens: int, seed: int) -> Answer:
@@ -82,7 +83,7 @@ def measure(
     done = {place(answered): answered for answered in record["answers"]}
     sampling, max_tokens, seed = Sampling(**settings["sampling"]), settings["max_tokens"], settings["seed"]
     with (
-        replace(models, target=files.target, draft=None).open() as engine,
+        replace(models, target=files.target, draft=None, share_answers=False).open() as engine,
         open_modes(settings["modes"], files, engine, models, settings["draft_max"]) as modes,
         progress("measuring", record["missing"], "answers") as advance,
     ):
@@ -109,6 +110,9 @@ def measure(
                     record["missing"] -= 1
                     write_record(record, output)
                     advance(1, mode.name)
+                for mode in modes:  # not sooner: a repeat must not draft from the answer that it repeats
+                    if mode.answers is not None:
+                        mode.answers.add(done[prompt.id, turn, 0, mode.name].get("token_ids", ()))
                 tokens = done[prompt.id, turn, settings["repeat"] - 1, settings["modes"][0]].get("token_ids", ())
                 said = b"".join(map(engine.model.piece, tokens)).decode("utf-8", "replace")
                 messages += [{"role": "assistant", "content": said}, {"role": "user", "content": more}]

@@ -7,7 +7,7 @@ Eight concepts decide:
 3. speedup: the tokens of the drafter's recent rounds per plain-decoding step that their seconds equal;
 4. prior: each answer counts as one more round at the speedup of the best fixed draft length;
 5. worth: what drafts should add in tokens, less what their seconds bring at the current speedup (`best_cut`);
-6. suggestion: what the text itself continues with (`Lookup`) replaces the drafter if it brings more, else extends it;
+6. suggestion: what followed before (`Lookup`) replaces the drafter if it brings more, else extends it;
 7. reading: the drafter is used if it should save more over the answer than reading the text up to here costs;
 8. budget: a session loses at most BUDGET and LOSS to plain decoding, whatever the other seven say.
 """
@@ -24,13 +24,13 @@ from llamabase.sampling.settings import Sampling
 from .contracts import Drafter, Proposal
 from .cost import WEIGHT, Chances, DraftStats, best_cut, best_fixed
 from .drafters import ModelDrafter
-from .lookup import Lookup
+from .lookup import Answers, Lookup
 
 # BUDGET: plain-decoding steps a session may lose. LOSS: fraction of its tokens it may lose besides. In the worlds of
 # tests/test_auto.py less does not pay for reading a prompt to try a drafter; more loses 4 % of 512 tokens to a bad one.
 BUDGET, LOSS = 16.0, 0.005
 USUAL = 0.8  # acceptance rate of an unknown drafter: about that of the default pair (2026-11-21-vocab.json)
-LONGEST = 16  # drafts in a round
+LONGEST = 15  # drafts in a round: with one token more, a whole block of sixteen rows of llama.cpp's kernels
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,19 @@ class _Draft:
 
 
 class AutoDrafter(Drafter):
-    """A model drafter (None: lookup alone) and the text's own suggestions, each used if it pays."""
+    """A model drafter (None: lookup alone) and what text and earlier answers suggest, each used if it pays."""
 
     def __init__(
-        self, drafter: ModelDrafter | None, verify: StepCost, draft: StepCost | None, stats: DraftStats | None = None
+        self,
+        drafter: ModelDrafter | None,
+        verify: StepCost,
+        draft: StepCost | None,
+        stats: DraftStats | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._drafter, self._verify, self._step = drafter, verify, draft or verify
         self.stats = stats or DraftStats()
-        self._lookup = Lookup()
+        self._lookup = Lookup(answers)
         self._saved = 0.0  # plain steps that drafting has saved this session; negative if it has lost some
         self._emitted = self._answers = 0
         self._rest = 0.0  # expected tokens of the answer

@@ -20,6 +20,7 @@ from llamabase.sampling.settings import Sampling
 from runner.draft.auto import LONGEST, AutoDrafter
 from runner.draft.contracts import Drafter, NoDrafter
 from runner.draft.drafters import ModelDrafter
+from runner.draft.lookup import Answers
 from runner.draft.opening import open_drafter
 from runner.draft.reading import Reader
 
@@ -145,7 +146,7 @@ class Engine(Closing):
         if drafter is None:
             fixed = self.drafter if self.drafter is not None and draft_max else NoDrafter()
             drafter = self.auto if draft_max is None else fixed
-        return generate(
+        rounds = generate(
             self.reader,
             drafter,
             prompt,
@@ -156,6 +157,7 @@ class Engine(Closing):
             noise=Noise(seed),
             on_logits=on_logits,
         )
+        return rounds if self.weights.answers is None else _added(rounds, self.weights.answers)
 
     def pieces(
         self, prompt: Sequence[int], sampling: Sampling, record: Record, stops: Sequence[str] = (), **settings: Any
@@ -203,3 +205,16 @@ class Engine(Closing):
                         yield TextPiece(decoder.decode(piece), i <= round_.accepted)
         if not record.rounds:  # max_tokens was 0: only the prompt was read
             record.prompt_seconds = time.perf_counter() - started
+
+
+def _added(rounds: Generator[Round, None, None], answers: Answers) -> Generator[Round, None, None]:
+    """The same rounds; what they emitted, to the end or to an interruption, is added to the answers."""
+    tokens = list[int]()
+    try:
+        with contextlib.closing(rounds):
+            for round_ in rounds:
+                tokens += round_.tokens
+                yield round_
+    finally:
+        if tokens:
+            answers.add(tokens)

@@ -24,6 +24,7 @@ from runner.draft.auto import AutoDrafter
 from runner.draft.contracts import AUTO
 from runner.draft.cost import DraftStats
 from runner.draft.drafters import ModelDrafter
+from runner.draft.lookup import Answers
 from runner.draft.measured import recall_known, remember_known, step_costs
 from runner.draft.opening import DraftOptions
 from runner.draft.reading import Reader
@@ -37,7 +38,8 @@ class LoadOptions:
     context; 0 takes as many as the model was trained on. n_threads: None for one per physical core. n_gpu_layers: None
     for llama.cpp's default. vocab: see `DraftOptions`. n_ctx_draft: tokens that the drafter remembers, if fewer than
     n_ctx. n_threads_draft, n_gpu_layers_draft: the drafter's; None for the target's. cache, cache_draft: the types of
-    the KV caches.
+    the KV caches. share_answers: drafts may come from the answers of earlier conversations over these weights. They
+    change no text, but an answer then comes quicker if it repeats another one, which tells that there was one.
 
     device to n_cpu_moe_draft say where the weights go, as `ModelParams` does. A drafter takes the target's devices
     unless device_draft is given; tensor_split and main_gpu count the target's devices. override_tensor and n_cpu_moe
@@ -70,6 +72,7 @@ class LoadOptions:
     n_batch: int | None = None
     n_ubatch: int = BATCH
     offload_kqv: bool = True
+    share_answers: bool = True
 
     def __post_init__(self) -> None:
         _ = self.model_params, self.model_params_draft, self.context_params  # which are checked as they are made
@@ -125,6 +128,7 @@ class Weights(Closing):
         self.architecture = file.architecture
         self.model = Model(options.target, options.model_params)
         self.draft_model: Model | None = None
+        self.answers = Answers() if options.share_answers else None
         self._costs: tuple[StepCost, StepCost | None] | None = None
         self._stats = DraftStats()
 
@@ -132,7 +136,8 @@ class Weights(Closing):
     def _key(self) -> str:
         draft = self.options.draft
         files = [self.options.target, *([draft, companion_of(draft)] if isinstance(draft, Path) else [])]
-        how = [getattr(self.options, field.name) for field in fields(LoadOptions)[2:]]  # all but target and draft
+        costless = ("target", "draft", "share_answers")  # what a step costs does not depend on them
+        how = [getattr(self.options, field.name) for field in fields(LoadOptions) if field.name not in costless]
         return key_of(files, [isinstance(draft, OwnBlock), *how])
 
     def measure(self, reader: Reader, drafter: ModelDrafter | None) -> None:
@@ -145,7 +150,7 @@ class Weights(Closing):
         if self._costs is None:
             self.measure(reader, drafter)
         assert self._costs is not None
-        return AutoDrafter(drafter, *self._costs, self._stats)
+        return AutoDrafter(drafter, *self._costs, self._stats, self.answers)
 
     def close(self) -> None:
         if self._costs is not None:

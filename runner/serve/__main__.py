@@ -41,6 +41,11 @@ BATCH = 1.5  # seconds that the last batch gets after that
 @click.option(
     "--queue", "waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait."
 )
+@click.option(
+    "--share-answers",
+    is_flag=True,
+    help="Draft from the answers of all conversations; timing may tell them of others'.",
+)
 @click.option("--metrics", is_flag=True, help="Serve figures at /metrics, for Prometheus.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Accept pages from there; * for all. Can be repeated.")
 @template_kwargs_option

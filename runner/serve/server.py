@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from llamabase.errors import FileFormatError, PromptTooLong
 from llamabase.sampling.settings import Sampling
+from runner.draft.auto import LONGEST
 from runner.draft.contracts import AUTO
 from runner.loop.engine import Engine
 from runner.tools.calls import HERMES, Form, Tools, control_tokens, form_of, guide_of
@@ -30,7 +31,6 @@ from .requests import BadRequest, Chat, Common
 from .responses import Answer, Asked, Piece
 
 PATIENCE = 0.25  # seconds between two checks whether a client is still there
-POSITIONS = 16  # drafts of a round whose acceptance is counted by position
 COMPILING = 8  # schemas that may wait to be compiled, each for up to 2 s
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class Metrics:
         self.drafts.inc(len(record.accepted_by_round))
         self.drafted.inc(record.drafted)
         self.accepted.inc(record.accepted)
-        for place in range(POSITIONS):
+        for place in range(LONGEST):
             if n := sum(accepted > place for accepted in record.accepted_by_round):
                 self.by_position.labels(str(place)).inc(n)
         if record.seconds > 0:

@@ -273,7 +273,7 @@ def test_a_damaged_memory_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: str
 ) -> None:
     monkeypatch.setattr("llamabase.store.memory_file", lambda: tmp_path / "remembered.sqlite")
-    monkeypatch.setattr("runner.draft.measured.measured_verify", lambda target: {1: 0.5})
+    monkeypatch.setattr("runner.draft.measured.measured_verify", lambda target: ({1: 0.5}, 0.0))
     bins = [[1.0, 2.0]] * 13
     facts = {
         "costs": {"verify": {1: 0.1, 2: 0.1}, "draft": {1: 0.1}},

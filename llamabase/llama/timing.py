@@ -1,4 +1,4 @@
-"""The clock: what a step takes on this machine, timed by turns, and what its other sizes take by the timed ones.
+"""The clock: what a step takes on this machine, timed by turns or in rows, and what its other sizes take by those.
 
 A step runs once and returns its seconds, so it can prepare itself untimed and can use a clock inside llama.cpp.
 """
@@ -21,6 +21,7 @@ from .model import Model
 
 VERIFY = (1, 2, 3, 4, 5, 6, 8)  # tokens of the batches in which a target's step is timed
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
+NOTHING = 0.05  # share of the quickest step below which a change of steps costs nothing, see `in_rows`
 FOLLOW = 0.03  # power of an observed ratio by which the costs of other sizes move, see StepCost.observe
 
 Step = Callable[[], float]
@@ -57,6 +58,41 @@ def by_turns(
             if time.perf_counter() - started > patience:
                 break
     return {name: taken[1:] or taken for name, taken in seconds.items()}
+
+
+def in_rows(
+    steps: Mapping[Name, Step], rows: int, title: str = "", patience: float = math.inf
+) -> tuple[dict[Name, list[float]], float]:
+    """(seconds of each step, seconds that a change from one step to another costs), for sizes of one context's step.
+
+    A GPU's backend may have to prepare itself for every size: long when it first meets one, and a little whenever the
+    size changes. So each step runs once, which warms up, and then in turn `rows` times two in a row: the first of a
+    row is paid for the change, the second is what a step costs. Where a change costs nothing both count. No row begins
+    after `patience` seconds; a step without rows has the one that warmed up.
+    """
+    after: dict[Name, list[float]] = {name: [] for name in steps}
+    inside: dict[Name, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        advance = (
+            stack.enter_context(progress(title, (1 + rows) * len(steps), "rows")) if title else lambda amount: None
+        )
+        once = {}
+        for name, step in steps.items():
+            once[name] = step()
+            advance(1)
+        for name in [*steps] * rows:
+            if time.perf_counter() - started > patience:
+                break
+            after[name].append(steps[name]())
+            inside[name].append(steps[name]())
+            advance(1)
+    # The first row of a size may still be warming up, so a price needs the second one.
+    prices = [min(after[name]) - min(inside[name]) for name in steps if len(after[name]) > 1]
+    change = statistics.median(prices) if prices else 0.0
+    if change < NOTHING * min(once.values()):
+        return {name: after[name] + inside[name] or [once[name]] for name in steps}, 0.0
+    return {name: inside[name] or [once[name]] for name in steps}, change
 
 
 def medians(seconds: Mapping[Name, Sequence[float]]) -> dict[Name, float]:
@@ -99,15 +135,23 @@ def decode_step(
 class StepCost:
     """Seconds of a step by its size (tokens that it reads, or rows of its head), interpolated between measured sizes.
 
-    Follows the steps it observes. Raises ValueError, TypeError, AttributeError or OverflowError for anything but
-    positive seconds by positive sizes, whose types may be those of JSON.
+    `change`: seconds that a step takes longer if its size is not that of the step before. Follows the steps it
+    observes. Raises ValueError, TypeError, AttributeError or OverflowError for anything but positive seconds by
+    positive sizes, whose types may be those of JSON, and a change that costs no less than nothing.
     """
 
-    def __init__(self, seconds: Mapping[int, float]) -> None:
+    def __init__(self, seconds: Mapping[int, float], change: float = 0.0) -> None:
         measured = sorted((int(size), float(taken)) for size, taken in seconds.items())
         if not measured or not all(size > 0 and 0 < taken < math.inf for size, taken in measured):
             raise ValueError("seconds of a step are positive, and so are its sizes")
+        if not 0 <= change < math.inf:
+            raise ValueError("a change of sizes costs no less than nothing")
         self._sizes, self._seconds = [size for size, _ in measured], [taken for _, taken in measured]
+        self.change = float(change)
+
+    def prepared(self, n: int) -> bool:
+        """Whether a step of this size is like the measured ones; where changes cost, any other must be prepared for."""
+        return not self.change or n in self._sizes
 
     def of(self, n: float) -> float:
         """Between measured sizes on the line that joins them; beyond the last one, on the line from the first."""

@@ -22,7 +22,7 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .contracts import Drafter, Proposal
-from .cost import WEIGHT, Chances, DraftStats, best_cut, best_fixed
+from .cost import WEIGHT, Chances, DraftStats, KeptLength, best_fixed, worths
 from .drafters import ModelDrafter
 from .lookup import Lookup
 
@@ -58,10 +58,12 @@ class AutoDrafter(Drafter):
         self._emitted = self._answers = 0
         self._rest = 0.0  # expected tokens of the answer
         self._drafts: list[_Draft] = []  # of this round, whether or not they are verified
+        self._length = KeptLength()
+        self._size = 0  # tokens of the answer's last batch; 0 before the first
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
-        self._answers += 1
+        self._answers, self._size = self._answers + 1, 0
         self._rest = min((self._emitted + left / 2) / self._answers, left)
         drafter, stats, plain, step = self._drafter, self.stats, self._verify.of(1), self._step.of(1)
         if drafter is None:
@@ -80,30 +82,41 @@ class AutoDrafter(Drafter):
         self._drafts = drafts = list[_Draft]()
         if n <= 0:
             return []
-        before, most, rate = self.seconds, self._budget, 1 / self._verify.of(1)
-        drafter, stats, lookup = self._drafter, self.stats, self._lookup
+        drafter, stats, lookup, verify = self._drafter, self.stats, self._lookup, self._verify
+        before, rate, most, step = self.seconds, 1 / verify.of(1), self._budget, 0.0
         lookup.follow(text)
         suggested = lookup.guess(n)
-        if drafter is not None and self._pays(drafter, text):
-            rate *= stats.speedup
-            _, worth = best_cut([stats.matches.of(p.certainty) for p in suggested], self._verify, rate, most=most)
-            if 1 + worth <= stats.speedup:
-                drafts += self._modelled(drafter.propose(text, sampling, noise), drafter.unread(text), n, rate)
-                suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
+        if drafter is not None:
+            spare = most - self._reserve(drafter, text)
+            if self._pays(drafter, text):
+                rate *= stats.speedup
+                worth = max(worths([stats.matches.of(p.certainty) for p in suggested], verify, rate, most=spare))
+                if not stats.tried or 1 + worth <= stats.speedup:
+                    drafts += self._modelled(drafter.propose(text, sampling, noise), drafter.unread(text), n, rate)
+                    suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
+                    step = self._step.of(1)
+            most = most if drafts else spare
+        could = self._expected(drafts, n) if drafts else [stats.matches.of(p.certainty) for p in suggested]
         drafts += [_Draft(proposal, stats.matches) for proposal in suggested]
-        kept, _ = best_cut([draft.chance for draft in drafts], self._verify, rate, most=most - (self.seconds - before))
+        worth = worths([draft.chance for draft in drafts], verify, rate, most=most - (self.seconds - before))
+        kept = self._length.choose(worth, rate * verify.change)
+        self._length.observe(worths(could, verify, rate, step), kept)
         return [draft.proposal.token for draft in drafts[:kept]]
+
+    def _expected(self, drafts: Sequence[_Draft], n: int) -> list[float]:
+        """The chances of n drafts of the drafter, of which these are made."""
+        return [draft.chance for draft in drafts] + [self.stats.certainties.mean(USUAL)] * (n - len(drafts))
 
     def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
         """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
-        drafts, certainties = list[_Draft](), self.stats.certainties
+        drafts = list[_Draft]()
         before, most = self.seconds, self._budget - self._step.of(unread) + self._step.of(1)
         for made, proposal in enumerate(proposals, 1):
             self._step.observe(unread, self.seconds - before)
             unread, before = 1, self.seconds
-            drafts.append(_Draft(proposal, certainties))
-            chances = [draft.chance for draft in drafts] + [certainties.mean(USUAL)] * (n - made)
-            if best_cut(chances, self._verify, rate, self._step.of(1), made, most)[0] <= made:
+            drafts.append(_Draft(proposal, self.stats.certainties))
+            worth = worths(self._expected(drafts, n), self._verify, rate, self._step.of(1), made, most)
+            if self._length.choose(worth, rate * self._verify.change) <= made:
                 break
         return drafts
 
@@ -112,19 +125,29 @@ class AutoDrafter(Drafter):
         """Seconds that may be lost now."""
         return self._verify.of(1) * (BUDGET + LOSS * self._emitted + self._saved)
 
+    def _trial(self, drafter: ModelDrafter, text: Sequence[int]) -> float:
+        """The seconds of reading the text and of as many steps as the drafter's prior counts for."""
+        return self._step.of(drafter.unread(text)) + WEIGHT * self._step.of(1)
+
+    def _reserve(self, drafter: ModelDrafter, text: Sequence[int]) -> float:
+        """The seconds of the budget that guesses must leave to a drafter that should pay."""
+        return min(self._trial(drafter, text), BUDGET / 2 * self._verify.of(1)) if self.stats.speedup > 1 else 0.0
+
     def _pays(self, drafter: ModelDrafter, text: Sequence[int]) -> bool:
-        """Whether to use the drafter; reading must leave the budget of as many steps as its prior counts for."""
-        first, step = self._step.of(drafter.unread(text)), self._step.of(1)
+        """Whether to use the drafter; a trial must be within the budget."""
         saved = self._verify.of(1) * (1 - 1 / self.stats.speedup) * self._rest
-        return saved > first - step and first + WEIGHT * step <= self._budget
+        reading = self._step.of(drafter.unread(text)) - self._step.of(1)
+        return saved > reading and self._trial(drafter, text) <= self._budget
 
     def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
-        self._verify.observe(read, verify_seconds)
+        first, changed = not self._size, read != self._size
+        price, self._size = self._verify.change * changed, read
+        self._verify.observe(read, verify_seconds - price)
         plain = self._verify.of(1)
         self._emitted += tokens
         modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
-        if made or modelled:
-            self._saved += tokens - seconds / plain
+        if made or modelled or (price and not first):  # the first batch after a prompt changes the size in any case
+            self._saved += tokens - (seconds - price * first) / plain
         if modelled:  # without the seconds of catching up with the text, which belong to reading
             self.stats.observe(tokens, (verify_seconds + modelled * self._step.of(1)) / plain)
         for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged

@@ -114,8 +114,17 @@ def test_a_damaged_memory_is_replaced(toys, pair: Pair, memory: Path, damage: by
 @pytest.mark.parametrize("seconds", [None, [], {}, {"x": 1}, {"1": "y"}, {"1": -1.0}, {"0": 1.0}])
 def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, seconds) -> None:
     assert pair.is_measured(toys["target"])
-    write_facts(memory, "costs", {"verify": seconds, "draft": {}})
+    write_facts(memory, "costs", {"verify": seconds, "draft": {}, "change": 0.0})
     assert pair.is_measured(toys["target"])
+
+
+def test_costs_without_a_price_of_changes_are_measured_again(toys, pair: Pair, memory: Path) -> None:
+    assert pair.is_measured(toys["target"])
+    for change in ({}, {"change": None}, {"change": -1.0}):
+        write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}} | change)
+        assert pair.is_measured(toys["target"])
+    write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}, "change": 0.1})
+    assert not pair.is_measured(toys["target"])
 
 
 @pytest.mark.parametrize("facts", [[], 1, None, b"{", b"\xff", b"[" * 99_999])

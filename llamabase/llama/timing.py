@@ -90,7 +90,7 @@ def in_rows(
     # The first row of a size may still be warming up, so a price needs the second one.
     prices = [min(after[name]) - min(inside[name]) for name in steps if len(after[name]) > 1]
     change = statistics.median(prices) if prices else 0.0
-    if change < NOTHING * min(once.values()):
+    if change < NOTHING * min((second for taken in inside.values() for second in taken), default=math.inf):
         return {name: after[name] + inside[name] or [once[name]] for name in steps}, 0.0
     return {name: inside[name] or [once[name]] for name in steps}, change
 
@@ -165,13 +165,17 @@ class StepCost:
             slope = max(slope, 0.0)  # one dip must not make a long prompt cost less than nothing
         return seconds[high] + slope * (n - sizes[high])
 
+    def counted(self, n: int, seconds: float) -> float:
+        """The seconds of a step as they count: those of a hiccup, or of a GPU's first step of a size, say little."""
+        return min(max(seconds, self.of(n) / 2), self.of(n) * 2)
+
     def observe(self, n: int, seconds: float) -> None:
         """A step of size n took this long: move its cost towards that a little, however far off it is.
 
         Other sizes follow half as much, since what makes one slower (a longer text, a busy machine) makes all slower.
         A step beyond the last size moves only that one, since reading a long text is not like a short step.
         """
-        ratio = min(max(seconds / self.of(n), 0.5), 2.0)
+        ratio = self.counted(n, seconds) / self.of(n)
         beyond = n > self._sizes[-1]
         for i, size in enumerate(self._sizes):
             own = size == n or (beyond and i == len(self._sizes) - 1)

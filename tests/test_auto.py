@@ -215,9 +215,9 @@ def test_a_misleading_text_does_not_keep_a_drafter_from_being_tried(
 
 def test_guesses_leave_a_trial_of_the_drafter_in_the_budget() -> None:
     """The first prompt is too long to be read for a trial, and the suggestions of its text are wrong."""
-    verify, draft = StepCost(FLAT), reading(QUICK, FLAT, 0.3)
-    auto, tried = AutoDrafter(None, StepCost(FLAT), reading(QUICK, FLAT, 0.3)), []
-    for seed, prompt in enumerate((700, 60)):
+    verify, draft = StepCost(UNEVEN), reading(DRAFT, UNEVEN, 0.3)
+    auto, tried = AutoDrafter(None, StepCost(UNEVEN), reading(DRAFT, UNEVEN, 0.3)), []
+    for seed, prompt in enumerate((700, 40)):
         seconds_of(World(0.95, seed, verify, draft, prompt, 250, misleading=True), auto)
         tried.append(auto._drafter.drafts > 0)  # type: ignore[union-attr]
     assert tried == [False, True]
@@ -227,9 +227,10 @@ def test_guesses_leave_a_trial_of_the_drafter_in_the_budget() -> None:
     st.sampled_from([(UNEVEN, 0.0), (DEAR, 0.0), (FLAT, 0.0), (GRAPHS, CHANGE)]),
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=60), min_size=1, max_size=6),
     st.integers(0, 2**32 - 1),
+    st.sampled_from([1.0, BUDGET]),
 )
 def test_wherever_a_session_ends_guesses_have_cost_no_more_than_the_budget(
-    costs: tuple[dict[int, float], float], texts: list[list[int]], seed: int
+    costs: tuple[dict[int, float], float], texts: list[list[int]], seed: int, budget: float
 ) -> None:
     """The law of the budget, for what the text suggests: in texts that repeat themselves, and then do not."""
     verify = StepCost(*costs)
@@ -241,7 +242,9 @@ def test_wherever_a_session_ends_guesses_have_cost_no_more_than_the_budget(
         whole, text = [*prompt, *answer], list(prompt)
         auto.prepare(text, 256)
         while len(text) < len(whole):
-            guess = auto.draft(text, 15, GREEDY, Noise(0))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("runner.draft.auto.BUDGET", budget)
+                guess = auto.draft(text, 15, GREEDY, Noise(0))
             rest = whole[len(text) :]
             accepted = next((i for i, (a, b) in enumerate(zip(guess, rest, strict=False)) if a != b), len(guess))
             tokens = rest[: accepted + 1]
@@ -249,7 +252,7 @@ def test_wherever_a_session_ends_guesses_have_cost_no_more_than_the_budget(
             size = len(guess) + 1
             auto.learn(len(guess), size, min(accepted, len(tokens)), len(tokens), took, took)
             text, seconds, emitted = [*text, *tokens], seconds + took, emitted + len(tokens)
-            assert seconds <= plain * ((1 + LOSS) * emitted + BUDGET) + 1e-9
+            assert seconds <= plain * ((1 + LOSS) * emitted + budget) + 1e-9
 
 
 def test_the_budget_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,12 +306,15 @@ def test_reading_is_not_charged_to_rounds(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_the_text_suggests_replaces_the_drafter_if_it_brings_more() -> None:
     world, text = World(0.95, 0, StepCost(FLAT), StepCost(QUICK)), list(range(60))
-    stats = DraftStats(certainties=Chances([[6.0, 6.0]] * 13))  # a drafter that was not tried goes first
+    stats = DraftStats(certainties=Chances([[6.0, 6.0]] * 13))
     auto = AutoDrafter(Simulated(world), StepCost(dict(FLAT)), StepCost(dict(QUICK)), stats)  # type: ignore[arg-type]
     auto.prepare(text, 256)
     read = auto.seconds
     assert len(auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0))) == 15 and auto.seconds == read
     assert auto.draft(text, 15, GREEDY, Noise(0)) and auto.seconds > read
+    stats.certainties = Chances()  # a drafter that was not tried goes first
+    read = auto.seconds
+    assert auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0)) and auto.seconds > read
 
 
 @pytest.mark.parametrize(("accepted", "tokens", "judged"), [(0, 1, 1), (2, 3, 3), (2, 2, 2), (15, 16, 15)])
@@ -417,12 +423,14 @@ def test_where_changes_cost_only_measured_sizes_are_verified() -> None:
         assert len(auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0))) == longest
 
 
-def test_steps_are_observed_without_the_price_of_a_change() -> None:
+def test_steps_are_observed_without_the_price_of_a_change_which_the_budget_pays() -> None:
     auto = AutoDrafter(None, StepCost(GRAPHS, CHANGE), None)
     auto.prepare([1], 256)
     for size in [1, 4] * 40:
         auto.learn(size - 1, size, 0, 1, GRAPHS[size] + CHANGE, GRAPHS[size] + CHANGE)
     assert auto._verify.of(1) == pytest.approx(GRAPHS[1]) and auto._verify.of(4) == pytest.approx(GRAPHS[4])
+    lost = 40 * (GRAPHS[4] - GRAPHS[1]) + 79 * CHANGE  # the first batch changes the size for plain decoding, too
+    assert auto._saved == pytest.approx(-lost / GRAPHS[1])
 
 
 def test_the_first_steps_of_a_gpu_do_not_decide_about_a_drafter() -> None:

@@ -71,9 +71,9 @@ def test_a_change_that_costs_next_to_nothing_costs_nothing() -> None:
     assert in_rows({n: partial(graphs.step, n) for n in (1, 2, 4)}, 3)[1] == 0
 
 
-def test_without_patience_for_rows_the_step_that_warmed_up_counts() -> None:
+def test_without_patience_only_the_first_step_has_a_row() -> None:
     graphs = Graphs(1.5)
-    assert in_rows({n: partial(graphs.step, n) for n in (1, 2)}, 2, patience=-1.0) == ({1: [50.0], 2: [50.0]}, 0.0)
+    assert in_rows({n: partial(graphs.step, n) for n in (1, 2)}, 2, patience=-1.0) == ({1: [50.0, 5.0], 2: [50.0]}, 0.0)
 
 
 @pytest.mark.parametrize("change", [-1.0, float("nan"), float("inf"), None, "x"])

@@ -21,8 +21,8 @@ from .model import Model
 
 VERIFY = (1, 2, 3, 4, 5, 6, 8)  # tokens of the batches in which a target's step is timed
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
-# Share of the quickest step below which a change of sizes costs nothing. On an H200 it cost 0.33; on two noisy cores,
-# SmolLM2-135M, 0.08 at most of eight measurements.
+# Share of the quickest step below which a change of sizes costs nothing. On an H200 it costs 0.33; on two CPU cores,
+# where llama.cpp builds its graph anew, up to 0.08 in 20 measurements of SmolLM2-135M.
 NOTHING = 0.1
 FOLLOW = 0.03  # power of an observed ratio by which the costs of other sizes move, see StepCost.observe
 
@@ -69,8 +69,8 @@ def in_rows(
 
     A GPU's backend may have to prepare itself for every size: long when it first meets one, and a little whenever the
     size changes. So each step runs once, which warms up, and then in turn `rows` times two in a row: the first of a
-    row is paid for the change, the second is what a step costs. Where a change costs nothing both count. No row begins
-    after `patience` seconds; a step without rows has the one that warmed up.
+    row is paid for the change, the second is what a step costs. Where a change costs nothing both count. No row but the
+    first begins after `patience` seconds; a step without rows has the one that warmed up.
     """
     after: dict[Name, list[float]] = {name: [] for name in steps}
     inside: dict[Name, list[float]] = {name: [] for name in steps}
@@ -83,14 +83,14 @@ def in_rows(
         for name, step in steps.items():
             once[name] = step()
             advance(1)
-        for name in [*steps] * rows:
-            if time.perf_counter() - started > patience:
+        for i, name in enumerate([*steps] * rows):
+            if i and time.perf_counter() - started > patience:
                 break
             after[name].append(steps[name]())
             inside[name].append(steps[name]())
             advance(1)
-    # The first row of a size may still be warming up, so a price needs the second one. A hiccup can only make one size's
-    # seem greater than the others'.
+    # The first row of a size may still be warming up, so a price needs the second one. A hiccup can make that of one
+    # size seem great, so the least counts.
     change = min([min(after[name]) - min(inside[name]) for name in steps if len(after[name]) > 1], default=0.0)
     if change < NOTHING * min((second for taken in inside.values() for second in taken), default=math.inf):
         return {name: after[name] + inside[name] or [once[name]] for name in steps}, 0.0

@@ -59,9 +59,7 @@ def measured_verify(target: Reader) -> tuple[dict[int, float], float]:
     target.settle()  # an interruption may have cut the last measurement short
     target.keep([], 0)
     sizes = [n for n in VERIFY if n <= min(context.n_outputs, context.n_ctx)]
-    steps = {n: decode_step(context, n, after=0) for n in sizes}
-    steps[1]()  # loads the weights
-    seconds, change = in_rows(steps, TURNS // 2, patience=PATIENCE)
+    seconds, change = in_rows({n: decode_step(context, n, after=0) for n in sizes}, TURNS // 2, patience=PATIENCE)
     return {n: min(taken) for n, taken in seconds.items()}, change
 
 

@@ -268,15 +268,15 @@ def test_a_catalog_that_makes_no_sense(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [NESTED, DIGITS, "1" + "0" * 400, '"\\ud800"', "[]", "{}", "1e999", "null"])
-@pytest.mark.parametrize("place", ["verify", "steps", "tokens", "certainties", "whole", "at"])
+@pytest.mark.parametrize("place", ["verify", "change", "steps", "tokens", "certainties", "whole", "at"])
 def test_a_damaged_memory_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: str
 ) -> None:
     monkeypatch.setattr("llamabase.store.memory_file", lambda: tmp_path / "remembered.sqlite")
-    monkeypatch.setattr("runner.draft.measured.measured_verify", lambda target: {1: 0.5})
+    monkeypatch.setattr("runner.draft.measured.measured_verify", lambda target: ({1: 0.5}, 0.0))
     bins = [[1.0, 2.0]] * 13
     facts = {
-        "costs": {"verify": {1: 0.1, 2: 0.1}, "draft": {1: 0.1}},
+        "costs": {"verify": {1: 0.1, 2: 0.1}, "change": 0.0, "draft": {1: 0.1}},
         "learned": {"tokens": 2.0, "steps": 3.0, "certainties": bins, "matches": bins},
     }
     for kind, sound in facts.items():
@@ -285,9 +285,9 @@ def test_a_damaged_memory_is_done_without(
         with closing(sqlite3.connect(tmp_path / "remembered.sqlite")) as memory, memory:
             memory.execute(f"UPDATE {kind} SET {'at' if place == 'at' else 'facts'} = ?", [damaged])
     measured = step_costs(None, None, "key")[0].of(1) == 0.5
-    assert measured >= (place in ("verify", "whole")) and measured <= (place != "at")
+    assert measured >= (place in ("verify", "change", "whole")) and measured <= (place != "at")
     known = recall_known("key")
-    assert known is None or (known.tokens == 2 and place in ("verify", "at"))
+    assert known is None or (known.tokens == 2 and place in ("verify", "change", "at"))
     remember("costs", "key", {"verify": {1: 0.2}})
     assert recall("costs", "key")["verify"] == {"1": 0.2}
 

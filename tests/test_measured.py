@@ -27,9 +27,9 @@ from .conftest import copy_trimmed
 def test_measures_and_leaves_no_trace(toys) -> None:
     with Engine(LoadOptions(toys["target"], toys["spec-trimmed"], n_ctx=256)) as engine:
         before = [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
-        verify, draft = measured_verify(engine.reader), measured_draft(engine.drafter)
+        (verify, change), draft = measured_verify(engine.reader), measured_draft(engine.drafter)
         assert list(verify) == [1, 2, 3, 4, 5, 6, 8]
-        assert all(seconds > 0 for seconds in verify.values())
+        assert all(seconds > 0 for seconds in verify.values()) and change >= 0
         assert draft[64] > draft[1] > 0
         assert [r.tokens for r in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)] == before
 
@@ -40,7 +40,7 @@ class Pair:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.measured = 0
 
-        def counted(reader) -> dict[int, float]:
+        def counted(reader) -> tuple[dict[int, float], float]:
             self.measured += 1
             return measured_verify(reader)
 
@@ -114,8 +114,17 @@ def test_a_damaged_memory_is_replaced(toys, pair: Pair, memory: Path, damage: by
 @pytest.mark.parametrize("seconds", [None, [], {}, {"x": 1}, {"1": "y"}, {"1": -1.0}, {"0": 1.0}])
 def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, seconds) -> None:
     assert pair.is_measured(toys["target"])
-    write_facts(memory, "costs", {"verify": seconds, "draft": {}})
+    write_facts(memory, "costs", {"verify": seconds, "draft": {}, "change": 0.0})
     assert pair.is_measured(toys["target"])
+
+
+def test_costs_without_a_price_of_changes_are_measured_again(toys, pair: Pair, memory: Path) -> None:
+    assert pair.is_measured(toys["target"])
+    for change in ({}, {"change": None}, {"change": -1.0}):
+        write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}} | change)
+        assert pair.is_measured(toys["target"])
+    write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}, "change": 0.1})
+    assert not pair.is_measured(toys["target"])
 
 
 @pytest.mark.parametrize("facts", [[], 1, None, b"{", b"\xff", b"[" * 99_999])

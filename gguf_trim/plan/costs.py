@@ -30,13 +30,14 @@ from llamabase.llama.timing import (
     StepCost,
     by_turns,
     decode_step,
+    in_rows,
     medians,
     open_context,
     timed,
 )
 
 CUT = 512  # rows of the cut that is timed beside the whole drafter: the smallest k that a plan weighs
-VERIFY_REPEAT, DRAFT_REPEAT = 5, 20  # steps of each size, of which the median counts
+VERIFY_ROWS, DRAFT_REPEAT = 3, 20  # rows, and steps, of each size, of which the median counts
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def verify_cost(target: Path, n_threads: int | None = None, title: str = "timing
     """Seconds of a target's step by batch size, all rows giving logits."""
     with contextlib.ExitStack() as stack:
         context = open_context(stack, target, n_threads)
-        return StepCost(medians(by_turns({n: decode_step(context, n) for n in VERIFY}, VERIFY_REPEAT, title)))
+        seconds, _ = in_rows({n: decode_step(context, n) for n in VERIFY}, VERIFY_ROWS, title)
+        return StepCost(medians(seconds))
 
 
 def draft_cost(

@@ -1,4 +1,4 @@
-"""The clock: what a step takes on this machine, timed by turns, and what its other sizes take by the timed ones.
+"""The clock: what a step takes on this machine, timed by turns or in rows, and what its other sizes take by those.
 
 A step runs once and returns its seconds, so it can prepare itself untimed and can use a clock inside llama.cpp.
 """
@@ -21,6 +21,9 @@ from .model import Model
 
 VERIFY = (1, 2, 3, 4, 5, 6, 8)  # tokens of the batches in which a target's step is timed
 N_CONTEXT = 128  # tokens already read when a step is timed: attention over a short text
+# Share of the quickest step below which a change of sizes costs nothing. On an H200 it costs 0.33; on two CPU cores,
+# where llama.cpp builds its graph anew, up to 0.08 in 20 measurements of SmolLM2-135M.
+NOTHING = 0.1
 FOLLOW = 0.03  # power of an observed ratio by which the costs of other sizes move, see StepCost.observe
 
 Step = Callable[[], float]
@@ -57,6 +60,41 @@ def by_turns(
             if time.perf_counter() - started > patience:
                 break
     return {name: taken[1:] or taken for name, taken in seconds.items()}
+
+
+def in_rows(
+    steps: Mapping[Name, Step], rows: int, title: str = "", patience: float = math.inf
+) -> tuple[dict[Name, list[float]], float]:
+    """(seconds of each step, seconds that a change from one step to another costs), for sizes of one context's step.
+
+    A GPU's backend may have to prepare itself for every size: long when it first meets one, and a little whenever the
+    size changes. So each step runs once, which warms up, and then in turn `rows` times two in a row: the first of a
+    row is paid for the change, the second is what a step costs. Where a change costs nothing both count. No row but the
+    first begins after `patience` seconds; a step without rows has the one that warmed up.
+    """
+    after: dict[Name, list[float]] = {name: [] for name in steps}
+    inside: dict[Name, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        advance = (
+            stack.enter_context(progress(title, (1 + rows) * len(steps), "rows")) if title else lambda amount: None
+        )
+        once = {}
+        for name, step in steps.items():
+            once[name] = step()
+            advance(1)
+        for i, name in enumerate([*steps] * rows):
+            if i and time.perf_counter() - started > patience:
+                break
+            after[name].append(steps[name]())
+            inside[name].append(steps[name]())
+            advance(1)
+    # The first row of a size may still be warming up, so a price needs the second one. A hiccup can make that of one
+    # size seem great, so the least counts.
+    change = min([min(after[name]) - min(inside[name]) for name in steps if len(after[name]) > 1], default=0.0)
+    if change < NOTHING * min((second for taken in inside.values() for second in taken), default=math.inf):
+        return {name: after[name] + inside[name] or [once[name]] for name in steps}, 0.0
+    return {name: inside[name] or [once[name]] for name in steps}, change
 
 
 def medians(seconds: Mapping[Name, Sequence[float]]) -> dict[Name, float]:
@@ -99,15 +137,23 @@ def decode_step(
 class StepCost:
     """Seconds of a step by its size (tokens that it reads, or rows of its head), interpolated between measured sizes.
 
-    Follows the steps it observes. Raises ValueError, TypeError, AttributeError or OverflowError for anything but
-    positive seconds by positive sizes, whose types may be those of JSON.
+    `change`: seconds that a step takes longer if its size is not that of the step before. Follows the steps it
+    observes. Raises ValueError, TypeError, AttributeError or OverflowError for anything but positive seconds by
+    positive sizes, whose types may be those of JSON, and a change that costs no less than nothing.
     """
 
-    def __init__(self, seconds: Mapping[int, float]) -> None:
+    def __init__(self, seconds: Mapping[int, float], change: float = 0.0) -> None:
         measured = sorted((int(size), float(taken)) for size, taken in seconds.items())
         if not measured or not all(size > 0 and 0 < taken < math.inf for size, taken in measured):
             raise ValueError("seconds of a step are positive, and so are its sizes")
+        if not 0 <= change < math.inf:
+            raise ValueError("a change of sizes costs no less than nothing")
         self._sizes, self._seconds = [size for size, _ in measured], [taken for _, taken in measured]
+        self.change = float(change)
+
+    def prepared(self, n: int) -> bool:
+        """Whether a step of this size is like the measured ones; where changes cost, any other must be prepared for."""
+        return not self.change or n in self._sizes
 
     def of(self, n: float) -> float:
         """Between measured sizes on the line that joins them; beyond the last one, on the line from the first."""
@@ -121,13 +167,17 @@ class StepCost:
             slope = max(slope, 0.0)  # one dip must not make a long prompt cost less than nothing
         return seconds[high] + slope * (n - sizes[high])
 
+    def counted(self, n: int, seconds: float) -> float:
+        """The seconds of a step as they count: those of a hiccup, or of a GPU's first step of a size, say little."""
+        return min(max(seconds, self.of(n) / 2), self.of(n) * 2)
+
     def observe(self, n: int, seconds: float) -> None:
         """A step of size n took this long: move its cost towards that a little, however far off it is.
 
         Other sizes follow half as much, since what makes one slower (a longer text, a busy machine) makes all slower.
         A step beyond the last size moves only that one, since reading a long text is not like a short step.
         """
-        ratio = min(max(seconds / self.of(n), 0.5), 2.0)
+        ratio = self.counted(n, seconds) / self.of(n)
         beyond = n > self._sizes[-1]
         for i, size in enumerate(self._sizes):
             own = size == n or (beyond and i == len(self._sizes) - 1)

@@ -139,7 +139,7 @@ def open_modes(
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
-    verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # measured anew, whatever is remembered
+    verify = cache(lambda: StepCost(*measured_verify(engine.reader)))  # measured anew, whatever is remembered
     with ExitStack() as stack:
         modes = []
         for name in names:

@@ -6,10 +6,12 @@ Eight concepts decide:
 2. chance: how sure a draft's source is of it, corrected by how often drafts as sure as that were accepted (`Chances`);
 3. speedup: the tokens of the drafter's recent rounds per plain-decoding step that their seconds equal;
 4. prior: each answer counts as one more round at the speedup of the best fixed draft length;
-5. worth: what drafts should add in tokens, less what their seconds bring at the current speedup (`best_cut`);
+5. worth: what drafts should add in tokens, less what their seconds bring at the current speedup (`worths`); where a
+   change of the batch size costs something, a length is kept until another would have brought more (`KeptLength`);
 6. suggestion: what followed before (`Lookup`) replaces the drafter if it brings more, else extends it;
 7. reading: the drafter is used if it should save more over the answer than reading the text up to here costs;
-8. budget: a session loses at most BUDGET and LOSS to plain decoding, whatever the other seven say.
+8. budget: a session loses at most BUDGET and LOSS to plain decoding, whatever the other seven say; the drafter is
+   tried first, and suggestions leave half of BUDGET to that.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .contracts import Drafter, Proposal
-from .cost import WEIGHT, Chances, DraftStats, best_cut, best_fixed
+from .cost import WEIGHT, Chances, DraftStats, KeptLength, best_fixed, worths
 from .drafters import ModelDrafter
 from .lookup import Answers, Lookup
 
@@ -63,10 +65,13 @@ class AutoDrafter(Drafter):
         self._emitted = self._answers = 0
         self._rest = 0.0  # expected tokens of the answer
         self._drafts: list[_Draft] = []  # of this round, whether or not they are verified
+        self._drafting = 0.0  # seconds that the drafter's took to make
+        self._length = KeptLength()
+        self._size = 0  # tokens of the answer's last batch; 0 before the first
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
-        self._answers += 1
+        self._answers, self._size = self._answers + 1, 0
         self._rest = min((self._emitted + left / 2) / self._answers, left)
         drafter, stats, plain, step = self._drafter, self.stats, self._verify.of(1), self._step.of(1)
         if drafter is None:
@@ -74,41 +79,60 @@ class AutoDrafter(Drafter):
         # `acceptance` was measured on the text of the fit, which says too little of other text.
         tokens, seconds = best_fixed(max(USUAL, drafter.acceptance), LONGEST, self._verify, step)
         stats.observe(tokens, seconds / plain, 1.0 if stats.steps else WEIGHT)
-        if self._pays(drafter, text):
-            unread, before = drafter.unread(text), drafter.seconds
+        unread, before = drafter.unread(text), drafter.seconds
+        if self._pays(unread):
             drafter.prepare(text, left)
-            took = drafter.seconds - before
-            self._step.observe(unread, took + step)
-            self._saved -= took / plain
+            took = self._step.counted(unread, drafter.seconds - before + step)
+            self._step.observe(unread, took)
+            self._saved -= (took - step) / plain
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
-        self._drafts = drafts = list[_Draft]()
+        self._drafts, self._drafting = list[_Draft](), 0.0
+        drafts = self._drafts
         if n <= 0:
             return []
-        before, most, rate = self.seconds, self._budget, 1 / self._verify.of(1)
-        drafter, stats, lookup = self._drafter, self.stats, self._lookup
+        drafter, stats, lookup, verify = self._drafter, self.stats, self._lookup, self._verify
+        rate, most = 1 / verify.of(1), self._budget
         lookup.follow(text)
         suggested = lookup.guess(n)
-        if drafter is not None and self._pays(drafter, text):
-            rate *= stats.speedup
-            _, worth = best_cut([stats.matches.of(p.certainty) for p in suggested], self._verify, rate, most=most)
-            if 1 + worth <= stats.speedup:
-                drafts += self._modelled(drafter.propose(text, sampling, noise), drafter.unread(text), n, rate)
-                suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
+        if drafter is not None:
+            unread, before = drafter.unread(text), drafter.seconds
+            spare = most - self._reserve(unread)
+            if self._pays(unread):
+                rate *= stats.speedup
+                worth = max(worths([stats.matches.of(p.certainty) for p in suggested], verify, rate, most=spare))
+                if not stats.tried or 1 + worth <= stats.speedup:
+                    drafts += self._modelled(drafter.propose(text, sampling, noise), unread, n, rate)
+                    suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
+            most = most - (drafter.seconds - before) if drafts else spare
+        made = len(drafts)
         drafts += [_Draft(proposal, stats.matches) for proposal in suggested]
-        kept, _ = best_cut([draft.chance for draft in drafts], self._verify, rate, most=most - (self.seconds - before))
+        chances = [draft.chance for draft in drafts]
+        kept = self._length.choose(worths(chances, verify, rate, most=most), self._price(rate))
+        if verify.change:
+            chances = self._expected(drafts[:made], n) if made else chances
+            self._length.observe(worths(chances, verify, rate, self._step.of(1) if made else 0.0), kept)
         return [draft.proposal.token for draft in drafts[:kept]]
+
+    def _price(self, rate: float) -> float:
+        """Tokens that the seconds of a change of the batch size would bring otherwise."""
+        return rate * self._verify.change
+
+    def _expected(self, drafts: Sequence[_Draft], n: int) -> list[float]:
+        """The chances of n drafts of the drafter, of which these are made."""
+        return [draft.chance for draft in drafts] + [self.stats.certainties.mean(USUAL)] * (n - len(drafts))
 
     def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
         """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
-        drafts, certainties = list[_Draft](), self.stats.certainties
+        drafts = list[_Draft]()
         before, most = self.seconds, self._budget - self._step.of(unread) + self._step.of(1)
         for made, proposal in enumerate(proposals, 1):
+            self._drafting += self._step.counted(unread, self.seconds - before)
             self._step.observe(unread, self.seconds - before)
             unread, before = 1, self.seconds
-            drafts.append(_Draft(proposal, certainties))
-            chances = [draft.chance for draft in drafts] + [certainties.mean(USUAL)] * (n - made)
-            if best_cut(chances, self._verify, rate, self._step.of(1), made, most)[0] <= made:
+            drafts.append(_Draft(proposal, self.stats.certainties))
+            worth = worths(self._expected(drafts, n), self._verify, rate, self._step.of(1), made, most)
+            if self._length.choose(worth, self._price(rate)) <= made:
                 break
         return drafts
 
@@ -117,21 +141,33 @@ class AutoDrafter(Drafter):
         """Seconds that may be lost now."""
         return self._verify.of(1) * (BUDGET + LOSS * self._emitted + self._saved)
 
-    def _pays(self, drafter: ModelDrafter, text: Sequence[int]) -> bool:
-        """Whether to use the drafter; reading must leave the budget of as many steps as its prior counts for."""
-        first, step = self._step.of(drafter.unread(text)), self._step.of(1)
-        saved = self._verify.of(1) * (1 - 1 / self.stats.speedup) * self._rest
-        return saved > first - step and first + WEIGHT * step <= self._budget
+    def _trial(self, unread: int) -> float:
+        """The seconds of reading so many tokens and of as many steps as the drafter's prior counts for."""
+        return self._step.of(unread) + WEIGHT * self._step.of(1)
+
+    def _reserve(self, unread: int) -> float:
+        """The seconds of the budget that suggestions leave to a drafter that should pay."""
+        return min(self._trial(unread), BUDGET / 2 * self._verify.of(1)) if self.stats.speedup > 1 else 0.0
+
+    def _pays(self, unread: int) -> bool:
+        """Whether to use the drafter. The budget must allow a trial, or the next step of one that has begun."""
+        saved, first = self._verify.of(1) * (1 - 1 / self.stats.speedup) * self._rest, self._step.of(unread)
+        needed = self._trial(unread) if unread > LONGEST + 1 else first
+        return saved > first - self._step.of(1) and needed <= self._budget
 
     def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
-        self._verify.observe(read, verify_seconds)
-        plain = self._verify.of(1)
+        # The first batch after a prompt is one of another size in any case.
+        first, price = not self._size, self._verify.change if read != self._size else 0.0
+        self._size = read
+        step = self._verify.counted(read, verify_seconds - price)
+        self._verify.observe(read, step)
+        plain, taken = self._verify.of(1), step if first else step + price
         self._emitted += tokens
         modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
-        if made or modelled:
-            self._saved += tokens - seconds / plain
+        if made or modelled or taken > step:
+            self._saved += tokens - (self._drafting + taken) / plain
         if modelled:  # without the seconds of catching up with the text, which belong to reading
-            self.stats.observe(tokens, (verify_seconds + modelled * self._step.of(1)) / plain)
+            self.stats.observe(tokens, (modelled * self._step.of(1) + taken) / plain)
         for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged
             draft.source.observe(draft.proposal.certainty, i < accepted)
 

@@ -37,7 +37,7 @@ class Drafter:
 
     def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         """Learn from a round: the numbers of drafts made, of tokens that the target read, of drafts accepted and of
-        tokens emitted; the wall time of the round and the part of it that the target took, in seconds.
+        tokens emitted; the wall time of the round, and that of it without drafting, in seconds.
         """
 
     def settle(self) -> None:

@@ -35,6 +35,11 @@ class Chances:
         accepted, n = sum(counts[0] for counts in self.seen), sum(counts[1] for counts in self.seen)
         return (accepted + WEIGHT * prior) / (n + WEIGHT)
 
+    @property
+    def observed(self) -> float:
+        """The number of drafts that were judged, of which old ones count for less."""
+        return sum(n for _, n in self.seen)
+
     def observe(self, claimed: float, accepted: bool) -> None:
         counts = self.seen[_bin(claimed)]
         counts[:] = MEMORY * counts[0] + accepted, MEMORY * counts[1] + 1
@@ -64,28 +69,64 @@ class DraftStats:
         self.steps = MEMORY * self.steps + rounds * steps
 
     @property
+    def tried(self) -> bool:
+        """Whether as many of the drafter's drafts were judged as its prior counts for."""
+        return self.certainties.observed >= WEIGHT
+
+    @property
     def speedup(self) -> float:
         """Tokens of the drafter's rounds per plain-decoding step."""
         return self.tokens / self.steps
 
 
-def best_cut(
+def worths(
     chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, made: int = 0, most: float = math.inf
-) -> tuple[int, float]:
-    """(m, worth in tokens) of the best beginning of a draft; m is 0 if none is worth anything.
+) -> list[float]:
+    """What each beginning of a draft is worth in tokens, the empty one first; -inf if it may not be verified.
 
     chances[i] is that of draft i if those before it are accepted. A beginning is worth its expected tokens, less what
     the seconds it adds would bring otherwise, at `rate` tokens per second. A draft takes `step` seconds to make, but
-    the first `made` are made already; all may add at most `most` seconds.
+    the first `made` are made already; all may add at most `most` seconds, with a change of the batch size and back.
     """
-    best, worth, together, expected = 0, 0.0, 1.0, 0.0
+    worth, together, expected = [0.0], 1.0, 0.0
     for m, chance in enumerate(chances, 1):
         together *= chance
         expected += together
         added = max(m - made, 0) * step + verify.of(m + 1) - verify.of(1)
-        if expected - rate * added > worth and added <= most:
-            best, worth = m, expected - rate * added
-    return best, worth
+        may = verify.prepared(m + 1) and added + 2 * verify.change <= most
+        worth.append(expected - rate * added if may else -math.inf)
+    return worth
+
+
+def best(worth: Sequence[float]) -> int:
+    """The length that is worth the most, the shortest of several."""
+    return max(range(len(worth)), key=worth.__getitem__)
+
+
+class KeptLength:
+    """The draft length that rounds keep until another one would have brought more by the price of changing to it and
+    back, in tokens, counted from when that one last was no better. Without a price every round has its best length.
+    """
+
+    def __init__(self) -> None:
+        self._kept = -1  # none
+        self._ahead: dict[int, float] = {}  # tokens that rounds of other lengths would have brought more
+
+    def choose(self, worth: Sequence[float], price: float) -> int:
+        """The length of a round whose lengths are worth so much."""
+        if not price or not 0 <= self._kept < len(worth) or worth[self._kept] == -math.inf:
+            return best(worth)
+        ahead = [self._ahead.get(m, 0.0) + tokens - worth[self._kept] for m, tokens in enumerate(worth)]
+        return best(ahead) if max(ahead) > 2 * price else self._kept
+
+    def observe(self, worth: Sequence[float], chosen: int) -> None:
+        """A round of a chosen length could have had others, worth so much."""
+        if len(worth) <= self._kept:  # an answer that ends says nothing of the next one
+            return
+        if chosen != self._kept:
+            self._kept, self._ahead = chosen, {}
+        for m, tokens in enumerate(worth):
+            self._ahead[m] = max(self._ahead.get(m, 0.0) + tokens - worth[chosen], 0.0)
 
 
 def best_fixed(chance: float, n: int, verify: StepCost, step: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step
+from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, in_rows
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from llamabase.store import recall, remember
@@ -19,7 +19,7 @@ from .drafters import ModelDrafter
 from .reading import Reader
 
 UNREAD = (1, 2, 4, 16, 64)  # tokens that a timed draft has to read first
-TURNS, PATIENCE = 4, 3.0  # timed turns at most, and the seconds after which no other turn begins
+TURNS, PATIENCE = 4, 3.0  # timed steps of a size at most, and the seconds after which no others begin
 DAYS = 30  # age at which costs are measured again
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what damaged facts raise
 
@@ -28,11 +28,12 @@ def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[
     """The costs of verifying, and of drafting if there is a drafter: remembered under this key, or measured."""
     facts = recall("costs", key, DAYS)
     try:
-        return StepCost(facts["verify"]), None if drafter is None else StepCost(facts["draft"])
+        verify = StepCost(facts["verify"], facts["change"])
+        return verify, None if drafter is None else StepCost(facts["draft"])
     except DAMAGED:
-        verify, draft = measured_verify(target), {} if drafter is None else measured_draft(drafter, target)
-        remember("costs", key, {"verify": verify, "draft": draft})
-        return StepCost(verify), StepCost(draft) if draft else None
+        (seconds, change), draft = measured_verify(target), {} if drafter is None else measured_draft(drafter, target)
+        remember("costs", key, {"verify": seconds, "change": change, "draft": draft})
+        return StepCost(seconds, change), StepCost(draft) if draft else None
 
 
 def recall_known(key: str) -> DraftStats | None:
@@ -52,13 +53,14 @@ def remember_known(key: str, known: DraftStats) -> None:
     remember("learned", key, vars(known) | chances)
 
 
-def measured_verify(target: Reader) -> dict[int, float]:
-    """Seconds of a target's step by the number of tokens it verifies, on an empty cache."""
+def measured_verify(target: Reader) -> tuple[dict[int, float], float]:
+    """(seconds of a target's step by the number of tokens it verifies, on an empty cache, those of a change of it)."""
     context = target.context
     target.settle()  # an interruption may have cut the last measurement short
     target.keep([], 0)
     sizes = [n for n in VERIFY if n <= min(context.n_outputs, context.n_ctx)]
-    return _fastest({n: decode_step(context, n, after=0) for n in sizes})
+    seconds, change = in_rows({n: decode_step(context, n, after=0) for n in sizes}, TURNS // 2, patience=PATIENCE)
+    return {n: min(taken) for n, taken in seconds.items()}, change
 
 
 def measured_draft(drafter: ModelDrafter, target: Reader | None = None) -> dict[int, float]:

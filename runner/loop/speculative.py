@@ -112,7 +112,7 @@ def generate(
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
             accepted = min(accepted, len(tokens))
             seconds = time.perf_counter() - started
-            drafter.learn(n_made, n_read, accepted, len(tokens), seconds, verify_seconds)
+            drafter.learn(n_made, n_read, accepted, len(tokens), seconds, seconds - draft_seconds)
             yield Round(
                 tokens,
                 drafts,

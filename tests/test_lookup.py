@@ -193,11 +193,10 @@ def test_guesses_as_a_fresh_index_would_after_a_ctrl_c_at_any_line() -> None:
 
 def test_a_ctrl_c_at_any_line_costs_the_pool_answers_at_most() -> None:
     for at in range(120):
-        pool = Answers(64)
-        for answer in ([1, 2, 3], [4, 5, 6]):
-            interrupted([*CHANGES, Answers.add.__code__], lambda answer=answer, pool=pool: pool.add(answer), at)
+        lookup = Lookup(pool := Answers())
+        pool.add([1, 2, 3])
+        interrupted([*CHANGES, Answers.add.__code__], lambda pool=pool: pool.add([4, 5, 6]), at)
         pool.add([7, 8, 9])
-        lookup = Lookup(pool)
         for text, guess in (([7], [8, 9]), ([8], [9]), ([1], [2, 3]), ([4], [5, 6])):
             lookup.follow(text)
             assert [proposal.token for proposal in lookup.guess(9)] in ([], guess)

@@ -91,8 +91,8 @@ class Chooser:
         ids: np.ndarray,
         target: np.ndarray,
     ) -> None:
-        groups, places = _groups(len(ids), len(target)), np.arange(_padded(len(ids)))
-        places = places.reshape(-1, groups).T
+        groups = _groups(len(ids), len(target))
+        places = np.arange(_padded(len(ids))).reshape(-1, groups).T
         names = ids.take(places, mode="clip")  # beyond the ids the last one again, with a score of 0
         rows, count = row_of[names], len(target) // groups
         tables = _tables(speculator, np.where(places < len(ids), rows, -1))

@@ -334,8 +334,8 @@ class Choice(_Graph):
     """Rows of a table, chosen by the scores that a product of `tables` gives them, and copied.
 
     The score g * n + i of the product is of the row `row_of[g, i]` (int32, groups x n) of `source`. The rows of the
-    `count` greatest scores of each group are copied into `target`, uint8 (groups * count x bytes of a row). The score is
-    of what `names[g, i]` (int32) says.
+    `count` greatest scores of each group are copied into `target`, uint8 (groups * count x bytes of a row). They are
+    called as `names` (int32, groups x n) says.
     """
 
     def __init__(

@@ -26,8 +26,11 @@ def _certainty(best: np.float32, logits: np.ndarray, more: np.ndarray, added: np
 
 def _once(more: np.ndarray, added: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ids, ascending, and their logits, without those that come again."""
-    ids, places = np.unique(more, return_index=True)
-    return ids, added[places]
+    order = more.argsort(kind="stable")
+    ids = more[order]
+    first = np.ones(len(ids), bool)
+    np.not_equal(ids[1:], ids[:-1], out=first[1:])
+    return ids[first], added[order[first]]
 
 
 class ModelDrafter(Drafter):

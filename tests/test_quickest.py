@@ -103,7 +103,9 @@ def test_the_quickest_is_kept_and_the_others_are_gone(toy, tmp_path: Path, monke
     fitted = Speculator.of(trimmed)
     assert fitted is not None and 0 <= fitted.acceptance <= 1
     assert trimmed.companion.tensors["output.weight"].type.name == "F32"  # the added rows stay as shipped
-    assert trimmed.file.tensors["blk.0.ffn_up.weight"].type.name == ("F32" if chosen == AS_SHIPPED else chosen)
+    layer, head = (trimmed.file.tensors[name].type.name for name in ("blk.0.ffn_up.weight", "output.weight"))
+    assert layer == ("F32" if chosen == AS_SHIPPED else chosen.removesuffix("+HEAD"))
+    assert head == {AS_SHIPPED: "F32", "Q4_0": "Q6_K", "IQ4_NL": "Q6_K"}.get(chosen, layer)
 
 
 def test_a_type_decided_by_hand_is_not_measured(toy, toys, tmp_path: Path) -> None:
@@ -159,6 +161,6 @@ def test_the_fastest_draft_length_by_hand() -> None:
     """Of three tokens two are drafted right: tau is 3 at two drafts a round and 1.5 at one."""
     rights = [np.array([True, True, False] * 40)]
     verify = StepCost({1: 1.0, 2: 1.2, 3: 1.3, 4: 2.5})
-    candidate = Candidate("Q4_0", TeacherForced(np.empty(0), rights), 0.1, verify)
+    candidate = Candidate("Q4_0", rights, 0.1, verify)
     assert candidate.best == (pytest.approx(3 / (1.3 + 0.2)), 2)
     assert "acceptance 0.667, 2.00 x plain at 2 drafts" in str(candidate)

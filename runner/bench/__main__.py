@@ -35,7 +35,7 @@ from . import demo, peers, runs
 from .card import REPORT, block, report_of, reports
 from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
-from .modes import AGAIN, AUTO, KINDS, PLAIN, SPEC, Files, find_files, names_of
+from .modes import AGAIN, AUTO, FIRST, KINDS, PLAIN, QUANT, RIVALS, SPEC, Files, find_files, names_of, with_rivals
 from .report import compare, plot, report
 from .steps import STEPS, acceptance_in, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
@@ -57,7 +57,7 @@ def modes(text: str) -> list[str]:
     """Kinds of modes, each with an optional draft length of its own after a colon: spec:2."""
     for name in names(text):
         kind, colon, n = name.partition(":")
-        click.Choice((*KINDS, AGAIN))(kind)
+        click.Choice((*KINDS, *RIVALS, AGAIN))(kind)
         if colon:
             click.IntRange(1, LONGEST)(n)
     return list(dict.fromkeys(names(text)))
@@ -97,7 +97,8 @@ def files_options(command: Any) -> Any:
     type=modes,
     default=",".join(KINDS),
     metavar="MODE[:N],...",
-    help=f"Some of {', '.join(KINDS)}; spec:2 sets a draft length; again: plain once more.  [default: all]",
+    help=f"Some of {', '.join(KINDS)}; spec:2 sets a draft length; again: plain once more; quant: the uncut drafter, "
+    "requantised to what is quickest here; first: the first ids kept, uncounted.  [default: all but the last three]",
 )
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
 @click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
@@ -135,6 +136,7 @@ def run_command(
     pair = models()
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         files = find_files(pair, Path(folder), full, ks, target_quant, draft_quant)
+        files = with_rivals(files, settings["modes"], Path(folder))
         record = _unmeasured(files, pair, chosen, temp, settings)
         if left.get("settings", record["settings"]) != record["settings"]:
             raise FileFormatError(f"{output}: holds the record of another run; name another file, or remove it")
@@ -165,6 +167,10 @@ def _unmeasured(
         "full": [describe(files.full)] if isinstance(files.full, Path) else [],
         "trimmed": [describe(path) for path in files.trimmed.values()],
     }
+    if files.quant is not None:
+        described[QUANT] = [describe(files.quant)]
+    if files.first:
+        described[FIRST] = [describe(path) for path in files.first.values()]
     settings = settings | {
         "modes": names_of(settings["modes"], files),
         "prompts": [prompt.id for prompt in prompts],

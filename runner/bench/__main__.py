@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from corpus.prompts import Prompt, spread
+from gguf_trim.pairs.target_types import type_costs
 from llamabase.cli.command import FILE, Commands, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
@@ -201,13 +202,28 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
     record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
     files = find_files(pair, Path(), full)
     if files.full is not None:
-        record["cut"] = demo.the_cut(pair, files, max_tokens)
-        click.echo(demo.cut_table(record["cut"]) + "\n")
+        files = with_rivals(files, [QUANT], Path())
+        record["cut"] = cut = demo.the_cut(pair, files, max_tokens)
+        click.echo(f"{demo.cut_table(cut)}\n{demo.legend(cut)}\n")
+        if pair.prepared is not None and pair.prepared.drafter != files.target:
+            _beside(record, pair)
     record["prompts"] = demo.answers(pair, max_tokens, draft_max)
     click.echo(demo.texts(record["prompts"]))
     if files.full is not None:
         click.echo(demo.verdict(record))
+    if (costs := type_costs(pair.target, pair.n_threads)) is not None:
+        record["target_types"] = costs.seconds
+        click.echo(str(costs))
     _print_json(record)
+
+
+def _beside(record: dict[str, Any], pair: Models) -> None:
+    """Add what a step of a drafter with a larger head takes, or say how to see it."""
+    record["beside"] = found = demo.beside(pair)
+    if found is None:
+        click.echo(f"A drafter whose head is most of a step: make demo MODEL={demo.BESIDE}\n")
+    else:
+        click.echo(f"{demo.BESIDE}, whose head is most of a step:\n\n{demo.cut_table(found)}\n")
 
 
 @main.command("steps")
@@ -217,6 +233,13 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 @click.option("--quant", type=quantisation, default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
 @click.option("--acceptance", type=FILE, help='Acceptance to compute with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of each kind.")
+@click.option(
+    "--answers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Also how many first drafts are accepted, in this many of the target's answers.",
+)
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
@@ -224,6 +247,7 @@ def steps_command(
     quant: str,
     acceptance: Path | None,
     repeat: int,
+    answers: int,
     output: Path | None,
     **wanted: Any,
 ) -> None:
@@ -239,8 +263,8 @@ def steps_command(
             pair = models(files.target)
         else:
             pair = models()
-            files = find_files(pair, Path(folder), **wanted)
-        record = _stepped(files, pair, repeat, shape)
+            files = with_rivals(find_files(pair, Path(folder), **wanted), [QUANT], Path(folder))
+        record = _stepped(files, pair, repeat, shape, answers)
     parts = [steps_table(record), paying_table(record)]
     if acceptance is not None and given is not None:
         parts.append(promised(record, acceptance, *given))
@@ -249,14 +273,16 @@ def steps_command(
     _print_json(record)
 
 
-def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None) -> dict[str, Any]:
+def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None, n_answers: int = 0) -> dict[str, Any]:
     """A record of `steps`."""
     record: dict[str, Any] = {
         "machine": machine(),
         "shape": shape,
         "target": files.target.name,
         "full": files.full.name if files.full else None,
-        **time_steps(files, pair, repeat),
+        "quant": files.quant.name if files.quant else None,
+        "trimmed": [path.name for path in files.trimmed.values()],
+        **time_steps(files, pair, repeat, n_answers),
         "copy_bytes_per_second": bandwidth(pair.n_threads),
     }
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}

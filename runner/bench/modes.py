@@ -129,7 +129,7 @@ def find_files(
 
 
 def with_rivals(files: Files, wanted: Collection[str], folder: Path) -> Files:
-    """The same files with the rivals that are among some modes, made in `folder`; says why one cannot be made."""
+    """The same files with the rivals that are among some modes, cuts made in `folder`; says which cannot be had."""
     kinds = {name.partition(":")[0] for name in wanted}
     uncut = files.full if isinstance(files.full, Path) and reads_text(files.full) else None
     if not kinds & {QUANT, FIRST}:
@@ -138,7 +138,7 @@ def with_rivals(files: Files, wanted: Collection[str], folder: Path) -> Files:
         named = " and ".join(kind for kind in (QUANT, FIRST) if kind in kinds)
         stderr.print(f"{named}: left out, for want of an uncut drafter (--full) that reads the text itself")
         return files
-    quant = best_uncut(files.target, uncut, folder) if QUANT in kinds else None
+    quant = best_uncut(files.target, uncut) if QUANT in kinds else None
     first = {at: cut_to_first(uncut, cut, folder) for at, cut in files.trimmed.items()} if FIRST in kinds else {}
     return replace(files, quant=quant, first=first)
 

@@ -19,7 +19,7 @@ from llamabase.gguf.writer import Output, field
 from llamabase.llama.context import Context
 from llamabase.llama.model import Model
 
-SHAPE = Shape("whole", "llama", 4096, 512, 16, 8, 2, 64, 768, False)
+SHAPE = Shape("whole", "llama", 2048, 256, 16, 8, 2, 64, 512, False)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_part_has_the_first_layers_and_the_same_share_of_the_head(whole: Path, tmp_path: Path) -> None:
     fields, shapes = part_of(GGUFFile(whole), 4, 4 / 16)
     tables = {name: shape for name, shape in shapes.items() if not name.startswith("blk.") and len(shape) > 1}
-    assert tables == {"token_embd.weight": (512, 1024), "output.weight": (512, 1024)}
+    assert tables == {"token_embd.weight": (256, 512), "output.weight": (256, 512)}
     assert {int(name.split(".")[1]) for name in shapes if name.startswith("blk.")} == {0, 1, 2, 3}
     with_random_weights(fields, shapes, tmp_path / "part.gguf", "Q4_K_M", "")
     part = GGUFFile(tmp_path / "part.gguf")
@@ -44,7 +44,7 @@ def test_a_part_has_the_first_layers_and_the_same_share_of_the_head(whole: Path,
 
 def test_a_part_has_the_mix_of_the_whole(tmp_path: Path) -> None:
     """Bytes of a layer in Q4_K_M, on average: of two, four and eight as of 28 layers half have more bits."""
-    shape = Shape("real", "llama", 4096, 1536, 28, 12, 2, 128, 8960, True)
+    shape = Shape("real", "llama", 1024, 512, 28, 12, 2, 64, 1536, True)
     layers = sum(p.n_bytes for p in outline(shape, "Q4_K_M").pieces if p.tensor.name.startswith("blk.")) / 28
     source = tmp_path / "head.gguf"  # the metadata and the table of tensors, without their bytes
     output = outline(shape, "F16")
@@ -75,7 +75,7 @@ def test_numbers_by_layer_and_prediction_blocks_are_cut_too(whole: Path, tmp_pat
 
 
 def test_they_are_measured_once(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_types, "PART", 5_000_000)  # of 21 million
+    monkeypatch.setattr(target_types, "PART", 2_000_000)  # of 12 million
     costs = type_costs(whole)
     assert costs is not None and costs.seconds.keys() == set(TYPES)
     assert (costs.n_layers, costs.n_whole) == (4, 16)

@@ -47,7 +47,7 @@ def best_uncut(target: Path, drafter: Path) -> Path:
 
 def cut_to_first(drafter: Path, like: Path, folder: Path) -> Path:
     """A drafter cut to its first ids, without any counts: as many as a trimmed one has, and in its types."""
-    cut = lay_out(drafter, partial(first_rows, k=len(Trimmed.open(like).d2t)))
+    cut = lay_out(drafter, partial(first_rows, k=len(Trimmed.open(like).d2t)), multiple=1)
     out = folder / f"{drafter.stem}-first{cut.keep.k}.gguf"
     write(cut, out)
     if tensor_types(out) != (types := tensor_types(like)):

@@ -204,10 +204,11 @@ def with_random_weights(
 def _write(output: Output, path: Path, title: str) -> None:
     require_room(path, output.n_bytes)
     tile = lru_cache(_tile)  # for this file only: a dozen MB
+    most = min(TILE, max(piece.tensor.n_elements for piece in output.pieces))
     with progress(title, output.n_bytes, "B") as advance, write_whole(path, CACHED) as file:
         advance(file.write(output.header))
         for tensor in (piece.tensor for piece in output.pieces):
-            _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor)), advance)
+            _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor), most), advance)
             advance(file.write(bytes(-tensor.n_bytes % output.alignment)))
 
 
@@ -293,11 +294,11 @@ def _is_factor(tensor: Tensor) -> bool:
     return len(tensor.shape) == 1 and tensor.name.endswith(".weight")
 
 
-def _tile(type_: GGMLQuantizationType, n_columns: int, ones: bool) -> np.ndarray:
-    """Rows of valid blocks, uint8 (rows x bytes of a row)."""
+def _tile(type_: GGMLQuantizationType, n_columns: int, ones: bool, most: int) -> np.ndarray:
+    """Rows of valid blocks, uint8 (rows x bytes of a row): at `most` that many numbers, or one row."""
     if ones:
         return quantize_rows(np.ones((1, n_columns)), type_)
-    values = np.random.default_rng(0).standard_normal((max(1, TILE // n_columns), n_columns), np.float32)
+    values = np.random.default_rng(0).standard_normal((max(1, most // n_columns), n_columns), np.float32)
     return quantize_rows(values * np.float32(DEVIATION), type_)
 
 

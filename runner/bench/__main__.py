@@ -209,11 +209,11 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
             _beside(record, pair)
     record["prompts"] = demo.answers(pair, max_tokens, draft_max)
     click.echo(demo.texts(record["prompts"]))
-    if files.full is not None:
-        click.echo(demo.verdict(record))
     if (costs := type_costs(pair.target, pair.n_threads)) is not None:
         record["target_types"] = costs.seconds
-        click.echo(str(costs))
+        click.echo(f"{costs}\n")
+    if files.full is not None:
+        click.echo(demo.verdict(record))
     _print_json(record)
 
 

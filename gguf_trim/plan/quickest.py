@@ -1,8 +1,8 @@
 """Which quantisation of a drafter brings the most tokens per second with a target, on this machine.
 
 Most drafters are shipped in types that a machine may have no fast kernel for. So a drafter is timed beside its target,
-and read, as shipped and in other types; its acceptance comes from the pass that a speculator is fitted by. The full
-tables in the companion, and so the rows that are added at every step, stay as shipped.
+and judged by some answers, as shipped and in other types. The full tables in the companion, and so the rows that are
+added at every step, stay as shipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TYPES = ("Q4_0", "Q4_0+HEAD", "IQ4_NL+HEAD", "IQ4_NL", "Q8_0")
 # makes 2.5 million weights IQ4_NL in a second, and 300 million Q4_0.
 JOINED = {"IQ4_NL": ("IQ4_NL+HEAD", "Q4_0")}
 REPEAT = 7  # steps of each size, of which the median counts
-UNCUT_STEP = 2  # of the answers to fit on every second one is read with an uncut drafter, whose head takes longest
+JUDGED = slice(None, None, 2)  # of the answers to fit on; half of them judge a type's acceptance to about 0.01
 DRAFT_REPEAT = 15  # the same of a drafter, whose steps are short, and differ by as little as 3 % from type to type
 
 
@@ -82,20 +82,20 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
     own = source_identity(GGUFFile(target)) == trimmed.file.get("gguf_trim.source_id")
     wanted = said(target, answers, "reading the target") if own and states_of is None else None
 
-    readings: dict[str, TeacherForced] = {}
+    def read(path: Path, title: str, part: slice) -> TeacherForced:
+        tokens = None if wanted is None else wanted[part]
+        return TeacherForced.of(path, answers[part], trimmed, title=title, target=states_of, wanted=tokens)
 
-    def read(kind: str) -> list[np.ndarray]:
-        title = f"reading {kind}"
-        readings[kind] = TeacherForced.of(files[kind], answers, trimmed, title=title, target=states_of, wanted=wanted)
-        return readings[kind].rights
+    def rights(kind: str) -> list[np.ndarray]:
+        return read(files[kind], f"judging {kind}", JUDGED).rights
 
     if decided:
-        files = {decided: requantized(cut, decided, folder, KEPT)}
-        read(chosen := decided)
+        chosen, path = decided, requantized(cut, decided, folder, KEPT)
     else:
         files = _candidates(cut, folder)
-        chosen = _quickest(target, files, read, trimmed)
-    path, speculator = files[chosen], readings[chosen].fitted(trimmed.companion)
+        chosen = _quickest(target, files, rights, trimmed)
+        path = files[chosen]
+    speculator = read(path, f"reading {chosen}", slice(None)).fitted(trimmed.companion)
     if chosen == AS_SHIPPED:
         attach(trimmed, speculator)
         return chosen
@@ -108,15 +108,15 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
 
 def quickest_uncut(target: Path, drafter: Path, folder: Path) -> str:
     """The quickest type of an uncut drafter, which reads the text itself, for this target; makes files in `folder`."""
-    files, answers = _candidates(drafter, folder), calibration(GGUFFile(drafter))[::UNCUT_STEP]
+    files, answers = _candidates(drafter, folder), calibration(GGUFFile(drafter))[JUDGED]
     own = source_identity(GGUFFile(target)) == source_identity(GGUFFile(drafter))
     wanted = said(target, answers, "reading the target") if own else [np.array(answer.answer) for answer in answers]
 
-    def read(kind: str) -> list[np.ndarray]:
-        drafted = said(files[kind], answers, f"reading the uncut drafter, {kind}")
+    def rights(kind: str) -> list[np.ndarray]:
+        drafted = said(files[kind], answers, f"judging the uncut drafter, {kind}")
         return [a == b for a, b in zip(drafted, wanted, strict=True)]
 
-    return _quickest(target, files, read, None)
+    return _quickest(target, files, rights, None)
 
 
 def _candidates(drafter: Path, folder: Path) -> dict[str, Path]:
@@ -143,21 +143,21 @@ def _candidates(drafter: Path, folder: Path) -> dict[str, Path]:
 
 
 def _quickest(
-    target: Path, files: dict[str, Path], read: Callable[[str], list[np.ndarray]], trimmed: Trimmed | None
+    target: Path, files: dict[str, Path], rights: Callable[[str], list[np.ndarray]], trimmed: Trimmed | None
 ) -> str:
-    """The quickest type of a drafter. `read` gives the `rights` of one.
+    """The quickest type of a drafter. `rights` gives the `Candidate.rights` of one.
 
     Requantising loses acceptance. So a type is read only if, with the acceptance as shipped, it would be the quickest.
     """
     steps, verify = _costs(target, files, trimmed)
-    best = Candidate(AS_SHIPPED, read(AS_SHIPPED), steps[AS_SHIPPED], verify)
+    best = Candidate(AS_SHIPPED, rights(AS_SHIPPED), steps[AS_SHIPPED], verify)
     stderr.print(str(best), markup=False)
     hoped = [Candidate(kind, best.rights, steps[kind], verify) for kind in files if kind != AS_SHIPPED]
     for most in sorted(hoped, key=lambda candidate: candidate.best, reverse=True):
         if most.best <= best.best:
             stderr.print(f"{most.costs}: not the quickest, even if it loses no acceptance", markup=False)
             continue
-        candidate = Candidate(most.type, read(most.type), most.step, verify)
+        candidate = Candidate(most.type, rights(most.type), most.step, verify)
         stderr.print(str(candidate), markup=False)
         best = max(best, candidate, key=lambda candidate: candidate.best)
     stderr.print(f"{best.type} is the quickest here", markup=False)

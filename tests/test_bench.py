@@ -363,6 +363,7 @@ def test_rivals_run_beside_the_cut(arguments: list[str], toys: dict[str, Path], 
     texts = {(a["prompt"], a["turn"]): a["token_ids"] for a in record["answers"]}
     assert all(texts[a["prompt"], a["turn"]] == a["token_ids"] for a in record["answers"])
     assert all(record["figures"][ALL][mode]["drafted"] for mode in ("quant:2", "first:2"))
+    assert record["modes"]["first:2"]["step"] == record["modes"]["trim:2"]["step"]  # the kept rows alone
 
 
 def test_the_first_rows_are_the_forced_and_the_lowest_ids(toys: dict[str, Path], tmp_path: Path) -> None:

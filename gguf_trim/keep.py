@@ -60,6 +60,13 @@ def keep_listed(vocabulary: Vocabulary, has_row: np.ndarray, listed: list[int], 
     return _first(vocabulary, _distinct(has_row, vocabulary.forced, listed), k)
 
 
+def first_rows(vocabulary: Vocabulary, has_row: np.ndarray, multiple: int = MULTIPLE, *, k: int = DEFAULT_K) -> Keep:
+    """A ChooseRows that counts nothing: the forced tokens, and of the others the first ids, k rows in all."""
+    order = _distinct(has_row, vocabulary.forced, np.arange(len(has_row)))
+    _require_k(vocabulary, len(order), k)
+    return _first(vocabulary, order, -(-k // multiple) * multiple)
+
+
 def _distinct(has_row: np.ndarray, *parts: np.ndarray | list[int]) -> np.ndarray:
     """The ids of the parts that have a row, each at its first place."""
     ids = np.concatenate([np.asarray(part, np.int64) for part in parts])

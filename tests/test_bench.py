@@ -12,24 +12,34 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from gguf.constants import GGMLQuantizationType as Quant
 
 from corpus.prompts import Prompt
+from gguf_trim.cut import lay_out, write
+from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.memory_bound import step_bytes
+from gguf_trim.pairs.prepare import Prepared
+from gguf_trim.pairs.rivals import best_uncut, cut_to_first
 from gguf_trim.pairs.shapes import SHAPES, Shape
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import head_tensor
+from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.llama.quantize import quantize, tensor_types
 from runner.bench import __main__ as bench
-from runner.bench import figures, peers, runs, steps
+from runner.bench import demo, figures, peers, runs, steps
 from runner.bench.demo import verdict
 from runner.bench.figures import ALL
 from runner.bench.machine import bandwidth, machine
-from runner.bench.modes import KINDS, Files, names_of
+from runner.bench.modes import KINDS, Files, names_of, with_rivals
 from runner.draft.lookup import LookupDrafter
 from runner.loop import engine
+from runner.options import Models
 
+from .conftest import copy_trimmed, keep_spread
 from .terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +50,13 @@ MODES = ["plain", "full", "trim", "context", "spec", "lookup", "pool", "auto"]
 def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bandwidth of memory is in every record; how much is copied to find it is all one here."""
     monkeypatch.setattr("runner.bench.machine.COPIED", 16 << 20)
+
+
+@pytest.fixture(autouse=True)
+def few_answers(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A type is chosen by four answers here, and what is requantised does not go into the user's own cache."""
+    monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 8)
+    monkeypatch.setattr("gguf_trim.pairs.rivals.cache_folder", lambda: tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -326,11 +343,79 @@ def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:
     assert record["bytes"]["full"] == step_bytes(GGUFFile(toys["target"]))
     assert record["bytes"]["trim"] == step_bytes(GGUFFile(toys["spec-trimmed"]))
     assert record["bytes"]["trim"] <= record["bytes"]["context"] < record["bytes"]["spec"]
-    assert record["paying"].keys() == {"full", "trim", "context", "spec"}
+    assert record["paying"].keys() == {"full", "quant", "trim", "context", "spec"}
+    assert (record["full"], record["trimmed"]) == ("target.gguf", ["spec.gguf"])
+    assert record["quant"] == "target.gguf" or re.fullmatch(r"target-[0-9a-f]{8}-[+\w]+\.gguf", record["quant"])
+    assert "accepted" not in record
     assert record["paying"] == steps.paying(record)
     assert "| pays from" in done.stdout
     assert "With the acceptance of tau.json" in done.stdout
     assert json.loads((tmp_path / "s.json").read_text())["bytes"] == record["bytes"]
+
+
+def test_steps_with_answers_count_what_is_accepted(toys: dict[str, Path]) -> None:
+    files = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "--full", str(toys["target"])]
+    done = invoke("steps", *files, "--repeat", "1", "--answers", "2")
+    counts = record_of(done)["accepted"]
+    assert counts.keys() >= {"full", "trim"}
+    assert 0 < counts["full"]["drafted"] == counts["full"]["accepted"]  # the target itself
+    header, _, first, *_ = done.stdout.splitlines()
+    assert header.split("|")[-2].strip() == "accepted" and first.split("|")[-2].strip() == "1.000"
+
+
+def test_rivals_run_beside_the_cut(arguments: list[str], toys: dict[str, Path], tmp_path: Path) -> None:
+    """First: as many rows as the trimmed drafter's, the lowest ids beside the forced ones, in its types."""
+    trimmed = copy_trimmed(toys["good-trimmed"], tmp_path / "t.gguf")
+    types = tensor_types(trimmed) | {"blk.0.ffn_up.weight": Quant.Q4_0, "output.weight": Quant.IQ4_NL}
+    quantize(trimmed, trimmed, "Q8_0", types)
+    arguments[4] = str(trimmed)
+    record = record_of(invoke(*arguments, "--modes", "plain,quant:2,first:2,trim:2"))
+    assert record["settings"]["modes"] == ["plain", "quant:2", "first:2", "trim:2"]
+    files = record["files"]
+    assert [file["file"] for file in files["first"]] == ["target-first405.gguf"]
+    assert files["first"][0]["types"] == files["trimmed"][0]["types"]
+    assert files["first"][0]["types"].keys() >= {"Q4_0", "IQ4_NL"}
+    assert files["quant"][0]["file"].startswith("target")
+    texts = {(a["prompt"], a["turn"]): a["token_ids"] for a in record["answers"]}
+    assert all(texts[a["prompt"], a["turn"]] == a["token_ids"] for a in record["answers"])
+    assert all(record["figures"][ALL][mode]["drafted"] for mode in ("quant:2", "first:2"))
+    assert record["modes"]["first:2"]["step"] == record["modes"]["trim:2"]["step"]  # the kept rows alone
+
+
+def test_the_first_rows_are_the_forced_and_the_lowest_ids(toys: dict[str, Path], tmp_path: Path) -> None:
+    counted = tmp_path / "counted.gguf"
+    write(lay_out(toys["target"], keep_spread(320)), counted)
+    first = Trimmed.open(cut_to_first(toys["target"], counted, tmp_path))
+    forced = Vocabulary(GGUFFile(toys["target"])).forced
+    others = np.setdiff1d(first.d2t, forced)
+    assert len(first.d2t) == 320 and np.isin(forced, first.d2t).all()
+    assert others.tolist() == np.setdiff1d(np.arange(600), forced)[: len(others)].tolist()
+
+
+def test_rivals_need_an_uncut_drafter_that_reads_text(toys: dict[str, Path], tmp_path: Path, capfd) -> None:
+    files = Files(toys["target"], None, {"": toys["good-trimmed"]})
+    assert with_rivals(files, ["plain", "trim"], tmp_path) == files
+    assert names_of(["plain", "quant:3", "first"], with_rivals(files, ["quant:3", "first"], tmp_path)) == ["plain"]
+    assert "quant and first: left out" in capfd.readouterr().err
+
+
+def test_the_best_uncut_drafter_is_measured_once_and_kept(toys: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gguf_trim.pairs.rivals.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("llamabase.store.memory_file", lambda: tmp_path / "remembered.sqlite")
+    measured = []
+
+    def chosen(target: Path, drafter: Path, folder: Path) -> str:
+        measured.append(drafter)
+        return "Q4_0+HEAD"
+
+    monkeypatch.setattr("gguf_trim.pairs.rivals.quickest_uncut", chosen)
+    path = best_uncut(toys["target"], toys["wrong"])
+    assert tensor_types(path)["output.weight"] == Quant.Q4_0
+    assert best_uncut(toys["target"], toys["wrong"]) == path
+    path.unlink()
+    assert best_uncut(toys["target"], toys["wrong"]) == path and path.is_file()
+    assert [kept.name for kept in (tmp_path / "requantised").iterdir()] == [path.name]
+    assert len(measured) == 1
 
 
 def test_steps_of_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -434,11 +519,31 @@ def test_the_demo_shows_what_the_cut_brings(toys: dict[str, Path]) -> None:
     files = ["--target", toys["target"], "--draft", toys["spec-trimmed"], "--full", toys["target"]]
     done = invoke("demo", *map(str, files), "-c", "256", "-n", "4")
     cut = record_of(done)["cut"]
-    full, spec = cut["full"], cut["spec"]
+    full, quant, trim, spec = (cut[kind] for kind in ("full", "quant", "trim", "spec"))
+    assert quant["rows"] == full["rows"] and 0 < quant["acceptance"] <= 1
+    assert trim["bytes"] < spec["bytes"] and "acceptance" not in trim
     assert (full["rows"], spec["rows"]) == (600, head_tensor(GGUFFile(toys["spec-trimmed"])).n_rows)
     assert full["acceptance"] == full["per_draft"] == 1  # it is the target itself
     assert full["tau"] == 4 and full["seconds"] > 0 < spec["seconds"]
-    assert "\nDrafting " in done.stdout and max(map(len, done.stdout.split("\n\n")[0].splitlines())) < 80
+    table, legend = done.stdout.split("\n\n")[0].rsplit("\n", 1)
+    assert "\nDrafting " in done.stdout and max(map(len, table.splitlines())) < 80
+    assert legend.startswith("requantised: uncut, in the type that is quickest here (")
+    assert "The target's type decides, too." in done.stdout
+    assert "make demo MODEL=" not in done.stdout  # only beside a pair of the catalog
+
+
+def test_the_demo_shows_a_larger_head_beside_a_pair_of_the_catalog(toys: dict[str, Path], monkeypatch) -> None:
+    """Its steps if the file is here, else how to get it."""
+    ready = Prepared(toys["target"], toys["target"], toys["spec-trimmed"])
+    pair = Models(toys["target"], toys["spec-trimmed"], n_ctx=256, prepared=ready)
+    monkeypatch.setattr(demo, "prepare", lambda name: ready)
+    monkeypatch.setattr(demo, "is_here", lambda entry: False)
+    assert demo.beside(pair) is None
+    monkeypatch.setattr(demo, "is_here", lambda entry: entry.name == "gemma-3-270m")
+    found = demo.beside(pair)
+    assert found is not None and list(found) == ["full", "quant", "trim", "spec"]
+    shown = demo.cut_table(found)
+    assert shown.splitlines()[-1].split("|")[2].strip() == "1.00" and "accept" not in shown
 
 
 @pytest.mark.parametrize(

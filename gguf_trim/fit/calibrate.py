@@ -168,6 +168,15 @@ def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
     ]
 
 
+def said(model: Path, answers: Sequence[TargetAnswer], title: str) -> list[np.ndarray]:
+    """What a model itself would say at every token of the answers (int64, one array an answer), with a bar."""
+    tokens = [np.zeros(len(answer.answer), np.int64) for answer in answers]
+    with progress(title, len(answers), "answers") as advance:
+        for at in read_through(model, answers, advance):
+            tokens[at.answer][at.token] = np.argmax(at.logits)
+    return tokens
+
+
 def share(rights: Sequence[np.ndarray]) -> float:
     """Share of positions (bool arrays, one an answer) that are right; 0 without positions."""
     return sum(int(right.sum()) for right in rights) / max(1, sum(map(len, rights)))
@@ -193,10 +202,12 @@ class TeacherForced:
         n_threads: int | None = None,
         title: str = "reading hidden states",
         target: Path | None = None,
+        wanted: Sequence[np.ndarray] | None = None,
     ) -> TeacherForced:
         """Read answers with a drafter, with a bar.
 
         If it is trimmed, `trimmed` is the same drafter opened; if it reads its target's states, `target` is needed.
+        `wanted`: the tokens that it should draft (None: those of the answers).
         """
         states, rights = [], [np.zeros(len(answer.answer), bool) for answer in answers]
         ids = None if trimmed is None else trimmed.d2t
@@ -215,7 +226,7 @@ class TeacherForced:
                 positions = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
             for at in positions:
                 states.append(at.hidden.copy())
-                answer = answers[at.answer].answer
+                answer = answers[at.answer].answer if wanted is None else wanted[at.answer]
                 if 0 <= at.token < len(answer):
                     row = int(np.argmax(at.logits))
                     rights[at.answer][at.token] = (row if ids is None else ids[row]) == answer[at.token]

@@ -29,7 +29,7 @@ from .companion import EmbeddingTable, Trimmed
 
 TARGET = "gemma4"
 PRE, POST = "nextn.pre_projection.weight", "nextn.post_projection.weight"  # P and Q
-KEPT = (PRE, POST)  # what a quantisation of a trimmed file leaves as it is
+KEPT = dict.fromkeys((PRE, POST), GGMLQuantizationType.F32)  # what a quantisation of a trimmed file leaves as it is
 _CLUSTERS = ("masked_embd_centroids.weight", "masked_embd_ordering")
 _NO_STATE = np.empty(0, np.float32)
 

@@ -28,8 +28,8 @@ def fetch(entry: Entry) -> Path:
 
     Raises FetchError in one sentence with every source's reason and the way out.
     """
-    if (cached := cache_folder() / "models" / entry.file).is_file() and _fault(entry, cached) is None:
-        return cached
+    if is_here(entry):
+        return _cached(entry)
     reasons = []
     for kind, place in ((kind, place) for source in entry.sources for kind, place in source.items()):
         try:
@@ -42,6 +42,15 @@ def fetch(entry: Entry) -> Path:
         f"{entry.name}: {'; '.join(reasons)}; or get the GGUF yourself and give its path "
         "(make trim TARGET=... DRAFTER=..., or --target and --draft)"
     )
+
+
+def _cached(entry: Entry) -> Path:
+    return cache_folder() / "models" / entry.file
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether a model has been fetched."""
+    return _cached(entry).is_file() and _fault(entry, _cached(entry)) is None
 
 
 def _checked(entry: Entry, path: Path, where: str) -> Path:

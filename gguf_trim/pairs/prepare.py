@@ -81,7 +81,7 @@ def prepare(
     cut = lay_out(drafter, choose, target if state_fed else None)
     name = f"{target.stem}-{drafter}" if isinstance(drafter, OwnBlock) else drafter.stem
     shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
-    key = key_of([target, cut.source.path], [hashlib.sha256(cut.trimmed.header).hexdigest()])
+    key = key_of([target, cut.source.path], [hashlib.sha256(cut.trimmed.header).hexdigest(), *TYPES])
     known = recall("types", key).get("type")
     type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else known
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,13 +24,12 @@ from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource
 from gguf_trim.format.speculator import BLOCK, UP_TYPE, Speculator
-from gguf_trim.keep import Keep, keep_listed
+from gguf_trim.keep import first_rows
 from llamabase.cli.progress import progress
 from llamabase.errors import FileFormatError
 from llamabase.files import CACHED, require_room, write_whole
 from llamabase.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, Tensor, bytes_of
 from llamabase.gguf.tensors import EMBEDDING, HEAD, head_tensor
-from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.gguf.writer import Output, Piece, field
 from llamabase.llama.ggml import quantize_rows
 from llamabase.llama.quantize import quantize
@@ -172,14 +171,9 @@ def write_pair(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Shaped
     target, drafter = files[0], files[-1]
     cuts = [drafter.with_name(f"{drafter.stem}-trim{k}.gguf") for k in ks]
     for k, cut in zip(ks, cuts, strict=True):
-        write(lay_out(OWN_BLOCK if own else drafter, partial(_first_rows, k=k), target), cut)
+        write(lay_out(OWN_BLOCK if own else drafter, partial(first_rows, k=k), target), cut)
         attach(trimmed := Trimmed.open(cut), _random_speculator(head_tensor(trimmed.companion)))
     return ShapedPair(target, OWN_BLOCK if own else drafter, cuts)
-
-
-def _first_rows(vocabulary: Vocabulary, has_row: np.ndarray, multiple: int, k: int) -> Keep:
-    """Of random rows any will do."""
-    return keep_listed(vocabulary, has_row, list(range(k)), k)
 
 
 def _random_speculator(head: Tensor) -> Speculator:
@@ -195,14 +189,26 @@ def write_shape(shape: Shape, path: Path, quant: str) -> None:
     TILE numbers, so tokens tie; memory stays small. Raises EngineError for a `quant` that llama.cpp does not know or
     that needs an importance matrix, TrimError if the disk lacks the room.
     """
-    output = outline(shape, quant)
+    _write(outline(shape, quant), path, f"writing {shape.name} {quant}")
+
+
+def with_random_weights(
+    fields: list[bytes], shapes: Mapping[str, tuple[int, ...]], path: Path, quant: str, title: str
+) -> None:
+    """Write a GGUF of this metadata and these shapes by name, as `write_shape` does one of a known shape."""
+    types = _chosen(fields, shapes, quant)
+    pieces = [_piece(name, size, types[name]) for name, size in shapes.items()]
+    _write(Output(fields, pieces, DEFAULT_ALIGNMENT), path, title)
+
+
+def _write(output: Output, path: Path, title: str) -> None:
     require_room(path, output.n_bytes)
     tile = lru_cache(_tile)  # for this file only: a dozen MB
-    title = f"writing {shape.name} {quant}"
+    most = min(TILE, max(piece.tensor.n_elements for piece in output.pieces))
     with progress(title, output.n_bytes, "B") as advance, write_whole(path, CACHED) as file:
         advance(file.write(output.header))
         for tensor in (piece.tensor for piece in output.pieces):
-            _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor)), advance)
+            _fill(file, tensor, tile(tensor.type, tensor.shape[0], _is_factor(tensor), most), advance)
             advance(file.write(bytes(-tensor.n_bytes % output.alignment)))
 
 
@@ -215,18 +221,23 @@ def outline(shape: Shape, quant: str) -> Output:
 
 @lru_cache
 def types_of(shape: Shape, quant: str) -> dict[str, GGMLQuantizationType]:
-    """The type llama.cpp gives each tensor in a mix, by name.
+    """The type llama.cpp gives each tensor in a mix, by name."""
+    return _chosen(_hyperparameters(shape), shape.tensors, quant)
+
+
+def _chosen(fields: list[bytes], shapes: Mapping[str, tuple[int, ...]], quant: str) -> dict[str, GGMLQuantizationType]:
+    """The same for any metadata.
 
     Its choice looks at hyperparameters, names, and whether a row is a whole number of blocks of 256. So the miniature
     has the model's metadata and names, and two rows (one would count as a vector) of 256 or 32 columns in each matrix.
     """
     small = {
-        name: size if len(size) == 1 else (32 if size[0] % 256 else 256, 2) for name, size in shape.tensors.items()
+        name: size if len(size) == 1 else (32 if size[0] % 256 else 256, 2, *size[2:]) for name, size in shapes.items()
     }
     pieces = [_piece(name, size, GGMLQuantizationType.F32) for name, size in small.items()]
-    output = Output(_hyperparameters(shape), pieces, DEFAULT_ALIGNMENT)
+    output = Output(fields, pieces, DEFAULT_ALIGNMENT)
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
-        source, out = Path(folder) / f"{shape.name}.gguf", Path(folder) / "out.gguf"
+        source, out = Path(folder) / "in.gguf", Path(folder) / "out.gguf"
         source.write_bytes(output.header.ljust(output.n_bytes, b"\0"))
         quantize(source, out, quant)
         return {name: tensor.type for name, tensor in GGUFFile(out).tensors.items()}
@@ -283,11 +294,11 @@ def _is_factor(tensor: Tensor) -> bool:
     return len(tensor.shape) == 1 and tensor.name.endswith(".weight")
 
 
-def _tile(type_: GGMLQuantizationType, n_columns: int, ones: bool) -> np.ndarray:
-    """Rows of valid blocks, uint8 (rows x bytes of a row)."""
+def _tile(type_: GGMLQuantizationType, n_columns: int, ones: bool, most: int) -> np.ndarray:
+    """Rows of valid blocks, uint8 (rows x bytes of a row): at `most` that many numbers, or one row."""
     if ones:
         return quantize_rows(np.ones((1, n_columns)), type_)
-    values = np.random.default_rng(0).standard_normal((max(1, TILE // n_columns), n_columns), np.float32)
+    values = np.random.default_rng(0).standard_normal((max(1, most // n_columns), n_columns), np.float32)
     return quantize_rows(values * np.float32(DEVIATION), type_)
 
 

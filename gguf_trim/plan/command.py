@@ -20,6 +20,7 @@ from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.format.mtp import DrafterSource, OwnBlock, drafter_source
 from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
+from gguf_trim.pairs.target_types import type_costs
 from llamabase.cli.command import FILE, THREADS, quantisation
 from llamabase.cli.plot import drawing
 from llamabase.cli.progress import stderr
@@ -29,7 +30,7 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT, HEAD, is_block_alone
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.model import Model
-from llamabase.llama.quantize import AS_SHIPPED, requantized
+from llamabase.llama.quantize import AS_SHIPPED
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.settings import GREEDY, Sampling
 
@@ -37,7 +38,6 @@ from .costs import verify_cost
 from .matches import grid, tau_of
 from .planner import Plan, make_plan, sampled_acceptance
 
-TARGET_TYPE = "Q4_0"  # llama.cpp repacks it for the matrix kernels of AVX and NEON
 COUNTS = click.option("--counts", type=FILE, help="Counts from `python -m corpus count`.  [default: those that ship]")
 
 
@@ -131,10 +131,6 @@ def plan_command(
             make_plan(target, drafter, ranking, judged, folder, verify, type_, speculator, threads)
             for type_ in [AS_SHIPPED, *types]
         ]
-        faster = None
-        if types and verify is not None:
-            requantised = requantized(target, TARGET_TYPE, folder)
-            faster = verify_cost(requantised, threads, f"timing the target as {TARGET_TYPE}")
     chosen = max(plans, key=lambda plan: plan.best.tokens_per_second or plan.best.mbsu_bytes)
     if as_json:
         click.echo(json.dumps([{**asdict(choice), "type": plan.type} for plan in plans for choice in plan.choices]))
@@ -142,7 +138,9 @@ def plan_command(
         for plan in plans:
             click.echo(_table(plan, chosen.best.draft_max))
         click.echo(_groups(chosen))
-        click.echo(_verdict(chosen, verify, faster))
+        click.echo(_verdict(chosen, verify))
+        if not no_measure and (costs := type_costs(target, threads)) is not None:
+            click.echo(str(costs))
         if state_fed:
             click.echo("judged by first drafts, from the target's own states: later ones are right less often")
     if temp > 0:
@@ -215,22 +213,17 @@ def _groups(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _verdict(plan: Plan, verify: StepCost | None, faster: StepCost | None) -> str:
-    """One paragraph: what is best, whether it pays, and what a target of TARGET_TYPE (`faster`) would take."""
+def _verdict(plan: Plan, verify: StepCost | None) -> str:
+    """One paragraph: what is best, and whether it pays."""
     best = plan.best
     text = f"best: vocabulary {best.vocab}, k = {best.k}, draft length {best.draft_max}, drafter {plan.type}"
     if verify is None or best.tokens_per_second is None:
         return f"{text}; memory-bound speed-up {best.mbsu_bytes:.2f} by bytes (no step was timed)"
-    plain, n = 1 / verify.of(1), best.draft_max + 1
+    plain = 1 / verify.of(1)
     speedup = best.tokens_per_second / plain
     text += f": {best.tokens_per_second:.1f} tok/s, plain decoding {plain:.1f} ({speedup:.2f} x)"
     if speedup < 1:
         text += "\nspeculation does not pay on this machine for this pair: decode plainly (--draft-max 0)"
-    if faster is not None:
-        text += (
-            f"\nas {TARGET_TYPE} the target takes {faster.of(1) / verify.of(1):.2f} x the time for one token and "
-            f"{faster.of(n) / verify.of(n):.2f} x for {n}"
-        )
     return text
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from corpus.prompts import Prompt, spread
+from gguf_trim.pairs.target_types import type_costs
 from llamabase.cli.command import FILE, Commands, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
@@ -35,7 +36,7 @@ from . import demo, peers, runs
 from .card import REPORT, block, report_of, reports
 from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
-from .modes import AGAIN, AUTO, KINDS, PLAIN, SPEC, Files, find_files, names_of
+from .modes import AGAIN, AUTO, FIRST, KINDS, PLAIN, QUANT, RIVALS, SPEC, Files, find_files, names_of, with_rivals
 from .report import compare, plot, report
 from .steps import STEPS, acceptance_in, paying, paying_table, promised, ratios, shaped, steps_table, time_steps
 
@@ -57,7 +58,7 @@ def modes(text: str) -> list[str]:
     """Kinds of modes, each with an optional draft length of its own after a colon: spec:2."""
     for name in names(text):
         kind, colon, n = name.partition(":")
-        click.Choice((*KINDS, AGAIN))(kind)
+        click.Choice((*KINDS, *RIVALS, AGAIN))(kind)
         if colon:
             click.IntRange(1, LONGEST)(n)
     return list(dict.fromkeys(names(text)))
@@ -97,7 +98,8 @@ def files_options(command: Any) -> Any:
     type=modes,
     default=",".join(KINDS),
     metavar="MODE[:N],...",
-    help=f"Some of {', '.join(KINDS)}; spec:2 sets a draft length; again: plain once more.  [default: all]",
+    help=f"Some of {', '.join(KINDS)}; spec:2 sets a draft length; again: plain once more; quant: the uncut drafter, "
+    "requantised to what is quickest here; first: the first ids kept, uncounted.  [default: all but the last three]",
 )
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
 @click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
@@ -135,6 +137,7 @@ def run_command(
     pair = models()
     with tempfile.TemporaryDirectory(prefix="gguf-trim-") as folder:
         files = find_files(pair, Path(folder), full, ks, target_quant, draft_quant)
+        files = with_rivals(files, settings["modes"], Path(folder))
         record = _unmeasured(files, pair, chosen, temp, settings)
         if left.get("settings", record["settings"]) != record["settings"]:
             raise FileFormatError(f"{output}: holds the record of another run; name another file, or remove it")
@@ -165,6 +168,10 @@ def _unmeasured(
         "full": [describe(files.full)] if isinstance(files.full, Path) else [],
         "trimmed": [describe(path) for path in files.trimmed.values()],
     }
+    if files.quant is not None:
+        described[QUANT] = [describe(files.quant)]
+    if files.first:
+        described[FIRST] = [describe(path) for path in files.first.values()]
     settings = settings | {
         "modes": names_of(settings["modes"], files),
         "prompts": [prompt.id for prompt in prompts],
@@ -193,13 +200,28 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
     record: dict[str, Any] = {"machine": machine(), "draft_max": draft_max}
     files = find_files(pair, Path(), full)
     if files.full is not None:
-        record["cut"] = demo.the_cut(pair, files, max_tokens)
-        click.echo(demo.cut_table(record["cut"]) + "\n")
+        files = with_rivals(files, [QUANT], Path())
+        record["cut"] = cut = demo.the_cut(pair, files, max_tokens)
+        click.echo(f"{demo.cut_table(cut)}\n{demo.legend(cut)}\n")
+        if pair.prepared is not None and pair.prepared.drafter != files.target:
+            _beside(record, pair)
     record["prompts"] = demo.answers(pair, max_tokens, draft_max)
     click.echo(demo.texts(record["prompts"]))
+    if (costs := type_costs(pair.target, pair.n_threads)) is not None:
+        record["target_types"] = costs.seconds
+        click.echo(f"{costs}\n")
     if files.full is not None:
         click.echo(demo.verdict(record))
     _print_json(record)
+
+
+def _beside(record: dict[str, Any], pair: Models) -> None:
+    """Add what a step of a drafter with a larger head takes, or say how to see it."""
+    record["beside"] = found = demo.beside(pair)
+    if found is None:
+        click.echo(f"A drafter whose head is most of a step: make demo MODEL={demo.BESIDE}\n")
+    else:
+        click.echo(f"{demo.BESIDE}, whose head is most of a step:\n\n{demo.cut_table(found)}\n")
 
 
 @main.command("steps")
@@ -209,6 +231,13 @@ def demo_command(models: Callable[[], Models], full: Path | None, max_tokens: in
 @click.option("--quant", type=quantisation, default="Q4_K_M", show_default=True, help="Quantisation of the shapes.")
 @click.option("--acceptance", type=FILE, help='Acceptance to compute with: {"draft_max": n, "tau": {step: tau}}.')
 @click.option("--repeat", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of each kind.")
+@click.option(
+    "--answers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Also how many first drafts are accepted, in this many of the target's answers.",
+)
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
@@ -216,6 +245,7 @@ def steps_command(
     quant: str,
     acceptance: Path | None,
     repeat: int,
+    answers: int,
     output: Path | None,
     **wanted: Any,
 ) -> None:
@@ -231,8 +261,8 @@ def steps_command(
             pair = models(files.target)
         else:
             pair = models()
-            files = find_files(pair, Path(folder), **wanted)
-        record = _stepped(files, pair, repeat, shape)
+            files = with_rivals(find_files(pair, Path(folder), **wanted), [QUANT], Path(folder))
+        record = _stepped(files, pair, repeat, shape, answers)
     parts = [steps_table(record), paying_table(record)]
     if acceptance is not None and given is not None:
         parts.append(promised(record, acceptance, *given))
@@ -241,14 +271,16 @@ def steps_command(
     _print_json(record)
 
 
-def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None) -> dict[str, Any]:
+def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None, n_answers: int = 0) -> dict[str, Any]:
     """A record of `steps`."""
     record: dict[str, Any] = {
         "machine": machine(),
         "shape": shape,
         "target": files.target.name,
         "full": files.full.name if files.full else None,
-        **time_steps(files, pair, repeat),
+        "quant": files.quant.name if files.quant else None,
+        "trimmed": [path.name for path in files.trimmed.values()],
+        **time_steps(files, pair, repeat, n_answers),
         "copy_bytes_per_second": bandwidth(pair.n_threads),
     }
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}

@@ -5,20 +5,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Container
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gguf_trim.format.memory_bound import draft_weights
+from gguf_trim.pairs.catalog import load_catalog
+from gguf_trim.pairs.fetch import is_here
+from gguf_trim.pairs.prepare import prepare
 from llamabase.cli.progress import progress
 from llamabase.sampling.settings import GREEDY
 from runner.loop.engine import Engine
 from runner.loop.record import Record
 from runner.options import FULL, Models
 
-from .modes import SPEC, Files, open_modes
+from .modes import QUANT, SPEC, Files, find_files, open_modes, with_rivals
 from .report import table
-from .runs import answer
+from .runs import drafted
 from .steps import paying, ratios, time_steps
 
 PROMPTS = (
@@ -28,38 +32,56 @@ PROMPTS = (
 )
 DRAFTS = 3  # tokens drafted in a round, by either drafter
 REPEAT = 5  # timed steps of each kind
+BESIDE = "gemma-3-270m"  # 262,144 rows: of the drafters whose files can be had without an account, the largest head
 
 
 def the_cut(models: Models, files: Files, max_tokens: int) -> dict[str, Any]:
-    """The uncut drafter beside the trimmed one: rows and bytes of a step, its time, and what becomes of its drafts."""
+    """The uncut drafter, as shipped and requantised, beside the trimmed one: what a step reads and takes, and what
+    becomes of its drafts."""
     steps = time_steps(files, models, REPEAT)
-    pays = paying(steps)
-    kinds = FULL, _kind(pays)
-    cut: dict[str, Any] = {"draft_max": DRAFTS, "verify_4": ratios(steps)["verify 4"][1]}
-    cut["paying"] = {kind: pays[kind] for kind in kinds}
+    cut = _each(steps, files) | {"draft_max": DRAFTS, "verify_4": ratios(steps)["verify 4"][1], "paying": paying(steps)}
+    kinds = [kind for kind in (FULL, QUANT, _kind(cut)) if kind in cut]
     with (
         replace(models, draft=None).open() as engine,
         open_modes(kinds, files, engine, models, DRAFTS) as modes,
         progress("drafting", len(modes) * len(PROMPTS), "answers") as advance,
     ):
+        prompts = [_tokens(engine, text) for text in PROMPTS]
         for mode in modes:
-            rounds: list[list[float]] = []
-            for text in PROMPTS:
-                rounds += answer(engine, mode, _tokens(engine, text), GREEDY, max_tokens, 0)["rounds"]
-                advance(1)
-            tokens, drafted, accepted = np.array(rounds)[:, :3].T
-            judged = np.minimum(drafted, accepted + 1).sum()  # a draft after a rejected one is not judged
-            assert mode.file is not None
-            cut[mode.name] = {
-                "file": mode.file.name,
-                "rows": draft_weights(mode.file, files.target).n_rows,
-                "bytes": mode.step().bytes,
-                "seconds": statistics.median(steps["seconds"][mode.name]),
+            tokens, made, accepted = drafted(engine, mode, prompts, max_tokens, advance)
+            judged = np.minimum(made, accepted + 1).sum()  # a draft after a rejected one is not judged
+            cut[mode.name] |= {
                 "tau": float(tokens.mean()),
-                "acceptance": float(accepted.sum() / max(drafted.sum(), 1)),
+                "acceptance": float(accepted.sum() / max(made.sum(), 1)),
                 "per_draft": float(accepted.sum() / max(judged, 1)),
             }
     return cut
+
+
+def _each(steps: dict[str, Any], files: Files) -> dict[str, Any]:
+    """What a step of each drafter reads and takes, by what is drafted from."""
+    kinds = (FULL, QUANT, *(kind for kind in ("trim", SPEC) if kind in steps["seconds"]))
+    return {
+        kind: {
+            "file": source.name,
+            "rows": draft_weights(source, files.target).n_rows,
+            "bytes": steps["bytes"][kind],
+            "seconds": statistics.median(steps["seconds"][kind]),
+        }
+        for kind in kinds
+        if (source := files.of(kind, "")) is not None
+    }
+
+
+def beside(models: Models) -> dict[str, Any] | None:
+    """A step of BESIDE, uncut and cut: of a drafter whose head is most of it. None if its file is not here."""
+    pair = load_catalog().pair(BESIDE)
+    if not is_here(pair.drafter):
+        return None
+    ready = prepare(BESIDE)
+    models = replace(models, target=ready.target, draft=ready.trimmed, prepared=ready)
+    files = with_rivals(find_files(models, Path(), None), [QUANT], Path())
+    return _each(time_steps(files, models, REPEAT), files)
 
 
 def _kind(names: Container[str]) -> str:
@@ -71,23 +93,38 @@ def _tokens(engine: Engine, text: str) -> list[int]:
     return engine.prompt([{"role": "user", "content": text}])
 
 
+COLUMNS = {FULL: "uncut", QUANT: "requantised", "trim": "trim", SPEC: "spec"}
+
+
 def cut_table(cut: dict[str, Any]) -> str:
-    """`the_cut` for people, under 80 columns."""
-    full, trimmed = cut[FULL], cut[_kind(cut)]
-    chosen = " and those chosen as it goes" * (SPEC in cut)
+    """`the_cut`, or what is `beside` it, for people, under 80 columns."""
+    kinds = [kind for kind in COLUMNS if kind in cut]
+    whole = cut[FULL]["seconds"]
+    lines: dict[str, list[str]] = {
+        "rows of its head": [f"{cut[kind]['rows']:,}" for kind in kinds],
+        "MB read per draft step": [f"{cut[kind]['bytes'] / 1e6:.1f}" for kind in kinds],
+        "ms per draft step here": [f"{cut[kind]['seconds'] * 1e3:.1f}" for kind in kinds],
+        "in steps of the uncut one": [f"{cut[kind]['seconds'] / whole:.2f}" for kind in kinds],
+    }
+    if "draft_max" in cut:
+        for name, key in (
+            (f"acceptance, {cut['draft_max']} drafts a round", "acceptance"),
+            ("tokens a target call", "tau"),
+        ):
+            lines[name] = [f"{cut[kind][key]:.2f}" if key in cut[kind] else "-" for kind in kinds]
+    return table(["drafter", *(COLUMNS[kind] for kind in kinds)], [[name, *cells] for name, cells in lines.items()])
 
-    def both(name: str, unit: str, scale: float) -> tuple[str, str]:
-        a, b = full[name], trimmed[name]
-        return f"{scale * a:.1f} {unit}", f"{scale * b:.1f} {unit} ({b / a:.2f} x)"
 
-    rows = [
-        ["rows of its head", f"{full['rows']:,}", f"{trimmed['rows']:,}{chosen}"],
-        ["read per draft step", *both("bytes", "MB", 1e-6)],
-        ["a draft step here", *both("seconds", "ms", 1e3)],
-        [f"acceptance, {cut['draft_max']} drafts a round", f"{full['acceptance']:.2f}", f"{trimmed['acceptance']:.2f}"],
-        ["tokens per target call", f"{full['tau']:.2f}", f"{trimmed['tau']:.2f}"],
-    ]
-    return table(["drafter", "uncut", "trimmed"], rows)
+def legend(cut: dict[str, Any]) -> str:
+    """What the columns of `cut_table` are."""
+    kind = Path(cut[QUANT]["file"]).stem.rpartition("-")[2] if QUANT in cut else ""
+    parts = ["trim drafts from the rows that were kept"]
+    if QUANT in cut:
+        whole = "as shipped" if cut[QUANT]["file"] == cut[FULL]["file"] else kind
+        parts.insert(0, f"requantised: uncut, in the type that is quickest here ({whole})")
+    if SPEC in cut:
+        parts.append("spec also from rows that are chosen at every step, on top of those")
+    return "; ".join(parts) + "."
 
 
 def answers(models: Models, max_tokens: int, draft_max: int | None) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from gguf_trim.format.memory_bound import draft_weights
 from gguf_trim.format.mtp import MTP, OWN_BLOCK, DrafterSource, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.pairs.prepare import cut_to_each
+from gguf_trim.pairs.rivals import best_uncut, cut_to_first, reads_text
 from llamabase.cli.progress import stderr
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -36,6 +37,8 @@ PLAIN, LOOKUP, POOL, AUTO = "plain", "lookup", "pool", "auto"
 SPEC = "spec"
 CUT = ("trim", "context", SPEC)  # what a trimmed drafter may draft from
 KINDS = (PLAIN, FULL, *CUT, LOOKUP, POOL, AUTO)
+# What others do without this program: the uncut drafter in the type that is quickest here, and the first rows kept.
+RIVALS = QUANT, FIRST = "quant", "first"
 AGAIN = "again"  # plain decoding a second time, which shows the machine's noise
 
 
@@ -70,11 +73,25 @@ class Mode:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a comparison. `trimmed` is by what `named` appends to names of modes."""
+    """The files of a comparison. `trimmed` and `first` are by what `named` appends to names of modes.
+
+    `quant` is the uncut drafter requantised; `first` are cuts as large as the trimmed ones, and in the same types, that
+    keep the first ids. Either is empty unless a mode asks for it, see `with_rivals`.
+    """
 
     target: Path
     full: DrafterSource | None
     trimmed: dict[str, Path]
+    quant: Path | None = None
+    first: dict[str, Path] = field(default_factory=dict)
+
+    def of(self, kind: str, at: str) -> DrafterSource | None:
+        """What a mode of a kind drafts from; `at` is the end of its name."""
+        if kind in (FULL, QUANT):
+            return self.full if kind == FULL else self.quant
+        if kind == FIRST:
+            return self.first.get(at)
+        return self.trimmed.get(at) or next(iter(self.trimmed.values()), None)
 
 
 def named(cuts: Sequence[Path]) -> dict[str, Path]:
@@ -113,13 +130,31 @@ def find_files(
     return Files(target, full, named(cuts))
 
 
+def with_rivals(files: Files, wanted: Collection[str], folder: Path) -> Files:
+    """The same files with the rivals that are among some modes, cuts made in `folder`; says which cannot be had."""
+    kinds = {name.partition(":")[0] for name in wanted}
+    uncut = files.full if isinstance(files.full, Path) and reads_text(files.full) else None
+    if not kinds & {QUANT, FIRST}:
+        return files
+    if uncut is None:
+        named = " and ".join(kind for kind in (QUANT, FIRST) if kind in kinds)
+        stderr.print(f"{named}: left out, for want of an uncut drafter (--full) that reads the text itself")
+        return files
+    quant = best_uncut(files.target, uncut) if QUANT in kinds else None
+    first = {at: cut_to_first(uncut, cut, folder) for at, cut in files.trimmed.items()} if FIRST in kinds else {}
+    return replace(files, quant=quant, first=first)
+
+
 def names_of(wanted: Sequence[str], files: Files) -> list[str]:
     """The modes that the files allow. Those that draft from a trimmed file are named once for each."""
     names = []
     for name in wanted:
         kind, colon, n = name.partition(":")
+        if kind == FIRST:
+            names += [f"{kind}{at}{colon}{n}" for at in files.first]
+            continue
         if kind not in CUT:
-            names += [name] if kind != FULL or files.full is not None else []
+            names += [name] if kind not in (FULL, QUANT) or files.of(kind, "") is not None else []
             continue
         for at, path in files.trimmed.items():
             if kind == SPEC and Speculator.of(trimmed := Trimmed.open(path)) is None:
@@ -145,14 +180,14 @@ def open_modes(
         for name in names:
             way, _, own = name.partition(":")
             kind, at, k = way.partition("@")
-            path = files.full if kind == FULL else files.trimmed.get(at + k) or next(iter(files.trimmed.values()), None)
+            path = files.of(kind, at + k)
             if kind in (PLAIN, AGAIN, LOOKUP, POOL):
                 path = None
             length = int(own) if own else draft_max
             before, model = resident(), None
             if path is not None:
                 options = models.of_drafter(path, engine.context.n_ctx)
-                options = replace(options, vocab=kind if kind in CUT else models.vocab)
+                options = replace(options, vocab=_vocab(kind, models.vocab))
                 model = open_drafter(options, vocabulary, engine.context)
                 stack.callback(model.close)
             answers = Answers() if kind in (POOL, AUTO) else None
@@ -166,6 +201,11 @@ def open_modes(
             reads = _step_reader(path, model, files.target)
             modes.append(Mode(name, drafter, length, path, model, reads, memory, answers))
         yield modes
+
+
+def _vocab(kind: str, otherwise: str) -> str:
+    """What a mode's drafter drafts from."""
+    return "trim" if kind == FIRST else kind if kind in CUT else otherwise
 
 
 def _step_reader(path: DrafterSource | None, drafter: ModelDrafter | None, target: Path) -> Callable[[], Reads]:

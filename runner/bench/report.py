@@ -68,9 +68,9 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> str
     for key in ("cpu", "cores", "llama_cpp_python", "date"):
         x, y = a["machine"].get(key), b["machine"].get(key)
         lines.append(f"{key}: {x}" if x == y else f"{key}: {x} | {y}")
-    for which in ("target", "full", "trimmed"):
+    for which in ("target", "full", "trimmed", "quant", "first"):
         x, y = ([file["sha256"] for file in record["files"].get(which, [])] for record in (a, b))
-        if x != y and (which != "full" or any(mode.startswith("full") for mode in modes)):
+        if x != y and (which in ("target", "trimmed") or any(mode.startswith(which) for mode in modes)):
             lines.append(f"the {which} files differ, so the speeds are not comparable")
     rows = []
     for mode in modes:

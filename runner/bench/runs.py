@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from corpus.prompts import Prompt, load_prompts, split, spread
 from gguf_trim.format.memory_bound import StepWeights
-from llamabase.cli.progress import progress, stderr
+from llamabase.cli.progress import Advance, progress, stderr
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import Kind, marked, write_whole
 from llamabase.gguf.reader import GGUFFile
-from llamabase.sampling.settings import Sampling
+from llamabase.sampling.settings import GREEDY, Sampling
 from runner.loop.engine import Engine
 from runner.options import Models
 
@@ -62,6 +63,18 @@ def answer(engine: Engine, mode: Mode, prompt: list[int], sampling: Sampling, ma
     seconds = time.perf_counter() - started
     mode.memory += max(0, resident() - before)
     return {"first_token_seconds": first, "seconds": seconds, "rounds": rounds, "token_ids": tokens}
+
+
+def drafted(
+    engine: Engine, mode: Mode, prompts: Sequence[list[int]], max_tokens: int, advance: Advance
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, drafts and accepted drafts of every round of greedy answers to some prompts."""
+    rounds: list[list[float]] = []
+    for prompt in prompts:
+        rounds += answer(engine, mode, prompt, GREEDY, max_tokens, 0)["rounds"]
+        advance(1)
+    tokens, made, accepted = np.array(rounds)[:, :3].T
+    return tokens, made, accepted
 
 
 def measure(

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from corpus.prompts import load_prompts, split, spread
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.memory_bound import mbsu, step_bytes
 from gguf_trim.format.mtp import MtpBlock, OwnBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.pairs.shapes import write_pair
+from llamabase.cli.progress import progress
 from llamabase.errors import FileFormatError
 from llamabase.files import Kind, marked, read_text
 from llamabase.gguf.reader import GGUFFile
@@ -28,12 +30,15 @@ from llamabase.sampling.settings import GREEDY
 from runner.loop.engine import Engine
 from runner.options import FULL, Models
 
-from .modes import CUT, Files, Mode, named, names_of, open_modes
+from .modes import CUT, QUANT, Files, Mode, named, names_of, open_modes
 from .report import table
+from .runs import drafted
 
 BATCHES = (*VERIFY, 12, 16)  # tokens that are verified at once
 DRAFT_LENGTHS = range(1, 9)
 N_TEXT = 64  # tokens that are drafted after
+N_CONTEXT = 512  # tokens that target and drafter remember
+TOKENS = 96  # of an answer in which drafts are judged
 ACCEPTANCES = (0.6, 0.7, 0.8)  # per draft: at these the table gives the speed
 ROUND = 3  # drafts of a round that is timed as a whole
 ROUND_OF = f" x {ROUND}"  # ends the names of such steps
@@ -66,14 +71,18 @@ def shaped(pair: str, quant: str, ks: Sequence[int], folder: Path) -> Files:
     return Files(written.target, written.drafter, named(written.cuts))
 
 
-def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
-    """Times every step of a pair, by turns; the record has seconds by step, bytes, and the step of their ratio."""
+def time_steps(files: Files, models: Models, repeat: int, n_answers: int = 0) -> dict[str, Any]:
+    """Times every step of a pair, by turns; the record has seconds by step, bytes, and the step of their ratio.
+
+    With answers, also how many of its first drafts are accepted in that many of the target's greedy answers, by what is
+    drafted from.
+    """
     if files.full is None or not files.trimmed:
         raise FileFormatError(f"{files.target}: needs the uncut drafter and a trimmed one to compare")
     trims = list(files.trimmed.values())
     kinds = CUT if len(trims) == 1 and Speculator.of(Trimmed.open(trims[0])) is not None else CUT[:1]
-    engine = replace(models, target=files.target, draft=None, n_ctx=512).open()
-    with engine, open_modes(names_of([FULL, *kinds], files), files, engine, models, 1) as modes:
+    engine = replace(models, target=files.target, draft=None, n_ctx=N_CONTEXT).open()
+    with engine, open_modes(names_of([FULL, QUANT, *kinds], files), files, engine, models, 1) as modes:
         steps = {mode.name: _drafting(mode, engine) for mode in modes}
         steps |= {mode.name + ROUND_OF: _drafting(mode, engine, ROUND) for mode in modes}
         steps |= _heads(files.full, files, models.n_threads)
@@ -81,12 +90,25 @@ def time_steps(files: Files, models: Models, repeat: int) -> dict[str, Any]:
         steps |= {
             f"verify {n}": _verifying(engine.context, n, n_bytes) for n in BATCHES if n <= engine.context.n_outputs
         }
-        return {
+        judged = {"accepted": _accepted(modes, engine, n_answers)} if n_answers else {}
+        return judged | {
             "seconds": by_turns(steps, repeat, "stepping"),
             "engine_seconds": {name: step.inside[-repeat:] for name, step in steps.items()},
             "bytes": {name: step.bytes() for name, step in steps.items()},
             "base": {name: step.base for name, step in steps.items()},
         }
+
+
+def _accepted(modes: Sequence[Mode], engine: Engine, n_answers: int) -> dict[str, dict[str, int]]:
+    """What becomes of drafts, one a round, in greedy answers to bundled prompts that were never counted."""
+    judging = [engine.prompt(list(prompt.messages)) for prompt in split(load_prompts(), "judge")]
+    prompts = spread([ids for ids in judging if len(ids) + TOKENS <= N_CONTEXT], n_answers)
+    counts = {}
+    with progress("answering", len(modes) * len(prompts), "answers") as advance:
+        for mode in modes:
+            _, made, accepted = drafted(engine, mode, prompts, TOKENS, advance)
+            counts[mode.name] = {"drafted": int(made.sum()), "accepted": int(accepted.sum())}
+    return counts
 
 
 def _drafting(mode: Mode, engine: Engine, n_drafts: int = 1) -> BenchStep:
@@ -145,6 +167,7 @@ def ratios(record: dict[str, Any]) -> dict[str, list[float]]:
 def steps_table(record: dict[str, Any]) -> str:
     """One line a step. Bytes over time beside what a plain copy moves: how far the step is bound by memory."""
     cost, _ = _medians(record)
+    accepted = record.get("accepted", {})
     rows = []
     for name, (low, median, high) in ratios(record).items():
         n_bytes, base = record["bytes"][name], record["bytes"][record["base"][name]]
@@ -157,8 +180,14 @@ def steps_table(record: dict[str, Any]) -> str:
             f"{n_bytes / 1e6:.1f}",
             f"{n_bytes / cost[name] / record['copy_bytes_per_second']:.0%}",
             f"{np.median(python):.1%}",
+            *([_share(accepted.get(name))] if accepted else []),
         ])  # fmt: skip
-    return table(["step", "ms", "ratio (quartiles)", "by bytes", "MB", "of copying", "Python"], rows)
+    header = ["step", "ms", "ratio (quartiles)", "by bytes", "MB", "of copying", "Python"]
+    return table([*header, *(["accepted"] if accepted else [])], rows)
+
+
+def _share(counts: Mapping[str, int] | None) -> str:
+    return f"{counts['accepted'] / max(1, counts['drafted']):.3f}" if counts else ""
 
 
 def _medians(record: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]]:

@@ -27,7 +27,7 @@ from llamabase.files import require_room
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
 from llamabase.llama.quantize import AS_SHIPPED, joined, renamed, requantized, tensor_types
-from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, medians, open_context
+from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, in_rows, medians, open_context
 
 from .costs import assistant_step, draft_step
 from .matches import DRAFT_LENGTHS, speed, tau_of
@@ -37,9 +37,9 @@ TYPES = ("Q4_0", "Q4_0+HEAD", "IQ4_NL+HEAD", "IQ4_NL", "Q8_0")
 # A type that is put together of the layers of one before and the head of another, which has the same bytes: a core
 # makes 2.5 million weights IQ4_NL in a second, and 300 million Q4_0.
 JOINED = {"IQ4_NL": ("IQ4_NL+HEAD", "Q4_0")}
-REPEAT = 7  # steps of each size, of which the median counts
+ROWS = 4  # of two steps of each size of the target, of which the median counts
 JUDGED = slice(None, None, 2)  # of the answers to fit on; half of them judge a type's acceptance to about 0.01
-DRAFT_REPEAT = 15  # the same of a drafter, whose steps are short, and differ by as little as 3 % from type to type
+DRAFT_REPEAT = 15  # steps of a drafter, which are short, and differ by as little as 3 % from type to type
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,18 @@ def _costs(target: Path, files: dict[str, Path], trimmed: Trimmed | None) -> tup
                 return assistant_step(opened, path, trimmed, context)
             return draft_step(opened, path, trimmed)
 
-        shipped = step(stack, files[AS_SHIPPED])
-        sizes: dict[str | int, Step] = {AS_SHIPPED: shipped, **{n: decode_step(context, n) for n in VERIFY}}
-        seconds = medians(by_turns(sizes, REPEAT, "timing the target"))
-        steps = {AS_SHIPPED: seconds[AS_SHIPPED]}
+        seconds, _ = in_rows({n: decode_step(context, n) for n in VERIFY}, ROWS, "timing the target")
+        verify = StepCost(medians(seconds))
+        shipped, steps = step(stack, files[AS_SHIPPED]), dict[str, float]()
+        # Of the target only single tokens take turns with others, since a GPU may be paid for a change of its batches.
+        plain = {"plain": decode_step(context, 1), AS_SHIPPED: shipped}
+        taken = medians(by_turns(plain, DRAFT_REPEAT, "timing the drafter as shipped"))
+        steps[AS_SHIPPED] = verify.of(1) * taken[AS_SHIPPED] / taken["plain"]
         for kind, path in files.items():
             if kind == AS_SHIPPED:
                 continue
             with contextlib.ExitStack() as opened:
                 turns = {AS_SHIPPED: shipped, kind: step(opened, path)}
                 taken = medians(by_turns(turns, DRAFT_REPEAT, f"timing {kind}"))
-            steps[kind] = seconds[AS_SHIPPED] * taken[kind] / taken[AS_SHIPPED]
-    return steps, StepCost({n: seconds[n] for n in VERIFY})
+            steps[kind] = steps[AS_SHIPPED] * taken[kind] / taken[AS_SHIPPED]
+    return steps, verify

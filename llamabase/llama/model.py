@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,24 @@ from llamabase.gguf.tensors import is_block_alone
 from .library import Owner, interruptible, last_error, start
 from .tokenizing import Tokenizer
 
+_NO_DEVICES = (ctypes.c_void_p * 1)()  # a list of devices that ends at once
 _MROPE = (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
 
 
 class Model(Owner):
-    """Weights and vocabulary of one GGUF. Raises EngineError, with llama.cpp's reason, if it cannot be loaded."""
+    """Weights and vocabulary of one GGUF. Raises EngineError, with llama.cpp's reason, if it cannot be loaded.
 
-    def __init__(self, path: str | Path, n_gpu_layers: int | None = None, vocab_only: bool = False) -> None:
+    `cpu_only`: nothing of it is computed on another device. With n_gpu_layers = 0 llama.cpp would still move the
+    products of large batches to a GPU, and lay out weights for that.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        n_gpu_layers: int | None = None,
+        vocab_only: bool = False,
+        cpu_only: bool = False,
+    ) -> None:
         self._model = None
         self.path = Path(path)
         start()
@@ -35,6 +47,8 @@ class Model(Owner):
         params.load_mtp = True  # the block for multi-token prediction, if the file has one
         if n_gpu_layers is not None:
             params.n_gpu_layers = n_gpu_layers
+        if cpu_only:
+            params.devices = ctypes.addressof(_NO_DEVICES)
         if not self.path.is_file():
             raise EngineError(f"{self.path}: there is no such file")
         file = None

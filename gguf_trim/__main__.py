@@ -160,6 +160,11 @@ def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bo
             f"ok: {result.kept} rows equal as bytes, other tensors untouched; greatest logit difference "
             f"{result.max_logit_difference:g} over {result.positions} positions"
         )
+        if (gpu := result.gpu) is not None:
+            click.echo(
+                f"on {', '.join(gpu.names)}: greatest logit difference {gpu.max_logit_difference:g}; the source itself "
+                f"parts by up to {gpu.allowed:g} from its logits on the CPU"
+            )
     if not result.ok:
         raise TrimError(result.differences[0])
 

@@ -2,14 +2,21 @@
 
 The lists in `cut` refuse architectures that are known to fail. This check decides about all others: if a graph scales
 or uses its token inputs differently, the logits differ.
+
+What it may ask of logits follows from where they are computed. On the CPU the same kernels multiply a cut and its
+source, and so do those that multiply rows here, so the logits are equal but for the last bits. This is computed
+everywhere, and proves the cut. On a GPU, if llama.cpp has one, kernels may depend on the number of rows: there a cut
+may part from its source by as much as the source parts from itself on the CPU, and by no more. Rows that are multiplied
+here are never computed on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,7 +31,8 @@ from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 from llamabase.llama.context import CONTEXT_DEFAULTS, Context
-from llamabase.llama.model import Model
+from llamabase.llama.ggml import gpus
+from llamabase.llama.model import CPU_ONLY, MODEL_DEFAULTS, Model, ModelParams
 from llamabase.llama.states import PairContext
 
 from .cut import why_not
@@ -40,17 +48,39 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class Proof:
-    """`differences` holds one sentence for each difference; if it is empty, the cut is proven."""
+    """`differences` holds one sentence for each difference; if it is empty, the cut is proven.
+
+    max_logit_difference, of the logits on the CPU, and logit_range are None if no logits were compared. `gpu` is None
+    if llama.cpp has no GPU, or would not compute this cut on one.
+    """
 
     kept: int
     positions: int
     max_logit_difference: float | None
     logit_range: float | None
     differences: list[str]
+    gpu: OnGpu | None = None
 
     @property
     def ok(self) -> bool:
         return not self.differences
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """How far logits part where llama.cpp computes on these GPUs: the cut's from its source's, and the source's there
+    from its own on the CPU, which is what the cut's may do.
+    """
+
+    names: list[str]
+    max_logit_difference: float
+    allowed: float
+
+
+class Logits(Protocol):
+    """Computes the logits of a source at the kept ids and those of its cut (float32, positions x k)."""
+
+    def __call__(self, where: ModelParams) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -67,14 +97,15 @@ class _Copy:
 class _Claim:
     """What is to be proven of a cut of one kind: `copies`, `keys` of the metadata that are the source's, `logits`.
 
-    `differences` are known before; each part is compared only if those before it do not differ. `logits` computes those
-    of the source at the kept ids and those of the cut (float32, positions x k).
+    `differences` are known before; each part is compared only if those before it do not differ. `multiplied_here`: the
+    cut's logits are products that ggml computes on the CPU wherever llama.cpp computes.
     """
 
     differences: list[str]
     copies: list[_Copy]
     keys: list[str]
-    logits: Callable[[], tuple[np.ndarray, np.ndarray]]
+    logits: Logits
+    multiplied_here: bool = False
 
 
 def prove(trimmed: Path, source: Path, target: Path | None = None) -> Proof:
@@ -97,7 +128,11 @@ def prove(trimmed: Path, source: Path, target: Path | None = None) -> Proof:
         claim = _plain(cut, original)
     if differences := claim.differences or _unequal(cut, original, claim):
         return Proof(len(cut.d2t), 0, None, None, differences)
-    return _compared(cut, *claim.logits())
+    expected, made = claim.logits(CPU_ONLY)
+    proof = _compared(cut, expected, made)
+    if not proof.ok or claim.multiplied_here or not (names := gpus()):
+        return proof
+    return _compared_on_gpu(cut, proof, names, expected, *claim.logits(MODEL_DEFAULTS))
 
 
 def _unequal(cut: Trimmed, original: GGUFFile, claim: _Claim) -> list[str]:
@@ -118,18 +153,16 @@ def _unequal(cut: Trimmed, original: GGUFFile, claim: _Claim) -> list[str]:
 def _plain(cut: Trimmed, original: GGUFFile) -> _Claim:
     """One prompt goes through both files."""
 
-    def logits() -> tuple[np.ndarray, np.ndarray]:
+    def logits(where: ModelParams) -> tuple[np.ndarray, np.ndarray]:
         with Model(original.path, vocab_only=True) as model:
             prompt = model.tokenize(PROMPT)
-        expected = _decoded(original.path, prompt)[:, cut.d2t]
-        return expected, _decoded(cut.file.path, cut.embeddings().rows(prompt))
+        expected = _decoded(original.path, prompt, where)[:, cut.d2t]
+        return expected, _decoded(cut.file.path, cut.embeddings().rows(prompt), where)
 
     return _like_the_source(cut, original, logits)
 
 
-def _like_the_source(
-    cut: Trimmed, original: GGUFFile, logits: Callable[[], tuple[np.ndarray, np.ndarray]], moved: Sequence[str] = ()
-) -> _Claim:
+def _like_the_source(cut: Trimmed, original: GGUFFile, logits: Logits, moved: Sequence[str] = ()) -> _Claim:
     """Every tensor is the source's: in the cut, or if `moved` in the companion; the tables whole in the companion."""
     differences = _lacking(cut, original)
     try:
@@ -146,27 +179,27 @@ def _like_the_source(
     return _Claim(differences, copies, [key for key in original.fields if not key.startswith("tokenizer.")], logits)
 
 
-def _decoded(path: Path, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+def _decoded(path: Path, prompt: Sequence[int] | np.ndarray, where: ModelParams) -> np.ndarray:
     """Logits after every token of a prompt, given as ids or as embeddings."""
     n = len(prompt)
-    with Model(path) as model, Context(model, n_ctx=n + 8, n_outputs=n) as context:
+    with Model(path, where) as model, Context(model, n_ctx=n + 8, n_outputs=n) as context:
         return context.decode(prompt, outputs=n).copy()
 
 
 def _assistant(cut: Trimmed, whole: Assistant, target: Path | None) -> _Claim:
     """Random pairs go through both files over one text of the target, every other one after its own last state."""
 
-    def logits() -> tuple[np.ndarray, np.ndarray]:
+    def logits(where: ModelParams) -> tuple[np.ndarray, np.ndarray]:
         if target is None:
             raise FileFormatError(f"{whole.file.path}: reads its target's states; give that as --target")
         target_file = GGUFFile(target)
         whole.require_target(target_file, Vocabulary(target_file))
         tokens, states = _random_pairs(whole.file.tensors[EMBEDDING].n_rows, whole.width)
         made: list[np.ndarray] = []
-        with Model(target) as model, Context(model, 2 * PAIRS) as context:
+        with Model(target, where) as model, Context(model, 2 * PAIRS) as context:
             for trimmed in (None, cut):
                 file = whole.file if trimmed is None else cut.file
-                with Model(file.path) as drafter:
+                with Model(file.path, where) as drafter:
                     steps = AssistantSteps(drafter, context, CONTEXT_DEFAULTS, trimmed)
                     with steps.context:
                         context.decode(tokens, 0)
@@ -205,30 +238,35 @@ def _state_fed(cut: Trimmed, whole: Eagle3Head, target: Path | None) -> _Claim:
         if name not in (HEAD, D2T)
     ]
 
-    def logits() -> tuple[np.ndarray, np.ndarray]:
+    def logits(where: ModelParams) -> tuple[np.ndarray, np.ndarray]:
         if target is None and (whole.own is None or EMBEDDING not in original.tensors):
             raise FileFormatError(f"{original.path}: takes token embeddings from its target; give that as --target")
         tokens, states = _random_pairs(whole.n_vocab, whole.n_embd)
         made = []
         with contextlib.ExitStack() as stack:
-            other = None if target is None else stack.enter_context(Context(stack.enter_context(Model(target)), 32))
+            other = None
+            if target is not None:
+                other = stack.enter_context(Context(stack.enter_context(Model(target, where)), 32))
             for path in (original.path, cut.file.path):
                 if original.architecture == DFLASH:
-                    made.append(_first_drafts(path, tokens, other)[:, cut.d2t])
+                    made.append(_first_drafts(path, tokens, other, where)[:, cut.d2t])
                     continue
-                with Model(path) as model, PairContext(model, PAIRS + 8, other=other, n_outputs=PAIRS) as context:
+                with (
+                    Model(path, where) as model,
+                    PairContext(model, PAIRS + 8, other=other, n_outputs=PAIRS) as context,
+                ):
                     made.append(context.pairs(tokens, states, True)[0][:, cut.d2t].copy())
         return made[0], made[1]
 
     return _Claim(differences, copies, list(original.fields), logits)
 
 
-def _first_drafts(path: Path, tokens: list[int], other: Context | None) -> np.ndarray:
+def _first_drafts(path: Path, tokens: list[int], other: Context | None, where: ModelParams) -> np.ndarray:
     """Logits (float32, tokens x n_vocab) of a DFlash drafter's first draft after each token, which stands alone: later
     drafts of a block may depend on what was likeliest before them.
     """
     n = 1 if GGUFFile(path).get("dflash.sample_from_anchor", True) else 2  # whether the token's own place drafts, too
-    with Model(path) as model, Context(model, 32, n_outputs=n, other=other) as context:
+    with Model(path, where) as model, Context(model, 32, n_outputs=n, other=other) as context:
         logits = []
         for token in tokens:
             context.truncate(0)
@@ -242,9 +280,12 @@ def _mtp(cut: Trimmed, block: MtpBlock) -> _Claim:
     head = replace(block.head, name=HEAD)
     copies = [_Copy(block.file, head, cut.file, cut.d2t), _Copy(block.file, head, cut.companion)]
 
-    def logits() -> tuple[np.ndarray, np.ndarray]:
+    def logits(where: ModelParams) -> tuple[np.ndarray, np.ndarray]:
         rows, expected, made = kept_rows(cut.file), [], []
-        with Model(block.file.path) as model, PairContext(model, PAIRS + 8, mtp=True) as context:
+        with (
+            Model(block.file.path, where) as model,
+            PairContext(model, PAIRS + 8, mtp=True) as context,
+        ):
             # One at a time, as drafts are.
             for token, state in zip(*_random_pairs(block.n_vocab, block.n_embd), strict=True):
                 logits, after = context.pairs([token], state[None], True)
@@ -252,7 +293,7 @@ def _mtp(cut: Trimmed, block: MtpBlock) -> _Claim:
                 made.append(rows(block.hidden(after[0])).copy())
         return np.array(expected), np.array(made)
 
-    return _Claim([], copies, [], logits)
+    return _Claim([], copies, [], logits, multiplied_here=True)
 
 
 def _random_pairs(n_vocab: int, width: int) -> tuple[list[int], np.ndarray]:
@@ -294,14 +335,32 @@ def _same_bytes(copy: _Copy) -> list[str]:
 
 def _compared(cut: Trimmed, expected: np.ndarray, made: np.ndarray) -> Proof:
     """Logits (positions x k) may differ by rounding, if at all."""
-    gaps = np.abs(expected - made)
     spread = float(np.ptp(expected)) if expected.size else 0.0
-    differences = []
-    wrong = np.argwhere(~(gaps <= TOLERANCE * spread))  # also what is not a number
-    if len(wrong):
-        position, row = wrong[0].tolist()
-        differences.append(
-            f"{cut.file.path}: at position {position} the logit of token {int(cut.d2t[row])} is "
-            f"{made[position, row]:.6f} and the source's {expected[position, row]:.6f}"
-        )
-    return Proof(len(cut.d2t), len(expected), float(gaps.max(initial=0.0)), spread, differences)
+    differences = _beyond(cut, expected, made, TOLERANCE * spread)
+    return Proof(len(cut.d2t), len(expected), _greatest(expected - made), spread, differences)
+
+
+def _compared_on_gpu(
+    cut: Trimmed, proof: Proof, names: list[str], on_cpu: np.ndarray, expected: np.ndarray, made: np.ndarray
+) -> Proof:
+    """A proof on the CPU, where the source's logits are `on_cpu`, with what the same comparison shows on a GPU."""
+    allowed = max(TOLERANCE * float(np.ptp(expected)), _greatest(expected - on_cpu))
+    beyond = _beyond(cut, expected, made, allowed)
+    differences = [f"{sentence}, both computed on {', '.join(names)}" for sentence in beyond]
+    return replace(proof, differences=differences, gpu=OnGpu(names, _greatest(expected - made), allowed))
+
+
+def _beyond(cut: Trimmed, expected: np.ndarray, made: np.ndarray, allowed: float) -> list[str]:
+    """The first logit that differs by more than `allowed`, or is not a number, in a sentence."""
+    wrong = np.argwhere(~(np.abs(expected - made) <= allowed))
+    if not len(wrong):
+        return []
+    position, row = wrong[0].tolist()
+    return [
+        f"{cut.file.path}: at position {position} the logit of token {int(cut.d2t[row])} is "
+        f"{made[position, row]:.6f} and the source's {expected[position, row]:.6f}"
+    ]
+
+
+def _greatest(differences: np.ndarray) -> float:
+    return float(np.abs(differences).max(initial=0.0))

@@ -27,7 +27,7 @@ from llamabase import store
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.quantize import AS_SHIPPED, requantized, tensor_types
-from llamabase.llama.timing import VERIFY, StepCost
+from llamabase.llama.timing import StepCost
 
 from .conftest import copy_trimmed, keep_first
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType as Quant
 
+from gguf_trim import prove as proofs
 from gguf_trim.__main__ import main
 from gguf_trim.cut import lay_out, write
-from gguf_trim.format.companion import companion_path
+from gguf_trim.format.companion import Trimmed, companion_path
 from llamabase.gguf.reader import GGUFFile
+from llamabase.llama.ggml import gpus
+from llamabase.llama.model import CPU_ONLY, ModelParams
 
 from .conftest import keep_first
 from .toy import write_model
@@ -131,6 +135,50 @@ def test_logits_that_are_no_numbers_are_no_proof(tmp_path: Path) -> None:
     put(source, GGUFFile(source).tensors["output_norm.weight"].offset, struct.pack("<f", float("nan")))
     write(lay_out(source, keep_first(400)), tmp_path / "t.gguf")
     assert "the logit of token" in fails(tmp_path / "t.gguf", source)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What llama.cpp computes on beside the CPU. Without a GPU, what belongs there is computed on the CPU again."""
+    names = gpus() or ["a GPU"]
+    monkeypatch.setattr(proofs, "gpus", lambda: names)
+    return ", ".join(names)
+
+
+def test_a_gpu_is_asked_of_a_cut_that_is_proven_on_the_cpu(pair: tuple[Path, Path], copy: Path, a_gpu: str) -> None:
+    said = run(pair[1], pair[0])
+    assert said.exit_code == 0 and f"\non {a_gpu}: greatest logit difference " in said.stdout, said.output
+    gpu = json.loads(run(pair[1], pair[0], "--json").stdout)["gpu"]
+    assert ", ".join(gpu["names"]) == a_gpu and gpu["max_logit_difference"] <= gpu["allowed"]
+    put(copy, GGUFFile(copy).fields["gguf_trim.embedding_scale"].value, struct.pack("<f", 3))
+    assert a_gpu not in fails(copy, pair[0])
+
+
+@pytest.mark.parametrize(
+    ("rounding", "fault", "ok"),
+    [(0.5, 0.4, True), (0.5, 0.6, False), (0.5, np.nan, False), (np.nan, 0, False), (0, 0, True), (0, 0.4, False)],
+)
+def test_on_a_gpu_a_cut_may_part_as_far_as_its_source_does(
+    pair: tuple[Path, Path], a_gpu: str, monkeypatch: pytest.MonkeyPatch, rounding: float, fault: float, ok: bool
+) -> None:
+    """There all logits are `rounding` off those of the CPU, and one of the cut's is `fault` further off."""
+    honest = proofs._decoded
+
+    def decoded(path: Path, prompt: Sequence[int] | np.ndarray, where: ModelParams) -> np.ndarray:
+        logits = honest(path, prompt, CPU_ONLY)
+        if where != CPU_ONLY:
+            logits += rounding
+            logits[7, 11] += fault if path == pair[1] else 0
+        return logits
+
+    monkeypatch.setattr(proofs, "_decoded", decoded)
+    found = proofs.prove(pair[1], pair[0])
+    assert found.ok is ok
+    token = int(Trimmed.open(pair[1]).d2t[11])
+    if not ok and rounding == rounding:
+        assert f"at position 7 the logit of token {token} is" in found.differences[0]
+    if not ok:
+        assert found.differences[0].endswith(f"both computed on {a_gpu}")
 
 
 def test_a_hyperparameter(pair: tuple[Path, Path], copy: Path) -> None:

@@ -141,6 +141,8 @@ class ModelParams:
 
 
 MODEL_DEFAULTS = ModelParams()
+# With n_gpu_layers=0 llama.cpp would still move the products of large batches to a GPU, and lay out weights for that.
+CPU_ONLY = ModelParams(device=NO_DEVICE)
 
 
 class Model(Owner):

@@ -25,11 +25,10 @@ from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
-from runner.draft.contracts import AUTO, VOCABS
+from runner.draft.contracts import AUTO, FULL, VOCABS
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
-FULL = "full"
 LOADING = [field.name for field in fields(LoadOptions)]
 
 
@@ -212,7 +211,7 @@ def model_options(command: Any) -> Any:
         default=AUTO,
         show_default=True,
         help="What the drafter drafts from: its whole head, the kept rows, those and the tokens of the text, "
-        "or the speculator's candidates too. auto: the last its files allow.",
+        "or the speculator's candidates too. auto: whichever is quickest here, by measured costs.",
     )
     @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
     @wraps(command)

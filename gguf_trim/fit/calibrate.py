@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,14 @@ from llamabase.llama.ggml import Product
 from llamabase.llama.model import Model
 from llamabase.llama.states import PairContext, Recorded
 
+from .acceptance import DRAFTED, acceptances
 from .closed_form import fit
 
 CONVERSATIONS, TOKENS = 64, 160  # answers to fit on, and tokens of each: some thousand positions are enough
 HIDDEN_ONLY = {"lfm2", "lfm2moe"}  # of these llama.cpp computes no logits if hidden states are asked for
 ROWS = 256  # positions whose logits and hidden states are held at a time
 PAIR_ROWS = 32  # the same of a state-fed drafter, whose rows of logits are as long as its target's vocabulary
+HELD_OUT = 4  # of so many answers one is not fitted to, but judged
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,15 @@ class TeacherForced:
     """What a drafter makes of answers.
 
     `states` are its final hidden states (float32, positions x n_embd), which do not depend on how many rows its head
-    has; `rights` (bool arrays, one an answer) say which tokens it drafts from the rows it has.
+    has; `drafted` (DRAFTED, by position) is what it drafts from the rows it has, and `rights` (bool arrays, one an
+    answer) say which of these tokens are the target's. `trimmed`: the same drafter opened, if it is trimmed.
     """
 
     states: np.ndarray
     rights: list[np.ndarray]
+    drafted: np.ndarray = field(default_factory=lambda: np.empty(0, DRAFTED))
+    answers: Sequence[TargetAnswer] = ()
+    trimmed: Trimmed | None = None
 
     @classmethod
     def of(
@@ -197,7 +203,8 @@ class TeacherForced:
 
         If it is trimmed, `trimmed` is the same drafter opened; if it reads its target's states, `target` is needed.
         """
-        states, rights = [], [np.zeros(len(answer.answer), bool) for answer in answers]
+        states, drafted = [], []
+        rights = [np.zeros(len(answer.answer), bool) for answer in answers]
         ids = None if trimmed is None else trimmed.d2t
         with progress(title, len(answers), "answers") as advance:
             if target is not None and (file := GGUFFile(drafter)).architecture == MTP:
@@ -214,20 +221,28 @@ class TeacherForced:
                 positions = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
             for at in positions:
                 states.append(at.hidden.copy())
-                answer = answers[at.answer].answer
+                answer, row = answers[at.answer].answer, int(np.argmax(at.logits))
+                draft = row if ids is None else ids[row]
+                drafted.append((at.answer, at.token, draft, at.logits[row]))
                 if 0 <= at.token < len(answer):
-                    row = int(np.argmax(at.logits))
-                    rights[at.answer][at.token] = (row if ids is None else ids[row]) == answer[at.token]
-        return cls(np.array(states), rights)
+                    rights[at.answer][at.token] = draft == answer[at.token]
+        return cls(np.array(states), rights, np.array(drafted, DRAFTED), answers, trimmed)
 
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
         """A speculator fitted to the head in `file`, the drafter or its companion, with `steps` of training after it.
 
-        See `closed_form.fit` and `train.distil`.
+        See `closed_form.fit` and `train.distil`. One answer of HELD_OUT is left out: on these a trimmed drafter's
+        acceptance is measured, with each vocabulary. If there are fewer answers, they serve for both.
         """
-        speculator = fit(file, self.states, rank)
+        held = self.drafted["answer"] % HELD_OUT == HELD_OUT - 1
+        fitted_to, judged = (~held, held) if held.any() else (~held, ~held)
+        states = self.states[fitted_to]
+        speculator = fit(file, states, rank)
         if steps:
             from .train import distil
 
-            speculator = distil(speculator, file, self.states, steps)
-        return replace(speculator, acceptance=share(self.rights))
+            speculator = distil(speculator, file, states, steps)
+        if self.trimmed is None:
+            return speculator
+        rates = acceptances(self.trimmed, speculator, self.answers, self.drafted[judged], self.states[judged])
+        return replace(speculator, acceptance=rates)

@@ -29,7 +29,8 @@ from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import LONGEST
-from runner.options import FULL, Models, draft_max_option, model_options
+from runner.draft.contracts import FULL
+from runner.options import Models, draft_max_option, model_options
 
 from . import demo, peers, runs
 from .card import REPORT, block, report_of, reports

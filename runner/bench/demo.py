@@ -12,9 +12,10 @@ import numpy as np
 from gguf_trim.format.memory_bound import draft_weights
 from llamabase.cli.progress import progress
 from llamabase.sampling.settings import GREEDY
+from runner.draft.contracts import FULL
 from runner.loop.engine import Engine
 from runner.loop.record import Record
-from runner.options import FULL, Models
+from runner.options import Models
 
 from .modes import SPEC, Files, open_modes
 from .report import table

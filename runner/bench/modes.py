@@ -22,13 +22,13 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import requantized
 from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
-from runner.draft.contracts import Drafter, NoDrafter
+from runner.draft.contracts import FULL, Drafter, NoDrafter
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import LookupDrafter
-from runner.draft.measured import measured_draft, measured_verify
+from runner.draft.measured import chosen_vocab, measured_draft, measured_verify
 from runner.draft.opening import open_drafter
 from runner.loop.engine import Engine
-from runner.options import FULL, Models
+from runner.options import Models
 
 from .machine import resident
 
@@ -63,7 +63,8 @@ class Mode:
 
     def as_json(self) -> dict[str, Any]:
         file, step = self.file.name if self.file else None, self.step()._asdict()
-        return {"draft_max": self.draft_max, "file": file, "memory_bytes": self.memory, "step": step}
+        vocab = self.model.using if self.model is not None else None
+        return {"draft_max": self.draft_max, "file": file, "vocab": vocab, "memory_bytes": self.memory, "step": step}
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,10 @@ def open_modes(
             if kind in (PLAIN, AGAIN):
                 drafter, length = NoDrafter(), 0
             elif kind == AUTO or length is None:
-                draft = None if model is None else StepCost(measured_draft(model, engine.reader))
+                draft = None
+                if model is not None:
+                    model.auto = chosen_vocab(model, verify(), engine.reader)
+                    draft = StepCost(measured_draft(model, engine.reader))
                 drafter, length = AutoDrafter(model, verify(), draft), None
             memory = resident() - before if path else 0
             modes.append(Mode(name, drafter, length, path, model, _step_reader(path, model, files.target), memory))

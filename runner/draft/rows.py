@@ -7,7 +7,7 @@ companion. The choice depends only on the text before the token that is drawn, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,8 +44,8 @@ class DynamicHead:
         outside[trimmed.d2t] = False
         if n_ids is not None:
             outside[n_ids:] = False
-        self._others = np.flatnonzero(outside).astype(np.int32)
-        self._n_candidates = min(CANDIDATES, len(self._others)) if speculator is not None else 0
+        self.others = np.flatnonzero(outside).astype(np.int32)  # ids that it may add
+        self._n_candidates = min(CANDIDATES, len(self.others)) if speculator is not None else 0
         self.recent = Recent(outside, CONTEXT_ROWS)
         self._in_context = np.zeros(len(outside), bool)
         self._ids = np.zeros(CONTEXT_ROWS + self._n_candidates, np.int32)
@@ -55,11 +55,11 @@ class DynamicHead:
         self._backend = backend
         self._kept = trimmed.d2t
         self.steps = self.rows = 0  # steps so far and the rows that they computed: the bench reports bytes per step
-        self.acceptance = speculator.acceptance if speculator is not None else 0.0
+        self.acceptance: Mapping[str, float] = speculator.acceptance if speculator is not None else {}
         self._products: dict[int, Product] = {}
         self._scores: Callable[[np.ndarray], np.ndarray] | None = None
-        if speculator is not None and len(self._others):
-            self._scores = scorer(backend, speculator, self._row_of[self._others])
+        if speculator is not None and len(self.others):
+            self._scores = scorer(backend, speculator, self._row_of[self.others])
 
     @property
     def seconds(self) -> float:
@@ -96,7 +96,7 @@ class DynamicHead:
         """
         n = len(self.recent.slots)
         if self._scores is not None and scored:
-            best = self._others[top(self._scores(hidden), self._n_candidates)]
+            best = self.others[top(self._scores(hidden), self._n_candidates)]
             best = best[~self._in_context[best]]
             self._ids[n : n + len(best)] = best
             n += len(best)

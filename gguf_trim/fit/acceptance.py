@@ -30,15 +30,11 @@ def acceptances(
     """Share of the answers' tokens that are drafted from the kept rows ("trim"), with those of the text ("context"),
     with the speculator's candidates too ("spec"), and from the whole head ("full").
 
-    `drafted` (DRAFTED) and `states` (float32, n x n_embd) are by position; those outside an answer do not count. All
+    `drafted` (DRAFTED) and `states` (float32, n x n_embd) are by position, all of them within an answer. All
     four are counted at the same positions, so their differences say more than each of them. They are rates of first
     drafts, greedy, on short texts: a longer text brings more rows of its own, another language more tokens that were
-    cut, and a draft after other drafts is right a little less often. Empty if there is no such position.
+    cut, and a draft after other drafts is right a little less often.
     """
-    within = np.array([0 <= at["token"] < len(answers[at["answer"]].answer) for at in drafted], bool)
-    drafted, states = drafted[within], states[within]
-    if not len(drafted):
-        return {}
     wanted = np.array([answers[at["answer"]].answer[at["token"]] for at in drafted])
     row_of = trimmed.row_of
     at, ids, of_text = _added(trimmed, row_of, speculator, answers, drafted, states)
@@ -110,7 +106,7 @@ def _best(drafted: np.ndarray, at: np.ndarray, ids: np.ndarray, logits: np.ndarr
     """What is drafted at each position from its kept rows and the added ones: the lowest id of the greatest logit."""
     most = drafted["logit"].copy()
     np.maximum.at(most, at, logits)
-    best = np.where(drafted["logit"] == most, drafted["id"], np.iinfo(np.int64).max)
+    best = np.where(drafted["logit"] == most, drafted["id"].astype(np.int64), np.iinfo(np.int64).max)
     greatest = logits == most[at]
     np.minimum.at(best, at[greatest], ids[greatest])
     return best

@@ -231,18 +231,21 @@ class TeacherForced:
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
         """A speculator fitted to the head in `file`, the drafter or its companion, with `steps` of training after it.
 
-        See `closed_form.fit` and `train.distil`. One answer of HELD_OUT is left out: on these a trimmed drafter's
-        acceptance is measured, with each vocabulary. If there are fewer answers, they serve for both.
+        See `closed_form.fit` and `train.distil`. For a trimmed drafter one answer of HELD_OUT is left out, and its
+        acceptance with each vocabulary is measured on these. If there are too few, all serve for both.
         """
-        held = self.drafted["answer"] % HELD_OUT == HELD_OUT - 1
-        fitted_to, judged = (~held, held) if held.any() else (~held, ~held)
-        states = self.states[fitted_to]
+        lengths = np.array([len(answer.answer) for answer in self.answers])
+        number, token = self.drafted["answer"], self.drafted["token"]
+        judged, held = (token >= 0) & (token < lengths[number]), number % HELD_OUT == HELD_OUT - 1
+        states = self.states
+        if self.trimmed is not None and (judged & held).any():
+            states, judged = states[~held], judged & held
         speculator = fit(file, states, rank)
         if steps:
             from .train import distil
 
             speculator = distil(speculator, file, states, steps)
-        if self.trimmed is None:
+        if self.trimmed is None or not judged.any():
             return speculator
         rates = acceptances(self.trimmed, speculator, self.answers, self.drafted[judged], self.states[judged])
         return replace(speculator, acceptance=rates)

@@ -12,7 +12,7 @@ import pytest
 
 from corpus.answers import TargetAnswer
 from gguf_trim.cut import lay_out, write
-from gguf_trim.fit.calibrate import HELD_OUT, TeacherForced
+from gguf_trim.fit.calibrate import HELD_OUT, JUDGED, TeacherForced, held_out
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.speculator import ACCEPTANCE, Speculator
@@ -80,12 +80,13 @@ def test_the_fit_counts_what_the_drafter_drafts(toys, tmp_path: Path, monkeypatc
     for module in ("gguf_trim.fit.acceptance", "runner.draft.rows"):
         monkeypatch.setattr(f"{module}.CANDIDATES", 100)
         monkeypatch.setattr(f"{module}.CONTEXT_ROWS", 4)
-    path, answers = copy_trimmed(toys["tiny-trimmed"], tmp_path / "cut.gguf"), half_right(toys["target"], n)
+    path, answers = copy_trimmed(toys["tiny-trimmed"], tmp_path / "cut.gguf"), held_out(half_right(toys["target"], n))
     trimmed = Trimmed.open(path)
     attach(trimmed, TeacherForced.of(path, answers, trimmed, n_threads=1).fitted(trimmed.companion, 32))
     found = Speculator.of(Trimmed.open(path))
     assert found is not None
-    judged = answers[HELD_OUT - 1 :: HELD_OUT] or answers
+    judged = [answer for answer in answers if answer.label == JUDGED] or answers
+    assert len(judged) == 2
     assert found.n_positions == sum(len(a.prompt) + len(a.answer) for a in answers if a not in judged or n == 2)
     rates = {}
     for name, file in {"trim": path, "context": path, "spec": path, "full": toys["target"]}.items():

@@ -32,8 +32,8 @@ def acceptances(
 
     `drafted` (DRAFTED) and `states` (float32, n x n_embd) are by position, all of them within an answer. All
     four are counted at the same positions, so their differences say more than each of them. They are rates of first
-    drafts, greedy, on short texts: a longer text brings more rows of its own, another language more tokens that were
-    cut, and a draft after other drafts is right a little less often.
+    drafts, greedy, on short answers, which another target may have given: a longer text brings more rows of its own,
+    another language more tokens that were cut, and a draft after other drafts is right a little less often.
     """
     wanted = np.array([answers[at["answer"]].answer[at["token"]] for at in drafted])
     row_of = trimmed.row_of

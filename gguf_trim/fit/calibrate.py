@@ -30,10 +30,11 @@ from .acceptance import DRAFTED, acceptances
 from .closed_form import fit
 
 CONVERSATIONS, TOKENS = 64, 160  # answers to fit on, and tokens of each: some thousand positions are enough
+JUDGED = "judged"  # the label of answers that are not fitted to: by them the acceptance is measured
 HIDDEN_ONLY = {"lfm2", "lfm2moe"}  # of these llama.cpp computes no logits if hidden states are asked for
 ROWS = 256  # positions whose logits and hidden states are held at a time
 PAIR_ROWS = 32  # the same of a state-fed drafter, whose rows of logits are as long as its target's vocabulary
-HELD_OUT = 4  # of so many answers one is not fitted to, but judged
+HELD_OUT = 4  # of so many answers of one's own one is judged
 
 
 @dataclass(frozen=True)
@@ -155,17 +156,29 @@ def _longest(answers: Sequence[TargetAnswer]) -> int:
 
 
 def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
-    """Answers to fit on, from a file of `python -m corpus generate` or, for None, those that ship.
+    """Answers to fit on and to judge by, from a file of `python -m corpus generate` or, for None, those that ship.
 
-    CONVERSATIONS of them, evenly spread, each cut to TOKENS with its prompt; `file` has the tokenizer.
+    CONVERSATIONS of them, evenly spread, each cut to TOKENS with its prompt; `file` has the tokenizer. Of a file's
+    answers one of HELD_OUT is judged. Of those that ship, others are: a cut keeps the tokens that were counted, so on
+    the counted answers it would seem to lose nothing.
     """
+    judged = list[TargetAnswer]()
     if path is None:
         answers = ready_answers(file, CONVERSATIONS)
+        judged = [replace(answer, label=JUDGED) for answer in ready_answers(file, CONVERSATIONS // 2, JUDGED)]
     else:
-        answers = spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS)
-    return [
+        answers = held_out(spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS))
+    short = [
         replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
         for answer in answers
+    ]
+    return [*short, *judged]
+
+
+def held_out(answers: Sequence[TargetAnswer]) -> list[TargetAnswer]:
+    """The same, one of HELD_OUT labelled as JUDGED."""
+    return [
+        replace(answer, label=JUDGED) if i % HELD_OUT == HELD_OUT - 1 else answer for i, answer in enumerate(answers)
     ]
 
 
@@ -231,14 +244,15 @@ class TeacherForced:
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
         """A speculator fitted to the head in `file`, the drafter or its companion, with `steps` of training after it.
 
-        See `closed_form.fit` and `train.distil`. For a trimmed drafter one answer of HELD_OUT is left out, and its
-        acceptance with each vocabulary is measured on these. If there are too few, all serve for both.
+        See `closed_form.fit` and `train.distil`. By the answers that are JUDGED, a trimmed drafter's acceptance with
+        each vocabulary is measured. If they have no tokens, all answers serve for both.
         """
         lengths = np.array([len(answer.answer) for answer in self.answers])
         number, token = self.drafted["answer"], self.drafted["token"]
-        judged, held = (token >= 0) & (token < lengths[number]), number % HELD_OUT == HELD_OUT - 1
+        judged = (token >= 0) & (token < lengths[number])
+        held = np.array([answer.label == JUDGED for answer in self.answers])[number]
         states = self.states
-        if self.trimmed is not None and (judged & held).any():
+        if (judged & held).any():
             states, judged = states[~held], judged & held
         speculator = fit(file, states, rank)
         if steps:

@@ -236,7 +236,8 @@ def model_options(command: Any) -> Any:
             if (given := instead or target) is not None:
                 return Models(given, None if instead else draft, **loading)
             prepared = prepare(model or DEFAULT_MODEL)
-            drafter = prepared.drafter if full else prepared.trimmed
+            drafter = prepared.quickest if loading["vocab"] == AUTO else prepared.trimmed
+            drafter = prepared.drafter if full else drafter
             return Models(prepared.target, drafter, prepared=prepared, **loading)
 
         return command(models=find, **others)

@@ -16,6 +16,8 @@ from gguf_trim.fit.calibrate import HELD_OUT, JUDGED, TeacherForced, held_out
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.speculator import ACCEPTANCE, Speculator
+from gguf_trim.pairs.prepare import prepare
+from gguf_trim.plan import uncut
 from llamabase import store
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -268,3 +270,39 @@ def test_steps_are_measured(
         assert engine.drafter.using == wanted
         after = [round_.tokens for round_ in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
         assert list(itertools.chain(*after)) == list(itertools.chain(*before))
+
+
+@pytest.mark.parametrize(
+    ("rates", "whole", "verify", "wanted"),
+    [
+        ({"trim": 0.7, "context": 0.7, "spec": 0.8, "full": 0.8}, 0.2, 1.0, True),  # a head that costs nothing
+        ({"trim": 0.7, "context": 0.7, "spec": 0.8, "full": 0.8}, 0.4, None, False),  # as dear as with the speculator
+        ({"trim": 0.8, "context": 0.8, "spec": 0.8, "full": 0.8}, 0.35, 1.0, False),  # the kept rows do as well
+        ({"trim": 0.1}, 0.0, None, False),  # what is not known
+    ],
+)
+def test_a_drafter_that_is_quicker_uncut_is_left_whole(
+    toys, spec, monkeypatch, rates: dict[str, float], whole: float, verify: float | None, wanted: bool
+) -> None:
+    """The target is timed only where that matters."""
+    said = {"full": whole, "trim": 0.2, "context": 0.05, "spec": 0.2}
+    monkeypatch.setattr(
+        uncut, "by_turns", lambda steps, *_: {name: [step() * 0 + said[name]] for name, step in steps.items()}
+    )
+    monkeypatch.setattr(uncut, "verify_cost", lambda _: StepCost({1: verify, 8: 2 * verify}))
+    assert uncut.uncut_pays(toys["target"], toys["target"], spec(**rates)) == wanted
+
+
+def test_prepare_remembers_whether_a_drafter_is_left_whole(toys, tmp_path: Path, memory: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
+    monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
+    monkeypatch.setattr("gguf_trim.plan.quickest.REPEAT", 1)
+    asked: list[Path] = []
+    monkeypatch.setattr("gguf_trim.pairs.prepare.uncut_pays", lambda *files: asked.extend(files) or True)
+    pair = {"target": toys["target"], "drafter": toys["wrong"], "choose": keep_first(400)}
+    made = prepare(**pair)
+    assert asked == [toys["target"], toys["wrong"], made.trimmed]
+    assert prepare(**pair) == made and len(asked) == 3
+    assert (made.uncut, made.quickest) == (True, toys["wrong"])
+    by_hand = prepare(**pair, requant=GGUFFile(made.trimmed).path.stem.rpartition("405")[2].lstrip("-") or "none")
+    assert (by_hand.trimmed, by_hand.uncut, by_hand.quickest) == (made.trimmed, False, made.trimmed)

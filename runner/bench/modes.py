@@ -138,13 +138,15 @@ def open_modes(
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
+    uncut = models.prepared is not None and models.prepared.uncut and models.vocab == AUTO
     verify = cache(lambda: StepCost(measured_verify(engine.reader)))  # measured anew, whatever is remembered
     with ExitStack() as stack:
         modes = []
         for name in names:
             way, _, own = name.partition(":")
             kind, at, k = way.partition("@")
-            path = files.full if kind == FULL else files.trimmed.get(at + k) or next(iter(files.trimmed.values()), None)
+            whole = kind == FULL or (kind == AUTO and uncut)
+            path = files.full if whole else files.trimmed.get(at + k) or next(iter(files.trimmed.values()), None)
             if kind in (PLAIN, AGAIN, LOOKUP):
                 path = None
             length = int(own) if own else draft_max

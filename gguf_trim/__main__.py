@@ -191,6 +191,8 @@ def speculator_command(
     )
     attach(opened, speculator)
     stderr.print(f"rank {speculator.rank}, fitted on {speculator.n_positions} positions")
+    rates = ", ".join(f"{vocab} {rate:.3f}" for vocab, rate in speculator.acceptance.items())
+    stderr.print(f"acceptance on answers that it was not fitted to: {rates}")
     click.echo(str(companion_path(trimmed)))
 
 

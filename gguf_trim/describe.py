@@ -7,7 +7,7 @@ from typing import Any
 
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.memory_bound import step_bytes
-from gguf_trim.format.speculator import UP
+from gguf_trim.format.speculator import ACCEPTANCE, UP
 from gguf_trim.format.state_fed import EAGLE3, MARKOV, SELECTOR, STATE_FED, Eagle3Head
 from llamabase.gguf.reader import GGUFFile, Tensor
 from llamabase.gguf.tensors import ASSISTANT, EMBEDDING, HEAD, HEAD_BIAS, head_tensor, is_block_alone
@@ -35,6 +35,7 @@ def describe(path: Path) -> dict[str, Any]:
             "fingerprint": vocabulary.fingerprint,
             "vocabulary": len(vocabulary),
             "speculator_rank": file.tensors[UP].shape[0] if UP in file.tensors else None,
+            "acceptance": _acceptance(file) or None,
             "trimmable": False,
             "why": reason,
         }
@@ -65,6 +66,11 @@ def describe(path: Path) -> dict[str, Any]:
         facts |= {"vocabulary": len(vocabulary), "fingerprint": vocabulary.fingerprint}
         facts["forced"] = len(vocabulary.forced)
     return facts
+
+
+def _acceptance(file: GGUFFile) -> dict[str, float]:
+    rates = {vocab: file.get(key) for vocab, key in ACCEPTANCE.items()}
+    return {vocab: round(rate, 4) for vocab, rate in rates.items() if isinstance(rate, float)}
 
 
 def _kind(file: GGUFFile) -> str:

@@ -27,6 +27,7 @@ from llamabase.llama.context import Cache as Cache
 from llamabase.llama.library import Closing
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import Sampling, samplers_named
+from runner.draft.contracts import AUTO
 from runner.loop.engine import Engine
 from runner.loop.record import Record
 from runner.loop.weights import LoadOptions
@@ -135,7 +136,8 @@ class SpeculativeLM(Closing):
         `settings` are the constructor's. Raises what `gguf_trim.pairs.prepare.prepare` raises.
         """
         prepared = prepare(name)
-        return cls(prepared.target, prepared.trimmed, **settings)
+        by_hand = settings.get("vocab", AUTO) != AUTO
+        return cls(prepared.target, str(prepared.trimmed if by_hand else prepared.quickest), **settings)
 
     def stream(
         self,

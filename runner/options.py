@@ -26,11 +26,10 @@ from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
 from runner.draft.auto import LONGEST
-from runner.draft.contracts import AUTO, VOCABS
+from runner.draft.contracts import AUTO, FULL, VOCABS
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
-FULL = "full"
 LOADING = [field.name for field in fields(LoadOptions)]
 
 
@@ -307,7 +306,7 @@ def model_options(command: Any) -> Any:
         default=AUTO,
         show_default=True,
         help="What the drafter drafts from: its whole head, the kept rows, those and the tokens of the text, "
-        "or the speculator's candidates too. auto: the last its files allow.",
+        "or the speculator's candidates too. auto: whichever is quickest here, by measured costs.",
     )
     @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
     @wraps(command)
@@ -338,7 +337,8 @@ def model_options(command: Any) -> Any:
             if (given := instead or target) is not None:
                 return replace(unfound, target=given, draft=None if instead else draft)
             prepared = prepare(model or DEFAULT_MODEL)
-            drafter = prepared.drafter if full else prepared.trimmed
+            drafter = prepared.quickest if loading["vocab"] == AUTO else prepared.trimmed
+            drafter = prepared.drafter if full else drafter
             return replace(unfound, target=prepared.target, draft=drafter, prepared=prepared)
 
         return command(models=find, **others)

@@ -103,6 +103,10 @@ def test_every_mode_answers_every_turn(arguments: list[str], tmp_path: Path) -> 
     first = [line.split("|")[1].strip() for line in tables if line.startswith("| ")]
     assert [name for name in first if set(name) != {"-"}] == ["mode", *MODES, "x plain", *MODES]
     assert record["figures"] == json.loads(json.dumps(figures.figures(record)))
+    drawn = {mode: found["vocab"] for mode, found in record["modes"].items()}
+    own = {mode: mode for mode in ("full", "trim", "context", "spec")}
+    assert drawn == dict.fromkeys(MODES) | own | {"auto": "spec"}
+    assert "auto drafts from the vocabulary spec." in tables
     # The toy is F32: every mode says the same.
     texts = {(a["prompt"], a["turn"]): a["token_ids"] for a in record["answers"]}
     assert all(texts[a["prompt"], a["turn"]] == a["token_ids"] for a in record["answers"])

@@ -30,7 +30,7 @@ GREEDY = Sampling(temp=0)
 
 FIELDS = {
     *("text", "tokens", "rounds", "drafted", "accepted", "seconds", "tokens_per_second", "tau", "acceptance_rate"),
-    *("draft_seconds", "verify_seconds", "host_seconds", "finish_reason"),
+    *("draft_seconds", "verify_seconds", "host_seconds", "finish_reason", "vocab"),
 }
 
 

@@ -32,7 +32,7 @@ def test_a_session_of_commands(pair, tmp_path) -> None:
         for line, answer in (
             ("/stats", "there is no answer yet"),
             ("hello", "tok/s"),
-            ("/stats", "tok/s"),
+            ("/stats", "drafts from context"),
             ("/draft off", "drafting is off"),
             ("more", "cut off by -n 6]"),
             ("/draft on", "drafting is on"),

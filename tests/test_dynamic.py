@@ -228,7 +228,7 @@ def test_command_fits_on_text_of_ones_own(toys: dict[str, Path], spec: Path, tmp
     done = CliRunner().invoke(gguf_trim, ["speculator", str(spec), "--calibration", str(answers), "--rank", "40"])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{companion_path(spec)}\n"
-    assert "rank 64, fitted on 480 positions" in done.stderr
+    assert "rank 64, fitted on 360 positions" in done.stderr
     done = CliRunner().invoke(gguf_trim, ["speculator", str(toys["target"])])
     assert done.exit_code == 1
     assert "not a trimmed drafter" in done.stderr

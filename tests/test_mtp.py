@@ -145,6 +145,31 @@ def test_rows_draft_what_the_whole_head_does_where_that_was_kept(engines, files,
     cut.drafter.settle()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_whole_head_is_one_of_the_vocabularies(engines, name: str) -> None:
+    """Rows and the whole head take turns over one cache, and the text stays the plain one."""
+    whole, spec = engines(name, "mtp"), engines(name, "spec")
+    assert spec.drafter.vocabs == ["auto", *spec.drafter.candidates] == ["auto", "trim", "context", "spec", "full"]
+    text, found, wanted = whole.model.tokenize(PROMPT * 2), [], []
+    plain = text_of(engines(name, None), SAMPLINGS["few"], draft_max=0, seed=5)
+    try:
+        for n in range(3, len(text), 2):
+            for vocab in ("trim", "full"):
+                spec.drafter.vocab = vocab
+                read(spec, text[:n])
+                drafts = spec.drafter.draft(text[:n], 3, SAMPLINGS["greedy"], Noise(0))
+            read(whole, text[:n])
+            found.append(drafts)
+            wanted.append(whole.drafter.draft(text[:n], 3, SAMPLINGS["greedy"], Noise(0)))
+        assert found == wanted
+        for vocab in ("full", "trim", "full"):
+            spec.drafter.vocab = vocab
+            assert text_of(spec, SAMPLINGS["few"], draft_max=3, seed=5) == plain
+        assert spec.drafter.reading.context.head
+    finally:
+        spec.drafter.vocab = "auto"
+
+
 @pytest.mark.parametrize("what", ["mtp", "cut"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_draft_does_not_depend_on_how_the_text_was_read(engines, name: str, what: str) -> None:

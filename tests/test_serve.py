@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -91,6 +92,16 @@ def text_of(engine: Engine, prompt: list[int], sampling: Sampling, n: int, seed:
     rounds = engine.rounds(prompt, sampling, max_tokens=n, draft_max=0, seed=seed)
     data = b"".join(engine.model.piece(token) for round_ in rounds for token in round_.tokens)
     return codecs.getincrementaldecoder("utf-8")("replace").decode(data)  # a character that breaks off is left out
+
+
+def test_an_answer_says_what_was_drafted_from(toy: tuple[str, Server]) -> None:
+    """In both APIs; plain decoding drafts from nothing."""
+    wanted = {"": "context", "trim": "trim", "context": "context"}
+    bodies = {"/v1/chat/completions": {"messages": SAY}, "/completion": {"prompt": "the king"}}
+    for (path, body), (vocab, used) in itertools.product(bodies.items(), wanted.items()):
+        asked = body | {"max_tokens": 4} | ({"speculative.vocab": vocab} if vocab else {})
+        assert httpx.post(toy[0] + path, json=asked).json()["timings"]["draft_vocab"] == used
+        assert "draft_vocab" not in httpx.post(toy[0] + path, json=asked | {"speculative.n_max": 0}).json()["timings"]
 
 
 def test_openai_chat_stream_and_seed(client: openai.OpenAI) -> None:

@@ -569,7 +569,7 @@ def test_the_fit_knows_how_often_the_head_is_right(heads, dynamic, tmp_path: Pat
             engine.reader.read(answers[0][len(engine.reader.held) : n - 1], 0)
             row = engine.drafter.reading.begin(answers[0][:n])[0]
             right.append(int(engine.drafter._ids[row.argmax()]) == answers[0][n])
-    assert made.acceptance == pytest.approx(np.mean(right))
+    assert made.acceptance["trim"] == pytest.approx(np.mean(right))
     assert ids.exists()
 
 

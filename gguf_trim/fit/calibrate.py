@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,15 @@ from llamabase.llama.ggml import Product
 from llamabase.llama.model import Model
 from llamabase.llama.states import PairContext, Recorded
 
+from .acceptance import DRAFTED, acceptances
 from .closed_form import fit
 
 CONVERSATIONS, TOKENS = 64, 160  # answers to fit on, and tokens of each: some thousand positions are enough
+JUDGED = "judged"  # the label of answers that are not fitted to: by them the acceptance is measured
 HIDDEN_ONLY = {"lfm2", "lfm2moe"}  # of these llama.cpp computes no logits if hidden states are asked for
 ROWS = 256  # positions whose logits and hidden states are held at a time
 PAIR_ROWS = 32  # the same of a state-fed drafter, whose rows of logits are as long as its target's vocabulary
+HELD_OUT = 4  # of so many answers of one's own one is judged
 
 
 @dataclass(frozen=True)
@@ -154,17 +157,29 @@ def _longest(answers: Sequence[TargetAnswer]) -> int:
 
 
 def calibration(file: GGUFFile, path: Path | None = None) -> list[TargetAnswer]:
-    """Answers to fit on, from a file of `python -m corpus generate` or, for None, those that ship.
+    """Answers to fit on and to judge by, from a file of `python -m corpus generate` or, for None, those that ship.
 
-    CONVERSATIONS of them, evenly spread, each cut to TOKENS with its prompt; `file` has the tokenizer.
+    CONVERSATIONS of them, evenly spread, each cut to TOKENS with its prompt; `file` has the tokenizer. Of a file's
+    answers one of HELD_OUT is judged. Of those that ship, others are: a cut keeps the tokens that were counted, so on
+    the counted answers it would seem to lose nothing.
     """
+    judged = list[TargetAnswer]()
     if path is None:
         answers = ready_answers(file, CONVERSATIONS)
+        judged = [replace(answer, label=JUDGED) for answer in ready_answers(file, CONVERSATIONS // 2, JUDGED)]
     else:
-        answers = spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS)
-    return [
+        answers = held_out(spread(read_answers(path, len(Vocabulary(file))), CONVERSATIONS))
+    short = [
         replace(answer, prompt=answer.prompt[:TOKENS], answer=answer.answer[: max(0, TOKENS - len(answer.prompt))])
         for answer in answers
+    ]
+    return [*short, *judged]
+
+
+def held_out(answers: Sequence[TargetAnswer]) -> list[TargetAnswer]:
+    """The same, one of HELD_OUT labelled as JUDGED."""
+    return [
+        replace(answer, label=JUDGED) if i % HELD_OUT == HELD_OUT - 1 else answer for i, answer in enumerate(answers)
     ]
 
 
@@ -187,11 +202,15 @@ class TeacherForced:
     """What a drafter makes of answers.
 
     `states` are its final hidden states (float32, positions x n_embd), which do not depend on how many rows its head
-    has; `rights` (bool arrays, one an answer) say which tokens it drafts from the rows it has.
+    has; `drafted` (DRAFTED, by position) is what it drafts from the rows it has, and `rights` (bool arrays, one an
+    answer) say which of these tokens are the target's. `trimmed`: the same drafter opened, if it is trimmed.
     """
 
     states: np.ndarray
     rights: list[np.ndarray]
+    drafted: np.ndarray = field(default_factory=lambda: np.empty(0, DRAFTED))
+    answers: Sequence[TargetAnswer] = ()
+    trimmed: Trimmed | None = None
 
     @classmethod
     def of(
@@ -209,7 +228,8 @@ class TeacherForced:
         If it is trimmed, `trimmed` is the same drafter opened; if it reads its target's states, `target` is needed.
         `wanted`: the tokens that it should draft (None: those of the answers).
         """
-        states, rights = [], [np.zeros(len(answer.answer), bool) for answer in answers]
+        states, drafted = [], []
+        rights = [np.zeros(len(answer.answer), bool) for answer in answers]
         ids = None if trimmed is None else trimmed.d2t
         with progress(title, len(answers), "answers") as advance:
             if target is not None and (file := GGUFFile(drafter)).architecture == MTP:
@@ -227,19 +247,32 @@ class TeacherForced:
             for at in positions:
                 states.append(at.hidden.copy())
                 answer = answers[at.answer].answer if wanted is None else wanted[at.answer]
+                row = int(np.argmax(at.logits))
+                draft = row if ids is None else ids[row]
+                drafted.append((at.answer, at.token, draft, at.logits[row]))
                 if 0 <= at.token < len(answer):
-                    row = int(np.argmax(at.logits))
-                    rights[at.answer][at.token] = (row if ids is None else ids[row]) == answer[at.token]
-        return cls(np.array(states), rights)
+                    rights[at.answer][at.token] = draft == answer[at.token]
+        return cls(np.array(states), rights, np.array(drafted, DRAFTED), answers, trimmed)
 
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
         """A speculator fitted to the head in `file`, the drafter or its companion, with `steps` of training after it.
 
-        See `closed_form.fit` and `train.distil`.
+        See `closed_form.fit` and `train.distil`. By the answers that are JUDGED, a trimmed drafter's acceptance with
+        each vocabulary is measured. If they have no tokens, all answers serve for both.
         """
-        speculator = fit(file, self.states, rank)
+        lengths = np.array([len(answer.answer) for answer in self.answers])
+        number, token = self.drafted["answer"], self.drafted["token"]
+        judged = (token >= 0) & (token < lengths[number])
+        held = np.array([answer.label == JUDGED for answer in self.answers])[number]
+        states = self.states
+        if (judged & held).any():
+            states, judged = states[~held], judged & held
+        speculator = fit(file, states, rank)
         if steps:
             from .train import distil
 
-            speculator = distil(speculator, file, self.states, steps)
-        return replace(speculator, acceptance=share(self.rights))
+            speculator = distil(speculator, file, states, steps)
+        if self.trimmed is None or not judged.any():
+            return speculator
+        rates = acceptances(self.trimmed, speculator, self.answers, self.drafted[judged], self.states[judged])
+        return replace(speculator, acceptance=rates)

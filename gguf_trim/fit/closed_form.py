@@ -8,7 +8,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from gguf_trim.format.companion import COMPANION, Trimmed
-from gguf_trim.format.speculator import BLOCK, DOWN, UP, UP_TYPE, Speculator
+from gguf_trim.format.speculator import ACCEPTANCE, BLOCK, DOWN, UP, UP_TYPE, Speculator
 from llamabase.cli.progress import progress
 from llamabase.files import CHUNK, require_room, write_whole
 from llamabase.gguf.reader import GGUFFile, Tensor, bytes_of
@@ -80,7 +80,7 @@ def attach(trimmed: Trimmed, speculator: Speculator) -> None:
     ]
     fields = [file.raw(key) for key in file.fields if not key.startswith("gguf_trim.spec_")]
     fields.append(field("gguf_trim.spec_positions", speculator.n_positions))
-    fields.append(field("gguf_trim.spec_acceptance", float(speculator.acceptance)))
+    fields += [field(ACCEPTANCE[vocab], float(rate)) for vocab, rate in speculator.acceptance.items()]
     output = Output(fields, pieces, file.alignment)
     require_room(file.path, output.n_bytes)
     with open(file.path, "rb") as source, write_whole(file.path, COMPANION) as out:

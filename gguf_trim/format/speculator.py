@@ -12,7 +12,8 @@ blocks: memory is a few n_embd x n_embd matrices (8 bytes a number), U, and a bl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -25,16 +26,26 @@ from .companion import Trimmed
 DOWN, UP = "gguf_trim.spec_down", "gguf_trim.spec_up"
 UP_TYPE = GGMLQuantizationType.Q4_0  # its error may change the candidates, never their logits
 BLOCK, _BLOCK_BYTES = GGML_QUANT_SIZES[UP_TYPE]  # numbers of a block, of which a rank is a multiple, and its bytes
+# The keys (float32) under which a companion holds how often the drafter was right with each vocabulary. Files of before
+# there were four have the first one alone.
+ACCEPTANCE = {
+    "trim": "gguf_trim.spec_acceptance",
+    "context": "gguf_trim.spec_acceptance_context",
+    "spec": "gguf_trim.spec_acceptance_spec",
+    "full": "gguf_trim.spec_acceptance_full",
+}
 
 
 @dataclass(frozen=True)
 class Speculator:
-    """down: float32 (r x n_embd); up: uint8 rows of UP_TYPE (V x bytes of r numbers)."""
+    """down: float32 (r x n_embd); up: uint8 rows of UP_TYPE (V x bytes of r numbers). `acceptance`: the drafter's rate
+    with each vocabulary, as far as it is known; see `gguf_trim.fit.acceptance`.
+    """
 
     down: np.ndarray
     up: np.ndarray
     n_positions: int
-    acceptance: float = 0.0  # rate of the drafter, from the rows it has, on the answers it was fitted on; 0: unknown
+    acceptance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -62,6 +73,6 @@ class Speculator:
             raise FileFormatError(
                 f"{file.path}: its speculator holds what is not a number; make it again with `speculator`"
             )
-        acceptance = file.get("gguf_trim.spec_acceptance")
-        known = isinstance(acceptance, float) and 0 <= acceptance <= 1
-        return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0), acceptance if known else 0.0)
+        rates = {vocab: file.get(key) for vocab, key in ACCEPTANCE.items()}
+        known = {vocab: rate for vocab, rate in rates.items() if isinstance(rate, float) and 0 <= rate <= 1}
+        return cls(np.array(rows), table, file.integer("gguf_trim.spec_positions", 0), known)

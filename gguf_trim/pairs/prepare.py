@@ -17,6 +17,7 @@ from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import DFLASH, STATE_FED
 from gguf_trim.keep import DEFAULT_K, ChooseRows, choose_rows
 from gguf_trim.plan.quickest import TYPES, choose_type
+from gguf_trim.plan.uncut import uncut_pays
 from gguf_trim.prove import prove
 from llamabase.cli.progress import progress, stderr
 from llamabase.errors import FileFormatError, TrimError
@@ -37,9 +38,17 @@ NONE = "none"  # no requantising
 
 @dataclass(frozen=True)
 class Prepared:
+    """The files of a pair: `drafter` as published. `uncut`: whether it is quicker here than `trimmed`."""
+
     target: Path
-    drafter: DrafterSource  # as published
+    drafter: DrafterSource
     trimmed: Path
+    uncut: bool = False
+
+    @property
+    def quickest(self) -> DrafterSource:
+        """What to draft with if nothing else is asked for."""
+        return self.drafter if self.uncut else self.trimmed
 
 
 def files_of(model: str | None, target: Path | None, drafter: DrafterSource | None) -> tuple[Path, DrafterSource]:
@@ -63,9 +72,10 @@ def prepare(
     """Fetch what is missing, trim the drafter if this very cut is not there yet, and prove a fresh cut.
 
     The trimmed drafter is requantised to the type that is quickest with this target here, which is measured once and
-    remembered; `requant` decides by hand: a type of llama.cpp's, or "none" for as shipped. Trimmed drafters go to the
-    cache folder, where a speculator that is missing or does not fit is made. For the target's own MTP block, rows are
-    chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an unknown type, EngineError.
+    remembered, and so is whether it is quicker uncut; `requant` decides by hand: a type of llama.cpp's, or "none" for
+    as shipped. Trimmed drafters go to the cache folder, where a speculator that is missing or does not fit is made. For
+    the target's own MTP block, rows are chosen. Raises FetchError, VocabularyMismatch, FileFormatError or, for an
+    unknown type, EngineError.
     """
     target, drafter = files_of(model, target, drafter)
     arch = MTP if isinstance(drafter, OwnBlock) else GGUFFile(drafter).architecture
@@ -82,7 +92,8 @@ def prepare(
     name = f"{target.stem}-{drafter}" if isinstance(drafter, OwnBlock) else drafter.stem
     shipped = cache_folder() / "trimmed" / f"{name}-{cut.identity[:8]}-trim{cut.keep.k}.gguf"
     key = key_of([target, cut.source.path], [hashlib.sha256(cut.trimmed.header).hexdigest(), *TYPES])
-    known = recall("types", key).get("type")
+    facts = recall("types", key)
+    known, uncut = facts.get("type"), facts.get("uncut")
     type_ = AS_SHIPPED if requant == NONE else requant.upper() if requant else known
     if requant is None and type_ not in (AS_SHIPPED, *TYPES):  # nothing is remembered, or it is damaged
         type_ = None
@@ -94,9 +105,15 @@ def prepare(
             type_ = choose_type(target, shipped, folder, type_)
         if fresh and type_ != AS_SHIPPED:
             remove(shipped)
-    if requant is None and type_ != known:
-        remember("types", key, {"type": type_})
-    return Prepared(target, drafter, renamed(shipped, type_))
+    if requant is not None:
+        return Prepared(target, drafter, renamed(shipped, type_))
+    if type_ != known or not isinstance(uncut, bool):
+        reads_text = isinstance(drafter, Path) and not state_fed
+        uncut = reads_text and uncut_pays(target, cut.source.path, renamed(shipped, type_))
+        remember("types", key, {"type": type_, "uncut": uncut})
+        if uncut:
+            stderr.print(f"{drafter}: is quickest uncut here, and --vocab auto drafts from that", markup=False)
+    return Prepared(target, drafter, renamed(shipped, type_), uncut)
 
 
 def cut_to_each(target: Path, drafter: DrafterSource, ks: Sequence[int], folder: Path) -> list[Path]:

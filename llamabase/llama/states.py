@@ -112,7 +112,7 @@ class PairContext(SequenceContext):
     The pair at position P is the token at P + 1 of the text with a state at P: what `encode` makes of the target's
     recorded states there or, while drafting, the state that `pairs` returned for the pair before. `model` is an EAGLE-3
     head, and `other` its target's context; or `model` holds an MTP block, as the target itself may, and `mtp` decodes
-    with it. Without `head` no logits are computed.
+    with it. Without `head` no logits are computed; it may be set later on.
     """
 
     _extended: Any = None
@@ -128,7 +128,7 @@ class PairContext(SequenceContext):
         head: bool = True,
     ) -> None:
         self._library = _experimental()
-        self._mtp, self._head = mtp, head
+        self._mtp, self.head = mtp, head
         self._width: int = llama_cpp.llama_model_n_embd_out(model.handle)  # numbers of a state
         kind = llama_cpp.LLAMA_CONTEXT_TYPE_MTP if mtp else llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT
         target = None if other is None else other.handle  # whose context must outlive this one
@@ -159,10 +159,10 @@ class PairContext(SequenceContext):
             self._require_going_on(len(tokens))
             part = np.ascontiguousarray(states[start : start + size], np.float32)
             n, ids = len(part), tokens[start : start + size]
-            self._process(llama_cpp.LLAMA_PROCESS_TYPE_DECODE, self.n_past, ids, part, outputs and self._head)
+            self._process(llama_cpp.LLAMA_PROCESS_TYPE_DECODE, self.n_past, ids, part, outputs and self.head)
             self.n_past += n
             if outputs:
-                if self._head:
+                if self.head:
                     logits = floats(addressed("llama_get_logits")(self.handle), n, self.model.n_vocab)
                 made = self._states(n).copy()
         return logits, made

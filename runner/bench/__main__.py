@@ -30,7 +30,8 @@ from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import LONGEST
-from runner.options import FULL, LOADING, Models, draft_max_option, model_options
+from runner.draft.contracts import FULL
+from runner.options import LOADING, Models, draft_max_option, model_options
 
 from . import demo, peers, runs
 from .card import REPORT, block, report_of, reports

@@ -16,9 +16,10 @@ from gguf_trim.pairs.fetch import is_here
 from gguf_trim.pairs.prepare import prepare
 from llamabase.cli.progress import progress
 from llamabase.sampling.settings import GREEDY
+from runner.draft.contracts import FULL
 from runner.loop.engine import Engine
 from runner.loop.record import Record
-from runner.options import FULL, Models
+from runner.options import Models
 
 from .modes import QUANT, SPEC, Files, find_files, open_modes, with_rivals
 from .report import table

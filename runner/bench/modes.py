@@ -23,13 +23,13 @@ from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import requantized
 from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
-from runner.draft.contracts import Drafter, NoDrafter
+from runner.draft.contracts import FULL, Drafter, NoDrafter
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Answers, LookupDrafter
-from runner.draft.measured import measured_draft, measured_verify
+from runner.draft.measured import chosen_vocab, measured_draft, measured_verify
 from runner.draft.opening import open_drafter
 from runner.loop.engine import Engine
-from runner.options import FULL, Models
+from runner.options import Models
 
 from .machine import resident
 
@@ -68,7 +68,8 @@ class Mode:
 
     def as_json(self) -> dict[str, Any]:
         file, step = self.file.name if self.file else None, self.step()._asdict()
-        return {"draft_max": self.draft_max, "file": file, "memory_bytes": self.memory, "step": step}
+        vocab = self.model.using if self.model is not None else None
+        return {"draft_max": self.draft_max, "file": file, "vocab": vocab, "memory_bytes": self.memory, "step": step}
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,14 @@ def open_modes(
 ) -> Iterator[list[Mode]]:
     """Open every mode's drafter, each with a context of its own."""
     vocabulary = Vocabulary(GGUFFile(files.target))
+    uncut = models.prepared is not None and models.prepared.uncut and models.vocab == AUTO
     verify = cache(lambda: StepCost(*measured_verify(engine.reader)))  # measured anew, whatever is remembered
     with ExitStack() as stack:
         modes = []
         for name in names:
             way, _, own = name.partition(":")
             kind, at, k = way.partition("@")
-            path = files.of(kind, at + k)
+            path = files.of(FULL if kind == AUTO and uncut else kind, at + k)
             if kind in (PLAIN, AGAIN, LOOKUP, POOL):
                 path = None
             length = int(own) if own else draft_max
@@ -195,7 +197,10 @@ def open_modes(
             if kind in (PLAIN, AGAIN):
                 drafter, length = NoDrafter(), 0
             elif kind == AUTO or length is None:
-                draft = None if model is None else StepCost(measured_draft(model, engine.reader))
+                draft = None
+                if model is not None:
+                    model.auto = chosen_vocab(model, verify(), engine.reader)
+                    draft = StepCost(measured_draft(model, engine.reader))
                 drafter, length = AutoDrafter(model, verify(), draft, answers=answers), None
             memory = resident() - before if path else 0
             reads = _step_reader(path, model, files.target)

@@ -39,6 +39,8 @@ def report(record: dict[str, Any]) -> str:
         speeds = _number(_speed(f)) + quartiles, _number(_speed(f, "overall")), _number(f.get("mbsu_bytes"))
         rows.append([mode, *counted, *speeds])
     parts = [table(["mode", "tau", "acceptance", "tok/s", "x plain (quartiles)", "with prompt", "MBSU bytes"], rows)]
+    drawn = {mode: record["modes"].get(mode, {}).get("vocab") for mode in figures[ALL] if mode.startswith("auto")}
+    parts += [f"{mode} drafts from the vocabulary {vocab}." for mode, vocab in drawn.items() if vocab]
     tasks = [task for task in figures if task != ALL]
     rows = [[mode, *(_number(_speed(figures[task][mode])) for task in tasks)] for mode in figures[ALL]]
     by_task = table(["x plain", *tasks], rows)

@@ -27,8 +27,9 @@ from llamabase.llama.ggml import Backend, Product, Table
 from llamabase.llama.timing import VERIFY, Step, by_turns, decode_step, medians, timed
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
+from runner.draft.contracts import FULL
 from runner.loop.engine import Engine
-from runner.options import FULL, Models
+from runner.options import Models
 
 from .modes import CUT, QUANT, Files, Mode, named, names_of, open_modes
 from .report import table

@@ -113,7 +113,7 @@ class Chat:
                 self.messages = self.system
                 _say("the conversation is forgotten")
             case ["/stats"]:
-                _say(self.total.line() if self.total.tokens else "there is no answer yet")
+                _say(self.stats)
             case ["/draft", ("on" | "off") as state]:
                 self.drafting = state == "on"
                 _say(f"drafting is {state}")
@@ -133,6 +133,13 @@ class Chat:
             case [name, *_]:
                 _say(f"{name}: not understood; the commands are\n{HELP}")
         return True
+
+    @property
+    def stats(self) -> str:
+        """The totals of the session, and what the drafter drafts from."""
+        if not self.total.tokens:
+            return "there is no answer yet"
+        return self.total.line() + (f", drafts from {self.total.vocab}" if self.total.vocab else "")
 
     def closing(self, record: Record) -> str:
         """The closing line of an answer, which also says why nothing was drafted and what cut the answer off."""

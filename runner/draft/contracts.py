@@ -13,7 +13,7 @@ from llamabase.llama.states import PairContext
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-AUTO = "auto"
+AUTO, FULL = "auto", "full"
 VOCABS = (AUTO, "trim", "context", "spec")  # what a trimmed drafter may draft from
 
 

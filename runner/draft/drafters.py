@@ -9,11 +9,12 @@ from itertools import islice
 import numpy as np
 
 from llamabase.llama.model import Model
+from llamabase.llama.states import PairContext
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
-from .contracts import AUTO, Drafter, Proposal, Reading
+from .contracts import AUTO, FULL, Drafter, Proposal, Reading
 from .rows import DynamicHead
 
 _NOTHING_ADDED = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -37,7 +38,11 @@ class ModelDrafter(Drafter):
     """Drafts with a drafter GGUF, or with a block of the target's.
 
     `ids`: the target ids of the head's rows, ascending; None if they are 0, 1, 2, ... `dynamic`: rows of the full head
-    that a trimmed one may add, of which `vocab` says how much is used. `owned`: a model to close with it.
+    that a trimmed one may add. `owned`: a model to close with it. `whole`: a context that computes the whole head, too,
+    while its `head` is set.
+
+    `vocab` is the vocabulary that is asked for, and `auto` what it drafts from if that is AUTO: the most that its files
+    allow, until what steps cost here has decided between the `candidates` (`measured.step_costs`).
     """
 
     def __init__(
@@ -46,9 +51,20 @@ class ModelDrafter(Drafter):
         ids: np.ndarray | None = None,
         dynamic: DynamicHead | None = None,
         owned: Model | None = None,
+        whole: PairContext | None = None,
     ) -> None:
         self.reading, self._ids, self.dynamic, self._owned = reading, ids, dynamic, owned
-        self.vocab = AUTO
+        self._kept, self._whole = ids, whole
+        names = [FULL] if ids is None else ["trim"]
+        if dynamic is not None:
+            names += ["context", *(["spec"] if dynamic.speculates else [])]
+        self.auto, self.vocab = names[-1], AUTO
+        self._names = self.candidates = [*names, *([] if whole is None else [FULL])]
+
+    @property
+    def using(self) -> str:
+        """The vocabulary that it drafts from now."""
+        return self.auto if self.vocab == AUTO else self.vocab
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         return [token for token, _ in islice(self._drafted(text, sampling, noise), n)] if n > 0 else []
@@ -63,7 +79,11 @@ class ModelDrafter(Drafter):
         """What `propose` does. Certainties, which take as long as all the rest, are computed before the next token, if
         they are asked for.
         """
-        dynamic = self.dynamic if self.vocab != "trim" else None
+        using = self.using
+        dynamic = None if using in ("trim", FULL) else self.dynamic
+        if self._whole is not None:
+            self._whole.head = using == FULL
+            self._ids = None if using == FULL else self._kept
         if dynamic is not None:
             dynamic.follow(text)
         # A drafter need not obey the grammar, only the target must. None if no sampler would change anything.
@@ -71,7 +91,7 @@ class ModelDrafter(Drafter):
         token = -1
         for i in range(self.reading.room(text)):
             logits, hidden = self.reading.follow(token) if i else self.reading.begin(text)
-            added = _NOTHING_ADDED if dynamic is None else dynamic.logits(hidden, self.vocab != "context")
+            added = _NOTHING_ADDED if dynamic is None else dynamic.logits(hidden, using == "spec")
             if chain is None:
                 token, best = self._likeliest(logits, *added)
                 yield token, partial(_certainty, best, logits, *added)
@@ -88,9 +108,7 @@ class ModelDrafter(Drafter):
     @property
     def vocabs(self) -> list[str]:
         """The values that `vocab` may have."""
-        if self.dynamic is None:
-            return [AUTO]
-        return [AUTO, "trim", "context", *(["spec"] if self.dynamic.speculates else [])]
+        return [AUTO, *(self._names if len(self._names) > 1 else [])]
 
     def set_cancel_check(self, go_on: Callable[[], bool]) -> None:
         """Call `go_on` before every batch. EngineError is raised if it returns False."""
@@ -98,8 +116,8 @@ class ModelDrafter(Drafter):
 
     @property
     def acceptance(self) -> float:
-        """The acceptance rate that the fit of its speculator measured; 0 without a speculator."""
-        return self.dynamic.acceptance if self.dynamic is not None and self.vocab != "trim" else 0.0
+        """The acceptance rate that the fit of its speculator measured with the vocabulary in use; 0: unknown."""
+        return self.dynamic.acceptance.get(self.using, 0.0) if self.dynamic is not None else 0.0
 
     @property
     def n_ctx(self) -> int:

@@ -1,4 +1,5 @@
-"""What a pair's steps cost on this machine: measured when it first drafts here, and remembered for the next time.
+"""What a pair's steps cost on this machine, and so from which vocabulary to draft: measured when it first drafts here,
+and remembered for the next time.
 
 What sessions have learned of the pair is remembered, too.
 """
@@ -9,31 +10,78 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, in_rows
+import numpy as np
+
+from llamabase.llama.timing import VERIFY, Name, Step, StepCost, by_turns, decode_step, in_rows, timed
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from llamabase.store import recall, remember
 
-from .cost import Chances, DraftStats
+from .auto import LONGEST
+from .contracts import AUTO
+from .cost import Chances, DraftStats, best_fixed
 from .drafters import ModelDrafter
 from .reading import Reader
 
 UNREAD = (1, 2, 4, 16, 64)  # tokens that a timed draft has to read first
 TURNS, PATIENCE = 4, 3.0  # timed steps of a size at most, and the seconds after which no others begin
 DAYS = 30  # age at which costs are measured again
+# Fraction of tokens per second by which measured vocabularies are not told apart. In twelve measurements of the default
+# pair the speed of one in units of another's varied by 0.012 to 0.016 (least to greatest).
+NOISE = 0.02
+_NO_NOISE = Noise(0)  # greedy drafts have none
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what damaged facts raise
 
 
 def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[StepCost, StepCost | None]:
-    """The costs of verifying, and of drafting if there is a drafter: remembered under this key, or measured."""
+    """The costs of verifying, and of drafting if there is a drafter: remembered under this key, or measured.
+
+    They decide what the drafter drafts from if nothing else is asked for (`ModelDrafter.auto`), and are of that.
+    """
     facts = recall("costs", key, DAYS)
     try:
         verify = StepCost(facts["verify"], facts["change"])
-        return verify, None if drafter is None else StepCost(facts["draft"])
+        draft = None if drafter is None else StepCost(facts["draft"])
+        if drafter is not None:
+            drafter.auto = drafter.candidates[drafter.candidates.index(facts["vocab"])]
+        return verify, draft
     except DAMAGED:
-        (seconds, change), draft = measured_verify(target), {} if drafter is None else measured_draft(drafter, target)
-        remember("costs", key, {"verify": seconds, "change": change, "draft": draft})
-        return StepCost(seconds, change), StepCost(draft) if draft else None
+        facts = dict(zip(("verify", "change"), measured_verify(target), strict=True))
+    verify = StepCost(facts["verify"], facts["change"])
+    if drafter is not None:
+        asked, drafter.vocab = drafter.vocab, AUTO
+        try:
+            facts["vocab"] = drafter.auto = chosen_vocab(drafter, verify, target)
+            facts["draft"] = measured_draft(drafter, target)
+        finally:
+            drafter.vocab = asked
+    remember("costs", key, facts)
+    return verify, None if drafter is None else StepCost(facts["draft"])
+
+
+def recall_vocab(key: str) -> object:
+    """The vocabulary that costs have decided for; None, or anything that is not one, if nothing is remembered."""
+    return recall("costs", key, DAYS).get("vocab")
+
+
+def chosen_vocab(drafter: ModelDrafter, verify: StepCost, target: Reader) -> str:
+    """The quickest vocabulary here; what the drafter uses now if it has no choice, or their acceptance is unknown."""
+    known = {} if drafter.dynamic is None else drafter.dynamic.acceptance
+    rates = {vocab: known[vocab] for vocab in drafter.candidates if vocab in known}
+    if len(drafter.candidates) < 2 or len(rates) < len(drafter.candidates):
+        return drafter.auto
+    return quickest_vocab(rates, measured_vocabs(drafter, target), verify)
+
+
+def quickest_vocab(rates: Mapping[str, float], steps: Mapping[str, float], verify: StepCost) -> str:
+    """Of vocabularies with these acceptance rates and seconds of a draft step, the one that brings the most tokens per
+    second at its best fixed draft length. Those within NOISE of it count as equal: the likeliest draft wins, then the
+    first.
+    """
+    rounds = {vocab: best_fixed(rate, LONGEST, verify, steps[vocab]) for vocab, rate in rates.items()}
+    speeds = {vocab: tokens / seconds for vocab, (tokens, seconds) in rounds.items()}
+    least = (1 - NOISE) * max(speeds.values())
+    return max((vocab for vocab in rates if speeds[vocab] >= least), key=rates.__getitem__)
 
 
 def recall_known(key: str) -> DraftStats | None:
@@ -68,25 +116,53 @@ def measured_draft(drafter: ModelDrafter, target: Reader | None = None) -> dict[
 
     `target` reads them, too, if the drafter is fed its states.
     """
-    noise = Noise(0)
-    longest = min(UNREAD[-1], drafter.n_ctx // 2)
-    text = list(range(longest))
+    text = _read_text(drafter, target)
+
+    def step(n: int) -> float:
+        drafter.settle()
+        drafter.prepare(text[: len(text) - n + 1], 0)
+        before = drafter.seconds
+        next(drafter.propose(text, GREEDY, _NO_NOISE))
+        return drafter.seconds - before
+
+    return _fastest({n: partial(step, n) for n in UNREAD if n <= len(text)})
+
+
+def measured_vocabs(drafter: ModelDrafter, target: Reader | None = None) -> dict[str, float]:
+    """Seconds of drafting one token after another, by vocabulary. It is wall time: choosing rows is not all ggml's.
+
+    `target`: see `measured_draft`.
+    """
+    text, asked = _read_text(drafter, target), drafter.vocab
+
+    def step(vocab: str) -> float:
+        drafter.settle()
+        drafter.prepare(text, 0)
+        drafter.vocab = vocab
+        return timed(lambda: next(drafter.propose(text, GREEDY, _NO_NOISE)))()
+
+    try:
+        return _fastest({vocab: partial(step, vocab) for vocab in drafter.candidates})
+    finally:
+        drafter.vocab = asked
+
+
+def _read_text(drafter: ModelDrafter, target: Reader | None) -> list[int]:
+    """A text to time drafts after. Its tokens are ones that the drafter's own rows lack, so that the text adds some.
+
+    `target` reads all but the last, if the drafter is fed its states.
+    """
+    n = min(UNREAD[-1], drafter.n_ctx // 2)
+    ids = np.arange(n) if drafter.dynamic is None or not len(drafter.dynamic.others) else drafter.dynamic.others
+    text: list[int] = np.resize(ids[:: max(1, len(ids) // n)], n).tolist()
     if target is not None and target.context.recorders:
         target.settle()
         target.keep([], 0)
         target.read(text[:-1], 0)
-
-    def step(n: int) -> float:
-        drafter.settle()
-        drafter.prepare(text[: longest - n + 1], 0)
-        before = drafter.seconds
-        next(drafter.propose(text, GREEDY, noise))
-        return drafter.seconds - before
-
-    return _fastest({n: partial(step, n) for n in UNREAD if n <= longest})
+    return text
 
 
-def _fastest(steps: Mapping[int, Step]) -> dict[int, float]:
+def _fastest(steps: Mapping[Name, Step]) -> dict[Name, float]:
     """The fastest step of each size; the first one loads the weights, untimed."""
     next(iter(steps.values()))()
     return {n: min(taken) for n, taken in by_turns(steps, TURNS, patience=PATIENCE).items()}

@@ -36,8 +36,8 @@ class DraftOptions:
     """How to load a drafter: n_ctx tokens of context, where its weights go, and how it computes.
 
     `vocab`, one of VOCABS, is what a trimmed drafter may draft from: the rows that it kept ("trim"), those and the
-    tokens of the text ("context"), those and the speculator's candidates ("spec"), or the most that its files allow
-    ("auto"). A stock drafter has all its rows.
+    tokens of the text ("context"), or those and the speculator's candidates ("spec"). With "auto" it is the most that
+    its files allow, until what steps cost here has decided. A stock drafter has all its rows.
     """
 
     source: DrafterSource
@@ -55,6 +55,15 @@ def open_drafter(
     `model`: its weights if they are loaded already; whoever loaded them closes them. Raises VocabularyMismatch, naming
     both files, if an id does not mean the same to both, and EngineError for "spec" without a speculator.
     """
+    drafter = _opened(options, target, target_context, model)
+    if options.vocab != AUTO:
+        drafter.candidates = [drafter.auto]
+    return drafter
+
+
+def _opened(
+    options: DraftOptions, target: Vocabulary, target_context: Context | None, model: Model | None
+) -> ModelDrafter:
     source = options.source
     if isinstance(source, OwnBlock):
         return _open_mtp(options, None, target, target_context)
@@ -192,7 +201,8 @@ def _open_mtp(
             f"{trimmed.file.path}: its rows are not the head of {block.file.path}; cut it again with --mtp"
         )
     context = PairContext(model, n_ctx, how, mtp=True, head=False)
-    return ModelDrafter(StateFedReading(context, recorded, block, rows), trimmed.d2t, dynamic)
+    whole = context if options.vocab == AUTO else None
+    return ModelDrafter(StateFedReading(context, recorded, block, rows), trimmed.d2t, dynamic, whole=whole)
 
 
 def _required(target_context: Context | None, path: Path) -> Context:

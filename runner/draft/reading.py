@@ -198,8 +198,8 @@ class StateFedReading:
     """The `Reading` of an EAGLE-3 head (arXiv 2503.01840) or of a target's MTP block: it reads pairs of a token and the
     target's state before it.
 
-    It can draft as far as the target has read the text, which is all but the last token. `rows` computes the logits if
-    llama.cpp does not. `ids`: the target ids of the logits, ascending; None if they are 0, 1, 2, ...
+    It can draft as far as the target has read the text, which is all but the last token. `rows` computes the logits
+    while llama.cpp does not. `ids`: the target ids of the logits, ascending; None if they are 0, 1, 2, ...
     """
 
     def __init__(
@@ -260,6 +260,6 @@ class StateFedReading:
         logits, made = self.context.pairs(tokens, states, True)
         self._state = made[0]
         hidden = self._head.hidden(self._state)
-        if self._rows is not None:
+        if self._rows is not None and not self.context.head:
             return Step(self._rows(hidden), hidden)
         return Step(logits[0] if self.ids is None else logits[0][self.ids], hidden)

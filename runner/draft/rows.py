@@ -7,7 +7,7 @@ companion. The choice depends only on the text before the token that is drawn, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class DynamicHead:
         outside[trimmed.d2t] = False
         if n_ids is not None:
             outside[n_ids:] = False
-        others = np.flatnonzero(outside).astype(np.int32)
+        others = self.others = np.flatnonzero(outside).astype(np.int32)  # ids that it may add
         self.recent = Recent(outside, CONTEXT_ROWS)
         # Rows chosen at each step come first, then, from a multiple of _BUCKET on, those of the text by slot.
         self._n_chosen = min(CANDIDATES, len(others)) if speculator is not None else 0
@@ -57,7 +57,7 @@ class DynamicHead:
         self._backend = backend
         self._kept = trimmed.d2t
         self.steps = self.rows = 0  # steps so far and the rows that they computed: the bench reports bytes per step
-        self.acceptance = speculator.acceptance if speculator is not None else 0.0
+        self.acceptance: Mapping[str, float] = speculator.acceptance if speculator is not None else {}
         self._products: dict[tuple[int, int], Product] = {}
         self._chooser: Chooser | None = None
         if speculator is not None and len(others):

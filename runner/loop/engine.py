@@ -75,6 +75,7 @@ class Engine(Closing):
             loaded = self.weights.draft_model
             self.drafter = open_drafter(drafting, self.weights.vocabulary, self.context, loaded)
             self.weights.draft_model = self.drafter.reading.context.model
+            self.weights.choose(self.drafter)
             self._opened.callback(self.drafter.close)
         release_threads()
 
@@ -189,6 +190,7 @@ class Engine(Closing):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         record.prompt_tokens = len(prompt)
         rounds = self.rounds(prompt, sampling, **settings)  # may measure what steps cost first
+        record.vocab = "" if self.drafter is None or settings.get("draft_max") == 0 else self.drafter.using
         started = time.perf_counter()
         with contextlib.closing(rounds):
             for round_ in rounds:

@@ -12,7 +12,8 @@ from .speculative import Round
 class Record:
     """Raw counts and seconds of one answer. Rates are properties, 0 if nothing was counted.
 
-    tokens counts what the target emitted, an end token included; the prompt is in none of the rates.
+    tokens counts what the target emitted, an end token included; the prompt is in none of the rates. vocab: what the
+    drafter drafted from, one of "trim", "context", "spec" and "full"; empty for plain decoding and without a drafter.
     """
 
     text: str = ""
@@ -26,6 +27,7 @@ class Record:
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     finish_reason: str = "cancelled"
+    vocab: str = ""
     token_ids: list[int] = field(default_factory=list, repr=False)
     accepted_by_round: list[int] = field(default_factory=list, repr=False)  # of the rounds that drafted
 
@@ -40,7 +42,8 @@ class Record:
         self.host_seconds += round_.host_seconds
 
     def __iadd__(self, other: Record) -> Record:
-        """Add the figures of another answer; text, tokens and the prompt stay this one's."""
+        """Add the figures of another answer; text, ids and the prompt stay, and the vocabulary is the other's."""
+        self.vocab = other.vocab
         for name in ("tokens", "rounds", "drafted", "accepted", "draft_seconds", "verify_seconds", "host_seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
@@ -68,6 +71,7 @@ class Record:
         names = (
             "text", "tokens", "rounds", "drafted", "accepted", "seconds", "tokens_per_second", "tau", "acceptance_rate",
             "draft_seconds", "verify_seconds", "host_seconds", "prompt_tokens", "prompt_seconds", "finish_reason",
+            "vocab",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -25,7 +25,7 @@ from runner.draft.contracts import AUTO
 from runner.draft.cost import DraftStats
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Answers
-from runner.draft.measured import recall_known, remember_known, step_costs
+from runner.draft.measured import recall_known, recall_vocab, remember_known, step_costs
 from runner.draft.opening import DraftOptions
 from runner.draft.reading import Reader
 
@@ -130,6 +130,7 @@ class Weights(Closing):
         self.draft_model: Model | None = None
         self.answers = Answers() if options.share_answers else None
         self._costs: tuple[StepCost, StepCost | None] | None = None
+        self._vocab: object = None  # what costs have decided that drafters draft from
         self._stats = DraftStats()
 
     @cached_property
@@ -143,13 +144,23 @@ class Weights(Closing):
     def measure(self, reader: Reader, drafter: ModelDrafter | None) -> None:
         """Find out what steps cost here, which takes seconds if this pair never drafted here before."""
         self._costs = step_costs(reader, drafter, self._key)
+        self._vocab = None if drafter is None else drafter.auto
         self._stats = recall_known(self._key) or DraftStats()
+
+    def choose(self, drafter: ModelDrafter) -> None:
+        """Make a drafter draft from what costs have decided, now or earlier, unless something else is asked for."""
+        if self._vocab is None:
+            self._vocab = recall_vocab(self._key)
+        if self._vocab in drafter.candidates:
+            drafter.auto = str(self._vocab)
 
     def auto(self, reader: Reader, drafter: ModelDrafter | None) -> AutoDrafter:
         """Drafting by cost for a conversation. All conversations share what is measured and learned."""
         if self._costs is None:
             self.measure(reader, drafter)
         assert self._costs is not None
+        if drafter is not None:
+            self.choose(drafter)
         return AutoDrafter(drafter, *self._costs, self._stats, self.answers)
 
     def close(self) -> None:

@@ -155,8 +155,8 @@ class Answer:
                 yield piece
 
     @property
-    def timings(self) -> dict[str, float]:
-        """As llama-server names them, and mlx-vlm the last two."""
+    def timings(self) -> dict[str, float | str]:
+        """As llama-server names them, and mlx-vlm the last two numbers. `draft_vocab` is what was drafted from."""
         record, read = self.record, len(self.asked.prompt) - self.n_cached
         return {
             "cache_n": self.n_cached,
@@ -172,6 +172,7 @@ class Answer:
             "draft_n_accepted": record.accepted,
             "draft_rounds": record.rounds,
             "tau": record.tau,
+            **({"draft_vocab": record.vocab} if record.vocab else {}),
         }
 
 

@@ -20,7 +20,7 @@ from llamabase.errors import FileFormatError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.library import floats
-from llamabase.llama.model import Model
+from llamabase.llama.model import MODEL_DEFAULTS, Model
 from llamabase.llama.states import _experimental
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
@@ -77,7 +77,7 @@ def test_a_cut_dspark_block_goes_on_as_its_source_does_while_that_drafts_kept_to
                 context.truncate(0)
                 made.append(context.decode([token] * 4, 4).copy())
             blocks.append(made)
-    proven = _first_drafts(path, list(range(40)), None)
+    proven = _first_drafts(path, list(range(40)), None, MODEL_DEFAULTS)
     assert proven == pytest.approx(np.array([block[0 if anchor else 1] for block in blocks[0]]), abs=0.01)
     lengths = set()
     for whole, part in zip(*blocks, strict=True):

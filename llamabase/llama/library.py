@@ -72,10 +72,10 @@ class interruptible:
     """
 
     _held: ClassVar[_Held | None] = None  # of the outermost one
+    _own: _Held | None = None
 
     def __enter__(self) -> Callable[[], bool]:
         LAST_ERRORS.clear()
-        self._own: _Held | None = None
         self._in_main = threading.get_ident() == threading.main_thread().ident
         if self._in_main and interruptible._held is None and callable(before := _signal.getsignal(signal.SIGINT)):
             self._own = _Held(before)
@@ -88,8 +88,14 @@ class interruptible:
         if self._own is not None:
             interruptible._held = None
             _signal.signal(signal.SIGINT, self._own.before)
+            self._own = None
         if held is not None:
             held.act()
+
+    def __del__(self) -> None:
+        """A tracing function, as debuggers have, may raise where a block ends, and then `__exit__` is not called."""
+        if self._own is not None:
+            self.__exit__()
 
     def _going_on(self) -> bool:
         held = interruptible._held if self._in_main else None

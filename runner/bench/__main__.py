@@ -239,6 +239,7 @@ def _beside(record: dict[str, Any], pair: Models) -> None:
     show_default=True,
     help="Also how many first drafts are accepted, in this many of the target's answers.",
 )
+@click.option("--rivals", is_flag=True, help="Also the uncut drafter requantised, which takes minutes the first time.")
 @click.option("-o", "--output", type=FILE, help="Keep the record here.")
 def steps_command(
     models: Callable[..., Models],
@@ -247,6 +248,7 @@ def steps_command(
     acceptance: Path | None,
     repeat: int,
     answers: int,
+    rivals: bool,
     output: Path | None,
     **wanted: Any,
 ) -> None:
@@ -262,7 +264,7 @@ def steps_command(
             pair = models(files.target)
         else:
             pair = models()
-            files = with_rivals(find_files(pair, Path(folder), **wanted), [QUANT], Path(folder))
+            files = with_rivals(find_files(pair, Path(folder), **wanted), [QUANT] * rivals, Path(folder))
         record = _stepped(files, pair, repeat, shape, answers)
     parts = [steps_table(record), paying_table(record)]
     if acceptance is not None and given is not None:

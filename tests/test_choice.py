@@ -141,7 +141,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
     def measured_vocabs(drafter, target) -> dict[str, float]:
         said["n"] += 1
-        plain = measured.measured_verify(target)[1]
+        plain = measured.measured_verify(target)[0][1]
         return {vocab: said[vocab] * plain for vocab in drafter.candidates}
 
     monkeypatch.setattr(measured, "measured_vocabs", measured_vocabs)
@@ -264,7 +264,7 @@ def test_steps_are_measured(
         found = measured_vocabs(engine.drafter, engine.reader)
         assert 1.1 * found["trim"] < found["spec"] and found["context"] > 0
         plain = slowness * found["trim"]
-        monkeypatch.setattr(measured, "measured_verify", lambda _: {1: plain, 2: 1.01 * plain, 16: 1.1 * plain})
+        monkeypatch.setattr(measured, "measured_verify", lambda _: ({1: plain, 2: 1.01 * plain, 16: 1.1 * plain}, 0.0))
         before = [round_.tokens for round_ in engine.rounds([65, 66], GREEDY, max_tokens=9, draft_max=3)]
         engine.measure()
         assert (engine.drafter.using == "spec") == taken
@@ -296,7 +296,7 @@ def test_a_drafter_that_is_quicker_uncut_is_left_whole(
 def test_prepare_remembers_whether_a_drafter_is_left_whole(toys, tmp_path: Path, memory: Path, monkeypatch) -> None:
     monkeypatch.setenv("GGUF_TRIM_CACHE", str(tmp_path))
     monkeypatch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)
-    monkeypatch.setattr("gguf_trim.plan.quickest.REPEAT", 1)
+    monkeypatch.setattr("gguf_trim.plan.quickest.DRAFT_REPEAT", 1)
     asked: list[Path] = []
     monkeypatch.setattr("gguf_trim.pairs.prepare.uncut_pays", lambda *files: asked.extend(files) or True)
     pair = {"target": toys["target"], "drafter": toys["wrong"], "choose": keep_first(400)}

@@ -227,6 +227,7 @@ def test_costs_are_in_units_of_the_drafter_as_shipped(monkeypatch: pytest.Monkey
         return {name: [scale * own.get(name, 10.0)] for name in steps}
 
     monkeypatch.setattr(quickest, "by_turns", turns)
+    monkeypatch.setattr(quickest, "in_rows", lambda steps, *_: ({name: [10.0] for name in steps}, 0.0))
     files = {AS_SHIPPED: toys["wrong"], "Q4_0": toys["wrong"], "Q8_0": toys["wrong"]}
     assert quickest._costs(toys["target"], files, None)[0] == own
 

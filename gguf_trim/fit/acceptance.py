@@ -24,18 +24,19 @@ def acceptances(
     trimmed: Trimmed,
     speculator: Speculator,
     answers: Sequence[TargetAnswer],
+    wanted: np.ndarray,
     drafted: np.ndarray,
     states: np.ndarray,
 ) -> dict[str, float]:
-    """Share of the answers' tokens that are drafted from the kept rows ("trim"), with those of the text ("context"),
+    """Share of the wanted tokens that are drafted from the kept rows ("trim"), with those of the text ("context"),
     with the speculator's candidates too ("spec"), and from the whole head ("full").
 
-    `drafted` (DRAFTED) and `states` (float32, n x n_embd) are by position, all of them within an answer. All
-    four are counted at the same positions, so their differences say more than each of them. They are rates of first
-    drafts, greedy, on short answers, which another target may have given: a longer text brings more rows of its own,
-    another language more tokens that were cut, and a draft after other drafts is right a little less often.
+    `wanted` (the target's ids), `drafted` (DRAFTED) and `states` (float32, n x n_embd) are by position, all of them
+    within an answer. All four are counted at the same positions, so their differences say more than each of them. They
+    are rates of first drafts, greedy, on short answers, which another target may have given: a longer text brings more
+    rows of its own, another language more tokens that were cut, and a draft after other drafts is right a little less
+    often.
     """
-    wanted = np.array([answers[at["answer"]].answer[at["token"]] for at in drafted])
     row_of = trimmed.row_of
     at, ids, of_text = _added(trimmed, row_of, speculator, answers, drafted, states)
     whole, logits = _whole_head(trimmed, row_of, states, at, ids)

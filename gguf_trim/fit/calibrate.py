@@ -211,6 +211,7 @@ class TeacherForced:
     drafted: np.ndarray = field(default_factory=lambda: np.empty(0, DRAFTED))
     answers: Sequence[TargetAnswer] = ()
     trimmed: Trimmed | None = None
+    wanted: Sequence[Sequence[int] | np.ndarray] = ()  # the target's tokens, one array an answer
 
     @classmethod
     def of(
@@ -229,6 +230,7 @@ class TeacherForced:
         `wanted`: the tokens that it should draft (None: those of the answers).
         """
         states, drafted = [], []
+        tokens = [answer.answer for answer in answers] if wanted is None else wanted
         rights = [np.zeros(len(answer.answer), bool) for answer in answers]
         ids = None if trimmed is None else trimmed.d2t
         with progress(title, len(answers), "answers") as advance:
@@ -246,13 +248,12 @@ class TeacherForced:
                 positions = read_through(drafter, answers, advance, trimmed, n_threads, whole=True)
             for at in positions:
                 states.append(at.hidden.copy())
-                answer = answers[at.answer].answer if wanted is None else wanted[at.answer]
                 row = int(np.argmax(at.logits))
                 draft = row if ids is None else ids[row]
                 drafted.append((at.answer, at.token, draft, at.logits[row]))
-                if 0 <= at.token < len(answer):
-                    rights[at.answer][at.token] = draft == answer[at.token]
-        return cls(np.array(states), rights, np.array(drafted, DRAFTED), answers, trimmed)
+                if 0 <= at.token < len(tokens[at.answer]):
+                    rights[at.answer][at.token] = draft == tokens[at.answer][at.token]
+        return cls(np.array(states), rights, np.array(drafted, DRAFTED), answers, trimmed, tokens)
 
     def fitted(self, file: GGUFFile, rank: int | None = None, steps: int = 0) -> Speculator:
         """A speculator fitted to the head in `file`, the drafter or its companion, with `steps` of training after it.
@@ -274,5 +275,7 @@ class TeacherForced:
             speculator = distil(speculator, file, states, steps)
         if self.trimmed is None or not judged.any():
             return speculator
-        rates = acceptances(self.trimmed, speculator, self.answers, self.drafted[judged], self.states[judged])
+        drafted = self.drafted[judged]
+        wanted = np.array([self.wanted[at["answer"]][at["token"]] for at in drafted])
+        rates = acceptances(self.trimmed, speculator, self.answers, wanted, drafted, self.states[judged])
         return replace(speculator, acceptance=rates)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.answers import TargetAnswer
 from gguf_trim.cut import move, source_identity
-from gguf_trim.fit.calibrate import TeacherForced, calibration, said, share
+from gguf_trim.fit.calibrate import JUDGED, TeacherForced, calibration, said, share
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.assistant import KEPT
 from gguf_trim.format.companion import Trimmed, companion_path
@@ -38,7 +39,6 @@ TYPES = ("Q4_0", "Q4_0+HEAD", "IQ4_NL+HEAD", "IQ4_NL", "Q8_0")
 # makes 2.5 million weights IQ4_NL in a second, and 300 million Q4_0.
 JOINED = {"IQ4_NL": ("IQ4_NL+HEAD", "Q4_0")}
 ROWS = 4  # of two steps of each size of the target, of which the median counts
-JUDGED = slice(None, None, 2)  # of the answers to fit on; half of them judge a type's acceptance to about 0.01
 DRAFT_REPEAT = 15  # steps of a drafter, which are short, and differ by as little as 3 % from type to type
 
 
@@ -82,12 +82,12 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
     own = source_identity(GGUFFile(target)) == trimmed.file.get("gguf_trim.source_id")
     wanted = said(target, answers, "reading the target") if own and states_of is None else None
 
-    def read(path: Path, title: str, part: slice) -> TeacherForced:
-        tokens = None if wanted is None else wanted[part]
-        return TeacherForced.of(path, answers[part], trimmed, title=title, target=states_of, wanted=tokens)
+    def read(path: Path, title: str, part: Sequence[int]) -> TeacherForced:
+        texts, tokens = [answers[i] for i in part], None if wanted is None else [wanted[i] for i in part]
+        return TeacherForced.of(path, texts, trimmed, title=title, target=states_of, wanted=tokens)
 
     def rights(kind: str) -> list[np.ndarray]:
-        return read(files[kind], f"judging {kind}", JUDGED).rights
+        return read(files[kind], f"judging {kind}", _judged(answers)).rights
 
     if decided:
         chosen, path = decided, requantized(cut, decided, folder, KEPT)
@@ -95,7 +95,7 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
         files = _candidates(cut, folder)
         chosen = _quickest(target, files, rights, trimmed)
         path = files[chosen]
-    speculator = read(path, f"reading {chosen}", slice(None)).fitted(trimmed.companion)
+    speculator = read(path, f"reading {chosen}", range(len(answers))).fitted(trimmed.companion)
     if chosen == AS_SHIPPED:
         attach(trimmed, speculator)
         return chosen
@@ -108,7 +108,8 @@ def choose_type(target: Path, cut: Path, folder: Path, decided: str | None = Non
 
 def quickest_uncut(target: Path, drafter: Path, folder: Path) -> str:
     """The quickest type of an uncut drafter, which reads the text itself, for this target; makes files in `folder`."""
-    files, answers = _candidates(drafter, folder), calibration(GGUFFile(drafter))[JUDGED]
+    files, shipped = _candidates(drafter, folder), calibration(GGUFFile(drafter))
+    answers = [shipped[i] for i in _judged(shipped)]
     own = source_identity(GGUFFile(target)) == source_identity(GGUFFile(drafter))
     wanted = said(target, answers, "reading the target") if own else [np.array(answer.answer) for answer in answers]
 
@@ -117,6 +118,11 @@ def quickest_uncut(target: Path, drafter: Path, folder: Path) -> str:
         return [a == b for a, b in zip(drafted, wanted, strict=True)]
 
     return _quickest(target, files, rights, None)
+
+
+def _judged(answers: Sequence[TargetAnswer]) -> list[int]:
+    """Which answers a type's acceptance is judged by: those that a speculator's is, some 1,300 tokens."""
+    return [i for i, answer in enumerate(answers) if answer.label == JUDGED]
 
 
 def _candidates(drafter: Path, folder: Path) -> dict[str, Path]:

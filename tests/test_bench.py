@@ -339,8 +339,9 @@ def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:
     files = ["--target", str(toys["target"]), "--draft", str(toys["spec-trimmed"]), "--full", str(toys["target"])]
     (tmp_path / "tau.json").write_text(json.dumps({"draft_max": 3, "tau": {"full": 3.0, "trim": 2.5}}))
     done = invoke(
-        "steps", *files, "--repeat", "3", "--acceptance", str(tmp_path / "tau.json"), "-o", str(tmp_path / "s.json")
-    )
+        "steps", *files, "--rivals", "--repeat", "3", "--acceptance", str(tmp_path / "tau.json"),
+        "-o", str(tmp_path / "s.json"),
+    )  # fmt: skip
     record = record_of(done)
     assert {"full", "trim", "context", "spec", "head full", "verify 1", "verify 16"} <= record["seconds"].keys()
     assert all(len(found) == 3 for found in record["seconds"].values())
@@ -360,6 +361,7 @@ def test_steps(toys: dict[str, Path], tmp_path: Path) -> None:
 def test_steps_with_answers_count_what_is_accepted(toys: dict[str, Path]) -> None:
     files = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "--full", str(toys["target"])]
     done = invoke("steps", *files, "--repeat", "1", "--answers", "2")
+    assert "quant" not in record_of(done)["seconds"]
     counts = record_of(done)["accepted"]
     assert counts.keys() >= {"full", "trim"}
     assert 0 < counts["full"]["drafted"] == counts["full"]["accepted"]  # the target itself

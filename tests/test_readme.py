@@ -151,7 +151,7 @@ def test_figures_are_those_of_the_records() -> None:
     for name, label in (
         ("trim", "the kept rows only"),
         ("context", "and the tokens of the text"),
-        ("spec", "and the speculator's, the default"),
+        ("spec", "and the speculator's"),
     ):
         wanted.append(
             f"| {name}: {label} | {steps['median_ratios'][name]:.3f} | "

@@ -62,15 +62,14 @@ def _added(
     outside[trimmed.d2t] = False
     others = np.flatnonzero(outside)
     score = scorer(Backend(), speculator) if len(others) else None
+    rows, count = row_of[others], min(CANDIDATES, len(others))
     recent, parts = Recent(outside, CONTEXT_ROWS), list[np.ndarray]()
     for i in np.lexsort((drafted["token"], drafted["answer"])):
         answer = answers[drafted["answer"][i]]
         recent.follow([*answer.prompt, *answer.answer[: drafted["token"][i]]])
         parts.append(_triples(i, np.array(list(recent.slots), np.int64), True))
         if score is not None:
-            parts.append(
-                _triples(i, others[chosen(score(states[i])[row_of[others]], min(CANDIDATES, len(others)))], False)
-            )
+            parts.append(_triples(i, others[chosen(score(states[i])[rows], count)], False))
     at, ids, of_text = np.concatenate(parts).T
     return at, ids, of_text.astype(bool)
 

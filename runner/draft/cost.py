@@ -32,8 +32,8 @@ class Chances:
 
     def mean(self, prior: float) -> float:
         """The chance of a draft that is not made yet, of which nothing is claimed."""
-        accepted, n = sum(counts[0] for counts in self.seen), sum(counts[1] for counts in self.seen)
-        return (accepted + WEIGHT * prior) / (n + WEIGHT)
+        accepted = sum(accepted for accepted, _ in self.seen)
+        return (accepted + WEIGHT * prior) / (self.observed + WEIGHT)
 
     @property
     def observed(self) -> float:

@@ -22,10 +22,10 @@ from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
 from llamabase.llama.context import BATCH, CACHE_TYPES, Cache
 from llamabase.llama.model import LOAD_MODES, SPLIT_MODES
+from llamabase.llama.rounds import LONGEST
 from llamabase.llama.template import RESERVED
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import DEFAULT, LETTERS, Sampling, samplers_lettered, samplers_named
-from runner.draft.auto import LONGEST
 from runner.draft.contracts import AUTO, FULL, VOCABS
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamabase.llama.rounds import LONGEST
 from runner.bench.report import table
-from runner.draft.auto import LONGEST
 from runner.draft.reading import Reader
 
 BLOCK = LONGEST + 1  # tokens that are read one at a time, then in batches of every size: no round is larger

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamabase.llama.rounds import best_fixed
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import BUDGET, LOSS, AutoDrafter
 from runner.draft.contracts import Proposal
-from runner.draft.cost import Chances, DraftStats, KeptLength, best, best_fixed, worths
+from runner.draft.cost import Chances, DraftStats, KeptLength, best, worths
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 

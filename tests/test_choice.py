@@ -23,11 +23,12 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.context import Context
 from llamabase.llama.model import Model
+from llamabase.llama.rounds import NOISE, quickest
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from runner.draft import measured
-from runner.draft.measured import NOISE, measured_vocabs, quickest_vocab
+from runner.draft.measured import measured_vocabs
 from runner.draft.opening import DraftOptions, open_drafter
 from runner.loop.engine import Engine
 from runner.loop.record import Record
@@ -119,7 +120,7 @@ def test_the_fit_counts_what_the_drafter_drafts(toys, tmp_path: Path, monkeypatc
     ],
 )
 def test_the_quickest_is_chosen(rates: Mapping[str, float], steps: Mapping[str, float], wanted: str) -> None:
-    assert quickest_vocab(rates, steps, VERIFY) == wanted
+    assert quickest(rates, steps, VERIFY) == wanted
 
 
 def test_no_choice_is_slower_than_another_by_more_than_the_noise() -> None:
@@ -131,7 +132,7 @@ def test_no_choice_is_slower_than_another_by_more_than_the_noise() -> None:
     for spec, a, b in itertools.product((0.5, 0.8, 0.95), (0.7, 0.9, 1.0), (0.3, 0.8, 1.3)):
         rates, steps = {"spec": spec, "trim": a * spec}, {"spec": 0.4, "trim": 0.4 * b}
         speeds = {vocab: speed(rates[vocab], steps[vocab]) for vocab in rates}
-        assert speeds[quickest_vocab(rates, steps, VERIFY)] >= (1 - NOISE) * max(speeds.values())
+        assert speeds[quickest(rates, steps, VERIFY)] >= (1 - NOISE) * max(speeds.values())
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamabase.llama.timing import StepCost
-
 DRAFT_LENGTHS = range(1, 9)  # drafts a round
 
 
@@ -81,11 +79,6 @@ def run_lengths(right: np.ndarray) -> np.ndarray:
     """For each position, how many matches in a row begin there."""
     places, wrong = np.arange(len(right)), np.flatnonzero(~right)
     return np.append(wrong, len(right))[np.searchsorted(wrong, places)] - places
-
-
-def speed(tau: float, draft_max: int, step: float, verify: StepCost) -> float:
-    """Tokens per second of rounds of `draft_max` drafts that take `step` seconds each and bring tau tokens in all."""
-    return tau / (draft_max * step + verify.of(draft_max + 1))
 
 
 def grid(n_vocab: int) -> list[int]:

@@ -26,13 +26,14 @@ from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD
 from llamabase.gguf.vocabulary import Vocabulary
 from llamabase.llama.quantize import AS_SHIPPED, requantized
+from llamabase.llama.rounds import speed
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.settings import Sampling
 
 from .added import AddedRows
 from .costs import DraftCost, adding_step, draft_cost
-from .matches import DRAFT_LENGTHS, Matches, beaters, grid, interval, speed, tau_of
+from .matches import DRAFT_LENGTHS, Matches, beaters, grid, interval, tau_of
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from llamabase.files import require_room
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
 from llamabase.llama.quantize import AS_SHIPPED, joined, renamed, requantized, tensor_types
+from llamabase.llama.rounds import speed
 from llamabase.llama.timing import VERIFY, Step, StepCost, by_turns, decode_step, in_rows, medians, open_context
 
 from .costs import assistant_step, draft_step
-from .matches import DRAFT_LENGTHS, speed, tau_of
+from .matches import DRAFT_LENGTHS, tau_of
 
 # llama.cpp repacks Q4_0 for matrix kernels; IQ4_NL is as small and loses less; Q8_0 loses next to nothing.
 TYPES = ("Q4_0", "Q4_0+HEAD", "IQ4_NL+HEAD", "IQ4_NL", "Q8_0")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.selection import CANDIDATES
 from gguf_trim.format.speculator import ACCEPTANCE, Speculator
-from llamabase.llama.timing import Step, StepCost, by_turns, medians
+from llamabase.llama.rounds import quickest
+from llamabase.llama.timing import Step, by_turns, medians
 
 from .costs import DRAFT_REPEAT, adding_step, draft_step, verify_cost
-from .matches import DRAFT_LENGTHS, speed
 
 OF_TEXT = 64  # rows that the text adds to a timed step
 
@@ -39,14 +38,4 @@ def uncut_pays(target: Path, drafter: Path, cut: Path) -> bool:
     seconds |= {vocab: seconds["trim"] + seconds[vocab] for vocab in ("context", "spec")}
     if seconds["full"] >= seconds["spec"]:
         return False
-    return _quickest(speculator.acceptance, seconds, verify_cost(target)) == "full"
-
-
-def _quickest(rates: Mapping[str, float], seconds: Mapping[str, float], verify: StepCost) -> str:
-    """The vocabulary of the most tokens per second, by acceptance and seconds of a draft step; the first of equals."""
-
-    def best(vocab: str) -> float:
-        taus = ((n, sum(rates[vocab] ** i for i in range(n + 1))) for n in DRAFT_LENGTHS)
-        return max(speed(tau, n, seconds[vocab], verify) for n, tau in taus)
-
-    return max(("trim", "context", "spec", "full"), key=best)
+    return quickest(speculator.acceptance, seconds, verify_cost(target)) == "full"

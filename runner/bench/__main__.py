@@ -28,8 +28,8 @@ from llamabase.cli.command import FILE, Commands, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
+from llamabase.llama.rounds import LONGEST
 from llamabase.sampling.settings import Sampling
-from runner.draft.auto import LONGEST
 from runner.draft.contracts import FULL
 from runner.options import LOADING, Models, draft_max_option, model_options
 

@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from llamabase.llama.rounds import LONGEST, best_fixed
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .contracts import Drafter, Proposal
-from .cost import WEIGHT, Chances, DraftStats, KeptLength, best_fixed, worths
+from .cost import WEIGHT, Chances, DraftStats, KeptLength, worths
 from .drafters import ModelDrafter
 from .lookup import Answers, Lookup
 
@@ -32,7 +33,6 @@ from .lookup import Answers, Lookup
 # tests/test_auto.py less does not pay for reading a prompt to try a drafter; more loses 4 % of 512 tokens to a bad one.
 BUDGET, LOSS = 16.0, 0.005
 USUAL = 0.8  # acceptance rate of an unknown drafter: about that of the default pair (2026-11-21-vocab.json)
-LONGEST = 15  # drafts in a round: with one token more, a whole block of sixteen rows of llama.cpp's kernels
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,3 @@ class KeptLength:
             self._kept, self._ahead = chosen, {}
         for m, tokens in enumerate(worth):
             self._ahead[m] = max(self._ahead.get(m, 0.0) + tokens - worth[chosen], 0.0)
-
-
-def best_fixed(chance: float, n: int, verify: StepCost, step: float) -> tuple[float, float]:
-    """(tokens, seconds) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`."""
-    rounds = [(sum(chance**i for i in range(m + 1)), verify.of(m + 1) + m * step) for m in range(1, n + 1)]
-    return max(rounds, key=lambda one: one[0] / one[1])

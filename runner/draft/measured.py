@@ -12,23 +12,20 @@ from functools import partial
 
 import numpy as np
 
+from llamabase.llama.rounds import quickest
 from llamabase.llama.timing import VERIFY, Name, Step, StepCost, by_turns, decode_step, in_rows, timed
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY
 from llamabase.store import recall, remember
 
-from .auto import LONGEST
 from .contracts import AUTO
-from .cost import Chances, DraftStats, best_fixed
+from .cost import Chances, DraftStats
 from .drafters import ModelDrafter
 from .reading import Reader
 
 UNREAD = (1, 2, 4, 16, 64)  # tokens that a timed draft has to read first
 TURNS, PATIENCE = 4, 3.0  # timed steps of a size at most, and the seconds after which no others begin
 DAYS = 30  # age at which costs are measured again
-# Fraction of tokens per second by which measured vocabularies are not told apart. In twelve measurements of the default
-# pair the speed of one in units of another's varied by 0.012 to 0.016 (least to greatest).
-NOISE = 0.02
 _NO_NOISE = Noise(0)  # greedy drafts have none
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what damaged facts raise
 
@@ -70,18 +67,7 @@ def chosen_vocab(drafter: ModelDrafter, verify: StepCost, target: Reader) -> str
     rates = {vocab: known[vocab] for vocab in drafter.candidates if vocab in known}
     if len(drafter.candidates) < 2 or len(rates) < len(drafter.candidates):
         return drafter.auto
-    return quickest_vocab(rates, measured_vocabs(drafter, target), verify)
-
-
-def quickest_vocab(rates: Mapping[str, float], steps: Mapping[str, float], verify: StepCost) -> str:
-    """Of vocabularies with these acceptance rates and seconds of a draft step, the one that brings the most tokens per
-    second at its best fixed draft length. Those within NOISE of it count as equal: the likeliest draft wins, then the
-    first.
-    """
-    rounds = {vocab: best_fixed(rate, LONGEST, verify, steps[vocab]) for vocab, rate in rates.items()}
-    speeds = {vocab: tokens / seconds for vocab, (tokens, seconds) in rounds.items()}
-    least = (1 - NOISE) * max(speeds.values())
-    return max((vocab for vocab in rates if speeds[vocab] >= least), key=rates.__getitem__)
+    return quickest(rates, measured_vocabs(drafter, target), verify)
 
 
 def recall_known(key: str) -> DraftStats | None:

@@ -15,9 +15,10 @@ from llamabase.llama.context import Context
 from llamabase.llama.ggml import release_threads
 from llamabase.llama.library import Closing
 from llamabase.llama.model import Model
+from llamabase.llama.rounds import LONGEST
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
-from runner.draft.auto import LONGEST, AutoDrafter
+from runner.draft.auto import AutoDrafter
 from runner.draft.contracts import Drafter, NoDrafter
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Answers

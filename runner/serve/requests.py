@@ -28,9 +28,9 @@ from pydantic import (
 
 from llamabase.errors import TrimError
 from llamabase.llama.messages import for_template, parsed
+from llamabase.llama.rounds import LONGEST
 from llamabase.sampling.guidance import schema_guide
 from llamabase.sampling.settings import LETTERS, Sampling, samplers_lettered, samplers_named
-from runner.draft.auto import LONGEST
 from runner.draft.contracts import AUTO
 from runner.tools.calls import Tools
 

@@ -20,8 +20,8 @@ from gguf.constants import TokenType
 from starlette.concurrency import run_in_threadpool
 
 from llamabase.errors import FileFormatError, PromptTooLong
+from llamabase.llama.rounds import LONGEST
 from llamabase.sampling.settings import Sampling
-from runner.draft.auto import LONGEST
 from runner.draft.contracts import AUTO
 from runner.loop.engine import Engine
 from runner.tools.calls import HERMES, Form, Tools, control_tokens, form_of, guide_of

@@ -69,16 +69,20 @@ REGIMES = {
 }  # the row of README's table, and the section of docs/measured.md
 MODES = {
     "again": "plain decoding a second time",
-    "full": "uncut drafter",
+    "full": "uncut drafter as shipped",
+    "quant": "uncut drafter requantised",
+    "first": "the first ids",
     "lookup": "prompt lookup, three drafts",
     "auto": "**auto, the default**",
 }
-DRAFTS = {"": "", "1": ", one draft", "2": ", two drafts", "3": ", three drafts", "4": ", four drafts"}
-RECORDS = (*REGIMES, "exact", "exact-sampled", "bench", "never", "steps", "steps-same-type")  # docs/measured.md's
+EDITS = MODES | {"lookup": "prompt lookup", "pool": "pool"}
+WAYS = ("full:3", "quant:3", "first:3", "spec:3", "lookup")  # the columns of README's table before auto
+DRAFTS = {"": "", "1": ", one draft", "2": ", two drafts", "3": ", three drafts"}
+DRAFTS |= {"4": ", four drafts", "5": ", five drafts", "7": ", seven drafts"}
 
 
-def batch_of_three(bench: dict) -> float:
-    """Median seconds of verifying two drafts, in plain steps."""
+def batch_of_four(bench: dict) -> float:
+    """Median seconds of verifying three drafts, in plain steps."""
     seconds = {
         drafted: statistics.median(
             round_[4]
@@ -87,16 +91,64 @@ def batch_of_three(bench: dict) -> float:
             for round_ in answer["rounds"]
             if round_[1] == drafted
         )
-        for mode, drafted in (("plain", 0), ("spec:2", 2))
+        for mode, drafted in (("plain", 0), ("spec:3", 3))
     }
-    return seconds[2] / seconds[0]
+    return seconds[3] / seconds[0]
 
 
 def regime_row(bench: dict) -> str:
     found = figures(bench)[ALL]
-    speeds = [found[mode]["speedup_over_plain"]["total"] for mode in ("full:2", "spec:2", "lookup", "auto")]
-    cells = [f"{batch_of_three(bench):.2f}", *(f"{speed:.2f}" for speed in speeds[:-1]), f"**{speeds[-1]:.2f}**"]
-    return " | ".join([*cells, f"{found['auto']['speedup_over_plain']['overall']:.2f} |"])
+    auto = found["auto"]["speedup_over_plain"]
+    cells = [batch_of_four(bench), *(found[way]["speedup_over_plain"]["total"] for way in WAYS)]
+    return " | ".join([*(f"{cell:.2f}" for cell in cells), f"**{auto['total']:.2f}** | {auto['overall']:.2f} |"])
+
+
+STEPS = {"steps": "Qwen2.5-Coder-0.5B", "steps-gemma-3-270m": "Gemma 3 270M"}  # records, and the drafters in the pages
+RECORDS = (
+    *REGIMES,
+    "exact",
+    "exact-sampled",
+    "bench",
+    "never",
+    "edits",
+    "cold",
+    "lengths",
+    *STEPS,
+)  # docs/measured.md's
+VOCABS = {
+    "full": "uncut, as shipped",
+    "quant": "uncut, requantised",
+    "trim": "trim: the kept rows only",
+    "context": "context: and the tokens of the text",
+    "spec": "spec: and the speculator's",
+}
+
+
+def step_row(steps: dict) -> str:
+    """A line of README's table: draft steps, in those of the uncut drafter as shipped, and in those of the requantised
+    one.
+    """
+    ratios = steps["median_ratios"]
+    cells = [ratios[way] for way in ("quant", "trim", "spec")] + [
+        ratios[way] / ratios["quant"] for way in ("trim", "spec")
+    ]
+    return " | ".join(f"{cell:.2f}" for cell in cells)
+
+
+def step_rows(steps: dict) -> list[str]:
+    """Lines of docs/measured.md: a draft step by vocabulary."""
+    ratios, n_bytes = steps["median_ratios"], steps["bytes"]
+    return [
+        f"| {label} | {ratios[way]:.3f} | {ratios[way] / ratios['quant']:.3f} | {n_bytes[way] / n_bytes['full']:.3f} | "
+        f"{steps['accepted'][way]['accepted'] / steps['accepted'][way]['drafted']:.3f} |"
+        for way, label in VOCABS.items()
+    ]
+
+
+def python_ms(steps: dict, way: str) -> float:
+    """Milliseconds of a draft step outside llama.cpp and ggml, the median."""
+    both = zip(steps["seconds"][way], steps["engine_seconds"][way], strict=True)
+    return 1000 * statistics.median(whole - inside for whole, inside in both)
 
 
 def labelled(mode: str, names: dict[str, str]) -> str:
@@ -119,9 +171,20 @@ def mode_row(mode: str, f: dict) -> str:
     )
 
 
+def edit_row(mode: str, f: dict) -> str:
+    """A line of the edits and rewrites."""
+    speed = f["speedup_over_plain"]
+    return (
+        f"| {labelled(mode, EDITS)} | {f['tau']:.2f} | {f['acceptance_rate']:.3f} | "
+        f"{speed['total']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) | {speed['overall']:.2f} |"
+    )
+
+
 def test_readme_has_the_figures_of_both_regimes() -> None:
     for name, (row, _) in REGIMES.items():
         assert f"\n{row} {regime_row(record(name))}\n" in README, name
+    for name, drafter in STEPS.items():
+        assert re.search(rf"^\| {drafter} \| [\d,]+ \| {re.escape(step_row(record(name)))} \|$", README, re.M), name
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -132,7 +195,7 @@ def test_measured_links_to_the_newest_record(name: str) -> None:
 def test_figures_are_those_of_the_records() -> None:
     """docs/measured.md against its records."""
     exact, sampled, bench, never = (record(name) for name in ("exact", "exact-sampled", "bench", "never"))
-    steps, same_type = record("steps"), record("steps-same-type")
+    steps = record("steps")
     auto, again = (figures(never)[ALL][mode]["speedup_over_plain"] for mode in ("auto", "again"))
     wanted = [
         f"AMD EPYC (x86-64, AVX-512),\n{record('shipped')['machine']['date']}, "
@@ -148,22 +211,34 @@ def test_figures_are_those_of_the_records() -> None:
         f"| plain against itself in that run | {again['overall']:.2f} in all, {again['least']:.2f} at the least |",
         f"The target as shipped: verifying four tokens takes {steps['median_ratios']['verify 4']:.2f} times",
     ]
-    for name, label in (
-        ("trim", "the kept rows only"),
-        ("context", "and the tokens of the text"),
-        ("spec", "and the speculator's"),
-    ):
-        wanted.append(
-            f"| {name}: {label} | {steps['median_ratios'][name]:.3f} | "
-            f"{steps['bytes'][name] / steps['bytes']['full']:.3f} | {same_type['median_ratios'][name]:.3f} |"
-        )
+    for name, drafter in STEPS.items():
+        wanted += [f"### {drafter}", *step_rows(record(name))]
+    wanted.append(
+        f"Python takes {python_ms(steps, 'trim'):.2f} ms of a step of trim and {python_ms(steps, 'spec'):.2f} of one"
+    )
     for figure in wanted:
         assert figure in MEASURED, figure
     for name, (_, heading) in REGIMES.items():
         for mode, f in figures(record(name))[ALL].items():
             assert mode == "plain" or mode_row(mode, f) in section(MEASURED, heading), (name, mode)
+    for mode, f in figures(record("lengths"))[ALL].items():
+        assert mode == "plain" or mode_row(mode, f) in section(MEASURED, "## Other draft lengths"), mode
+    for mode, f in figures(record("edits"))[ALL].items():
+        assert mode == "plain" or edit_row(mode, f) in section(MEASURED, "## Edits and rewrites"), mode
+    assert cold_ratios(record("cold")["sessions"]) in " ".join(MEASURED.split())
     for checked in (exact, sampled):
         assert checked["replay_faults"] == checked["beyond_noise"] == 0
+
+
+def cold_ratios(sessions: list[dict]) -> str:
+    """Tokens per second of each cold session in those of the warm one after it, from the second answer on."""
+    speeds = {
+        (session["turn"], session["kind"]): sum(row["n"] for row in session["rows"][1:])
+        / sum(row["wall"] for row in session["rows"][1:])
+        for session in sessions
+    }
+    turns = sorted({turn for turn, _ in speeds})
+    return "had " + " and ".join(f"{speeds[turn, 'cold'] / speeds[turn, 'warm']:.3f}" for turn in turns) + " of"
 
 
 def test_docs_say_what_the_shapes_were_timed_at() -> None:

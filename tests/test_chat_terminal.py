@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +86,6 @@ def test_history_is_private_and_bounded(pair, tmp_path) -> None:
     with Terminal(*pair, home=tmp_path) as chat:
         chat.until("> ").type("\x1b[A").until("line 1499").type("\x15/stats\n").until("there is no answer yet")
         chat.until("> ")
-        time.sleep(0.3)  # as for Ctrl-C: readline misses a signal that comes in the instant after its prompt
         chat.process.send_signal(signal.SIGHUP)  # the terminal is closed
         assert chat.end() == -signal.SIGHUP
     lines = kept.read_text().splitlines()

@@ -98,8 +98,8 @@ hypothesis.settings.load_profile("any machine")
 
 @pytest.fixture(scope="session", autouse=True)
 def signals() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, and a terminal that closes ends a program, also where a job in the background, as
-    CI may be, inherits them ignored.
+    """Ctrl-C raises KeyboardInterrupt, and a program ends with its terminal, also where a job in the background, as CI
+    may be, inherits both ignored.
     """
     before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
     if hasattr(signal, "SIGHUP"):

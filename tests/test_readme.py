@@ -113,6 +113,7 @@ RECORDS = (
     "edits",
     "cold",
     "lengths",
+    "steps-gemma-3-270m-iq4_nl",
     *STEPS,
 )  # docs/measured.md's
 VOCABS = {
@@ -216,6 +217,12 @@ def test_figures_are_those_of_the_records() -> None:
     wanted.append(
         f"Python takes {python_ms(steps, 'trim'):.2f} ms of a step of trim and {python_ms(steps, 'spec'):.2f} of one"
     )
+    small = record("steps-gemma-3-270m-iq4_nl")
+    right = [small["accepted"][way]["accepted"] / small["accepted"][way]["drafted"] for way in ("full", "spec")]
+    trim, spec = (small["median_ratios"][way] for way in ("trim", "spec"))
+    text = f"a step of trim takes {trim:.3f} of an uncut one and one of spec {spec:.3f} (first drafts accepted: "
+    text += f"uncut {right[0]:.3f}, spec {right[1]:.3f};"
+    assert text in " ".join(MEASURED.split())
     for figure in wanted:
         assert figure in MEASURED, figure
     for name, (_, heading) in REGIMES.items():

@@ -1,24 +1,27 @@
 """The target's own answers, many at a time: the text that is best to count by VocabTrim (arXiv 2506.22694, section 4).
 
-Sequences share one llama.cpp batch: each step feeds every running answer its last token, and fills the rest of the
-batch with waiting prompts. So each weight is read once for all of them.
+Answers share one cache, and each batch holds the last tokens of all that run and pieces of waiting prompts, so each
+weight is read once for all of them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from llamabase.cli.progress import progress
 from llamabase.errors import TrimError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import ContextParams, ParallelContext
+from llamabase.llama.context import Context, ContextParams
+from llamabase.llama.meeting import Meeting
 from llamabase.llama.model import Model
 from llamabase.llama.template import ChatTemplate
 from llamabase.sampling.chain import Chain
@@ -35,68 +38,53 @@ class Answer:
 
     id: str
     prompt: list[int]
-    noise: Noise = field(repr=False)
-    chain: Chain = field(repr=False)
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
-    read: int = 0  # tokens in the cache
 
 
 def answers(
     model: Model,
-    context: ParallelContext,
+    context: Context,
     prompts: Iterable[tuple[str, list[int]]],
     *,
-    n_parallel: int,
     max_tokens: int,
     sampling: Sampling,
     seed: int = 0,
 ) -> Iterator[Answer]:
-    """Answer the prompts, n_parallel at a time, in the order in which they finish.
+    """Answer the prompts, as many at a time as the context has sequences, in the order in which they finish.
 
     Every answer draws with noise of its own, seeded by its prompt's id. So the text does not depend on other answers,
     except that quantised kernels round by the shape of the batch.
     """
-    waiting = deque(prompts)
-    free = list(range(n_parallel))
-    running: dict[int, Answer] = {}
-    while waiting or running:
-        while free and waiting:
-            name, ids = waiting.popleft()
-            noise = Noise([seed, *name.encode()])
-            running[free.pop()] = Answer(name, ids, noise, Chain(sampling, ids, model, noise))
-        tokens: list[int] = []
-        sequences: list[int] = []
-        positions: list[int] = []
-        outputs: list[bool] = []
-        speaking: list[int] = []
-        # Running answers come first, with one token each; the rest of the batch goes to prompts.
-        for sequence, answer in sorted(running.items(), key=lambda item: not item[1].tokens):
-            room = context.n_batch - len(tokens)
-            pending = [answer.tokens[-1]] if answer.tokens else answer.prompt[answer.read : answer.read + room]
-            if not pending:
-                continue
-            start = answer.read
-            answer.read += len(pending)
-            whole = bool(answer.tokens) or answer.read == len(answer.prompt)
-            tokens += pending
-            sequences += [sequence] * len(pending)
-            positions += range(start, answer.read)
-            outputs += [False] * (len(pending) - 1) + [whole]
-            if whole:
-                speaking.append(sequence)
-        logits = context.decode_each(tokens, sequences, positions, outputs)
-        for row, sequence in zip(logits, speaking, strict=True):
-            answer = running[sequence]
-            token = answer.chain.distribution(row).draw(answer.noise, answer.read)
-            answer.chain.accept(token)
+    meeting, finished, waiting = Meeting(math.inf), list[Answer](), deque(prompts)
+    free = [context, *map(context.beside, range(1, context.n_parallel))]
+    context.meet(meeting, last=True)
+
+    def run(answer: Answer, own: Context) -> None:
+        noise = Noise([seed, *answer.id.encode()])
+        chain = Chain(sampling, answer.prompt, model, noise)
+        logits = own.decode(answer.prompt)
+        while not answer.finish:
+            token = chain.distribution(logits[0]).draw(noise, len(answer.prompt) + len(answer.tokens))
+            chain.accept(token)
             answer.tokens.append(token)
-            ended = model.is_end(token)
-            if ended or len(answer.tokens) >= max_tokens:
-                answer.finish = "stop" if ended else "length"
-                context.drop(sequence)
-                free.append(sequence)
-                yield running.pop(sequence)
+            if model.is_end(token) or len(answer.tokens) == max_tokens:
+                answer.finish = "stop" if model.is_end(token) else "length"
+            else:
+                logits = own.decode([token])
+        own.rewind(0)
+        free.append(own)
+        finished.append(answer)
+
+    try:
+        while waiting or len(meeting):
+            while free and waiting:
+                meeting.begin(partial(run, Answer(*waiting.popleft()), free.pop()))
+            meeting.go_on()
+            yield from finished
+            finished.clear()
+    finally:
+        meeting.close()
 
 
 def generate(
@@ -128,20 +116,12 @@ def generate(
     total, started = 0, time.perf_counter()
     try:
         with (
-            ParallelContext(model, n_ctx, n_parallel, ContextParams(n_threads)) as context,
+            Context(model, n_ctx, ContextParams(n_threads), n_outputs=n_parallel, n_parallel=n_parallel) as context,
             open(out, "a", encoding="utf-8") as lines,
             progress("answering", len(prompts), "prompts") as advance,
         ):
             advance(len(prompts) - len(todo))
-            for answer in answers(
-                model,
-                context,
-                asked.items(),
-                n_parallel=n_parallel,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                seed=seed,
-            ):
+            for answer in answers(model, context, asked.items(), max_tokens=max_tokens, sampling=sampling, seed=seed):
                 shown = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
                 text = b"".join(map(model.piece, shown)).decode("utf-8", "replace")
                 prompt = todo[answer.id]

@@ -10,7 +10,7 @@ from corpus.answers import read_answers
 from corpus.generate import answers, generate
 from corpus.prompts import Prompt
 from llamabase.errors import FileFormatError
-from llamabase.llama.context import Context, ContextParams, ParallelContext
+from llamabase.llama.context import Context, ContextParams
 from llamabase.llama.model import Model
 from llamabase.sampling.settings import Sampling
 
@@ -46,8 +46,9 @@ def alone(model, ids: list[int], n: int) -> list[int]:
 def test_same_answers_in_any_company(model, n_parallel: int, n_batch: int) -> None:
     """However many run together and however prompts are cut to fit a batch."""
     prompts = [(f"p{i}", model.tokenize(text)) for i, text in enumerate(TEXTS)]
-    with ParallelContext(model, 1024, 16, ContextParams(n_batch=n_batch)) as context:
-        found = list(answers(model, context, prompts, n_parallel=n_parallel, max_tokens=24, sampling=GREEDY))
+    how = ContextParams(n_batch=n_batch)
+    with Context(model, 1024, how, n_outputs=n_parallel, n_parallel=n_parallel) as context:
+        found = list(answers(model, context, prompts, max_tokens=24, sampling=GREEDY))
     assert sorted(answer.id for answer in found) == sorted(name for name, _ in prompts)
     for answer in found:
         assert answer.tokens == alone(model, dict(prompts)[answer.id], 24)

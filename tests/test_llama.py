@@ -14,7 +14,7 @@ import pytest
 from gguf_trim.format.companion import EmbeddingTable
 from llamabase.errors import EngineError, TrimError
 from llamabase.gguf.reader import GGUFFile
-from llamabase.llama.context import Context, ContextParams, ParallelContext
+from llamabase.llama.context import Context, ContextParams, Part, read_parts
 from llamabase.llama.ggml import dequantizer
 from llamabase.llama.library import physical_cores
 from llamabase.llama.model import Model
@@ -56,18 +56,25 @@ def test_long_prompts_go_in_batches_with_the_same_result(toys) -> None:
 def test_sequences_that_share_batches_have_the_logits_and_states_of_their_own(tmp_path, unified: bool) -> None:
     texts = ([10, 20, 30, 40], [50, 60, 70, 80])
     path = write_model(tmp_path / "m.gguf", n_layer=2)
-    with Model(path) as model, ParallelContext(model, 512, 2, unified=unified) as parallel:
-        recorded = Recorded(parallel, "llama", [1])
-        parallel.decode_each([1, 2], [0, 1], [0, 0], [False, False])
-        parallel.drop(0), parallel.drop(1)
+    with Model(path) as model, Context(model, 512, n_parallel=2, unified=unified) as first:
+        both = [first, first.beside(1)]
+        records = [Recorded(each, "llama", [1]) for each in both]
+        read_parts([Part(each, [1], 0, False) for each in both])
+        for each in both:
+            each.rewind(0)
         for i in range(4):
-            logits = parallel.decode_each([text[i] for text in texts], [0, 1], [i, i], [True, True])
-            assert recorded.n == 2
+            logits = [
+                rows[0]
+                for rows in read_parts(
+                    [Part(each, [text[i]], 1, False) for each, text in zip(both, texts, strict=True)]
+                )
+            ]
+            assert [record.n for record in records] == [i + 1, i + 1]
         for i, text in enumerate(texts):
             with Context(model, 64) as alone:
                 own = Recorded.of(alone, "llama", [1])
                 assert np.allclose(alone.decode(text)[0], logits[i], atol=0.05)  # the cache is F16
-                assert np.allclose(own.rows[3], recorded.rows[i], atol=0.05)
+                assert np.allclose(own.rows[:4], records[i].rows[:4], atol=0.05)
                 assert Recorded.of(alone, "llama", [1]) is own
             assert not np.allclose(logits[0], logits[1], atol=0.5)
 

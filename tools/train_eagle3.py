@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pyarrow.parquet
 import torch
@@ -45,8 +44,7 @@ from llamabase.gguf import reader, writer
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import EMBEDDING, HEAD
 from llamabase.gguf.vocabulary import Vocabulary
-from llamabase.llama.context import Context, ContextParams, ParallelContext
-from llamabase.llama.library import addressed, floats
+from llamabase.llama.context import Context, ContextParams, Part, read_parts
 from llamabase.llama.model import Model
 from llamabase.llama.quantize import quantize
 from llamabase.llama.states import PairContext, Recorded
@@ -145,30 +143,31 @@ def make_texts(
     done: list[Text] = []
     with (
         Model(fast) as model,
-        ParallelContext(model, n_ctx, N_PARALLEL, ContextParams(threads), unified=False) as context,
+        Context(model, n_ctx, ContextParams(threads), N_PARALLEL, n_parallel=N_PARALLEL, unified=False) as context,
     ):
         waiting = deque(
             text for text in beginnings(template, model, questions)[number - 1 :: of] if text.name not in made
         )
         end = model.tokenize(tail, add_bos=False)
         inputs = Recorded(context, file.architecture, layers)
-        llama_cpp.llama_set_embeddings(context.handle, True)  # the final states, too
+        context.recorders.clear()  # states are taken batch by batch
+        own = [context, *map(context.beside, range(1, N_PARALLEL))]
         with progress("answering", len(waiting), "texts") as advance:
             while waiting or running:
                 for i in set(range(N_PARALLEL)) - running.keys():
                     if waiting:
-                        context.drop(i)
+                        own[i].rewind(0)
                         running[i] = waiting.popleft()
                 for text in running.values():
                     text.tokens.append(text.forced.popleft())
-                n, texts = len(running), list(running.values())
-                places = [len(text.tokens) - 1 for text in texts]
-                logits = context.decode_each([text.tokens[-1] for text in texts], list(running), places, [True] * n)
-                final = floats(addressed("llama_get_embeddings")(context.handle), n, model.n_embd)
-                states = np.concatenate([inputs.rows[:n], final], axis=1).astype(np.float16)
+                logits = read_parts([Part(own[i], text.tokens[-1:], 1, True) for i, text in running.items()])
+                final = [own[i].hidden_states(1) for i in running]
+                states = np.concatenate([inputs.of_batch(len(running)), np.concatenate(final)], axis=1).astype(
+                    np.float16
+                )
                 for row, (i, text) in enumerate(list(running.items())):
                     text.states.append(states[row])
-                    if not text.go_on(logits[row], model, end):
+                    if not text.go_on(logits[row][0], model, end):
                         done.append(running.pop(i))
                         advance(1)
                 if len(done) >= SHARD or not (waiting or running):

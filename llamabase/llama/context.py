@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import llama_cpp
 import numpy as np
@@ -74,8 +75,21 @@ class Recorder(Protocol):
 
     n: int
 
-    def take(self, first: int, n: int) -> None:
-        """Record the batch that was just decoded: n tokens from position `first` on."""
+    def take(self, first: int, n: int, row: int = 0) -> None:
+        """Record n tokens from position `first` on, which the batch that was just decoded holds from `row` on."""
+
+
+class CacheFull(EngineError):
+    """The cache that sequences share has no room for a batch."""
+
+
+class _Opened:
+    """What the sequences of one llama_context share. ctx: None if it is closed."""
+
+    ctx: Any = None
+    seconds = 0.0  # wall time spent inside llama.cpp so far
+    meeting: Meeting | None = None
+    read_last = False
 
 
 class BaseContext(Owner):
@@ -89,7 +103,7 @@ class BaseContext(Owner):
     Raises EngineError, with llama.cpp's reason, if it cannot be opened; also if it is cancelled or used when closed.
     """
 
-    _ctx: Any = None
+    _opened = _Opened()
 
     def __init__(
         self,
@@ -99,6 +113,7 @@ class BaseContext(Owner):
         n_outputs: int,
         **params: Any,
     ) -> None:
+        self._opened = _Opened()
         if model.is_block_alone and params.get("ctx_type") != llama_cpp.LLAMA_CONTEXT_TYPE_MTP:
             raise EngineError(
                 f"{model.path}: holds only the block for multi-token prediction of a model, not its layers; give it as "
@@ -107,7 +122,7 @@ class BaseContext(Owner):
         self.model, self.how, cache = model, how, how.cache
         self.n_batch = min(how.n_batch or max(how.n_ubatch, BATCH), n_ctx)
         self.n_ubatch = min(how.n_ubatch, self.n_batch)
-        self.n_outputs = min(n_outputs, self.n_batch)
+        self.n_outputs = self.batch_outputs = min(n_outputs, self.n_batch)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, self.n_batch, self.n_ubatch
         settings.type_k, settings.type_v = (int(GGMLQuantizationType[t.upper()]) for t in (cache.keys, cache.values))
@@ -122,15 +137,23 @@ class BaseContext(Owner):
             setattr(settings, name, value)
         settings.n_outputs_max = max(self.n_outputs, settings.n_seq_max)  # llama.cpp reserves one for each sequence
         with interruptible():
-            self._ctx = llama_cpp.llama_init_from_model(model.handle, settings)
+            self._opened.ctx = llama_cpp.llama_init_from_model(model.handle, settings)
         if self._ctx is None:
             reason = last_error()
             raise EngineError(f"{model.path}: no context of {n_ctx} tokens: {reason}; try a smaller --ctx-size (n_ctx)")
         self.n_ctx: int = min(n_ctx, llama_cpp.llama_n_ctx(self._ctx))  # llama.cpp rounds up
-        self.seconds = 0.0
+        self.n_cells = self.n_ctx  # of all sequences together
         self.recorders: list[Recorder] = []
         self.go_on: Callable[[], bool] = lambda: True
         self._memory = llama_cpp.llama_get_memory(self._ctx)
+
+    @property
+    def _ctx(self) -> Any:
+        return self._opened.ctx
+
+    @property
+    def seconds(self) -> float:
+        return self._opened.seconds
 
     @property
     def handle(self) -> Any:
@@ -141,15 +164,24 @@ class BaseContext(Owner):
     def _took(self, started: float) -> None:
         """Add the seconds since `started`, once llama.cpp is done with what it was called for."""
         llama_cpp.llama_synchronize(self.handle)
-        self.seconds += time.perf_counter() - started
+        self._opened.seconds += time.perf_counter() - started
 
     def _require_going_on(self, n: int) -> None:
         if not self.go_on():
-            raise EngineError(f"{self.model.path}: was cancelled while it read {n} tokens")
+            raise self.cancelled(n)
+
+    def cancelled(self, n: int) -> EngineError:
+        """What is raised if `go_on` cancels the reading of n tokens."""
+        return EngineError(f"{self.model.path}: was cancelled while it read {n} tokens")
 
     def _compute(self, function: Callable[..., int], *arguments: Any) -> None:
         with interruptible():  # llama.cpp may log in the middle, and so call into Python
             code = function(self.handle, *arguments)
+        if code == 1:
+            raise CacheFull(
+                f"{self.model.path}: the cache of {self.n_cells} tokens, which conversations share, is full; raise "
+                "--ctx-size (n_ctx), or have fewer of them at once"
+            )
         if code:
             raise EngineError(f"{self.model.path}: llama.cpp could not decode ({code}): {last_error()}")
 
@@ -159,13 +191,14 @@ class BaseContext(Owner):
     def close(self) -> None:
         if self._ctx is not None:
             llama_cpp.llama_free(self._ctx)
-            self._ctx = None
+            self._opened.ctx = None
 
 
 class SequenceContext(BaseContext):
     """A context that holds one sequence, of n_past tokens: it is appended to at the end, and rewound."""
 
     n_past = 0
+    sequence = 0  # its number in llama.cpp's cache
     recurrent = False  # whether its cache is a state that is carried from token to token
 
     def recount(self) -> int:
@@ -179,15 +212,15 @@ class SequenceContext(BaseContext):
     def _held(self) -> int:
         if self._ctx is None:  # a stream that the collector finds after the context was closed
             return 0
-        return int(llama_cpp.llama_memory_seq_pos_max(self._memory, 0)) + 1
+        return int(llama_cpp.llama_memory_seq_pos_max(self._memory, self.sequence)) + 1
 
     def rewind(self, n: int) -> int:
         """Forget everything from position n on, or more if the cache cannot do less; returns n_past."""
         if self._ctx is None:
             return 0
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, n, -1):
+        if not llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, n, -1):
             n = 0
-            llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
+            llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, -1, -1)
         self.n_past = min(self.n_past, n)
         return self.n_past
 
@@ -196,6 +229,32 @@ class SequenceContext(BaseContext):
         before = self.n_past
         if self.rewind(n) < min(n, before):
             raise EngineError(f"{self.model.path}: its cache, a recurrent state, cannot be rewound to token {n}")
+
+
+class Part(NamedTuple):
+    """Tokens that a sequence is to read next: ids (n) or embeddings (float32, n x n_embd), of which the last `outputs`
+    give logits. `hidden`: they give hidden states, too.
+    """
+
+    context: Context
+    inputs: Sequence[int] | np.ndarray
+    outputs: int
+    hidden: bool
+
+    @property
+    def is_ids(self) -> bool:
+        return not (isinstance(self.inputs, np.ndarray) and self.inputs.ndim == 2)
+
+
+class Meeting(Protocol):
+    """Where sequences of one context meet, so that their parts are read in one batch."""
+
+    @property
+    def awaited(self) -> bool:
+        """Whether the reader of a part may wait for others here."""
+
+    def ask(self, part: Part) -> np.ndarray:
+        """What `read_parts` gives for a part."""
 
 
 class Context(SequenceContext):
@@ -207,7 +266,10 @@ class Context(SequenceContext):
     `rewinds` + 2 tokens. A second sequence holds the checkpoint: llama.cpp copies a state only when one of the
     sequences that share it goes on.
 
-    `other`: the target's context, for a drafter that lacks tables.
+    `other`: the target's context, for a drafter that lacks tables. `n_parallel`: how many sequences the cache has room
+    for, see `beside`. n_ctx is then that of all, of which one holds no more than the model was trained on. If it is
+    `unified`, a sequence may take what room others leave; else each has an equal part: attention is cheaper, but
+    llama.cpp cuts batches that mix prompts with single tokens into pieces.
     """
 
     def __init__(
@@ -218,21 +280,60 @@ class Context(SequenceContext):
         n_outputs: int = 32,
         rewinds: int = 0,
         other: Context | None = None,
+        n_parallel: int = 1,
+        unified: bool = True,
     ) -> None:
         # llama.cpp ends the process if it does not compute two tokens more together.
         kept = max(0, min(rewinds, min(how.n_ubatch, how.n_batch or how.n_ubatch, n_ctx) - 2))
-        states: dict[str, Any] = {"n_seq_max": 2, "n_rs_seq": kept} if model.recurrent else {}
+        states = {"n_seq_max": 2 * n_parallel, "n_rs_seq": kept} if model.recurrent else {"n_seq_max": n_parallel}
         target = None if other is None else other.handle
-        super().__init__(model, n_ctx, how, n_outputs, ctx_other=target, **states)
-        self.recurrent = model.recurrent
+        super().__init__(model, n_ctx, how, n_outputs, ctx_other=target, kv_unified=unified, **states)
+        self.recurrent, self.n_parallel = model.recurrent, n_parallel
+        if n_parallel > 1:
+            self.n_ctx = min(self.n_ctx, model.n_ctx_train)
         self.rewinds: int = llama_cpp.llama_n_rs_seq(self._ctx)
+        self._batches = _Batches(model, self.n_batch)
+        self._begin()
+
+    _owns = True  # whether the llama_context is closed with it
+
+    def _begin(self) -> None:
+        self.n_past = 0
+        self._spare = self.n_parallel + self.sequence  # the number of the sequence that holds its checkpoint
         self._oldest = 0  # the lowest position whose state is one of the last batch's that llama.cpp keeps
         self._checkpoint = 0  # its position; 0 for none
         self._copies: dict[int, np.ndarray] = {}  # by position, the oldest first
         self._undone = False  # whether a recurrent cache was rewound after its last batch
-        self._with_hidden = False
-        self._ids = _Batch(self.n_batch)
-        self._vectors: _Batch | None = None
+        self._row = 0  # of the last batch, where its rows of hidden states begin
+
+    def beside(self, sequence: int) -> Context:
+        """Another sequence of the same cache, by its number from 1 to n_parallel - 1; it must be closed before this."""
+        if not 0 < sequence < self.n_parallel:
+            raise ValueError(f"there is no sequence {sequence} of {self.n_parallel}")
+        other = copy.copy(self)
+        other.sequence, other._owns, other.recorders, other.go_on = sequence, False, [], lambda: True
+        other._begin()
+        return other
+
+    def close(self) -> None:
+        if self._owns:
+            super().close()
+        elif self._ctx is not None:
+            self.rewind(0)
+            self._opened = _Opened()  # another may take its place
+
+    def meet(self, meeting: Meeting, last: bool) -> None:
+        """Have all sequences of this cache read at a meeting: `last`, as targets do, or before those."""
+        self._opened.meeting, self._opened.read_last = meeting, last
+
+    @property
+    def read_last(self) -> bool:
+        return self._opened.read_last
+
+    @property
+    def cache(self) -> int:
+        """Tells caches apart: sequences of one have the same."""
+        return id(self._opened)
 
     def decode(self, inputs: Sequence[int] | np.ndarray, outputs: int = 1, hidden: bool = False) -> np.ndarray:
         """Append token ids (n) or embeddings (float32, n x n_embd); returns the logits of the last `outputs`.
@@ -250,37 +351,32 @@ class Context(SequenceContext):
             raise EngineError(
                 f"{self.model.path}: the context of {self.n_ctx} tokens is full; raise --ctx-size (n_ctx)"
             )
-        if hidden != self._with_hidden:  # a change makes llama.cpp build its graph anew
-            llama_cpp.llama_set_embeddings(self.handle, hidden)
-            self._with_hidden = hidden
-        if isinstance(inputs, np.ndarray) and inputs.ndim == 2:
-            batch = self._vectors = self._vectors or _Batch(self.n_batch, self.model)
-        else:
-            batch = self._ids
         ends = [n]
         if n > self.n_batch:  # llama.cpp keeps the logits of the last batch only, so that must hold every wanted row
             tail = max(outputs, n % self.n_batch or self.n_batch)
             ends = [*range(self.n_batch, n - tail, self.n_batch), n - tail, n]
-        started, start = time.perf_counter(), 0
+        start, logits = 0, np.empty((0, self.model.n_vocab), np.float32)
         for end in ends:
             self._require_going_on(n)
-            batch.fill(inputs[start:end], self.n_past, outputs if end == n else 0)
-            self._oldest = self.n_ctx + 1  # nowhere, if the decode is interrupted
-            self._decode(batch)
-            self._undone = False
-            for recorder in self.recorders:
-                recorder.take(self.n_past, end - start)
-            self._oldest = max(self.n_past + 1, self.n_past + end - start - self.rewinds)
-            self.n_past += end - start
+            part = Part(self, inputs[start:end] if len(ends) > 1 else inputs, outputs if end == n else 0, hidden)
+            meeting = self._opened.meeting
+            together = meeting is not None and meeting.awaited
+            logits = meeting.ask(part) if meeting is not None and together else read_parts([part])[0]
             start = end
-        self._took(started)
-        if not outputs:
-            return np.empty((0, self.model.n_vocab), np.float32)
-        return floats(addressed("llama_get_logits")(self.handle), outputs, self.model.n_vocab)
+        return logits
+
+    def _holds_more(self, n: int, row: int) -> None:
+        """The batch that was just decoded appended n tokens to the sequence, in its rows from `row` on."""
+        self._undone, self._row = False, row
+        for recorder in self.recorders:
+            recorder.take(self.n_past, n, row)
+        self._oldest = max(self.n_past + 1, self.n_past + n - self.rewinds)
+        self.n_past += n
 
     def hidden_states(self, n: int) -> np.ndarray:
         """The final hidden states (float32, n x n_embd) of the last decode, a view valid until the next one."""
-        return floats(addressed("llama_get_embeddings")(self.handle), n, self.model.n_embd)
+        rows = floats(addressed("llama_get_embeddings")(self.handle), self._row + n, self.model.n_embd)
+        return rows[self._row :]
 
     def checkpoint(self) -> None:
         """Make the end of the sequence the position that a recurrent cache can be rewound to, in place of the last one.
@@ -290,7 +386,7 @@ class Context(SequenceContext):
         if not self.recurrent or self._undone:
             return
         self._forget_checkpoint()
-        llama_cpp.llama_memory_seq_cp(self._memory, 0, 1, -1, -1)
+        llama_cpp.llama_memory_seq_cp(self._memory, self.sequence, self._spare, -1, -1)
         self._checkpoint = self.n_past
 
     def copy_state(self) -> None:
@@ -300,9 +396,10 @@ class Context(SequenceContext):
         """
         if not self.recurrent or not self.n_past or self.n_past in self._copies:
             return
-        copy = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.handle, 0, _STATE_ONLY), np.uint8)
-        if llama_cpp.llama_state_seq_get_data_ext(self.handle, _bytes(copy), copy.size, 0, _STATE_ONLY) == copy.size:
-            self._copies[self.n_past] = copy
+        whose = self.sequence, _STATE_ONLY
+        state = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.handle, *whose), np.uint8)
+        if llama_cpp.llama_state_seq_get_data_ext(self.handle, _bytes(state), state.size, *whose) == state.size:
+            self._copies[self.n_past] = state
         for oldest in list(self._copies)[:-COPIES]:
             del self._copies[oldest]
 
@@ -333,12 +430,12 @@ class Context(SequenceContext):
             return self.n_past
         with interruptible():
             if to == self._checkpoint:
-                llama_cpp.llama_memory_seq_rm(self._memory, 0, -1, -1)
-                llama_cpp.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
+                llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, -1, -1)
+                llama_cpp.llama_memory_seq_cp(self._memory, self._spare, self.sequence, -1, -1)
                 self._forget_checkpoint()  # a state that is not shared is gone on from in place
             else:
                 copy = self._copies[to]
-                llama_cpp.llama_state_seq_set_data_ext(self.handle, _bytes(copy), copy.size, 0, _STATE_ONLY)
+                llama_cpp.llama_state_seq_set_data_ext(self.handle, _bytes(copy), copy.size, self.sequence, _STATE_ONLY)
             return super().rewind(to)
 
     def recount(self) -> int:
@@ -363,51 +460,64 @@ class Context(SequenceContext):
 
     def _forget_checkpoint(self) -> None:
         self._checkpoint = 0  # first, so that an interruption leaves no claim
-        llama_cpp.llama_memory_seq_rm(self._memory, 1, -1, -1)
+        llama_cpp.llama_memory_seq_rm(self._memory, self._spare, -1, -1)
 
 
-class ParallelContext(BaseContext):
-    """n_parallel sequences of tokens, numbered from 0, which share one cache of n_ctx tokens, and batches.
+def read_parts(parts: Sequence[Part]) -> list[np.ndarray]:
+    """Read parts of sequences of one cache in one batch, all as ids or all as embeddings, all with hidden states or
+    none; returns the logits (float32, its outputs x n_vocab) of each, views until the next batch.
 
-    With `unified` a sequence may take what room others leave. Without, each has an equal part: attention is cheaper,
-    but llama.cpp cuts batches that mix prompts with single tokens into pieces.
+    Raises EngineError if llama.cpp cannot; the sequences then hold what they held before.
     """
-
-    def __init__(
-        self,
-        model: Model,
-        n_ctx: int,
-        n_parallel: int,
-        how: ContextParams = CONTEXT_DEFAULTS,
-        unified: bool = True,
-    ) -> None:
-        super().__init__(model, n_ctx, how, n_parallel, n_seq_max=n_parallel, kv_unified=unified)
-        self._ids = _Batch(self.n_batch)
-
-    def decode_each(
-        self, tokens: Sequence[int], sequences: Sequence[int], positions: Sequence[int], outputs: Sequence[bool]
-    ) -> np.ndarray:
-        """Append each token to its sequence at its position; the logits of those with outputs, in their order.
-
-        The logits (float32, rows x n_vocab) are a view, valid until the next call.
-        """
-        self._require_going_on(len(tokens))
-        self._ids.fill_each(tokens, sequences, positions, outputs)
-        started = time.perf_counter()
-        self._decode(self._ids)
-        for recorder in self.recorders:
-            recorder.take(0, len(tokens))
-        self._took(started)
-        n_outputs = int(np.count_nonzero(outputs))
-        return floats(addressed("llama_get_logits")(self.handle), n_outputs, self.model.n_vocab)
-
-    def drop(self, sequence: int) -> None:
-        """Forget a whole sequence."""
-        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+    first = parts[0].context
+    batch = first._batches.of(parts, first)
+    for part in parts:
+        part.context._oldest = first.n_ctx + 1  # nowhere, if the decode is interrupted
+    started = time.perf_counter()
+    first._decode(batch)
+    row = outputs = 0
+    for part in parts:
+        part.context._holds_more(len(part.inputs), row)
+        row += len(part.inputs)
+        outputs += part.outputs
+    first._took(started)
+    n_vocab = first.model.n_vocab
+    if not outputs:
+        return [np.empty((0, n_vocab), np.float32)] * len(parts)
+    logits = floats(addressed("llama_get_logits")(first.handle), outputs, n_vocab)
+    if len(parts) == 1:
+        return [logits]
+    ends = np.cumsum([part.outputs for part in parts]).tolist()
+    return [logits[end - part.outputs : end] for part, end in zip(parts, ends, strict=True)]
 
 
 def _bytes(array: np.ndarray) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+class _Batches:
+    """The two llama_batches of a context, for ids and for embeddings, and whether it gives hidden states."""
+
+    def __init__(self, model: Model, size: int) -> None:
+        self._model, self._size = model, size
+        self._ids = _Batch(size)
+        self._vectors: _Batch | None = None
+        self._hidden = False
+
+    def of(self, parts: Sequence[Part], context: Context) -> _Batch:
+        """The batch of some parts."""
+        if parts[0].hidden != self._hidden:  # a change makes llama.cpp build its graph anew
+            llama_cpp.llama_set_embeddings(context.handle, parts[0].hidden)
+            self._hidden = parts[0].hidden
+        if parts[0].is_ids:
+            batch = self._ids
+        else:
+            batch = self._vectors = self._vectors or _Batch(self._size, self._model)
+        if len(parts) == 1:
+            batch.fill(parts[0].inputs, parts[0].context.n_past, parts[0].outputs, parts[0].context.sequence)
+        else:
+            batch.fill_parts(parts)
+        return batch
 
 
 class _Batch:
@@ -435,10 +545,11 @@ class _Batch:
         pointers = {name: array.ctypes.data_as(types[name]) for name, array in arrays.items()}
         self.struct = llama_cpp.llama_batch(**pointers)
 
-    def fill(self, inputs: Sequence[int] | np.ndarray, first: int, outputs: int) -> None:
-        """Set tokens of sequence 0, from position `first` on; logits of the last `outputs` of them are wanted."""
+    def fill(self, inputs: Sequence[int] | np.ndarray, first: int, outputs: int, sequence: int = 0) -> None:
+        """Set tokens of a sequence, from position `first` on; logits of the last `outputs` of them are wanted."""
         n = self.struct.n_tokens = len(inputs)
         self._inputs[:n] = inputs
+        self._sequences[:n] = sequence
         if n == 1:  # as below, without arrays of one number, which take longer to make than all the rest
             self._positions[:3], self._positions[3:4], self._wanted[0] = first, 0, outputs
             return
@@ -448,11 +559,16 @@ class _Batch:
         self._wanted[: n - outputs] = 0
         self._wanted[n - outputs : n] = 1
 
-    def fill_each(
-        self, tokens: Sequence[int], sequences: Sequence[int], positions: Sequence[int], outputs: Sequence[bool]
-    ) -> None:
-        """Set tokens, each of its sequence at its position there, and whether its logits are wanted."""
-        n = self.struct.n_tokens = len(tokens)
-        arrays = self._inputs, self._sequences, self._positions, self._wanted
-        for array, values in zip(arrays, (tokens, sequences, positions, outputs), strict=True):
-            array[:n] = values
+    def fill_parts(self, parts: Sequence[Part]) -> None:
+        """Set the tokens of several sequences, one after another."""
+        n = self.struct.n_tokens = sum(len(part.inputs) for part in parts)
+        rows, at = self._positions[: self._n_pos * n].reshape(self._n_pos, n), 0
+        rows[3:] = 0
+        self._wanted[:n] = 0
+        for part in parts:
+            end = at + len(part.inputs)
+            self._inputs[at:end] = part.inputs
+            self._sequences[at:end] = part.context.sequence
+            rows[:3, at:end] = np.arange(part.context.n_past, part.context.n_past + end - at)
+            self._wanted[end - part.outputs : end] = 1
+            at = end

@@ -92,12 +92,12 @@ class Models(LoadOptions):
 
     prepared: Prepared | None = None
 
-    def open(self) -> Engine:
-        """The engine that these options describe."""
-        return Engine(self)
+    def open(self, n_parallel: int = 1) -> Engine:
+        """The engine that these options describe, for so many conversations."""
+        return Engine(self, n_parallel)
 
 
-def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
+def open_measured(models: Callable[[], Models], measure: bool, n_parallel: int = 1) -> Engine:
     """The engine of the models that are found, which may have to be prepared first; says what it is doing.
 
     `measure`: what drafting costs here too, rather than while somebody waits for an answer.
@@ -105,7 +105,7 @@ def open_measured(models: Callable[[], Models], measure: bool) -> Engine:
     with step("preparing the models"):
         found = models()
     with step("loading the models"):
-        engine = found.open()
+        engine = found.open(n_parallel)
     if measure:
         try:
             with step("measuring what drafting costs here"):

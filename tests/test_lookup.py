@@ -239,7 +239,7 @@ def test_an_answer_that_ends_early_is_kept_as_far_as_it_came(toys, draft_max: in
 
 @pytest.mark.parametrize("flags", [[], ["--share-answers"]])
 def test_a_server_shares_answers_only_if_it_is_told_to(toys, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
-    def loading(models: Callable[[], Models], measure: bool) -> Engine:
+    def loading(models: Callable[[], Models], measure: bool, n_parallel: int) -> Engine:
         raise EngineError(f"share_answers={models().share_answers}")
 
     monkeypatch.setattr("runner.serve.__main__.open_measured", loading)

@@ -1,6 +1,7 @@
 """Drafting by cost: every round goes on in the way that should bring the most tokens per second on this machine.
 
-Eight concepts decide:
+A conversation among others in one batch decides by the same rule: what a row costs is what it adds to the rows of all,
+and what its seconds would bring otherwise is what all of them bring. Eight concepts decide:
 
 1. step cost: the seconds of a step by the number of its tokens, measured once and then followed (`StepCost`);
 2. chance: how sure a draft's source is of it, corrected by how often drafts as sure as that were accepted (`Chances`);
@@ -18,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from llamabase.llama.rounds import LONGEST, best_fixed
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
+from .company import NOTHING, Company, Share
 from .contracts import Drafter, Proposal
 from .cost import WEIGHT, Chances, DraftStats, KeptLength, worths
 from .drafters import ModelDrafter
@@ -57,10 +61,13 @@ class AutoDrafter(Drafter):
         draft: StepCost | None,
         stats: DraftStats | None = None,
         answers: Answers | None = None,
+        company: Company | None = None,
     ) -> None:
         self._drafter, self._verify, self._step = drafter, verify, draft or verify
         self.stats = stats or DraftStats()
         self._lookup = Lookup(answers)
+        self._company, self._beside = company or Company(), NOTHING
+        self._best = 0.0  # `_together` of this round, once it is asked for
         self._saved = 0.0  # plain steps that drafting has saved this session; negative if it has lost some
         self._emitted = self._answers = 0
         self._rest = 0.0  # expected tokens of the answer
@@ -73,45 +80,50 @@ class AutoDrafter(Drafter):
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
         self._answers, self._size = self._answers + 1, 0
         self._rest = min((self._emitted + left / 2) / self._answers, left)
-        drafter, stats, plain, step = self._drafter, self.stats, self._verify.of(1), self._step.of(1)
+        self._beside, self._best = self._company.beside(self), 0.0
+        drafter, stats = self._drafter, self.stats
         if drafter is None:
             return
+        plain, step = self._verify.of(1), self._step.of(1)
         # `acceptance` was measured on the text of the fit, which says too little of other text.
         tokens, seconds = best_fixed(max(USUAL, drafter.acceptance), LONGEST, self._verify, step)
         stats.observe(tokens, seconds / plain, 1.0 if stats.steps else WEIGHT)
         unread, before = drafter.unread(text), drafter.seconds
         if self._pays(unread):
             drafter.prepare(text, left)
-            took = self._step.counted(unread, drafter.seconds - before + step)
-            self._step.observe(unread, took)
-            self._saved -= (took - step) / plain
+            took = self._observed(unread, drafter.seconds - before + step)
+            self._saved -= (took - step) / self._plain
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
         self._drafts, self._drafting = list[_Draft](), 0.0
         drafts = self._drafts
         if n <= 0:
+            self._company.put(self, Share())
             return []
-        drafter, stats, lookup, verify = self._drafter, self.stats, self._lookup, self._verify
-        rate, most = 1 / verify.of(1), self._budget
+        self._beside, self._best = self._company.beside(self), 0.0
+        drafter, stats, lookup, verify, rows = self._drafter, self.stats, self._lookup, self._verify, self._beside.rows
+        rate, most = 1 / self._now, self._budget
         lookup.follow(text)
         suggested = lookup.guess(n)
         if drafter is not None:
             unread, before = drafter.unread(text), drafter.seconds
             spare = most - self._reserve(unread)
             if self._pays(unread):
-                rate *= stats.speedup
-                worth = max(worths([stats.matches.of(p.certainty) for p in suggested], verify, rate, most=spare))
-                if not stats.tried or 1 + worth <= stats.speedup:
+                rate = self._rate
+                chances = [stats.matches.of(p.certainty) for p in suggested]
+                worth = max(worths(chances, verify, rate, most=spare, beside=rows))
+                if not stats.tried or 1 + worth <= self._speedup:
                     drafts += self._modelled(drafter.propose(text, sampling, noise), unread, n, rate)
                     suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
-            most = most - (drafter.seconds - before) if drafts else spare
+            most = most - (self._drafting if rows else drafter.seconds - before) if drafts else spare
         made = len(drafts)
         drafts += [_Draft(proposal, stats.matches) for proposal in suggested]
         chances = [draft.chance for draft in drafts]
-        kept = self._length.choose(worths(chances, verify, rate, most=most), self._price(rate))
+        kept = self._length.choose(worths(chances, verify, rate, most=most, beside=rows), self._price(rate))
         if verify.change:
-            chances = self._expected(drafts[:made], n) if made else chances
-            self._length.observe(worths(chances, verify, rate, self._step.of(1) if made else 0.0), kept)
+            chances, step = (self._expected(drafts[:made], n), self._one) if made else (chances, 0.0)
+            self._length.observe(worths(chances, verify, rate, step, beside=rows), kept)
+        self._company.put(self, Share(1 + kept, 1 + sum(accumulate(chances[:kept], mul))))
         return [draft.proposal.token for draft in drafts[:kept]]
 
     def _price(self, rate: float) -> float:
@@ -125,21 +137,68 @@ class AutoDrafter(Drafter):
     def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
         """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
         drafts = list[_Draft]()
-        before, most = self.seconds, self._budget - self._step.of(unread) + self._step.of(1)
+        before, most, beside = self.seconds, self._budget - self._step.of(unread) + self._step.of(1), self._beside.rows
         for made, proposal in enumerate(proposals, 1):
-            self._drafting += self._step.counted(unread, self.seconds - before)
-            self._step.observe(unread, self.seconds - before)
+            self._drafting += self._observed(unread, self.seconds - before)
             unread, before = 1, self.seconds
             drafts.append(_Draft(proposal, self.stats.certainties))
-            worth = worths(self._expected(drafts, n), self._verify, rate, self._step.of(1), made, most)
+            worth = worths(self._expected(drafts, n), self._verify, rate, self._one, made, most, beside)
             if self._length.choose(worth, self._price(rate)) <= made:
                 break
         return drafts
 
     @property
+    def _plain(self) -> float:
+        """Seconds of a token if all decode plainly."""
+        return self._verify.of(1 + self._beside.n) / (1 + self._beside.n)
+
+    @property
+    def _now(self) -> float:
+        """Seconds of a token of all if this one decodes plainly, and others do what they do."""
+        return self._verify.of(1 + self._beside.rows) / (1 + self._beside.tokens)
+
+    @property
+    def _speedup(self) -> float:
+        """Tokens of the drafter's rounds per plain-decoding step."""
+        return self._together * self._plain if self._beside.n else self.stats.speedup
+
+    @property
+    def _rate(self) -> float:
+        """Tokens per second of all, if drafters draft as they do."""
+        return self._together if self._beside.n else self.stats.speedup / self._plain
+
+    @property
+    def _together(self) -> float:
+        """Tokens per second if all conversations had the best fixed draft length, by what it costs beside so many: what
+        rounds brought beside fewer or more says little.
+        """
+        if not self._best:
+            n = 1 + self._beside.n
+            chance, tokens = self.stats.certainties.mean(USUAL, WEIGHT + self._answers), 1.0
+            for m in range(1, LONGEST + 1):
+                tokens += chance**m
+                seconds = self._verify.of(n * (m + 1)) + m * self._step.of(n)
+                self._best = max(self._best, n * tokens / seconds)
+        return self._best
+
+    @property
+    def _one(self) -> float:
+        """Seconds of one more draft: an equal part of a step in which all draft."""
+        n = 1 + self._beside.n
+        return self._step.of(n) / n
+
+    def _observed(self, read: int, seconds: float) -> float:
+        """The seconds of a draft step as they count. Beside others the clock tells nothing of one's own part."""
+        if self._beside.rows:
+            return self._one if read == 1 else self._step.of(read)
+        counted = self._step.counted(read, seconds)
+        self._step.observe(read, seconds)
+        return counted
+
+    @property
     def _budget(self) -> float:
         """Seconds that may be lost now."""
-        return self._verify.of(1) * (BUDGET + LOSS * self._emitted + self._saved)
+        return self._plain * (BUDGET + LOSS * self._emitted + self._saved)
 
     def _trial(self, unread: int) -> float:
         """The seconds of reading so many tokens and of as many steps as the drafter's prior counts for."""
@@ -147,27 +206,32 @@ class AutoDrafter(Drafter):
 
     def _reserve(self, unread: int) -> float:
         """The seconds of the budget that suggestions leave to a drafter that should pay."""
-        return min(self._trial(unread), BUDGET / 2 * self._verify.of(1)) if self.stats.speedup > 1 else 0.0
+        return min(self._trial(unread), BUDGET / 2 * self._plain) if self._speedup > 1 else 0.0
 
     def _pays(self, unread: int) -> bool:
         """Whether to use the drafter. The budget must allow a trial, or the next step of one that has begun."""
-        saved, first = self._verify.of(1) * (1 - 1 / self.stats.speedup) * self._rest, self._step.of(unread)
+        saved, first = self._plain * (1 - 1 / self._speedup) * self._rest, self._step.of(unread)
         needed = self._trial(unread) if unread > LONGEST + 1 else first
         return saved > first - self._step.of(1) and needed <= self._budget
 
     def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         # The first batch after a prompt is one of another size in any case.
         first, price = not self._size, self._verify.change if read != self._size else 0.0
-        self._size = read
-        step = self._verify.counted(read, verify_seconds - price)
-        self._verify.observe(read, step)
-        plain, taken = self._verify.of(1), step if first else step + price
+        self._size, rows = read, self._beside.rows
+        if rows:  # what the clock says is of all, and of the prompts that were read beside them
+            n = 1 + self._beside.n
+            added = self._verify.of(rows + read) - self._verify.of(n)  # an equal part of it for each draft
+            step = self._plain + added * (read - 1) / max(rows + read - n, 1)
+        else:
+            step = self._verify.counted(read, verify_seconds - price)
+            self._verify.observe(read, step)
+        plain, taken = self._plain, step if first else step + price
         self._emitted += tokens
         modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
         if made or modelled or taken > step:
             self._saved += tokens - (self._drafting + taken) / plain
-        if modelled:  # without the seconds of catching up with the text, which belong to reading
-            self.stats.observe(tokens, (modelled * self._step.of(1) + taken) / plain)
+        if modelled and not rows:  # without the seconds of catching up with the text, which belong to reading
+            self.stats.observe(tokens, (modelled * self._one + taken) / plain)
         for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged
             draft.source.observe(draft.proposal.certainty, i < accepted)
 

@@ -30,10 +30,10 @@ class Chances:
         accepted, n = self.seen[_bin(claimed)]
         return (accepted + WEIGHT * claimed) / (n + WEIGHT)
 
-    def mean(self, prior: float) -> float:
+    def mean(self, prior: float, weight: float = WEIGHT) -> float:
         """The chance of a draft that is not made yet, of which nothing is claimed."""
         accepted = sum(accepted for accepted, _ in self.seen)
-        return (accepted + WEIGHT * prior) / (self.observed + WEIGHT)
+        return (accepted + weight * prior) / (self.observed + weight)
 
     @property
     def observed(self) -> float:
@@ -80,20 +80,27 @@ class DraftStats:
 
 
 def worths(
-    chances: Sequence[float], verify: StepCost, rate: float, step: float = 0.0, made: int = 0, most: float = math.inf
+    chances: Sequence[float],
+    verify: StepCost,
+    rate: float,
+    step: float = 0.0,
+    made: int = 0,
+    most: float = math.inf,
+    beside: int = 0,
 ) -> list[float]:
     """What each beginning of a draft is worth in tokens, the empty one first; -inf if it may not be verified.
 
     chances[i] is that of draft i if those before it are accepted. A beginning is worth its expected tokens, less what
     the seconds it adds would bring otherwise, at `rate` tokens per second. A draft takes `step` seconds to make, but
     the first `made` are made already; all may add at most `most` seconds, with a change of the batch size and back.
+    `beside`: rows of other conversations that the same batch verifies.
     """
     worth, together, expected = [0.0], 1.0, 0.0
     for m, chance in enumerate(chances, 1):
         together *= chance
         expected += together
-        added = max(m - made, 0) * step + verify.of(m + 1) - verify.of(1)
-        may = verify.prepared(m + 1) and added + 2 * verify.change <= most
+        added = max(m - made, 0) * step + verify.of(beside + m + 1) - verify.of(beside + 1)
+        may = verify.prepared(beside + m + 1) and added + 2 * verify.change <= most
         worth.append(expected - rate * added if may else -math.inf)
     return worth
 

@@ -25,7 +25,7 @@ from llamabase.llama.states import PairContext, Recorded
 
 from .contracts import AUTO
 from .drafters import ModelDrafter
-from .reading import AssistantReading, OwnReading, StateFedReading
+from .reading import AHEAD, AssistantReading, OwnReading, StateFedReading
 from .rows import NEAR, DynamicHead
 
 HIDDEN_ROWS = 8  # tokens that may be read in one batch with the one whose hidden state is wanted
@@ -48,21 +48,31 @@ class DraftOptions:
 
 
 def open_drafter(
-    options: DraftOptions, target: Vocabulary, target_context: Context | None = None, model: Model | None = None
+    options: DraftOptions,
+    target: Vocabulary,
+    target_context: Context | None = None,
+    model: Model | None = None,
+    first: ModelDrafter | None = None,
 ) -> ModelDrafter:
     """Open a drafter for a target's vocabulary. One that is fed the target's states needs the target's context.
 
-    `model`: its weights if they are loaded already; whoever loaded them closes them. Raises VocabularyMismatch, naming
-    both files, if an id does not mean the same to both, and EngineError for "spec" without a speculator.
+    `model`: its weights if they are loaded already; whoever loaded them closes them. `first`: the first drafter of
+    them, in whose cache this one takes the place that the target's context has in its own, if that has room for
+    several. Raises VocabularyMismatch, naming both files, if an id does not mean the same to both, and EngineError for
+    "spec" without a speculator.
     """
-    drafter = _opened(options, target, target_context, model)
+    drafter = _opened(options, target, target_context, model, first)
     if options.vocab != AUTO:
         drafter.candidates = [drafter.auto]
     return drafter
 
 
 def _opened(
-    options: DraftOptions, target: Vocabulary, target_context: Context | None, model: Model | None
+    options: DraftOptions,
+    target: Vocabulary,
+    target_context: Context | None,
+    model: Model | None,
+    first: ModelDrafter | None,
 ) -> ModelDrafter:
     source = options.source
     if isinstance(source, OwnBlock):
@@ -80,21 +90,38 @@ def _opened(
         return _open_state_fed(options, Eagle3Head.of(file), target, target_context, model)
     if is_block_alone(file):
         return _open_block(options, MtpBlock.of(file), target, target_context, model)
-    return _open_own(options, file, target, model)
+    return _open_own(options, file, target, target_context, model, first)
 
 
-def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded: Model | None) -> ModelDrafter:
+def _open_own(
+    options: DraftOptions,
+    file: GGUFFile,
+    target: Vocabulary,
+    target_context: Context | None,
+    loaded: Model | None,
+    first: ModelDrafter | None,
+) -> ModelDrafter:
     """A drafter that reads the text itself."""
     trimmed = Trimmed.open(file.path) if "gguf_trim.d2t" in file.fields else None
     require_same(target, trimmed.vocabulary if trimmed else Vocabulary(file))
     dynamic = None if trimmed is None else _dynamic(options, trimmed, len(target))
     with _closed_on_failure() as opened:
         model, owned = _model(opened, options, file.path, loaded)
-        outputs = HIDDEN_ROWS if dynamic else 1
-        context = Context(model, options.n_ctx, options.how, n_outputs=outputs)
+        shared = None if first is None or not isinstance(first.reading.context, Context) else first.reading.context
+        if target_context is not None and shared is not None and shared.n_parallel > 1:
+            context = shared.beside(target_context.sequence)
+        else:
+            shared, n_ctx, n_parallel = None, options.n_ctx, 1
+            if target_context is not None and target_context.n_parallel > 1 and not model.recurrent:
+                n_parallel = target_context.n_parallel
+                n_ctx = min(n_parallel * n_ctx, target_context.n_cells) + n_parallel * AHEAD  # of all, with drafts
+            outputs = n_parallel * (HIDDEN_ROWS if dynamic else 1)
+            context = Context(model, n_ctx, options.how, n_outputs=outputs, n_parallel=n_parallel)
+            context.n_ctx = min(context.n_ctx, options.n_ctx)
         opened.enter_context(context)
         embeddings = None if trimmed is None else trimmed.embeddings()
-        if not context.goes_back([0, 1] if embeddings is None else embeddings.rows([0, 1])):
+        # What the first one has shown holds for this one, too; others may be using what the cache has just computed.
+        if shared is None and not context.goes_back([0, 1] if embeddings is None else embeddings.rows([0, 1])):
             raise EngineError(
                 f"{file.path}: llama.cpp cannot copy the state of a {file.architecture} model, so its drafts cannot be "
                 "taken back; use another drafter"
@@ -104,7 +131,9 @@ def _open_own(options: DraftOptions, file: GGUFFile, target: Vocabulary, loaded:
             rows, last = min(model.n_vocab, len(target)), model.n_vocab - 1
             reading = OwnReading(context, rows, lambda ids: np.minimum(ids, last), hidden=False)
             return ModelDrafter(reading, owned=owned)
-        if dynamic is not None and not _multiplies(dynamic, context, embeddings):
+        if shared is not None and first is not None and first.dynamic is None:
+            dynamic = None
+        elif dynamic is not None and shared is None and not _multiplies(dynamic, context, embeddings):
             if options.vocab != AUTO:
                 raise EngineError(
                     f"{file.path}: llama.cpp's logits are not the product of its head and the hidden states that it "

@@ -136,7 +136,7 @@ class OwnReading:
     def _step(self, pending: Sequence[int]) -> Step:
         if not self._hidden:
             return Step(self._cut(self.reader.read(pending, 1)[0]), _NO_STATE)
-        if len(pending) > self.context.n_outputs:
+        if len(pending) > self.context.n_outputs // self.context.n_parallel:
             self.reader.read(pending[:-1], 0)
             pending = pending[-1:]
         logits = self._cut(self.reader.read(pending, len(pending), hidden=True)[-1])

@@ -14,6 +14,7 @@ from llamabase.errors import EngineError
 from llamabase.llama.context import Context
 from llamabase.llama.ggml import release_threads
 from llamabase.llama.library import Closing
+from llamabase.llama.meeting import Meeting
 from llamabase.llama.model import Model
 from llamabase.llama.rounds import LONGEST
 from llamabase.sampling.noise import Noise
@@ -38,32 +39,50 @@ OUTPUTS = 32  # tokens of a round
 
 
 class Engine(Closing):
-    """One conversation of a target and, if there is one, its drafter. `shared`: the weights of another engine, which
-    must be closed after this one.
+    """One conversation of a target and, if there is one, its drafter. `first`: another one of the same weights, which
+    must be closed after this one. `n_parallel`: how many conversations there may be, which share the cache.
 
     Raises EngineError or FileFormatError if a file does not load, and VocabularyMismatch for a wrong pair.
     """
 
-    def __init__(self, options: LoadOptions, shared: Weights | None = None) -> None:
-        self.weights = shared or Weights(options)
+    def __init__(self, options: LoadOptions, n_parallel: int = 1, first: Engine | None = None) -> None:
+        self.weights: Weights = Weights(options) if first is None else first.weights
+        self.context: Context
+        self.taken: set[int]  # numbers of sequences of its cache
         self.model: Model = self.weights.model
         self.drafter: ModelDrafter | None = None
         self._auto: AutoDrafter | None = None
         self._opened = contextlib.ExitStack()
         try:
-            if shared is None:
+            if first is None:
                 self._opened.callback(self.weights.close)
-            self._open(options)
+            self._open(options, n_parallel, first)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, options: LoadOptions) -> None:
+    def _open(self, options: LoadOptions, n_parallel: int, first: Engine | None) -> None:
         model = self.model
-        n_ctx = min(options.n_ctx or model.n_ctx_train, model.n_ctx_train)
-        self.context = Context(model, n_ctx, options.context_params, n_outputs=OUTPUTS, rewinds=REWINDS)
+        n_ctx = options.n_ctx or model.n_ctx_train
+        if first is not None and first.context.n_parallel > 1:
+            place = min(set(range(first.context.n_parallel)) - first.taken)
+            self.context, self.taken = first.context.beside(place), first.taken
+            self.taken.add(place)
+            self._opened.callback(self.taken.discard, place)
+        else:
+            n_parallel = n_parallel if self.weights.may_share_cache else 1
+            outputs = max(OUTPUTS, n_parallel * (LONGEST + 1))
+            self.context = Context(
+                model,
+                n_ctx if n_parallel > 1 else min(n_ctx, model.n_ctx_train),
+                options.context_params,
+                n_outputs=outputs,
+                rewinds=REWINDS,
+                n_parallel=n_parallel,
+            )
+            self.taken = {0}
         self._opened.callback(self.context.close)
-        if not self.context.goes_back([0, 1]):
+        if not self.context.sequence and not self.context.goes_back([0, 1]):
             if options.draft is not None:
                 raise EngineError(
                     f"{model.path}: llama.cpp cannot rewind the cache of a {self.weights.architecture} model, which "
@@ -74,7 +93,8 @@ class Engine(Closing):
         if options.draft is not None:
             drafting = options.of_drafter(options.draft, self.context.n_ctx)
             loaded = self.weights.draft_model
-            self.drafter = open_drafter(drafting, self.weights.vocabulary, self.context, loaded)
+            before = None if first is None else first.drafter
+            self.drafter = open_drafter(drafting, self.weights.vocabulary, self.context, loaded, before)
             self.weights.draft_model = self.drafter.reading.context.model
             self.weights.choose(self.drafter)
             self._opened.callback(self.drafter.close)
@@ -82,7 +102,26 @@ class Engine(Closing):
 
     def share_weights(self) -> Engine:
         """Another conversation over the same weights; close it before this one."""
-        return Engine(self.weights.options, self.weights)
+        return Engine(self.weights.options, first=self)
+
+    def forget(self) -> None:
+        """Empty the caches."""
+        for context in self.contexts:
+            context.rewind(0)
+        self.reader.settle()
+        if self.drafter is not None:
+            self.drafter.settle()
+
+    @property
+    def contexts(self) -> list[Context]:
+        """Those that read the text: the target's, and the drafter's if it has one of its own."""
+        own = [] if self.drafter is None else [self.drafter.reading.context]
+        return [self.context, *(context for context in own if isinstance(context, Context))]
+
+    def meet(self, meeting: Meeting) -> None:
+        """Compute beside other conversations, in batches with those of the same cache."""
+        for context in self.contexts:
+            context.meet(meeting, last=context is self.context)
 
     def close(self) -> None:
         self._opened.close()
@@ -159,7 +198,10 @@ class Engine(Closing):
             noise=Noise(seed),
             on_logits=on_logits,
         )
-        return rounds if self.weights.answers is None else _added(rounds, self.weights.answers)
+        rounds = rounds if self.weights.answers is None else _added(rounds, self.weights.answers)
+        if self.context.n_parallel == 1:
+            return rounds
+        return self.weights.company.seen(rounds, drafter, isinstance(drafter, AutoDrafter))
 
     def pieces(
         self, prompt: Sequence[int], sampling: Sampling, record: Record, stops: Sequence[str] = (), **settings: Any

@@ -11,6 +11,7 @@ from typing import Any
 from gguf_trim.format.companion import companion_of
 from gguf_trim.format.mtp import DrafterSource, OwnBlock
 from gguf_trim.format.state_fed import STATE_FED
+from gguf_trim.pairs.rivals import reads_text
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
@@ -21,6 +22,7 @@ from llamabase.llama.model import Model, ModelParams
 from llamabase.llama.template import ChatTemplate
 from llamabase.llama.timing import StepCost
 from runner.draft.auto import AutoDrafter
+from runner.draft.company import Company
 from runner.draft.contracts import AUTO
 from runner.draft.cost import DraftStats
 from runner.draft.drafters import ModelDrafter
@@ -132,6 +134,7 @@ class Weights(Closing):
         self._costs: tuple[StepCost, StepCost | None] | None = None
         self._vocab: object = None  # what costs have decided that drafters draft from
         self._stats = DraftStats()
+        self.company = Company()
 
     @cached_property
     def _key(self) -> str:
@@ -154,6 +157,14 @@ class Weights(Closing):
         if self._vocab in drafter.candidates:
             drafter.auto = str(self._vocab)
 
+    @property
+    def may_share_cache(self) -> bool:
+        """Whether conversations can share one cache: not of a recurrent target, whose states take much memory, nor with
+        a drafter that reads the target's states.
+        """
+        draft = self.options.draft
+        return not self.model.recurrent and (draft is None or (isinstance(draft, Path) and reads_text(draft)))
+
     def auto(self, reader: Reader, drafter: ModelDrafter | None) -> AutoDrafter:
         """Drafting by cost for a conversation. All conversations share what is measured and learned."""
         if self._costs is None:
@@ -161,7 +172,7 @@ class Weights(Closing):
         assert self._costs is not None
         if drafter is not None:
             self.choose(drafter)
-        return AutoDrafter(drafter, *self._costs, self._stats, self.answers)
+        return AutoDrafter(drafter, *self._costs, self._stats, self.answers, self.company)
 
     def close(self) -> None:
         if self._costs is not None:

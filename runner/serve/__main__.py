@@ -80,7 +80,7 @@ def main(
         door = Door(doing)
         with _Signals() as signals, _Http(uvicorn.Config(door, log_level="warning", lifespan="off"), listening) as http:
             stderr.print(f"{url} says what is being done until the model is ready", markup=False)
-            engine = open_measured(models, draft_max != 0)
+            engine = open_measured(models, draft_max != 0, serving["parallel"])
             name = alias or engine.model.path.stem
             server = Server(engine, Settings(name, sampling, draft_max, **serving))
             try:

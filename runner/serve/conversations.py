@@ -1,4 +1,4 @@
-"""Several remembered conversations over one pair, computed one request at a time in order of arrival.
+"""Conversations over one pair, computed together: each batch of the target holds the rows of all that go on.
 
 One thread computes. Each request goes on from the conversation that shares its beginning, so clients that take turns do
 not have their prompts read again.
@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from llamabase.llama.context import Context
+from llamabase.llama.meeting import Meeting
 from runner.draft.reading import shared
 from runner.loop.engine import Engine
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """Something to compute: `run` is called with the conversation that shares the longest prefix with the prompt.
 
@@ -47,7 +49,8 @@ class Slot:
 
 
 class Conversations:
-    """The engine's own conversation and, as they are needed, others over its weights, `n` in all.
+    """The engine's own conversation and, as they are needed, others over its weights, `n` in all, each computed as soon
+    as there is a job for it.
 
     At most `waiting` jobs wait; cancelled ones do not count.
     """
@@ -57,10 +60,12 @@ class Conversations:
         self._open = [engine]
         self._used = {engine: 0.0}  # when, by time.monotonic
         self._jobs: deque[Job] = deque()
-        self._running: Job | None = None
-        self._computing: Engine | None = None  # its conversation
+        self._running: dict[Job, Engine] = {}
         self._ending = False
         self._changed = threading.Condition()
+        self._meeting = Meeting()
+        self._meeting.make_room = self._make_room
+        engine.meet(self._meeting)
         self._thread = threading.Thread(target=self._work, name="computing", daemon=True)
         self._thread.start()
 
@@ -70,12 +75,14 @@ class Conversations:
             return sum(map(_wanted, self._jobs))
 
     @property
-    def busy(self) -> bool:
-        return self._running is not None
+    def busy(self) -> int:
+        """How many conversations are being computed."""
+        return len(self._running)
 
     @property
     def slots(self) -> list[Slot]:
-        slots = [Slot(len(engine.reader.held), engine is self._computing) for engine in tuple(self._open)]
+        computing = tuple(self._running.values())
+        slots = [Slot(len(engine.reader.held), engine in computing) for engine in tuple(self._open)]
         return slots + [Slot()] * (self.n - len(slots))
 
     def submit(self, job: Job) -> None:
@@ -90,10 +97,10 @@ class Conversations:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Begin no more jobs, and fail those that wait or run; the one that runs ends at its next batch."""
+        """Begin no more jobs, and fail those that wait or run; those that run end at their next batch."""
         with self._changed:
             self._ending = True
-            for job in (*([] if self._running is None else [self._running]), *self._jobs):
+            for job in (*self._running, *self._jobs):
                 job.failed(Unavailable("the server ends"))
                 job.cancelled.set()
             self._jobs.clear()
@@ -111,36 +118,61 @@ class Conversations:
         return True
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            try:
-                if _wanted(job):
-                    self._computing = engine = self._take(job.prompt)
-                    engine.set_cancel_check(partial(_wanted, job))
-                    job.run(engine)
-            except Exception as error:
-                job.failed(error)
-            finally:
-                self._running = self._computing = None
+        while self._took_jobs():
+            self._meeting.go_on()
 
-    def _next(self) -> Job | None:
-        """The job that came first, waiting for one; None at the end."""
+    def _took_jobs(self) -> bool:
+        """Begin the jobs that there are conversations for, waiting for one if nothing runs; False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ending or self._jobs)
-            self._running = None if self._ending else self._jobs.popleft()
-            return self._running
+            self._changed.wait_for(lambda: self._ending or self._jobs or self._running)
+            if self._ending and not self._running:
+                return False
+            jobs = list[Job]()
+            while self._jobs and len(self._running) + len(jobs) < self.n:
+                if _wanted(job := self._jobs.popleft()):
+                    jobs.append(job)
+        for job in jobs:
+            try:
+                self._running[job] = engine = self._take(job.prompt)
+            except Exception as error:  # no room for another conversation
+                job.failed(error)
+            else:
+                engine.set_cancel_check(partial(_wanted, job))
+                self._meeting.begin(partial(self._run, job, engine))
+        return True
+
+    def _run(self, job: Job, engine: Engine) -> None:
+        try:
+            if _wanted(job):
+                job.run(engine)
+        except Exception as error:
+            job.failed(error)
+        finally:
+            del self._running[job]
 
     def _take(self, prompt: Sequence[int]) -> Engine:
         """The conversation that the prompt goes on from, of whose tokens it shares at least half; else a new one, or
-        the one used least recently.
+        the one used least recently. None that is being computed.
         """
-        prefix = {engine: shared(engine.reader.held, prompt, len(prompt)) for engine in self._open}
-        best = max(self._open, key=lambda engine: (prefix[engine], -len(engine.reader.held)))
-        n_held = len(best.reader.held)
-        if n_held and (2 * prefix[best] < n_held or not prefix[best]):
+        computing = set(self._running.values())
+        free = [engine for engine in self._open if engine not in computing]
+        prefix = {engine: shared(engine.reader.held, prompt, len(prompt)) for engine in free}
+        best = max(free, key=lambda engine: (prefix[engine], -len(engine.reader.held)), default=None)
+        n_held = 0 if best is None else len(best.reader.held)
+        if best is None or (n_held and (2 * prefix[best] < n_held or not prefix[best])):
             if len(self._open) < self.n:
                 best = self.engine.share_weights()
+                best.meet(self._meeting)
                 self._open.append(best)
             else:
-                best = min(self._open, key=self._used.__getitem__)
+                best = min(free, key=self._used.__getitem__)
         self._used[best] = time.monotonic()
         return best
+
+    def _make_room(self, context: Context, n: int) -> None:
+        """Forget conversations that nobody computes, the one used least recently first, until n tokens fit a cache."""
+        computing = set(self._running.values())
+        idle = sorted((engine for engine in self._open if engine not in computing), key=self._used.__getitem__)
+        held = [each for engine in self._open for each in engine.contexts if each.cache == context.cache]
+        while idle and sum(each.n_past for each in held) + n > context.n_cells:
+            idle.pop(0).forget()

@@ -110,6 +110,8 @@ class Server:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
+        if settings.draft_max is None:
+            _ = engine.auto  # costs are measured now, not beside others
         self.conversations = Conversations(engine, settings.parallel, settings.waiting)
         self.metrics = Metrics(self.conversations)
         self.started = int(time.time())

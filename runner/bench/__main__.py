@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from runner.options import LOADING, Models, draft_max_option, model_options
 
 from . import demo, peers, runs
 from .card import REPORT, block, report_of, reports
+from .clients import CLIENTS, clients_table, measure
 from .figures import ALL, figures
 from .machine import bandwidth, describe, machine
 from .modes import AGAIN, AUTO, FIRST, KINDS, PLAIN, QUANT, RIVALS, SPEC, Files, find_files, names_of, with_rivals
@@ -63,6 +64,11 @@ def modes(text: str) -> list[str]:
         if colon:
             click.IntRange(1, LONGEST)(n)
     return list(dict.fromkeys(names(text)))
+
+
+def ways(text: str) -> list[str]:
+    """Ways to draft: plain, auto, or numbers of drafts."""
+    return [way if way in (PLAIN, AUTO) else str(click.IntRange(1, LONGEST)(way)) for way in names(text)]
 
 
 class Default(Commands):
@@ -289,6 +295,53 @@ def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None, 
     record["median_ratios"] = {name: quartiles[1] for name, quartiles in ratios(record).items()}
     record["paying"] = paying(record)
     return record
+
+
+@main.command("clients")
+@model_options
+@click.option(
+    "--clients", type=sizes, default="1,2,4,8", show_default=True, metavar="N,N,...", help="How many at once."
+)
+@click.option(
+    "--modes",
+    type=ways,
+    default="plain,1,3,auto",
+    show_default=True,
+    metavar="MODE,...",
+    help="plain, auto, or a number of drafts in every round.",
+)
+@click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
+@click.option("--limit", type=click.IntRange(1), help="How many prompts, spread over the tasks.")
+@click.option("-n", "--max-tokens", type=click.IntRange(2), default=96, show_default=True, help="Most per answer.")
+@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs of each kind.")
+@click.option("-o", "--output", type=FILE, help="Keep the record here.")
+def clients_command(
+    models: Callable[[], Models],
+    clients: list[int],
+    modes: list[str],
+    prompts: Path | None,
+    limit: int | None,
+    max_tokens: int,
+    repeat: int,
+    output: Path | None,
+) -> None:
+    """Answer several clients at once, each of which asks anew as soon as it is answered: tokens per second of all."""
+    CLIENTS.require(output)
+    chosen = runs.chosen(runs.prompts_of(prompts, None), [], limit)
+    pair = replace(models(), share_answers=False)  # a mode must not draft from the answers of others
+    with pair.open(max(clients)) as engine:
+        asked = [engine.prompt(list(prompt.messages)) for prompt in chosen]
+        record: dict[str, Any] = {
+            "machine": machine(),
+            "clients": clients,
+            "files": [describe(path) for path in (pair.target, pair.draft) if isinstance(path, Path)],
+            "prompts": [prompt.id for prompt in chosen],
+            "max_tokens": max_tokens,
+            "runs": measure(engine, asked, clients, modes, max_tokens, repeat),
+        }
+    click.echo(clients_table(record))
+    runs.write_record(record, output, CLIENTS)
+    _print_json(record)
 
 
 @main.command("report")

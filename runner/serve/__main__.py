@@ -36,7 +36,12 @@ BATCH = 1.5  # seconds that the last batch gets after that
 @click.option("--api-key", default="", envvar="LLAMA_API_KEY", metavar="KEY", help="The key that clients must send.")
 @click.option("-a", "--alias", metavar="NAME", help="The model's name for clients.  [default: its file's]")
 @click.option(
-    "-np", "--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Conversations remembered."
+    "-np",
+    "--parallel",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Conversations at once, and remembered.",
 )
 @click.option(
     "--queue", "waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait."

@@ -209,6 +209,17 @@ def test_a_full_cache_forgets_idle_conversations_and_fails_only_whom_it_must(toy
         company.close()
 
 
+def test_conversations_with_caches_of_their_own_are_not_in_company(toys, eager) -> None:
+    with (
+        Engine(LoadOptions(toys["target"], toys["good-trimmed"], n_ctx=256)) as engine,
+        engine.share_weights() as other,
+    ):
+        prompt = engine.model.tokenize(PROMPTS[0])
+        for each in (engine, other):
+            assert any(round_.drafted for round_ in each.rounds(prompt, SAMPLINGS["all ids"], max_tokens=N, seed=1))
+            assert each.auto._beside.n == 0
+
+
 def test_nothing_leaks(company: Company, eager) -> None:
     schedule = [
         Asked(i, PROMPTS[i % 4], sorted(SAMPLINGS)[i % 3], i % 4, (0, 3, None)[i % 3], "auto", 8, (None, 2)[i % 2])

@@ -172,7 +172,8 @@ class Weights(Closing):
         assert self._costs is not None
         if drafter is not None:
             self.choose(drafter)
-        return AutoDrafter(drafter, *self._costs, self._stats, self.answers, self.company)
+        company = self.company if reader.context.n_parallel > 1 else None  # of a cache of its own nobody shares batches
+        return AutoDrafter(drafter, *self._costs, self._stats, self.answers, company)
 
     def close(self) -> None:
         if self._costs is not None:

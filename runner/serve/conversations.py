@@ -60,7 +60,7 @@ class Conversations:
         self._open = [engine]
         self._used = {engine: 0.0}  # when, by time.monotonic
         self._jobs: deque[Job] = deque()
-        self._running: dict[Job, Engine] = {}
+        self._running: dict[Job, Engine | None] = {}  # None until a job has its conversation
         self._ending = False
         self._changed = threading.Condition()
         self._meeting = Meeting()
@@ -128,13 +128,15 @@ class Conversations:
             if self._ending and not self._running:
                 return False
             jobs = list[Job]()
-            while self._jobs and len(self._running) + len(jobs) < self.n:
+            while self._jobs and len(self._running) < self.n:
                 if _wanted(job := self._jobs.popleft()):
+                    self._running[job] = None  # so that `stop` finds it
                     jobs.append(job)
         for job in jobs:
             try:
                 self._running[job] = engine = self._take(job.prompt)
             except Exception as error:  # no room for another conversation
+                del self._running[job]
                 job.failed(error)
             else:
                 engine.set_cancel_check(partial(_wanted, job))

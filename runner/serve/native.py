@@ -142,7 +142,7 @@ def add_native(app: FastAPI, server: Server) -> None:
     @app.get("/slots")
     async def slots(request: Request) -> Response:
         if request.query_params.get("fail_on_no_slot") and all(slot.busy for slot in server.conversations.slots):
-            raise BadRequest("no slot is free: one request is computed at a time", status=503)
+            raise BadRequest("no slot is free: as many requests are computed as there are slots", status=503)
         facts = {"n_ctx": engine.context.n_ctx, "speculative": engine.drafter is not None}
         return JSONResponse([
             {"id": i, **facts, "is_processing": slot.busy, "n_prompt_tokens": slot.tokens}

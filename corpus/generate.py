@@ -68,8 +68,9 @@ def answers(
             token = chain.distribution(logits[0]).draw(noise, len(answer.prompt) + len(answer.tokens))
             chain.accept(token)
             answer.tokens.append(token)
-            if model.is_end(token) or len(answer.tokens) == max_tokens:
-                answer.finish = "stop" if model.is_end(token) else "length"
+            ended = model.is_end(token)
+            if ended or len(answer.tokens) == max_tokens:
+                answer.finish = "stop" if ended else "length"
             else:
                 logits = own.decode([token])
         own.rewind(0)

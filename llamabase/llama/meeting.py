@@ -14,8 +14,9 @@ import numpy as np
 from greenlet import getcurrent, greenlet
 
 from .context import CacheFull, Context, Part, read_parts
+from .rounds import LONGEST
 
-SHORT = 16  # tokens of a part that is always read whole: a round of the longest draft
+SHORT = LONGEST + 1  # tokens of a part that is always read whole: a round of the longest draft
 PIECE = 64  # tokens of long parts that the first batch takes beside others
 DELAY = 0.2  # seconds by which pieces of long parts may make a batch longer, for those that wait for it
 

@@ -17,9 +17,14 @@ def speed(tau: float, draft_max: int, step: float, verify: StepCost) -> float:
     return tau / (draft_max * step + verify.of(draft_max + 1))
 
 
-def best_fixed(chance: float, n: int, verify: StepCost, step: float) -> tuple[float, float]:
-    """(tokens, seconds) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`."""
-    rounds = [(sum(chance**i for i in range(m + 1)), verify.of(m + 1) + m * step) for m in range(1, n + 1)]
+def best_fixed(chance: float, n: int, verify: StepCost, step: float, together: int = 1) -> tuple[float, float]:
+    """(tokens, seconds) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`, of so
+    many conversations in one batch; `step` is that of all of them.
+    """
+    rounds = [
+        (together * sum(chance**i for i in range(m + 1)), verify.of(together * (m + 1)) + m * step)
+        for m in range(1, n + 1)
+    ]
     return max(rounds, key=lambda one: one[0] / one[1])
 
 

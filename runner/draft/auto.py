@@ -173,12 +173,9 @@ class AutoDrafter(Drafter):
         rounds brought beside fewer or more says little.
         """
         if not self._best:
-            n = 1 + self._beside.n
-            chance, tokens = self.stats.certainties.mean(USUAL, WEIGHT + self._answers), 1.0
-            for m in range(1, LONGEST + 1):
-                tokens += chance**m
-                seconds = self._verify.of(n * (m + 1)) + m * self._step.of(n)
-                self._best = max(self._best, n * tokens / seconds)
+            n, chance = 1 + self._beside.n, self.stats.certainties.mean(USUAL, WEIGHT + self._answers)
+            tokens, seconds = best_fixed(chance, LONGEST, self._verify, self._step.of(n), n)
+            self._best = tokens / seconds
         return self._best
 
     @property

@@ -17,7 +17,7 @@ from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import BUDGET, LOSS, AutoDrafter
-from runner.draft.company import Company
+from runner.draft.company import Company, Share
 from runner.draft.contracts import Proposal
 from runner.draft.cost import Chances, DraftStats, KeptLength, best, worths
 from runner.loop.engine import Engine
@@ -78,6 +78,8 @@ class World:
 
 class Simulated:
     """A ModelDrafter of a World."""
+
+    batched = True
 
     def __init__(self, world: World) -> None:
         self.world, self.seconds, self.held, self.acceptance, self.drafts = world, 0.0, 0, 0.0, 0
@@ -298,7 +300,7 @@ def test_reading_is_not_charged_to_rounds(monkeypatch: pytest.MonkeyPatch) -> No
     def speedup() -> float:
         auto = AutoDrafter(None, StepCost(dict(FLAT)), reading(QUICK, FLAT, 0.3))
         seconds_of(World(0.95, 0, StepCost(FLAT), reading(QUICK, FLAT, 0.3), prompt=100, tokens=40), auto)
-        assert auto._saved > 0
+        assert auto._company.saved > 0
         return auto.stats.speedup
 
     ahead = speedup()
@@ -340,7 +342,7 @@ def test_a_long_prompt_is_not_read_for_a_short_answer() -> None:
 
     for seed in range(20):
         answer(seed, prompt=20, tokens=16)
-    assert auto._saved > 100
+    assert auto._company.saved > 100
     assert answer(20, prompt=400, tokens=16) == 0
     assert answer(21, prompt=20, tokens=16) > 0
 
@@ -361,7 +363,7 @@ def test_a_drafter_that_is_known_is_not_tried_again() -> None:
 @given(st.floats(0, 1), st.integers(1, 16), st.floats(0, 0.1))
 def test_the_best_fixed_length_is_the_best_of_all(chance: float, n: int, step: float) -> None:
     verify = StepCost(dict(UNEVEN))
-    tokens, seconds = best_fixed(chance, n, verify, step)
+    tokens, seconds, _ = best_fixed(chance, n, verify, step)
     for m in range(1, n + 1):
         assert tokens / seconds >= sum(chance**i for i in range(m + 1)) / (verify.of(m + 1) + m * step) - 1e-9
 
@@ -432,7 +434,7 @@ def test_steps_are_observed_without_the_price_of_a_change_which_the_budget_pays(
         auto.learn(size - 1, size, 0, 1, GRAPHS[size] + CHANGE, GRAPHS[size] + CHANGE)
     assert auto._verify.of(1) == pytest.approx(GRAPHS[1]) and auto._verify.of(4) == pytest.approx(GRAPHS[4])
     lost = 40 * (GRAPHS[4] - GRAPHS[1]) + 79 * CHANGE  # the first batch changes the size for plain decoding, too
-    assert auto._saved == pytest.approx(-lost / GRAPHS[1])
+    assert auto._company.saved == pytest.approx(-lost / GRAPHS[1])
 
 
 def test_the_first_steps_of_a_gpu_do_not_decide_about_a_drafter() -> None:
@@ -511,23 +513,22 @@ def test_drafts_nothing_without_room() -> None:
     assert auto.draft([1, 1, 1, 1], 0, GREEDY, Noise(0)) == []
 
 
-def tokens_per_second(
-    verify: StepCost, draft: StepCost, acceptance: float, seed: int, n: int, fixed: int | None = None
-) -> float:
-    """Of n conversations in one batch, which draft by cost (fixed None) or all the same number."""
-    worlds = [World(acceptance, 100 * seed + i, verify, draft, tokens=256) for i in range(n)]
-    company, stats, autos = Company(), DraftStats(), []
-    for each in range(2):  # the pair is known
-        auto = AutoDrafter(None, copy.deepcopy(verify), copy.deepcopy(draft), stats)
-        seconds_of(World(acceptance, 1000 + each, verify, draft, tokens=256), auto)
+def together(
+    verify: StepCost, draft: StepCost, worlds: Sequence[World], stats: DraftStats, fixed: int | None = None
+) -> tuple[int, float]:
+    """(tokens, seconds) of conversations in one batch, which draft by cost (fixed None) or all the same number."""
+    company, autos = Company(), []
     drafters = [Simulated(world) for world in worlds]
     texts = [world.text[: world.prompt] for world in worlds]
-    for text, drafter in zip(texts, drafters, strict=True):
+    for drafter in drafters:
         auto = AutoDrafter(drafter, verify, draft, stats, company=company)  # type: ignore[arg-type]
-        auto.prepare(text, 256)
+        company.put(auto, Share())  # all come at once
         autos.append(auto)
-    total, emitted = 0.0, 0
-    for _ in range(80):
+    for text, auto, drafter in zip(texts, autos, drafters, strict=True):
+        if fixed != 0:
+            (auto if fixed is None else drafter).prepare(text, 256)
+    total, emitted, size = sum(drafter.seconds for drafter in drafters), 0, 0
+    while min(len(world.text) - len(text) for world, text in zip(worlds, texts, strict=True)) >= 20:
         rows, made = [], []
         for world, drafter, auto, text in zip(worlds, drafters, autos, texts, strict=True):
             before = drafter.drafts
@@ -542,31 +543,56 @@ def tokens_per_second(
             text += rest[: accepted + 1]
             drafter.held = min(drafter.held, len(text) - 1)
             rows.append((len(tokens) + 1, accepted))
-        taken = verify.of(sum(size for size, _ in rows))
+        last, size = size, sum(own for own, _ in rows)
+        taken = verify.of(size) + verify.change * (size != last)
         taken += sum(draft.of(sum(each > depth for each in made)) for depth in range(max(made)))
         total, emitted = total + taken, emitted + sum(accepted + 1 for _, accepted in rows)
-        for auto, (size, accepted) in zip(autos, rows, strict=True):
+        for auto, (own, accepted) in zip(autos, rows, strict=True):
             if fixed is None:
-                auto.learn(size - 1, size, accepted, accepted + 1, taken, verify.of(size))
-        if min(len(world.text) - len(text) for world, text in zip(worlds, texts, strict=True)) < 20:
-            break
-    return emitted / total
+                auto.learn(own - 1, own, accepted, accepted + 1, taken, verify.of(own))
+    return emitted, total
+
+
+def tokens_per_second(
+    verify: StepCost, draft: StepCost, acceptance: float, seed: int, n: int, fixed: int | None = None
+) -> float:
+    """Of n conversations in one batch, whose pair is known."""
+    stats = DraftStats()
+    for each in range(2):
+        auto = AutoDrafter(None, copy.deepcopy(verify), copy.deepcopy(draft), stats)
+        seconds_of(World(acceptance, 1000 + each, verify, draft, tokens=256), auto)
+    worlds = [World(acceptance, 100 * seed + i, verify, draft, tokens=192) for i in range(n)]
+    tokens, seconds = together(verify, draft, worlds, stats, fixed)
+    return tokens / seconds
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize(
-    ("costs", "steps"), [(UNEVEN, DRAFT), (FLAT, QUICK), (GRAPHS, SMALL)], ids=["uneven", "flat", "graphs"]
+    ("costs", "change", "steps"),
+    [(UNEVEN, 0.0, DRAFT), (FLAT, 0.0, QUICK), (GRAPHS, CHANGE, SMALL)],
+    ids=["uneven", "flat", "graphs"],
 )
 def test_several_in_one_batch_are_near_the_best_fixed_length_too(
-    costs: dict[int, float], steps: dict[int, float], acceptance: float, n: int
+    costs: dict[int, float], change: float, steps: dict[int, float], acceptance: float, n: int
 ) -> None:
     """With many it is that of none: plain batching."""
-    verify, draft = StepCost(costs), StepCost(steps)
+    verify, draft = StepCost(costs, change), StepCost(steps)
     speeds = {
-        fixed: np.mean([tokens_per_second(verify, draft, acceptance, seed, n, fixed) for seed in range(3)])
-        for fixed in (None, 0, 1, 2, 3, 5, 8)
+        fixed: np.mean([tokens_per_second(verify, draft, acceptance, seed, n, fixed) for seed in range(2)])
+        for fixed in (None, 0, 1, 2, 3, 5)
     }
     ours = speeds.pop(None)
-    # Where four rows cost less than two, two conversations would have to change together.
-    assert ours > (0.82 if n == 2 and costs is UNEVEN else 0.9) * max(speeds.values())
+    # Where four rows cost less than two, or a change of the batch costs, conversations would have to change together.
+    apart = n == 2 if costs is UNEVEN else n > 2 and change
+    assert ours > (0.8 if apart else 0.9) * max(speeds.values()) and ours > 0.9 * speeds[0]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_with_an_unknown_drafter_lose_one_budget(n: int) -> None:
+    """It is always wrong. They share the budget, whose steps are batches of all."""
+    verify, draft = StepCost(FLAT), reading(QUICK, FLAT, 1.0)
+    worlds = [World(0.0, i, verify, draft, tokens=256) for i in range(n)]
+    tokens, seconds = together(verify, draft, worlds, DraftStats())
+    lost = seconds / verify.of(n) - tokens / n
+    assert 4 < lost < BUDGET + LOSS * tokens / n + 1

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
 from llamabase.errors import EngineError
 from llamabase.llama import meeting as meetings
 from llamabase.llama.context import F32, Context, Part, read_parts
 from llamabase.llama.meeting import Meeting
 from llamabase.llama.model import Model
+from runner.bench.__main__ import main as bench
 from runner.bench.machine import resident
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
+from .hybrid_toys import write_hybrid
 from .test_same_text import SAMPLINGS
+from .test_serve import serving
+from .test_state_fed import SAMPLINGS as STATE_FED_SAMPLINGS
+from .toy import write_head, write_model, write_mtp
+from .toy_gemma import write_assistant, write_gemma4
 
 PROMPTS = ["tea and tea and the sea and tea and the", "a", "once more into the house of tea", "the king " * 24]
 N = 24
 MOST = 8
+FEW = STATE_FED_SAMPLINGS["few"]  # likely tokens, so that some drafts stand by chance
 
 
 @dataclass(frozen=True)
@@ -52,30 +63,32 @@ ASKED = st.builds(
     vocab=st.sampled_from(["auto", "trim", "context", "spec"]),
     leaves=st.sampled_from([None, None, 0, 3]),
 )
-FAMILIES = {"stock": "target", "wrong": "wrong", "trimmed": "good-trimmed", "spec": "spec-trimmed", "none": None}
+OURS = {"stock": "target", "wrong": "wrong", "trimmed": "good-trimmed", "spec": "spec-trimmed", "none": None}
+SHARED = [*OURS, "EAGLE-3", "MTP", "hybrid drafter"]  # whose targets' caches conversations share
+FAMILIES = [*SHARED, "hybrid target", "assistant"]
 
 
-@pytest.fixture(scope="module")
-def alone(toys) -> Iterator[Callable[[Asked], list[int]]]:
-    """What the target says by plain decoding, one answer after another."""
-    texts: dict[tuple, list[int]] = {}
-    with Engine(LoadOptions(toys["target"], n_ctx=256, cache=F32)) as engine:
-
-        def text(asked: Asked) -> list[int]:
-            key = asked.prompt, asked.sampling, asked.seed, asked.n
-            if key not in texts:
-                prompt, sampling = engine.model.tokenize(asked.prompt), SAMPLINGS[asked.sampling]
-                rounds = engine.rounds(prompt, sampling, max_tokens=asked.n, draft_max=0, seed=asked.seed)
-                texts[key] = [token for round_ in rounds for token in round_.tokens]
-            return texts[key]
-
-        yield text
+def pair_of(family: str, toys: dict[str, Path], folder: Path) -> tuple[Path, DrafterSource | None]:
+    """A target, and a drafter of the family."""
+    if family in OURS:
+        name = OURS[family]
+        return toys["target"], toys[name] if name else None
+    if family == "EAGLE-3":
+        return write_model(folder / "target.gguf", seed=1, n_layer=4), write_head(folder / "head.gguf")
+    if family == "MTP":
+        return write_mtp(folder / "target.gguf", "glm4moe", seed=1), OWN_BLOCK
+    if family == "assistant":
+        return write_gemma4(folder / "target.gguf"), write_assistant(folder / "assistant.gguf")
+    hybrid = write_hybrid(folder / "hybrid.gguf", "qwen35", seed=1)
+    return toys["target"] if family == "hybrid drafter" else hybrid, hybrid
 
 
 class Company:
-    """Engines over one cache, and a meeting of theirs."""
+    """Engines over one cache, a meeting of theirs, and one engine that says the same alone."""
 
-    def __init__(self, target, drafter, n_ctx: int = 1024) -> None:
+    def __init__(self, target: Path, drafter: DrafterSource | None, n_ctx: int = 1024) -> None:
+        self.plain = Engine(LoadOptions(target, n_ctx=256, cache=F32))
+        self.texts: dict[tuple, list[int]] = {}
         self.first = Engine(LoadOptions(target, drafter, n_ctx=n_ctx, cache=F32, cache_draft=F32), MOST)
         self.meeting = Meeting()
         self.free = [self.first, *(self.first.share_weights() for _ in range(MOST - 1))]
@@ -84,9 +97,18 @@ class Company:
             engine.meet(self.meeting)
         self.largest = 0
 
-    def say(self, schedule: list[Asked]) -> dict[int, list[int] | str]:
+    def alone(self, asked: Asked) -> list[int]:
+        """What the target says by plain decoding, one answer after another."""
+        key = asked.prompt, asked.sampling, asked.seed, asked.n
+        if key not in self.texts:
+            prompt, sampling = self.plain.model.tokenize(asked.prompt), SAMPLINGS[asked.sampling]
+            rounds = self.plain.rounds(prompt, sampling, max_tokens=asked.n, draft_max=0, seed=asked.seed)
+            self.texts[key] = [token for round_ in rounds for token in round_.tokens]
+        return self.texts[key]
+
+    def say(self, schedule: list[Asked]) -> dict[int, list[int]]:
         """The answers, by place in the schedule; of one whose client went away, what it heard."""
-        said: dict[int, list[int] | str] = {}
+        said: dict[int, list[int]] = {}
 
         def run(i: int, asked: Asked, engine: Engine) -> None:
             heard = list[int]()
@@ -116,31 +138,84 @@ class Company:
             step += 1
         return said
 
+    def require_said(self, schedule: list[Asked]) -> None:
+        """Each says what it says alone, or a beginning of that if its client goes away."""
+        said = self.say(schedule)
+        for i, asked in enumerate(schedule):
+            text = self.alone(asked)
+            assert said[i] == text[: len(said[i])]
+            assert asked.leaves is not None or said[i] == text
+        assert len(self.free) == MOST and not len(self.meeting)
+
     def close(self) -> None:
-        for engine in self.engines[::-1]:
+        for engine in [*self.engines[::-1], self.plain]:
             engine.close()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def company(toys, request) -> Iterator[Company]:
-    name = FAMILIES[request.param]
-    found = Company(toys["target"], toys[name] if name else None)
+@pytest.fixture(scope="module")
+def company(toys, request, tmp_path_factory) -> Iterator[Company]:
+    found = Company(*pair_of(request.param, toys, tmp_path_factory.mktemp("pair")))
     yield found
     found.close()
 
 
+each = partial(pytest.mark.parametrize, "company", indirect=True, scope="module")
+
+
+@each(argvalues=FAMILIES)
 @settings(max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=st.lists(ASKED, min_size=1, max_size=12))
-def test_each_says_what_it_says_alone(company: Company, alone, eager, schedule: list[Asked]) -> None:
-    said = company.say(schedule)
-    for i, asked in enumerate(schedule):
-        text = alone(asked)
-        assert said[i] == text[: len(said[i])]
-        assert asked.leaves is not None or said[i] == text
-    assert len(company.free) == MOST and not len(company.meeting)
+def test_each_says_what_it_says_alone(company: Company, eager, schedule: list[Asked]) -> None:
+    company.require_said(schedule)
 
 
-def test_they_share_batches(company: Company, alone, eager, monkeypatch) -> None:
+@each(argvalues=FAMILIES)
+def test_drafts_of_every_drafter_stand(company: Company, eager) -> None:
+    """Some of them, so the test above has seen it, also of heads that read states which a batch of several left."""
+    if company.first.drafter is None:
+        return
+    drafted = accepted = 0
+
+    def run(engine: Engine, seed: int) -> None:
+        nonlocal drafted, accepted
+        engine.set_cancel_check(lambda: True)
+        prompt = engine.model.tokenize(PROMPTS[0])
+        for round_ in engine.rounds(prompt, FEW, max_tokens=40, draft_max=3, seed=seed):
+            drafted, accepted = drafted + len(round_.drafted), accepted + round_.accepted
+
+    for seed, engine in enumerate(company.engines[:4]):
+        company.meeting.begin(partial(run, engine, seed))
+    while len(company.meeting):
+        company.meeting.go_on()
+    assert 0 < accepted <= drafted
+
+
+@each(argvalues=FAMILIES)
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interruption_leaves_them_usable(company: Company, eager, monkeypatch, after: bool) -> None:
+    """Ctrl-C before or after any batch: the meeting ends, and the next answers are right."""
+    schedule = [Asked(0, PROMPTS[i % 4], sorted(SAMPLINGS)[i % 3], i, (3, 0, None)[i % 3], "auto") for i in range(6)]
+    for at in (1, 2, 5, 9):
+        left = at
+
+        def interrupted(parts):
+            nonlocal left
+            left -= 1
+            rows = read_parts(parts) if left or after else []
+            if not left:
+                raise KeyboardInterrupt
+            return rows
+
+        monkeypatch.setattr(meetings, "read_parts", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            company.say(schedule)
+        company.meeting.close()
+        monkeypatch.setattr(meetings, "read_parts", read_parts)
+        company.require_said(schedule)
+
+
+@each(argvalues=SHARED)
+def test_they_share_batches(company: Company, eager, monkeypatch) -> None:
     """Four plain conversations take little more batches than one."""
     sizes = list[int]()
 
@@ -151,13 +226,13 @@ def test_they_share_batches(company: Company, alone, eager, monkeypatch) -> None
     monkeypatch.setattr(meetings, "read_parts", counted)
     schedule = [Asked(0, PROMPTS[0], "all ids", seed, 0, "auto") for seed in range(4)]
     said = company.say(schedule)
-    assert [said[i] for i in range(4)] == list(map(alone, schedule))
-    longest = max(map(len, map(alone, schedule)))
+    assert [said[i] for i in range(4)] == list(map(company.alone, schedule))
+    longest = max(map(len, map(company.alone, schedule)))
     assert len(sizes) <= longest + 4
     assert max(sizes) == 4
 
 
-def test_a_long_prompt_does_not_stop_the_others(toys, alone, monkeypatch) -> None:
+def test_a_long_prompt_does_not_stop_the_others(toys, monkeypatch) -> None:
     """While it is read, in pieces, an answer beside it goes on."""
     monkeypatch.setattr(meetings, "PIECE", 16)
     company, order = Company(toys["target"], None), list[str]()
@@ -220,23 +295,34 @@ def test_conversations_with_caches_of_their_own_are_not_in_company(toys, eager) 
             assert each.auto._beside.n == 0
 
 
-def test_nothing_leaks(company: Company, eager) -> None:
+def leave_nothing(company: Company, times: int) -> None:
+    """Sixty conversations, so many times: memory stays, and caches end empty."""
     schedule = [
         Asked(i, PROMPTS[i % 4], sorted(SAMPLINGS)[i % 3], i % 4, (0, 3, None)[i % 3], "auto", 8, (None, 2)[i % 2])
         for i in range(60)
     ]
     company.say(schedule)
-    before = None
-    for _ in range(4):
+    company.say(schedule)
+    gc.collect()
+    before = resident()
+    for _ in range(times):
         company.say(schedule)
-        gc.collect()
-        now = resident()
-        if before is not None:
-            assert now - before < 8 << 20
-        before = now
+    gc.collect()
+    assert resident() - before < 8 << 20
     for engine in company.engines:
         engine.forget()
         assert all(context.recount() == 0 for context in engine.contexts)
+
+
+@each(argvalues=["spec", "EAGLE-3", "hybrid target"])
+def test_nothing_leaks(company: Company, eager) -> None:
+    leave_nothing(company, 2)
+
+
+@pytest.mark.slow
+@each(argvalues=["spec", "EAGLE-3"])
+def test_ten_thousand_conversations_leave_nothing_behind(company: Company, eager) -> None:
+    leave_nothing(company, 84)
 
 
 @settings(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -264,3 +350,23 @@ def test_parts_of_one_batch_are_read_as_alone(toys, data) -> None:
                     assert row.shape == wanted.shape
                     assert not part.outputs or np.abs(row - wanted).max() <= 2e-2 * np.ptp(wanted)
                 assert part.context.recount() == len(text)
+
+
+def test_the_bench_asks_several_clients_and_servers_by_turns(toys, tmp_path: Path) -> None:
+    files = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"])]
+    out, prompts = tmp_path / "clients.json", tmp_path / "prompts.jsonl"
+    asked = ["clients", *files, "--clients", "1,2", "--modes", "plain,1", "--prompts", str(prompts), "-n", "8"]
+    prompts.write_text("".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate(PROMPTS[:3])))
+    with serving(Engine(LoadOptions(toys["target"], n_ctx=512, n_threads=1), 2), parallel=2) as (url, _):
+        done = CliRunner().invoke(bench, [*asked, "--server", f"plain-server={url}/", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["clients"], run["mode"]) for run in runs] == [
+        (n, mode) for n in (1, 2) for mode in ("plain", "1", "plain-server")
+    ]
+    assert {run["tokens"] for run in runs} == {24} and {len(run["first"]) for run in runs} == {3}
+    assert all(run["drafted"] > 0 for run in runs if run["mode"] == "1")
+    gone = CliRunner().invoke(bench, [*asked, "--server", f"gone={url}"])
+    assert gone.exit_code == 1 and f"Error: {url}: did not answer as llama-server does" in gone.output
+    for wrong in ("http://127.0.0.1", "auto=http://127.0.0.1", "x=127.0.0.1"):
+        assert CliRunner().invoke(bench, [*asked, "--server", wrong]).exit_code == 2

@@ -17,12 +17,12 @@ def speed(tau: float, draft_max: int, step: float, verify: StepCost) -> float:
     return tau / (draft_max * step + verify.of(draft_max + 1))
 
 
-def best_fixed(chance: float, n: int, verify: StepCost, step: float, together: int = 1) -> tuple[float, float]:
-    """(tokens, seconds) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`, of so
-    many conversations in one batch; `step` is that of all of them.
+def best_fixed(chance: float, n: int, verify: StepCost, step: float, together: int = 1) -> tuple[float, float, int]:
+    """(tokens, seconds, drafts) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`,
+    of so many conversations in one batch; `step` is that of all of them, and drafts are counted for one.
     """
     rounds = [
-        (together * sum(chance**i for i in range(m + 1)), verify.of(together * (m + 1)) + m * step)
+        (together * sum(chance**i for i in range(m + 1)), verify.of(together * (m + 1)) + m * step, m)
         for m in range(1, n + 1)
     ]
     return max(rounds, key=lambda one: one[0] / one[1])
@@ -34,6 +34,6 @@ def quickest(rates: Mapping[str, float], steps: Mapping[str, float], verify: Ste
     first.
     """
     rounds = {vocab: best_fixed(rate, LONGEST, verify, steps[vocab]) for vocab, rate in rates.items()}
-    speeds = {vocab: tokens / seconds for vocab, (tokens, seconds) in rounds.items()}
+    speeds = {vocab: tokens / seconds for vocab, (tokens, seconds, _) in rounds.items()}
     least = (1 - NOISE) * max(speeds.values())
     return max((vocab for vocab in rates if speeds[vocab] >= least), key=rates.__getitem__)

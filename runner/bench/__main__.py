@@ -71,6 +71,14 @@ def ways(text: str) -> list[str]:
     return [way if way in (PLAIN, AUTO) else str(click.IntRange(1, LONGEST)(way)) for way in names(text)]
 
 
+def named_url(text: str) -> tuple[str, str]:
+    """A server by a name of its own: NAME=http://HOST:PORT."""
+    name, equals, url = text.partition("=")
+    if not equals or name in ("", PLAIN, AUTO) or name.isdigit() or not url.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{text!r} is not NAME=http://HOST:PORT, with a name that no mode has")
+    return name, url.rstrip("/")
+
+
 class Default(Commands):
     """A group whose command `run` needs no name."""
 
@@ -310,6 +318,14 @@ def _stepped(files: Files, pair: Models, repeat: int, shape: str | None = None, 
     metavar="MODE,...",
     help="plain, auto, or a number of drafts in every round.",
 )
+@click.option(
+    "--server",
+    "servers",
+    type=named_url,
+    multiple=True,
+    metavar="NAME=URL",
+    help="Ask a server that runs already, too: ours or llama-server, of the same files.",
+)
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
 @click.option("--limit", type=click.IntRange(1), help="How many prompts, spread over the tasks.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=96, show_default=True, help="Most per answer.")
@@ -319,6 +335,7 @@ def clients_command(
     models: Callable[[], Models],
     clients: list[int],
     modes: list[str],
+    servers: tuple[tuple[str, str], ...],
     prompts: Path | None,
     limit: int | None,
     max_tokens: int,
@@ -337,7 +354,7 @@ def clients_command(
             "files": [describe(path) for path in (pair.target, pair.draft) if isinstance(path, Path)],
             "prompts": [prompt.id for prompt in chosen],
             "max_tokens": max_tokens,
-            "runs": measure(engine, asked, clients, modes, max_tokens, repeat),
+            "runs": measure(engine, asked, clients, modes, dict(servers), max_tokens, repeat),
         }
     click.echo(clients_table(record))
     runs.write_record(record, output, CLIENTS)

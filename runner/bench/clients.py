@@ -1,10 +1,16 @@
-"""How quick several clients are answered at once: a closed loop, in which each asks anew as soon as it is answered."""
+"""How quick several clients are answered at once: a closed loop, in which each asks anew as soon as it is answered.
+
+The engine answers them in this process, and servers that run beside it (ours, or llama-server) over HTTP.
+"""
 
 from __future__ import annotations
 
+import json
 import time
+import urllib.request
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -13,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from llamabase.cli.progress import progress
+from llamabase.errors import EngineError
 from llamabase.files import Kind, marked
 from llamabase.llama.meeting import Meeting
 from llamabase.sampling.settings import GREEDY
@@ -21,6 +28,7 @@ from runner.loop.engine import Engine
 from .modes import AUTO, PLAIN
 from .report import table
 
+PATIENCE = 600.0  # seconds that a server may be silent
 CLIENTS = Kind("holds no record of several clients", marked(b"{", b'"machine":', b'"clients":', b'"runs":'))
 
 
@@ -66,26 +74,73 @@ def answer_all(engines: Sequence[Engine], prompts: Sequence[list[int]], max_toke
     return loop
 
 
+def ask_all(url: str, n: int, prompts: Sequence[list[int]], max_tokens: int) -> Loop:
+    """The same of a server: n clients ask llama-server's `/completion`, which ours has, too, for greedy answers.
+
+    Raises EngineError if one is not answered.
+    """
+    loop, waiting = Loop(), deque(prompts)
+
+    def client(_: int) -> None:
+        while waiting:
+            asked = time.perf_counter()
+            first, timings = _answer(url, waiting.popleft(), max_tokens)
+            loop.first.append(first - asked)
+            drafted, accepted = timings.get("draft_n", 0), timings.get("draft_n_accepted", 0)
+            loop.tokens += timings["predicted_n"]
+            loop.drafted += drafted
+            loop.accepted += accepted
+            loop.rounds += timings["predicted_n"] - accepted
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(client, range(n)))
+    loop.seconds = time.perf_counter() - started
+    return loop
+
+
+def _answer(url: str, prompt: list[int], max_tokens: int) -> tuple[float, dict[str, Any]]:
+    """(when the first token of a streamed answer came, what the server says that the answer took)."""
+    asked = {"prompt": prompt, "n_predict": max_tokens, "temperature": 0, "stream": True, "cache_prompt": False}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/completion", json.dumps(asked).encode(), headers)
+    first, last = 0.0, dict[str, Any]()
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    first, last = first or time.perf_counter(), json.loads(line[6:])
+        return first, dict(last["timings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{url}: did not answer as llama-server does: {error!r}; see whether it runs") from error
+
+
 def measure(
     first: Engine,
     prompts: Sequence[list[int]],
     clients: Sequence[int],
     modes: Sequence[str],
+    servers: Mapping[str, str],
     max_tokens: int,
     repeat: int,
 ) -> list[dict[str, Any]]:
-    """Each number of clients in each mode, by turns, forwards and backwards alternately."""
+    """Each number of clients in each mode and of each server (URLs by name), by turns, forwards and backwards
+    alternately.
+    """
     _ = first.auto  # measures what steps cost, if that is not known
     engines = [first, *(first.share_weights() for _ in range(max(clients) - 1))]
-    runs = []
+    runs, ways = [], [*modes, *servers]
     try:
-        with progress("answering clients", len(clients) * len(modes) * repeat, "runs") as advance:
+        with progress("answering clients", len(clients) * len(ways) * repeat, "runs") as advance:
             for n in clients:
-                order = cycle((modes, modes[::-1]))
+                order = cycle((ways, ways[::-1]))
                 for _ in range(repeat):
                     for mode in next(order):
-                        draft_max = None if mode == AUTO else 0 if mode == PLAIN else int(mode)
-                        loop = answer_all(engines[:n], prompts, max_tokens, draft_max)
+                        if mode in servers:
+                            loop = ask_all(servers[mode], n, prompts, max_tokens)
+                        else:
+                            draft_max = None if mode == AUTO else 0 if mode == PLAIN else int(mode)
+                            loop = answer_all(engines[:n], prompts, max_tokens, draft_max)
                         runs.append({"clients": n, "mode": mode, **vars(loop)})
                         advance(1, f"{n} clients, {mode}: {loop.tokens / loop.seconds:.1f} tok/s")
     finally:

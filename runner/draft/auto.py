@@ -6,13 +6,14 @@ and what its seconds would bring otherwise is what all of them bring. Eight conc
 1. step cost: the seconds of a step by the number of its tokens, measured once and then followed (`StepCost`);
 2. chance: how sure a draft's source is of it, corrected by how often drafts as sure as that were accepted (`Chances`);
 3. speedup: the tokens of the drafter's recent rounds per plain-decoding step that their seconds equal;
-4. prior: each answer counts as one more round at the speedup of the best fixed draft length;
+4. prior: each answer counts as one more round at the speedup of the best fixed draft length, or in company makes what
+   was seen of drafts count for less;
 5. worth: what drafts should add in tokens, less what their seconds bring at the current speedup (`worths`); where a
    change of the batch size costs something, a length is kept until another would have brought more (`KeptLength`);
 6. suggestion: what followed before (`Lookup`) replaces the drafter if it brings more, else extends it;
 7. reading: the drafter is used if it should save more over the answer than reading the text up to here costs;
-8. budget: a session loses at most BUDGET and LOSS to plain decoding, whatever the other seven say; the drafter is
-   tried first, and suggestions leave half of BUDGET to that.
+8. budget: a session, of one conversation or of many, loses at most BUDGET and LOSS to plain decoding, whatever the
+   other seven say; the drafter is tried first, and suggestions leave half of BUDGET to that.
 """
 
 from __future__ import annotations
@@ -67,40 +68,43 @@ class AutoDrafter(Drafter):
         self.stats = stats or DraftStats()
         self._lookup = Lookup(answers)
         self._company, self._beside = company or Company(), NOTHING
-        self._best = 0.0  # `_together` of this round, once it is asked for
-        self._saved = 0.0  # plain steps that drafting has saved this session; negative if it has lost some
-        self._emitted = self._answers = 0
+        self._best: tuple[float, float, int] | None = None  # `_together` of this round, once it is asked for
         self._rest = 0.0  # expected tokens of the answer
         self._drafts: list[_Draft] = []  # of this round, whether or not they are verified
         self._drafting = 0.0  # seconds that the drafter's took to make
+        self._catching_up = 0.0  # those of them that belong to reading
         self._length = KeptLength()
         self._size = 0  # tokens of the answer's last batch; 0 before the first
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
-        self._answers, self._size = self._answers + 1, 0
-        self._rest = min((self._emitted + left / 2) / self._answers, left)
-        self._beside, self._best = self._company.beside(self), 0.0
-        drafter, stats = self._drafter, self.stats
+        company, drafter, stats = self._company, self._drafter, self.stats
+        company.answers, self._size = company.answers + 1, 0
+        self._rest = min((company.emitted + left / 2) / company.answers, left)
+        company.put(self, Share())
+        self._beside, self._best = company.beside(self), None
         if drafter is None:
             return
         plain, step = self._verify.of(1), self._step.of(1)
         # `acceptance` was measured on the text of the fit, which says too little of other text.
-        tokens, seconds = best_fixed(max(USUAL, drafter.acceptance), LONGEST, self._verify, step)
+        tokens, seconds, _ = best_fixed(max(USUAL, drafter.acceptance), LONGEST, self._verify, step)
         stats.observe(tokens, seconds / plain, 1.0 if stats.steps else WEIGHT)
+        if self._beside.n:
+            stats.certainties.fade()
         unread, before = drafter.unread(text), drafter.seconds
         if self._pays(unread):
+            plain, expected = self._plain, self._step.of(unread)
+            company.saved -= (expected - step) / plain  # before others begin to read, too
             drafter.prepare(text, left)
-            took = self._observed(unread, drafter.seconds - before + step)
-            self._saved -= (took - step) / self._plain
+            company.saved -= (self._observed(unread, drafter.seconds - before + step) - expected) / plain
 
     def draft(self, text: Sequence[int], n: int, sampling: Sampling, noise: Noise) -> list[int]:
-        self._drafts, self._drafting = list[_Draft](), 0.0
+        self._drafts, self._drafting, self._catching_up = list[_Draft](), 0.0, 0.0
         drafts = self._drafts
         if n <= 0:
             self._company.put(self, Share())
             return []
-        self._beside, self._best = self._company.beside(self), 0.0
+        self._beside, self._best = self._company.beside(self), None
         drafter, stats, lookup, verify, rows = self._drafter, self.stats, self._lookup, self._verify, self._beside.rows
         rate, most = 1 / self._now, self._budget
         lookup.follow(text)
@@ -121,9 +125,9 @@ class AutoDrafter(Drafter):
         chances = [draft.chance for draft in drafts]
         kept = self._length.choose(worths(chances, verify, rate, most=most, beside=rows), self._price(rate))
         if verify.change:
-            chances, step = (self._expected(drafts[:made], n), self._one) if made else (chances, 0.0)
+            chances, step = (self._expected(drafts[:made], n), self._share(made)) if made else (chances, 0.0)
             self._length.observe(worths(chances, verify, rate, step, beside=rows), kept)
-        self._company.put(self, Share(1 + kept, 1 + sum(accumulate(chances[:kept], mul))))
+        self._company.put(self, Share(1 + kept, 1 + sum(accumulate(chances[:kept], mul)), (made,)))
         return [draft.proposal.token for draft in drafts[:kept]]
 
     def _price(self, rate: float) -> float:
@@ -136,13 +140,14 @@ class AutoDrafter(Drafter):
 
     def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
         """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
-        drafts = list[_Draft]()
+        drafts, self._catching_up = list[_Draft](), self._step.of(unread) - self._step.of(1)
         before, most, beside = self.seconds, self._budget - self._step.of(unread) + self._step.of(1), self._beside.rows
         for made, proposal in enumerate(proposals, 1):
-            self._drafting += self._observed(unread, self.seconds - before)
+            self._drafting += self._observed(unread, self.seconds - before, made)
             unread, before = 1, self.seconds
             drafts.append(_Draft(proposal, self.stats.certainties))
-            worth = worths(self._expected(drafts, n), self._verify, rate, self._one, made, most, beside)
+            step = self._share(made + 1)
+            worth = worths(self._expected(drafts, n), self._verify, rate, step, made, most, beside)
             if self._length.choose(worth, self._price(rate)) <= made:
                 break
         return drafts
@@ -160,34 +165,40 @@ class AutoDrafter(Drafter):
     @property
     def _speedup(self) -> float:
         """Tokens of the drafter's rounds per plain-decoding step."""
-        return self._together * self._plain if self._beside.n else self.stats.speedup
+        return self._rate * self._plain
 
     @property
     def _rate(self) -> float:
         """Tokens per second of all, if drafters draft as they do."""
-        return self._together if self._beside.n else self.stats.speedup / self._plain
+        if not self._beside.n:
+            return self.stats.speedup / self._plain
+        tokens, seconds, _ = self._together
+        return tokens / seconds
 
     @property
-    def _together(self) -> float:
-        """Tokens per second if all conversations had the best fixed draft length, by what it costs beside so many: what
-        rounds brought beside fewer or more says little.
-        """
-        if not self._best:
-            n, chance = 1 + self._beside.n, self.stats.certainties.mean(USUAL, WEIGHT + self._answers)
-            tokens, seconds = best_fixed(chance, LONGEST, self._verify, self._step.of(n), n)
-            self._best = tokens / seconds
+    def _together(self) -> tuple[float, float, int]:
+        """`best_fixed` of all conversations: what rounds brought beside fewer or more of them says little."""
+        if self._best is None:
+            n, chance = 1 + self._beside.n, self.stats.certainties.mean(USUAL)
+            batched = self._drafter is not None and self._drafter.batched
+            step = self._step.of(n) if batched else n * self._step.of(1)
+            self._best = best_fixed(chance, LONGEST, self._verify, step, n)
         return self._best
 
-    @property
-    def _one(self) -> float:
-        """Seconds of one more draft: an equal part of a step in which all draft."""
-        n = 1 + self._beside.n
+    def _share(self, draft: int, expected: bool = True) -> float:
+        """Seconds of the draft of this number from 1 on: an equal part of a step of those that make as many, if they do
+        that in one batch. Expected of others are as many as they last made, and the best fixed length.
+        """
+        if self._drafter is None or not self._drafter.batched or not self._beside.n:
+            return self._step.of(1)
+        least = self._together[2] if expected else 0
+        n = 1 + sum(max(made, least) >= draft for made in self._beside.made)
         return self._step.of(n) / n
 
-    def _observed(self, read: int, seconds: float) -> float:
+    def _observed(self, read: int, seconds: float, draft: int = 0) -> float:
         """The seconds of a draft step as they count. Beside others the clock tells nothing of one's own part."""
         if self._beside.rows:
-            return self._one if read == 1 else self._step.of(read)
+            return self._share(draft, expected=False) if read == 1 else self._step.of(read)
         counted = self._step.counted(read, seconds)
         self._step.observe(read, seconds)
         return counted
@@ -195,7 +206,12 @@ class AutoDrafter(Drafter):
     @property
     def _budget(self) -> float:
         """Seconds that may be lost now."""
-        return self._plain * (BUDGET + LOSS * self._emitted + self._saved)
+        return self._most + self._plain * (LOSS * self._company.emitted + self._company.saved)
+
+    @property
+    def _most(self) -> float:
+        """The seconds of BUDGET: a plain step is one of all conversations."""
+        return BUDGET * self._verify.of(1 + self._beside.n)
 
     def _trial(self, unread: int) -> float:
         """The seconds of reading so many tokens and of as many steps as the drafter's prior counts for."""
@@ -203,32 +219,38 @@ class AutoDrafter(Drafter):
 
     def _reserve(self, unread: int) -> float:
         """The seconds of the budget that suggestions leave to a drafter that should pay."""
-        return min(self._trial(unread), BUDGET / 2 * self._plain) if self._speedup > 1 else 0.0
+        return min(self._trial(unread), self._most / 2) if self._speedup > 1 else 0.0
 
     def _pays(self, unread: int) -> bool:
-        """Whether to use the drafter. The budget must allow a trial, or the next step of one that has begun."""
+        """Whether to use the drafter. The budget must allow a trial, or the next step of one that has begun, and the
+        target must be prepared for a batch with drafts.
+        """
         saved, first = self._plain * (1 - 1 / self._speedup) * self._rest, self._step.of(unread)
         needed = self._trial(unread) if unread > LONGEST + 1 else first
-        return saved > first - self._step.of(1) and needed <= self._budget
+        may = any(self._verify.prepared(self._beside.rows + m + 1) for m in range(1, LONGEST + 1))
+        return may and saved > first - self._step.of(1) and needed <= self._budget
 
     def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
         # The first batch after a prompt is one of another size in any case.
         first, price = not self._size, self._verify.change if read != self._size else 0.0
-        self._size, rows = read, self._beside.rows
-        if rows:  # what the clock says is of all, and of the prompts that were read beside them
-            n = 1 + self._beside.n
+        modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
+        self._size, alone = read, not self._beside.rows
+        if not alone:  # what the clock says is of all, and of the prompts that were read beside them
+            self._beside = self._company.beside(self)  # now it is known what others put in
+            n, rows = 1 + self._beside.n, self._beside.rows
+            shares = sum(self._share(draft, expected=False) for draft in range(1, modelled + 1))
+            self._drafting = shares + self._catching_up * (modelled > 0)
             added = self._verify.of(rows + read) - self._verify.of(n)  # an equal part of it for each draft
             step = self._plain + added * (read - 1) / max(rows + read - n, 1)
         else:
             step = self._verify.counted(read, verify_seconds - price)
             self._verify.observe(read, step)
         plain, taken = self._plain, step if first else step + price
-        self._emitted += tokens
-        modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
+        self._company.emitted += tokens
         if made or modelled or taken > step:
-            self._saved += tokens - (self._drafting + taken) / plain
-        if modelled and not rows:  # without the seconds of catching up with the text, which belong to reading
-            self.stats.observe(tokens, (modelled * self._one + taken) / plain)
+            self._company.saved += tokens - (self._drafting + taken) / plain
+        if modelled and alone:  # without the seconds of catching up with the text, which belong to reading
+            self.stats.observe(tokens, (modelled * self._step.of(1) + taken) / plain)
         for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged
             draft.source.observe(draft.proposal.certainty, i < accepted)
 

@@ -26,20 +26,32 @@ R = TypeVar("R", bound=Seen)
 
 @dataclass(frozen=True)
 class Share:
-    """What n conversations put into a round: rows that the target verifies, and tokens that they should bring."""
+    """What conversations put into a round: rows that the target verifies, tokens that they should bring, and of each
+    the number of drafts that the drafter makes.
+    """
 
     rows: int = 1
     tokens: float = 1.0
-    n: int = 1
+    made: tuple[int, ...] = (0,)
+
+    @property
+    def n(self) -> int:
+        """The number of conversations."""
+        return len(self.made)
 
 
-NOTHING = Share(0, 0.0, 0)
+NOTHING = Share(0, 0.0, ())
 
 
 class Company:
-    """The conversations over one cache that go on now, by their drafters, and what each puts into a round."""
+    """The conversations over one cache that go on now, by their drafters, what each puts into a round, and what all
+    answers of the session came to.
+    """
 
     def __init__(self) -> None:
+        self.answers = 0
+        self.emitted = 0  # tokens
+        self.saved = 0.0  # plain steps that drafting has saved; negative if it has lost some
         self._shares: dict[Drafter, Share] = {}
 
     def beside(self, one: Drafter) -> Share:
@@ -48,7 +60,7 @@ class Company:
         if not others:
             return NOTHING
         rows, tokens = sum(share.rows for share in others), sum(share.tokens for share in others)
-        return Share(rows, tokens, len(others))
+        return Share(rows, tokens, sum((share.made for share in others), ()))
 
     def put(self, one: Drafter, share: Share) -> None:
         """A conversation has decided what it puts in, so that those that decide later know it."""
@@ -63,7 +75,7 @@ class Company:
             for round_ in rounds:
                 if not decides:
                     tokens = KEPT * tokens + (1 - KEPT) * len(round_.tokens)
-                    self.put(one, Share(1 + len(round_.drafted), tokens))
+                    self.put(one, Share(1 + len(round_.drafted), tokens, (len(round_.drafted),)))
                 yield round_
         finally:
             rounds.close()

@@ -30,10 +30,14 @@ class Chances:
         accepted, n = self.seen[_bin(claimed)]
         return (accepted + WEIGHT * claimed) / (n + WEIGHT)
 
-    def mean(self, prior: float, weight: float = WEIGHT) -> float:
+    def mean(self, prior: float) -> float:
         """The chance of a draft that is not made yet, of which nothing is claimed."""
         accepted = sum(accepted for accepted, _ in self.seen)
-        return (accepted + weight * prior) / (self.observed + weight)
+        return (accepted + WEIGHT * prior) / (self.observed + WEIGHT)
+
+    def fade(self) -> None:
+        """Have all that was seen count for as much less as one more observation of each claim would."""
+        self.seen = [[MEMORY * accepted, MEMORY * n] for accepted, n in self.seen]
 
     @property
     def observed(self) -> float:

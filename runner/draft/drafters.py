@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 
+from llamabase.llama.context import Context
 from llamabase.llama.model import Model
 from llamabase.llama.states import PairContext
 from llamabase.sampling.chain import Chain
@@ -104,6 +105,12 @@ class ModelDrafter(Drafter):
                     token,
                     partial(_certainty, row.max(), row, *_NOTHING_ADDED) if sampling.greedy else partial(q.of, token),
                 )
+
+    @property
+    def batched(self) -> bool:
+        """Whether the drafts of several conversations are computed in one batch: they share the drafter's cache."""
+        context = self.reading.context
+        return isinstance(context, Context) and context.n_parallel > 1
 
     @property
     def vocabs(self) -> list[str]:

@@ -23,6 +23,7 @@ from .cost import Chances, DraftStats
 from .drafters import ModelDrafter
 from .reading import Reader
 
+TOGETHER = (*VERIFY, 12, 16, 32)  # tokens of the batches in which the target's step is timed for conversations
 UNREAD = (1, 2, 4, 16, 64)  # tokens that a timed draft has to read first
 TURNS, PATIENCE = 4, 3.0  # timed steps of a size at most, and the seconds after which no others begin
 DAYS = 30  # age at which costs are measured again
@@ -33,10 +34,12 @@ DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # wh
 def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[StepCost, StepCost | None]:
     """The costs of verifying, and of drafting if there is a drafter: remembered under this key, or measured.
 
-    They decide what the drafter drafts from if nothing else is asked for (`ModelDrafter.auto`), and are of that.
+    They decide what the drafter drafts from if nothing else is asked for (`ModelDrafter.auto`), and are of that. They
+    are measured again if they were remembered of one conversation, and are wanted of several.
     """
     facts = recall("costs", key, DAYS)
     try:
+        _ = facts["verify"][str(_sizes(target)[-1])]
         verify = StepCost(facts["verify"], facts["change"])
         draft = None if drafter is None else StepCost(facts["draft"])
         if drafter is not None:
@@ -92,9 +95,18 @@ def measured_verify(target: Reader) -> tuple[dict[int, float], float]:
     context = target.context
     target.settle()  # an interruption may have cut the last measurement short
     target.keep([], 0)
-    sizes = [n for n in VERIFY if n <= min(context.n_outputs, context.n_ctx)]
-    seconds, change = in_rows({n: decode_step(context, n, after=0) for n in sizes}, TURNS // 2, patience=PATIENCE)
+    sizes = _sizes(target)
+    patience = PATIENCE * sum(sizes) / sum(VERIFY)  # larger batches take longer
+    steps = {n: decode_step(context, n, after=0) for n in sizes}
+    seconds, change = in_rows(steps, TURNS // 2, patience=patience)
     return {n: min(taken) for n, taken in seconds.items()}, change
+
+
+def _sizes(target: Reader) -> list[int]:
+    """Tokens of the batches in which the target's step is timed."""
+    context = target.context
+    sizes = TOGETHER if context.n_parallel > 1 else VERIFY
+    return [n for n in sizes if n <= min(context.n_outputs, context.n_ctx)]
 
 
 def measured_draft(drafter: ModelDrafter, target: Reader | None = None) -> dict[int, float]:

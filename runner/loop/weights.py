@@ -11,7 +11,6 @@ from typing import Any
 from gguf_trim.format.companion import companion_of
 from gguf_trim.format.mtp import DrafterSource, OwnBlock
 from gguf_trim.format.state_fed import STATE_FED
-from gguf_trim.pairs.rivals import reads_text
 from llamabase.errors import EngineError
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.tensors import ASSISTANT
@@ -159,11 +158,11 @@ class Weights(Closing):
 
     @property
     def may_share_cache(self) -> bool:
-        """Whether conversations can share one cache: not of a recurrent target, whose states take much memory, nor with
-        a drafter that reads the target's states.
+        """Whether conversations can share one cache: not of a recurrent target, whose states take much memory, nor of
+        one whose cache an assistant reads, too.
         """
         draft = self.options.draft
-        return not self.model.recurrent and (draft is None or (isinstance(draft, Path) and reads_text(draft)))
+        return not self.model.recurrent and not (isinstance(draft, Path) and GGUFFile(draft).architecture == ASSISTANT)
 
     def auto(self, reader: Reader, drafter: ModelDrafter | None) -> AutoDrafter:
         """Drafting by cost for a conversation. All conversations share what is measured and learned."""

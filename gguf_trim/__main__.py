@@ -1,4 +1,4 @@
-"""python -m gguf_trim: trim, verify, speculator, inspect, models, prepare, plan. Data on stdout, the rest on stderr."""
+"""python -m gguf_trim: trim, verify, speculator, export, inspect, models, prepare, plan. Data on stdout, the rest on stderr."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from corpus.__main__ import main as counting_commands
 from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.assistant import KEPT
+from gguf_trim.format.checkpoint import MARK, Checkpoint
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.memory_bound import draft_weights, step_bytes
 from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
+from gguf_trim.format.token_ids import TOKEN_IDS, write_json, write_pt
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
 from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command
@@ -37,10 +39,12 @@ from llamabase.llama.quantize import quantize
 
 from .cut import Cut, lay_out, move, require_outputs, write
 from .describe import describe
-from .keep import DEFAULT_K, MULTIPLE, choose_rows
+from .export import chosen_ids, listed_ids
+from .keep import DEFAULT_K, MULTIPLE, Keep, choose_rows
 from .prove import prove
 
 Auto = Literal["auto"]
+WRITERS = {"vllm": (".json", write_json), "sglang": (".pt", write_pt)}  # vLLM reads any other ending as a .pt
 STATES_OF = click.option("--target", type=FILE, help="The target, if DRAFTER or TRIMMED reads its states.")
 
 
@@ -66,7 +70,7 @@ def main() -> None:
 @click.option("--target", type=FILE, help="The target, for --k auto, which measures, and for an EAGLE-3 head.")
 @click.option("--requant", type=quantisation, metavar="TYPE", help="Requantise the trimmed file, to Q4_0 say.")
 @COUNTS
-@click.option("--keep", "keep_file", type=FILE, help="Token ids to keep, one a line, or a .gguf with a reduced head.")
+@click.option("--keep", "keep_file", type=FILE, help="Token ids to keep: a text, .json, .pt, .safetensors or .gguf.")
 @click.option("--exact-k", is_flag=True, help=f"Keep exactly K rows, not the next multiple of {MULTIPLE}.")
 @click.option("--mtp", is_flag=True, help="DRAFTER is a target: choose the rows that its own MTP block drafts from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -106,11 +110,7 @@ def trim_command(
     cut = lay_out(OWN_BLOCK if mtp else drafter, choose, drafter if mtp else target, multiple)
     # The plan is the result of a dry run, and commentary otherwise.
     click.echo(_plan_text(cut, output, mtp), err=not dry_run)
-    if cut.keep.n_forced_left_out:
-        stderr.print(
-            f"Warning: k = {cut.keep.k} leaves out {cut.keep.n_forced_left_out} of the tokens that are otherwise "
-            f"always kept (byte and control tokens); k = {cut.keep.k + cut.keep.n_forced_left_out} holds them all"
-        )
+    _warn_of_forced(cut.keep)
     if dry_run:
         return
     if if_needed and is_this_cut(output, cut):
@@ -124,6 +124,14 @@ def trim_command(
             quantize(made, made, requant, KEPT)
             move(made, output)
     click.echo(str(output))
+
+
+def _warn_of_forced(keep: Keep) -> None:
+    if keep.n_forced_left_out:
+        stderr.print(
+            f"Warning: k = {keep.k} leaves out {keep.n_forced_left_out} of the tokens that are otherwise "
+            f"always kept (byte and control tokens); k = {keep.k + keep.n_forced_left_out} holds them all"
+        )
 
 
 def _plan_text(cut: Cut, output: Path, mtp: bool) -> str:
@@ -194,6 +202,51 @@ def speculator_command(
     rates = ", ".join(f"{vocab} {rate:.3f}" for vocab, rate in speculator.acceptance.items())
     stderr.print(f"acceptance on answers that it was not fitted to: {rates}")
     click.echo(str(companion_path(trimmed)))
+
+
+@main.command("export")
+@click.argument("ids", type=FILE)
+@click.option("--to", type=click.Choice(["vllm", "sglang"]), help="Write their list: a .json or a .pt.")
+@click.option("--checkpoint", type=FILE, help="Cut this EAGLE-3 checkpoint instead, a .safetensors.")
+@click.option("-o", "--output", type=FILE, required=True)
+@click.option("--k", "-k", type=int, help=f"Ids to keep of counts.  [default: {DEFAULT_K}]")
+@click.option("--tokenizer", type=FILE, help="For counts: a GGUF of their vocabulary, for the tokens always kept.")
+def export_command(
+    ids: Path, to: str | None, checkpoint: Path | None, output: Path, k: int | None, tokenizer: Path | None
+) -> None:
+    """Write the ids of a trim for vLLM or SGLang. IDS: counts (.npz), a trimmed .gguf, or what --keep of trim takes."""
+    if (to is None) == (checkpoint is None):
+        raise click.UsageError("give one of --to and --checkpoint")
+    counted = ids.suffix == ".npz"
+    if counted and tokenizer is None:
+        raise click.UsageError(f"{ids} holds counts: give a GGUF of the same vocabulary as --tokenizer")
+    if not counted and (k is not None or tokenizer is not None):
+        raise click.UsageError(f"--k and --tokenizer are for counts (.npz), and {ids} names its ids")
+    head = None if checkpoint is None else Checkpoint.open(checkpoint)
+    if head is not None:
+        head.require_output(output)
+    else:
+        ending, write_ids = WRITERS[str(to)]
+        if output.suffix != ending:
+            raise TrimError(f"{output}: the output's name must end in {ending} for {to}")
+        TOKEN_IDS.require(output)
+    if counted and tokenizer is not None:
+        keep = chosen_ids(ids, tokenizer, k, None if head is None else head.has_row)
+        _warn_of_forced(keep)
+        kept = keep.ids
+        stderr.print(f"{keep.k} ids, {keep.coverage:.2%} of what was counted")
+    else:
+        kept = listed_ids(ids)
+        stderr.print(f"{len(kept)} ids")
+    if head is None:
+        write_ids(kept.tolist(), output)
+    else:
+        cut = head.cut(kept)
+        with progress("cutting the checkpoint", cut.n_bytes, "B") as advance:
+            config = head.write(cut, output, advance)
+        if config is None:
+            stderr.print(f"No config.json beside the checkpoint: set draft_vocab_size to {cut.metadata[MARK]} in yours")
+    click.echo(str(output))
 
 
 @main.command("inspect")

@@ -10,9 +10,8 @@ import numpy as np
 
 from corpus.counts import Counts
 from corpus.ready import ranking_counts
-from gguf_trim.format.state_fed import reduced_ids
-from llamabase.errors import FileFormatError, TrimError
-from llamabase.files import read_text
+from gguf_trim.format.token_ids import read_token_ids
+from llamabase.errors import TrimError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary, require_same
 
@@ -104,29 +103,16 @@ def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None
     return min(len(order), -(-k // REPACKED) * REPACKED)
 
 
-def read_keep_list(path: Path, n_rows: int) -> list[int]:
-    """Token ids from a text file, one a line; `#` begins a comment. Raises FileFormatError naming file and line."""
-    listed = []
-    for number, line in enumerate(read_text(path, "a list of token ids").splitlines(), 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        if not text.isdecimal() or len(text) > 18 or int(text) >= n_rows:
-            raise FileFormatError(f"{path}, line {number}: {text[:40]!r} is not a token id from 0 to {n_rows - 1}")
-        listed.append(int(text))
-    if not listed:
-        raise FileFormatError(f"{path}: holds no token ids; write one a line")
-    return listed
-
-
-def read_reduced(file: GGUFFile, vocabulary: Vocabulary, n_rows: int) -> list[int]:
-    """The token ids of a reduced head. Raises FileFormatError if a file has none, VocabularyMismatch for other ids."""
+def _require_vocabulary(file: GGUFFile, vocabulary: Vocabulary) -> None:
+    """Raise VocabularyMismatch if the ids of a reduced head mean other tokens."""
     if "tokenizer.ggml.tokens" in file.fields:
         require_same(vocabulary, Vocabulary(file))
-    ids = reduced_ids(file, n_rows, lambda why: FileFormatError(f"{file.path}: {why}; give a list of token ids"))
-    if ids is None:
-        raise FileFormatError(f"{file.path}: has no reduced head (no d2t); give one that has, or a list of token ids")
-    return [int(i) for i in ids]
+    known = file.get("gguf_trim.vocab_fingerprint")
+    if known is not None and known != vocabulary.fingerprint:
+        raise VocabularyMismatch(
+            f"{file.path}: was trimmed for another vocabulary ({known[:12]}) than that of {vocabulary.path} "
+            f"({vocabulary.fingerprint[:12]}); give one that was trimmed for this vocabulary, or a list of token ids"
+        )
 
 
 def choose_rows(
@@ -142,16 +128,15 @@ def choose_rows(
 ) -> Keep:
     """A ChooseRows: the most frequent ids by counts (None: the shipped counts), or those of a keep list.
 
-    A keep list is a text, or a .gguf with a reduced head. The number of ids is k, or the one that covers a share top_p
-    of the counts, or of those counted min_count times; without any of these the whole list, or DEFAULT_K rows at most.
+    A keep list is any file that read_token_ids reads. The number of ids is k, or the one that covers a share top_p of the
+    counts, or of those counted min_count times; without any of these the whole list, or DEFAULT_K rows at most.
     A list is filled up to a multiple in keep order.
     """
     listed = None
     if keep_file is not None:
         if keep_file.suffix == ".gguf":
-            ids = read_reduced(GGUFFile(keep_file), vocabulary, len(has_row))
-        else:
-            ids = read_keep_list(keep_file, len(has_row))
+            _require_vocabulary(GGUFFile(keep_file), vocabulary)
+        ids = read_token_ids(keep_file, len(has_row))
         if not has_row[ids].any():
             raise TrimError(f"{keep_file}: the head to be cut has a row for none of these ids; list ids that it has")
         listed = keep_listed(vocabulary, has_row, ids, k)

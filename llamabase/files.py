@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy as np
 import platformdirs
 
 from .errors import FileFormatError, TrimError
@@ -212,6 +213,30 @@ def copy_range(
         count -= moved
         advance(moved)
     out.seek(0, 2)
+
+
+def copy_rows(
+    source: BinaryIO,
+    offset: int,
+    row_bytes: int,
+    rows: np.ndarray,
+    out: BinaryIO,
+    advance: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Append the chosen rows (ascending) of a table that begins at `offset`, reading at most CHUNK bytes at a time."""
+    step = max(1, CHUNK // row_bytes)
+    for start in range(0, int(rows[-1]) + 1, step):
+        chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + step)] - start
+        if not len(chosen):
+            continue
+        count = int(chosen[-1]) + 1
+        source.seek(offset + start * row_bytes)
+        data = source.read(count * row_bytes)
+        if len(data) != count * row_bytes:
+            raise TrimError(f"{source.name}: ended early; the file changed while it was being read")
+        table = np.frombuffer(data, np.uint8).reshape(count, row_bytes)
+        out.write(table[chosen].tobytes())
+        advance(len(chosen) * row_bytes)
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:

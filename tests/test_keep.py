@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.counts import Counts
-from gguf_trim.keep import DEFAULT_K, choose_rows, keep_listed, read_keep_list
+from gguf_trim.format.token_ids import read_token_ids
+from gguf_trim.keep import DEFAULT_K, choose_rows, keep_listed
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary
@@ -154,7 +155,7 @@ def test_forced_tokens_that_a_head_lacks_leave_no_room_to_others(tmp_path: Path)
 def test_a_keep_list_with_comments_and_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "keep.txt"
     path.write_text("# the first\n3\n\n  1  # one\r\n3\n0\n", "utf-8")
-    assert read_keep_list(path, 4) == [3, 1, 3, 0]
+    assert read_token_ids(path, 4) == [3, 1, 3, 0]
 
 
 @pytest.mark.parametrize("line", ["x", "-1", "4", "1 2", "1.0", "²", "0x1", "9" * 5000])
@@ -162,7 +163,7 @@ def test_a_bad_line_of_a_keep_list_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "keep.txt"
     path.write_text(f"# ids\n0\n{line}\n", "utf-8")
     with pytest.raises(FileFormatError) as caught:
-        read_keep_list(path, 4)
+        read_token_ids(path, 4)
     message = str(caught.value)
     assert message.startswith(f"{path}, line 3: ") and "is not a token id from 0 to 3" in message
     assert len(message) < 300 and "\n" not in message
@@ -173,5 +174,5 @@ def test_keep_lists_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\0")
     for name, reason in (("empty.txt", "no token ids"), ("binary.txt", "cannot be read"), ("none", "cannot be read")):
         with pytest.raises(FileFormatError, match=reason) as caught:
-            read_keep_list(tmp_path / name, 4)
+            read_token_ids(tmp_path / name, 4)
         assert name in str(caught.value)

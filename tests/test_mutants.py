@@ -33,7 +33,7 @@ from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import Eagle3Head
-from gguf_trim.keep import read_keep_list
+from gguf_trim.format.token_ids import read_token_ids
 from gguf_trim.pairs.catalog import load_catalog
 from llamabase import store
 from llamabase.errors import TrimError
@@ -142,7 +142,7 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
             '"content": "é"}]}\n',
             load_prompts,
         ),
-        "keep.txt": ("# ids\n1\n2 # two\n599\n", lambda path: read_keep_list(path, 600)),
+        "keep.txt": ("# ids\n1\n2 # two\n599\n", lambda path: read_token_ids(path, 600)),
         "record.json": (json.dumps(record), lambda path: read_record(path, "make one")),
         "catalog.toml": (
             '[models.x]\nfile = "x.gguf"\nsize = 5\n'

@@ -13,8 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGUF_VERSION, GGUFValueType
 
-from llamabase.errors import TrimError
-from llamabase.files import CHUNK, copy_range
+from llamabase.files import copy_range, copy_rows
 
 from .reader import MAGIC, Tensor
 
@@ -38,8 +37,13 @@ class Piece:
         return self.tensor.shape if self.rows is None else (*self.tensor.shape[:-1], len(self.rows))
 
     @property
+    def row_bytes(self) -> int:
+        """Of a bias: one number."""
+        return self.tensor.n_bytes // self.tensor.shape[-1]
+
+    @property
     def n_bytes(self) -> int:
-        return self.tensor.n_bytes // self.tensor.shape[-1] * self.shape[-1]
+        return self.row_bytes * self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Output:
                 if piece.data is not None:
                     advance(out.write(piece.data))
                 elif piece.rows is not None:
-                    _copy_rows(origin, piece.tensor, piece.rows, out, advance)
+                    copy_rows(origin, piece.tensor.offset, piece.row_bytes, piece.rows, out, advance)
                 else:
                     copy_range(origin, piece.tensor.offset, piece.n_bytes, out, advance)
             advance(out.write(bytes(self._padding(piece.n_bytes))))
@@ -104,23 +108,3 @@ def field(key: str, value: str | int | float | bool | np.ndarray | list[str]) ->
         kind, form = next(_SCALARS[type_] for type_ in _SCALARS if isinstance(value, type_))
         data = struct.pack(form, value)
     return _text(key) + struct.pack("<I", kind) + data
-
-
-def _copy_rows(
-    source: BinaryIO, tensor: Tensor, rows: np.ndarray, out: BinaryIO, advance: Callable[[int], object]
-) -> None:
-    """Append the chosen rows (ascending), reading the table in chunks of at most CHUNK bytes."""
-    row_bytes = tensor.n_bytes // tensor.shape[-1]  # of a bias: one number
-    step = max(1, CHUNK // row_bytes)
-    for start in range(0, int(rows[-1]) + 1, step):
-        chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + step)] - start
-        if not len(chosen):
-            continue
-        count = int(chosen[-1]) + 1
-        source.seek(tensor.offset + start * row_bytes)
-        data = source.read(count * row_bytes)
-        if len(data) != count * row_bytes:
-            raise TrimError(f"{source.name}: ended early; the file changed while it was being read")
-        table = np.frombuffer(data, np.uint8).reshape(count, row_bytes)
-        out.write(table[chosen].tobytes())
-        advance(len(chosen) * row_bytes)

@@ -1,4 +1,7 @@
-"""python -m gguf_trim: trim, verify, speculator, export, inspect, models, prepare, plan. Data on stdout, the rest on stderr."""
+"""python -m gguf_trim: trim, verify, speculator, export, inspect, models, prepare, plan.
+
+Data on stdout, the rest on stderr.
+"""
 
 from __future__ import annotations
 
@@ -243,8 +246,8 @@ def export_command(
     else:
         cut = head.cut(kept)
         with progress("cutting the checkpoint", cut.n_bytes, "B") as advance:
-            config = head.write(cut, output, advance)
-        if config is None:
+            head.write(cut, output, advance)
+        if head.config is None:
             stderr.print(f"No config.json beside the checkpoint: set draft_vocab_size to {cut.metadata[MARK]} in yours")
     click.echo(str(output))
 

@@ -24,8 +24,8 @@ def chosen_ids(counts: Path, tokenizer: Path, k: int | None, has_row: np.ndarray
         has_row = np.ones(vocabulary.n_real, bool)
     elif len(has_row) < vocabulary.n_real:
         raise VocabularyMismatch(
-            f"{tokenizer}: has {vocabulary.n_real} tokens and the checkpoint's target {len(has_row)}; give a GGUF of the "
-            "model that the checkpoint was made for"
+            f"{tokenizer}: has {vocabulary.n_real} tokens and the checkpoint's target {len(has_row)}; give a GGUF of "
+            "the model that the checkpoint was made for"
         )
     return choose_rows(vocabulary, has_row & (np.arange(len(has_row)) < vocabulary.n_real), 1, k=k, counts=counts)
 

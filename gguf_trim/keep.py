@@ -128,8 +128,8 @@ def choose_rows(
 ) -> Keep:
     """A ChooseRows: the most frequent ids by counts (None: the shipped counts), or those of a keep list.
 
-    A keep list is any file that read_token_ids reads. The number of ids is k, or the one that covers a share top_p of the
-    counts, or of those counted min_count times; without any of these the whole list, or DEFAULT_K rows at most.
+    A keep list is any file that read_token_ids reads. The number of ids is k, or the one that covers a share top_p of
+    the counts, or of those counted min_count times; without any of these the whole list, or DEFAULT_K rows at most.
     A list is filled up to a multiple in keep order.
     """
     listed = None

@@ -1,6 +1,6 @@
 """Reads the table of a safetensors file, and writes new ones of whole tensors, chosen rows and new data.
 
-The safetensors package takes whole tensors in memory, and through numpy none of bfloat16. Here the tensors stay in their
+The safetensors package writes whole tensors from memory, and through numpy none of bfloat16. Here they stay in their
 file and are copied in chunks, as bytes.
 
 Format: https://huggingface.co/docs/safetensors. Eight bytes hold the length of the header, little-endian. The header is
@@ -23,7 +23,7 @@ from llamabase.errors import FileFormatError
 from llamabase.files import copy_range, copy_rows, require_regular
 
 MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors package
-_DTYPES = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "BOOL": np.dtype("?")}
+_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "BOOL": np.dtype("?")}
 
 
 @dataclass(frozen=True)

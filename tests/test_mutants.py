@@ -29,6 +29,7 @@ from corpus.counts import Counts
 from corpus.prompts import load_prompts
 from gguf_trim.cut import lay_out
 from gguf_trim.describe import describe
+from gguf_trim.format.checkpoint import Checkpoint
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
@@ -52,6 +53,7 @@ from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
 
 from .conftest import copy_trimmed, keep_first
+from .test_export import checkpoint, write_list
 from .test_soak import own_memory
 from .toy import write_head, write_model, write_mtp
 
@@ -112,6 +114,12 @@ def read_block(path: Path) -> None:
     lay_out(OWN_BLOCK, keep_first(64), path)
 
 
+def read_checkpoint(path: Path) -> None:
+    opened = Checkpoint.open(path)
+    assert opened.cut(opened.ids[:5]).header
+    read_token_ids(path)
+
+
 def read_memory(path: Path) -> None:
     with patch.object(store, "memory_file", lambda: path):
         recall("costs", "key")
@@ -133,6 +141,8 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
     memory = folder / "remembered.sqlite"
     with patch.object(store, "memory_file", lambda: memory):
         remember("costs", "key", {"verify": {"1": 0.1}, "draft": {"1": 0.1}})
+    saved = write_list(folder / "map.pt", "int64.pt", [5, 599])
+    whole = checkpoint(folder / "checkpoint", ids[:20], config=False)
     texts: dict[str, tuple[str, Callable[[Path], object]]] = {
         "answers.jsonl": (json.dumps(answer) + "\n" + json.dumps(answer) + "\n", answered),
         "ids.json": (json.dumps({"a": [[5, 6], [8, 9]], "b": [[1], [2]]}), read_answers),
@@ -143,6 +153,7 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
             load_prompts,
         ),
         "keep.txt": ("# ids\n1\n2 # two\n599\n", lambda path: read_token_ids(path, 600)),
+        "map.json": (json.dumps({"0": 5, "1": 599}), lambda path: read_token_ids(path, 600)),
         "record.json": (json.dumps(record), lambda path: read_record(path, "make one")),
         "catalog.toml": (
             '[models.x]\nfile = "x.gguf"\nsize = 5\n'
@@ -162,6 +173,8 @@ def make_samples(folder: Path, toys: dict[str, Path]) -> dict[str, Sample]:
         "mtp": Sample(block, len(GGUFFile(block).header), read_block),
         "counts": Sample(folder / "c.npz", (folder / "c.npz").stat().st_size, Counts.load),
         "memory": Sample(memory, memory.stat().st_size, read_memory),
+        "pt": Sample(saved, saved.stat().st_size, lambda path: read_token_ids(path, 600)),
+        "checkpoint": Sample(whole, whole.stat().st_size, read_checkpoint),
     }
     for name, (text, read) in texts.items():
         (folder / name).write_text(text)
@@ -244,9 +257,9 @@ def samples(toys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return make_samples(tmp_path_factory.mktemp("samples"), toys)
 
 
-NAMES = ["model", "trimmed", "companion", "eagle3", "mtp", "counts", "memory", "answers.jsonl", "ids.json",
-         "answers2.jsonl", "prompts.jsonl", "keep.txt", "record.json", "catalog.toml", "talk.json",
-         "tau.json"]  # fmt: skip
+NAMES = ["model", "trimmed", "companion", "eagle3", "mtp", "counts", "memory", "pt", "checkpoint", "answers.jsonl",
+         "ids.json", "answers2.jsonl", "prompts.jsonl", "keep.txt", "map.json", "record.json", "catalog.toml",
+         "talk.json", "tau.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

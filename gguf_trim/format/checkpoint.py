@@ -12,6 +12,7 @@ config.json has the number of rows, as `draft_vocab_size`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from llamabase.files import Kind, marked, read_text, require_room, write_whole
 from llamabase.safetensors import Output, Piece, SafetensorsFile
 
 HEAD, D2T, T2D = "lm_head.weight", "d2t", "t2d"
+CONFIG, SIZE = "config.json", "draft_vocab_size"
 MARK = "gguf_trim.k"
 CHECKPOINT = Kind("was not made by this program", marked(b"", json.dumps(MARK).encode()))
 
@@ -45,6 +47,7 @@ class Checkpoint:
     file: SafetensorsFile
     ids: np.ndarray
     n_vocab: int  # of the target
+    config: dict[str, Any] | None  # of the file beside it, if there is one
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -67,23 +70,21 @@ class Checkpoint:
                 raise bad(f"the {tensor.n_bytes} bytes of its {name} are not {n_rows} rows")
         if (D2T in file.tensors) != (T2D in file.tensors):
             raise bad(f"it has only one of {D2T} and {T2D}")
+        beside = path.with_name(CONFIG)
+        config = _read_config(beside) if beside.exists() else None
         if D2T not in file.tensors:
-            return cls(file, np.arange(n_rows), n_rows)
+            return cls(file, np.arange(n_rows), n_rows, config)
         ids, has_row = ids_of_offsets(file), file.array(T2D)
         if len(ids) != n_rows:
             raise bad(f"its {D2T} has {len(ids)} entries and its head {n_rows} rows")
         if has_row.dtype != bool or has_row.ndim != 1 or not np.array_equal(np.sort(ids), np.flatnonzero(has_row)):
             raise bad(f"its {D2T} and {T2D} name different tokens")
-        return cls(file, ids, len(has_row))
+        return cls(file, ids, len(has_row), config)
 
     @cached_property
     def has_row(self) -> np.ndarray:
         """bool by target id."""
         return np.isin(np.arange(self.n_vocab), self.ids)
-
-    @property
-    def _config(self) -> Path:
-        return self.file.path.with_name("config.json")
 
     def cut(self, kept: np.ndarray) -> Output:
         """What a cut to the rows of these ids would write: pure, nothing is touched. Rows stay in their order.
@@ -105,61 +106,53 @@ class Checkpoint:
         ]
         return Output([*others, *tables], {**self.file.metadata, MARK: str(len(rows))})
 
-    def write(self, output: Output, out: Path, advance: Callable[[int], object] = lambda _: None) -> Path | None:
-        """Write a cut of this checkpoint, and beside it the config.json, if there is one; return its path.
-
-        Raises TrimError if a file of another kind has one of the names, and if the disk is full. Holds CHUNK bytes at a
-        time.
-        """
-        self.require_output(out)
-        require_room(out, output.n_bytes)
-        if not self._config.exists():
-            with open(self.file.path, "rb") as source, write_whole(out, CHECKPOINT) as file:
-                output.write(source, file, advance)
-            return None
-        config = self._read_config()
-        beside = out.with_name("config.json")
-        # Left in reverse order: config.json takes its name before the file that needs it does.
-        with (
-            open(self.file.path, "rb") as source,
-            write_whole(out, CHECKPOINT) as file,
-            write_whole(beside, self._other_size) as config_file,
-        ):
-            output.write(source, file, advance)
-            file.flush()  # what may fail fails before the config takes its name
-            k = int(output.metadata[MARK])
-            config_file.write(json.dumps({**config, "draft_vocab_size": k}, indent=2).encode() + b"\n")
-        return beside
-
     def require_output(self, out: Path) -> None:
         """Raise TrimError if a cut may not be written to `out`, with its config.json beside it."""
         if out.suffix != ".safetensors":
             raise TrimError(f"{out}: the name of a checkpoint must end in .safetensors")
         if out.parent.exists() and out.parent.samefile(self.file.path.parent):
-            raise TrimError(f"{out}: choose another folder than the checkpoint's, since the cut has its own config.json")
+            raise TrimError(f"{out}: name another folder than the checkpoint's, since the cut has its own config.json")
         CHECKPOINT.require(out)
-        if self._config.exists():
-            self._other_size.require_own(out.with_name("config.json"))
+        if self.config is not None:
+            self._other_size.require_own(out.with_name(CONFIG))
 
-    def _read_config(self) -> dict[str, Any]:
-        try:
-            config = json.loads(read_text(self._config))
-        except (ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict):
-            raise FileFormatError(f"{self._config}: is not a configuration in JSON; download it again")
-        return config
+    def write(self, output: Output, out: Path, advance: Callable[[int], object] = lambda _: None) -> None:
+        """Write a cut of this checkpoint, and its config.json beside it: both appear whole or not at all.
+
+        Raises TrimError as `require_output` does, and if the disk is full. Holds CHUNK bytes at a time.
+        """
+        self.require_output(out)
+        require_room(out, output.n_bytes)
+        # Left in reverse order: config.json takes its name before the file that needs it does.
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(open(self.file.path, "rb"))
+            file = stack.enter_context(write_whole(out, CHECKPOINT))
+            if self.config is not None:
+                config = {**self.config, SIZE: int(output.metadata[MARK])}
+                beside = stack.enter_context(write_whole(out.with_name(CONFIG), self._other_size))
+                beside.write(json.dumps(config, indent=2).encode() + b"\n")
+            output.write(source, file, advance)
+            file.flush()  # what may fail fails before config.json takes its name
 
     @property
     def _other_size(self) -> Kind:
-        """A config.json that differs from this checkpoint's in its draft_vocab_size alone."""
+        """A config.json that differs from this checkpoint's in its number of rows alone."""
 
         def known(path: Path) -> bool:
             try:
-                other = json.loads(read_text(path))
-            except (ValueError, RecursionError, FileFormatError):
+                other = _read_config(path)
+            except FileFormatError:
                 return False
-            size = {"draft_vocab_size": None}
-            return isinstance(other, dict) and {**other, **size} == {**self._read_config(), **size}
+            return {**other, SIZE: 0} == {**(self.config or {}), SIZE: 0}
 
         return Kind("is another model's", known)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{path}: is not a configuration in JSON; download it again")
+    return config

@@ -79,10 +79,11 @@ def _read_json(path: Path) -> list[int]:
 
 
 # All that torch.save writes of a list or a tensor. Others set attributes, or claim memory before it is read.
-_OPCODES = set(
-    "PROTO EMPTY_LIST EMPTY_TUPLE MARK TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS BININT BININT1 BININT2 LONG1 NEWFALSE "
-    "BINUNICODE GLOBAL BINPERSID REDUCE BINPUT LONG_BINPUT BINGET LONG_BINGET STOP".split()
-)
+_OPCODES = {
+    "PROTO", "STOP", "MARK", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "BININT", "BININT1", "BININT2", "LONG1", "NEWFALSE", "BINUNICODE", "GLOBAL", "REDUCE", "BINPERSID",
+    "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+}  # fmt: skip
 
 
 class _Unpickler(pickle.Unpickler):
@@ -90,7 +91,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, data: bytes, storage: Callable[[str], bytes]) -> None:
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and argument > len(data)):
+            if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and (argument or 0) > len(data)):
                 raise FileFormatError(f"its pickle has the opcode {opcode.name}")
         super().__init__(io.BytesIO(data))
         self._storage = storage

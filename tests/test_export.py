@@ -337,6 +337,12 @@ def test_a_list_becomes_any_other(toys, tmp_path: Path) -> None:
     assert sglang_ids(tmp_path / "hot.pt") == vllm_ids(tmp_path / "hot.json", []) == ids
 
 
+def test_a_list_is_exported_ascending_and_each_id_once(tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("5\n3\n5\n0\n")
+    run("export", tmp_path / "ids.txt", "--to", "vllm", "-o", tmp_path / "map.json")
+    assert json.loads((tmp_path / "map.json").read_text()) == [0, 3, 5]
+
+
 def test_without_pytorch_a_pt_is_refused(toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     done = run("export", toys["good-trimmed"], "--to", "sglang", "-o", tmp_path / "hot.pt", code=1)
@@ -422,6 +428,8 @@ def test_a_checkpoint_is_cut_by_counts_to_k_of_the_rows_that_it_has(toys, counts
     known = Vocabulary(GGUFFile(toys["target"]))
     has_row = np.isin(np.arange(600), had[had < known.n_real])
     assert target_ids(out) == choose_rows(known, has_row, 1, k=250, counts=counts).ids.tolist()
+    more = run("export", counts, *how, "-k", str(has_row.sum() + 1), code=1)
+    assert f"k must be between 1 and its {has_row.sum()} rows" in more.stderr  # of which none is padding
     small = checkpoint(tmp_path / "small", n_vocab=60)
     done = run("export", counts, *how[:2], "--checkpoint", small, "-o", out, code=1)
     assert f"has {known.n_real} tokens and the checkpoint's target 60" in done.stderr

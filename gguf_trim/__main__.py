@@ -239,7 +239,7 @@ def export_command(
         kept = keep.ids
         stderr.print(f"{keep.k} ids, {keep.coverage:.2%} of what was counted")
     else:
-        kept = listed_ids(ids)
+        kept = listed_ids(ids) if head is None else listed_ids(ids, head.n_vocab)
         stderr.print(f"{len(kept)} ids")
     if head is None:
         write_ids(kept.tolist(), output)

@@ -9,7 +9,7 @@ import numpy as np
 from gguf_trim.format.token_ids import read_token_ids
 from llamabase.errors import VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
-from llamabase.gguf.vocabulary import Vocabulary
+from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary
 
 from .keep import Keep, choose_rows
 
@@ -30,6 +30,6 @@ def chosen_ids(counts: Path, tokenizer: Path, k: int | None, has_row: np.ndarray
     return choose_rows(vocabulary, has_row & (np.arange(len(has_row)) < vocabulary.n_real), 1, k=k, counts=counts)
 
 
-def listed_ids(source: Path) -> np.ndarray:
+def listed_ids(source: Path, n_vocab: int = MOST_TOKENS) -> np.ndarray:
     """int64, the ids of a list or of a trimmed drafter, ascending and each once."""
-    return np.unique(np.array(read_token_ids(source), np.int64))
+    return np.unique(np.array(read_token_ids(source, n_vocab), np.int64))

@@ -75,11 +75,13 @@ class SafetensorsFile:
                 case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(end)]} if all(
                     type(n) is int and n >= 0 for n in shape
                 ):
+                    if not f"{name}{dtype}".isprintable():
+                        raise self._bad("its names are not text")
                     if not 0 <= first <= end <= size - begins:
                         raise self._bad(f"tensor {name} lies beyond the end of the file: the file is truncated")
                     tensors[name] = Tensor(name, dtype, tuple(shape), begins + first, end - first)
                 case _:
-                    raise self._bad(f"tensor {name} has no dtype, shape and data_offsets")
+                    raise self._bad(f"tensor {name!r} has no dtype, shape and data_offsets")
         return metadata, tensors
 
     def array(self, name: str) -> np.ndarray:
@@ -141,7 +143,7 @@ class Output:
                 "shape": list(piece.shape),
                 "data_offsets": [first, end],
             }
-        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 

@@ -233,11 +233,11 @@ class Evil:
 
 
 SAVED = {
-    "code": (pickle.dumps(Evil(), 2), "it holds a __builtin__.exec"),
+    "code": (pickle.dumps(Evil(), 2), "it holds '__builtin__.exec'"),
     "code in protocol 4": (pickle.dumps(Evil(), 4), "its pickle has the opcode"),
     "attributes": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.", "its pickle has the opcode EMPTY_DICT"),
     "memory": (b"\x80\x02]r\xff\xff\xff\x7f.", "its pickle has the opcode LONG_BINPUT"),
-    "another storage": (pickled_tensor("FloatStorage", 2), "it holds a torch.FloatStorage"),
+    "another storage": (pickled_tensor("FloatStorage", 2), "it holds 'torch.FloatStorage'"),
     "longer than its storage": (pickled_tensor("LongStorage", 2, size=9), "its tensor skips numbers"),
     "every second number": (pickled_tensor("LongStorage", 2, size=1, stride=2), "its tensor skips numbers"),
     "a text": (pickle.dumps(["1"], 2), "is not a flat list"),
@@ -399,7 +399,7 @@ def test_laws_of_a_cut_checkpoint(tmp_path_factory: pytest.TempPathFactory, had,
     opened, out = Checkpoint.open(source), folder / "cut" / "model.safetensors"
     kept = listed & set(range(60) if had is None else had)
     if len(kept) in (0, len(opened.ids)):
-        with pytest.raises(TrimError, match="has rows for no"):
+        with pytest.raises(TrimError, match=r"row for none of these ids|every row of the head is kept"):
             opened.cut(np.array(sorted(listed)))
         return
     opened.write(output := opened.cut(np.array(sorted(listed))), out)
@@ -460,6 +460,10 @@ def bad_checkpoints(folder: Path) -> dict[Path, str]:
         ({"lm_head.weight": rows, "d2t": ("I64", ids), "t2d": t2d}, "its d2t and t2d name different tokens"),
         ({"lm_head.weight": rows, "d2t": d2t, "t2d": ("I64", t2d[1])}, "name different tokens"),
         ({"lm_head.weight": rows, "d2t": ("F32", ids), "t2d": t2d}, "its d2t is F32"),
+        ({"lm_head.weight": ("U8", np.ones((4, 0)))}, "it has no lm_head.weight"),
+        ({"lm_head.weight": rows, "lm_head.bias": ("F32", np.ones((4, 0)))}, "the 0 bytes of its lm_head.bias"),
+        ({"lm_head.weight": rows, "a\nb": rows}, "its names are not text"),
+        ({"lm_head.weight": rows, "d2t": d2t, "t2d": t2d}, "every row of the head is kept"),
         ({"lm_head.weight": rows, "lm_head.scales": ("F32", np.ones(9))}, "give it unquantised"),
         ({"lm_head.weight": rows, "markov_head.weight": rows}, "no way to cut them is known"),
     ]
@@ -467,13 +471,15 @@ def bad_checkpoints(folder: Path) -> dict[Path, str]:
 
 
 def test_checkpoints_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "ids.json").write_text("[0, 3]")
+    (tmp_path / "ids.json").write_text("[0, 3, 5, 9]")
     for path, said in bad_checkpoints(tmp_path / "bad").items():
         out = tmp_path / "out" / "model.safetensors"
         done = run("export", tmp_path / "ids.json", "--checkpoint", path, "-o", out, code=1)
         assert said in done.stderr and str(path) in done.stderr
     assert not (tmp_path / "out").exists()
-    short = checkpoint(tmp_path / "short")
+    short = checkpoint(tmp_path / "short", n_vocab=9)
+    done = run("export", tmp_path / "ids.json", "--checkpoint", short, "-o", out, code=1)
+    assert "ids.json: names token 9, and there are 9" in done.stderr
     short.write_bytes(short.read_bytes()[:-1])
     with pytest.raises(FileFormatError, match="lies beyond the end of the file"):
         Checkpoint.open(short)

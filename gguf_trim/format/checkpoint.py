@@ -66,7 +66,7 @@ class Checkpoint:
                 raise bad(f"tensor {name} has rows that belong to those of the head, and no way to cut them is known")
             if name.startswith("lm_head.") and tensor.shape[:1] != (n_rows,):
                 raise bad(f"its {name} has not one row for each of the {n_rows} of {HEAD}; give it unquantised")
-            if name.startswith("lm_head.") and tensor.n_bytes % n_rows:
+            if name.startswith("lm_head.") and (not tensor.n_bytes or tensor.n_bytes % n_rows):
                 raise bad(f"the {tensor.n_bytes} bytes of its {name} are not {n_rows} rows")
         if (D2T in file.tensors) != (T2D in file.tensors):
             raise bad(f"it has only one of {D2T} and {T2D}")
@@ -89,11 +89,13 @@ class Checkpoint:
     def cut(self, kept: np.ndarray) -> Output:
         """What a cut to the rows of these ids would write: pure, nothing is touched. Rows stay in their order.
 
-        Raises TrimError if the head has a row for none of the ids, or for no other.
+        Raises TrimError if that is none, or all.
         """
         rows = np.flatnonzero(np.isin(self.ids, kept))
-        if len(rows) in (0, len(self.ids)):
-            raise TrimError(f"{self.file.path}: has rows for {'no others' if len(rows) else 'none'} of these ids")
+        if not len(rows):
+            raise TrimError(f"{self.file.path}: the head has a row for none of these ids; give ids that it has")
+        if len(rows) == len(self.ids):
+            raise TrimError(f"{self.file.path}: every row of the head is kept; give fewer ids")
         ids, tensors = self.ids[rows], self.file.tensors
         others = [
             Piece(tensor, rows if name.startswith("lm_head.") else None)

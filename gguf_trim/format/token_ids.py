@@ -98,7 +98,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise FileFormatError(f"it holds a {module}.{name}")
+            raise FileFormatError(f"it holds {f'{module}.{name}'[:60]!r}")
         return _KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:

@@ -21,14 +21,14 @@ from typing import Literal
 import click
 
 from corpus.__main__ import main as counting_commands
+from gguf_trim.exchange.checkpoint import MARK, Checkpoint
+from gguf_trim.exchange.token_ids import TOKEN_IDS, write_json, write_pt
 from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.fit.closed_form import attach
 from gguf_trim.format.assistant import KEPT
-from gguf_trim.format.checkpoint import MARK, Checkpoint
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.memory_bound import draft_weights, step_bytes
 from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
-from gguf_trim.format.token_ids import TOKEN_IDS, write_json, write_pt
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
 from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_trim.format.token_ids import read_token_ids
+from gguf_trim.exchange.token_ids import read_token_ids
 from llamabase.errors import VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import MOST_TOKENS, Vocabulary

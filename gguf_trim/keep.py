@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus.counts import Counts
 from corpus.ready import ranking_counts
-from gguf_trim.format.token_ids import read_token_ids
+from gguf_trim.exchange.token_ids import read_token_ids
 from llamabase.errors import TrimError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile
 from llamabase.gguf.vocabulary import Vocabulary, require_same

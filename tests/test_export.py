@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from corpus.counts import Counts
 from gguf_trim.__main__ import main as gguf_trim
-from gguf_trim.format.checkpoint import Checkpoint
-from gguf_trim.format.token_ids import TOKEN_IDS, read_token_ids, write_json, write_pt
+from gguf_trim.exchange.checkpoint import Checkpoint
+from gguf_trim.exchange.token_ids import TOKEN_IDS, read_token_ids, write_json, write_pt
 from gguf_trim.keep import choose_rows
 from llamabase import files
 from llamabase.errors import FileFormatError, TrimError

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.counts import Counts
-from gguf_trim.format.token_ids import read_token_ids
+from gguf_trim.exchange.token_ids import read_token_ids
 from gguf_trim.keep import DEFAULT_K, choose_rows, keep_listed
 from llamabase.errors import FileFormatError, TrimError, VocabularyMismatch
 from llamabase.gguf.reader import GGUFFile

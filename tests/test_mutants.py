@@ -29,12 +29,12 @@ from corpus.counts import Counts
 from corpus.prompts import load_prompts
 from gguf_trim.cut import lay_out
 from gguf_trim.describe import describe
-from gguf_trim.format.checkpoint import Checkpoint
+from gguf_trim.exchange.checkpoint import Checkpoint
+from gguf_trim.exchange.token_ids import read_token_ids
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.mtp import OWN_BLOCK, MtpBlock
 from gguf_trim.format.speculator import Speculator
 from gguf_trim.format.state_fed import Eagle3Head
-from gguf_trim.format.token_ids import read_token_ids
 from gguf_trim.pairs.catalog import load_catalog
 from llamabase import store
 from llamabase.errors import TrimError

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from gguf_trim.format.state_fed import reduced_ids
 from llamabase.errors import FileFormatError, TrimError
 from llamabase.files import Kind, read_text, require_regular, write_whole
 from llamabase.gguf.reader import GGUFFile
@@ -30,7 +31,6 @@ from llamabase.gguf.vocabulary import MOST_TOKENS
 from llamabase.safetensors import SafetensorsFile
 
 from .checkpoint import D2T, ids_of_offsets
-from .state_fed import reduced_ids
 
 VOCAB_MAP = "vocab_map"
 

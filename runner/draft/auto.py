@@ -69,7 +69,8 @@ class AutoDrafter(Drafter):
         self._lookup = Lookup(answers)
         self._company, self._beside = company or Company(), NOTHING
         self._best: tuple[float, float, int] | None = None  # `_together` of this round, once it is asked for
-        self._rest = 0.0  # expected tokens of the answer
+        self._mean = 0.0  # expected tokens of an answer
+        self._left = 0  # tokens that this one may still have
         self._drafts: list[_Draft] = []  # of this round, whether or not they are verified
         self._drafting = 0.0  # seconds that the drafter's took to make
         self._catching_up = 0.0  # those of them that belong to reading
@@ -80,8 +81,7 @@ class AutoDrafter(Drafter):
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
         company, drafter, stats = self._company, self._drafter, self.stats
         company.answers, self._size = company.answers + 1, 0
-        self._rest = min((company.emitted + left / 2) / company.answers, left)
-        company.put(self, Share())
+        self._mean, self._left = (company.emitted + left / 2) / company.answers, left
         self._beside, self._best = company.beside(self), None
         if drafter is None:
             return
@@ -225,7 +225,8 @@ class AutoDrafter(Drafter):
         """Whether to use the drafter. The budget must allow a trial, or the next step of one that has begun, and the
         target must be prepared for a batch with drafts.
         """
-        saved, first = self._plain * (1 - 1 / self._speedup) * self._rest, self._step.of(unread)
+        rest = min(self._mean, self._left)  # an answer that goes on is as far from its end as any
+        saved, first = self._plain * (1 - 1 / self._speedup) * rest, self._step.of(unread)
         needed = self._trial(unread) if unread > LONGEST + 1 else first
         may = any(self._verify.prepared(self._beside.rows + m + 1) for m in range(1, LONGEST + 1))
         return may and saved > first - self._step.of(1) and needed <= self._budget
@@ -247,6 +248,7 @@ class AutoDrafter(Drafter):
             self._verify.observe(read, step)
         plain, taken = self._plain, step if first else step + price
         self._company.emitted += tokens
+        self._left -= tokens
         if made or modelled or taken > step:
             self._company.saved += tokens - (self._drafting + taken) / plain
         if modelled and alone:  # without the seconds of catching up with the text, which belong to reading

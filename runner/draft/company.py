@@ -67,10 +67,11 @@ class Company:
         self._shares[one] = share
 
     def seen(self, rounds: Generator[R, None, None], one: Drafter, decides: bool) -> Generator[R, None, None]:
-        """The same rounds of one conversation, which is in company until the last. Unless it decides by itself what it
-        puts in, it should put in what it did before.
+        """The same rounds of one conversation, which is in company from before it reads its prompt until the last.
+        Unless it decides by itself what it puts in, it should put in what it did before.
         """
         tokens = 1.0
+        self.put(one, Share())
         try:
             for round_ in rounds:
                 if not decides:

@@ -32,7 +32,7 @@ from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
 from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command
-from llamabase.cli.command import FILE, THREADS, Commands, quantisation
+from llamabase.cli.command import FILE, THREADS, VERSION, Commands, quantisation
 from llamabase.cli.progress import progress, stderr
 from llamabase.errors import TrimError
 from llamabase.files import cache_folder, work_folder
@@ -60,6 +60,7 @@ def rows(value: str) -> int | Auto:
 
 
 @click.group(cls=Commands, commands=[plan_command, *counting_commands.commands.values()])
+@VERSION
 def main() -> None:
     """Cut the output head of a drafter's GGUF to the tokens that matter, and prove the cut."""
 

@@ -11,15 +11,18 @@ import sys
 
 import click
 
-from llamabase.cli.command import Commands
+from llamabase.cli.command import VERSION, Commands
 from runner.bench.__main__ import main as bench
 from runner.chat.__main__ import main as chat
 from runner.serve.__main__ import main as serve
 
 from .exact import main as exact
 
+NAMED = {"chat": chat, "serve": serve, "bench": bench, "exact": exact}
 
-@click.group(cls=Commands, commands={"chat": chat, "serve": serve, "bench": bench, "exact": exact})
+
+@click.group(cls=Commands, commands=NAMED)
+@VERSION
 def main() -> None:
     """Run a target with a trimmed drafter ahead of it; the text is exactly the target's."""
 

@@ -16,7 +16,7 @@ import click
 
 from gguf_trim.format.mtp import DrafterSource, drafter_source
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
-from llamabase.cli.command import FILE, THREADS
+from llamabase.cli.command import FILE, THREADS, more
 from llamabase.cli.progress import step
 from llamabase.errors import SettingError, TrimError
 from llamabase.files import read_text
@@ -77,7 +77,7 @@ def draft_max_option(default: str = AUTO) -> Callable[[Any], Any]:
         metavar="AUTO|N",
         default=default,
         show_default=True,
-        help="Tokens to draft in a round; 0 is plain decoding; auto: as many as pay here, by measured costs.",
+        help="Tokens to draft in a round; 0: none; auto: as many as pay here.",
     )
 
 
@@ -116,59 +116,50 @@ def open_measured(models: Callable[[], Models], measure: bool, n_parallel: int =
     return engine
 
 
-def _layers_option(*flags: str, help: str) -> Callable[[Any], Any]:
-    name = "n_gpu_layers_draft" if flags[0] == "-ngld" else "n_gpu_layers"
-    return click.option(*flags, name, type=_layers, metavar="N|all|auto", help=help)
-
-
 def _placing_options() -> list[Callable[..., Any]]:
     """Where the weights go and how they are loaded: the target's, and the drafter's variants that llama.cpp has."""
     devices: dict[str, Any] = {"metavar": "NAME,...", "type": str}
     overrides: dict[str, Any] = {"metavar": "PATTERN=BUFFER,...", "multiple": True}
     layers: dict[str, Any] = {"metavar": "N", "type": click.IntRange(0), "default": 0}
     return [
-        click.option("-dev", "--device", **devices, help="Devices that take layers; none: the CPU.  [default: all]"),
-        click.option(
+        more("-dev", "--device", **devices, help="Devices that take layers; none: the CPU.  [default: all]"),
+        more(
             *("-devd", "--device-draft", "--spec-draft-device"), **devices, help="The drafter's.  [default: --device]"
         ),
-        click.option(
+        more(
             *("-sm", "--split-mode"),
             type=click.Choice([*SPLIT_MODES]),
             default="layer",
             show_default=True,
             help="How several devices share a model.",
         ),
-        click.option(
-            "-ts", "--tensor-split", type=_shares, metavar="N0,N1,...", default="", help="Each device's share."
-        ),
-        click.option(
+        more("-ts", "--tensor-split", type=_shares, metavar="N0,N1,...", default="", help="Each device's share."),
+        more(
             *("-mg", "--main-gpu"),
             type=click.IntRange(-1),
             default=0,
             show_default=True,
             help="The device that takes all of it, with --split-mode none.",
         ),
-        click.option("-ot", "--override-tensor", **overrides, help="Memory for tensors of these names: exps=CPU."),
-        click.option(
-            *("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"), **overrides, help="The drafter's."
-        ),
-        click.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts on the CPU."),
-        click.option(*("-cmoed", "--cpu-moe-draft", "--spec-draft-cpu-moe"), is_flag=True, help="The drafter's."),
-        click.option("-ncmoe", "--n-cpu-moe", **layers, help="Keep those of the first N layers there."),
-        click.option(
+        more("-ot", "--override-tensor", **overrides, help="Memory for tensors of these names: exps=CPU."),
+        more(*("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"), **overrides, help="The drafter's."),
+        more("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts on the CPU."),
+        more(*("-cmoed", "--cpu-moe-draft", "--spec-draft-cpu-moe"), is_flag=True, help="The drafter's."),
+        more("-ncmoe", "--n-cpu-moe", **layers, help="Keep those of the first N layers there."),
+        more(
             *("-ncmoed", "--n-cpu-moe-draft", "--spec-draft-n-cpu-moe", "--spec-draft-ncmoe"),
             **layers,
             help="The drafter's.",
         ),
-        click.option(
+        more(
             *("-lm", "--load-mode"),
             type=click.Choice([*LOAD_MODES]),
             default="auto",
             show_default=True,
             help="How weights come into memory.",
         ),
-        click.option("--mmap/--no-mmap", default=None, help="The same in llama.cpp's older words."),
-        click.option("--mlock", is_flag=True, help="The same; beside --mmap or --no-mmap."),
+        more("--mmap/--no-mmap", default=None, help="The same in llama.cpp's older words."),
+        more("--mlock", is_flag=True, help="The same; beside --mmap or --no-mmap."),
     ]
 
 
@@ -198,7 +189,7 @@ def _placed(others: dict[str, Any]) -> dict[str, Any]:
 def _cache_options(which: str, whose: str) -> list[Callable[..., Any]]:
     """--cache-type-k and -v of one of the two models."""
     return [
-        click.option(
+        more(
             f"-ct{letter}{which[1:2]}",
             f"--cache-type-{letter}{which}",
             *([f"--spec-draft-type-{letter}"] if which else []),
@@ -246,14 +237,21 @@ def model_options(command: Any) -> Any:
         metavar="PATH",
         help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
     )
-    @_layers_option("-ngl", "--n-gpu-layers", "--gpu-layers", help="Layers on the GPU.  [default: llama.cpp's]")
-    @_layers_option(
-        *("-ngld", "--n-gpu-layers-draft", "--gpu-layers-draft", "--spec-draft-ngl"),
+    @click.option(
+        *("-ngl", "--n-gpu-layers", "--gpu-layers", "n_gpu_layers"),
+        type=_layers,
+        metavar="N|all|auto",
+        help="Layers on the GPU.  [default: llama.cpp's]",
+    )
+    @more(
+        *("-ngld", "--n-gpu-layers-draft", "--gpu-layers-draft", "--spec-draft-ngl", "n_gpu_layers_draft"),
+        type=_layers,
+        metavar="N|all|auto",
         help="The drafter's.  [default: --n-gpu-layers]",
     )
     @_options(*_placing_options())
     @THREADS
-    @click.option(
+    @more(
         *("-td", "--threads-draft", "--spec-draft-threads", "n_threads_draft"),
         type=click.IntRange(1, 512),
         help="The drafter's.  [default: --threads]",
@@ -266,13 +264,13 @@ def model_options(command: Any) -> Any:
         show_default=True,
         help="Tokens of context; 0: as many as the model was trained on.",
     )
-    @click.option(
+    @more(
         *("-b", "--batch-size", "n_batch"),
         type=click.IntRange(1),
         metavar="N",
         help="Most tokens of a call, so one more than can be drafted.  [default: --ubatch-size, at least 512]",
     )
-    @click.option(
+    @more(
         *("-ub", "--ubatch-size", "n_ubatch"),
         type=click.IntRange(1),
         metavar="N",
@@ -280,13 +278,13 @@ def model_options(command: Any) -> Any:
         show_default=True,
         help="Most tokens that are computed together.",
     )
-    @click.option(
+    @more(
         *("-kvo/-nkvo", "--kv-offload/--no-kv-offload", "offload_kqv"),
         default=True,
         show_default=True,
         help="Keep the KV cache of a device's layers there.",
     )
-    @click.option(
+    @more(
         *("-fa", "--flash-attn"),
         type=_flash,
         metavar="on|off|auto",
@@ -294,13 +292,13 @@ def model_options(command: Any) -> Any:
         show_default=True,
         help="Flash attention.",
     )
-    @click.option(
+    @more(
         *("-cd", "--draft-ctx", "--ctx-size-draft", "n_ctx_draft"),
         type=click.IntRange(64),
         help="Tokens that the drafter remembers, to save memory.  [default: --ctx-size]",
     )
     @_options(*_cache_options("", "the target's"), *_cache_options("-draft", "the drafter's"))
-    @click.option(
+    @more(
         "--vocab",
         type=click.Choice([FULL, *VOCABS]),
         default=AUTO,
@@ -358,7 +356,7 @@ def _template_kwargs(context: Any, option: Any, text: str | None) -> dict[str, A
     return found
 
 
-template_kwargs_option = click.option(
+template_kwargs_option = more(
     "--chat-template-kwargs",
     "template_kwargs",
     metavar="JSON",
@@ -429,7 +427,8 @@ def _setting(*flags: str, name: str, help: str) -> Callable[[Any], Any]:
     least = {"repeat_last_n": -1, "dry_penalty_last_n": -1}.get(name)
     kind = type(default) if least is None else click.IntRange(least)
     hidden = help.startswith("Refused")
-    return click.option(*flags, name, type=kind, default=default, show_default=True, help=help, hidden=hidden)
+    option = click.option if name == "temp" else more
+    return option(*flags, name, type=kind, default=default, show_default=True, help=help, hidden=hidden)
 
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
@@ -445,33 +444,33 @@ def sampling_options(command: Any) -> Any:
     """The samplers, the seed and the draft length; the command receives `sampling`, `seed` and `draft_max`."""
 
     @_options(*(_setting(*flags, name=name, help=text) for flags, name, text in SETTINGS))
-    @click.option(
+    @more(
         "--dry-sequence-breaker",
         "dry_sequence_breakers",
         multiple=True,
         metavar="STRING",
         help="Where a repetition ends, instead of those known; can be repeated; none: nowhere.",
     )
-    @click.option("--samplers", metavar="A;B;...", help="Which samplers, in this order: top_k;temp, say.")
-    @click.option(
+    @more("--samplers", metavar="A;B;...", help="Which samplers, in this order: top_k;temp, say.")
+    @more(
         "--sampler-seq",
         "--sampling-seq",
         "sampler_seq",
         metavar="LETTERS",
         help=f"The same in letters.  [default: {''.join(LETTERS[name] for name in DEFAULT)}]",
     )
-    @click.option(
+    @more(
         "-l",
         "--logit-bias",
         multiple=True,
         metavar="TOKEN_ID(+/-)BIAS",
         help="Make a token likelier or rarer: 15043+1, 15043-inf. Can be repeated.",
     )
-    @click.option("--grammar", metavar="GBNF", help="Constrain the answer to a grammar.")
-    @click.option("--grammar-file", type=FILE, help="The grammar in a file.")
-    @click.option("-j", "--json-schema", metavar="SCHEMA", help="Constrain the answer to JSON of a schema.")
-    @click.option("-jf", "--json-schema-file", type=FILE, help="The schema in a file.")
-    @click.option("-s", "--seed", type=_seed, metavar="N", help="Same seed, same text; -1: random.  [default: random]")
+    @more("--grammar", metavar="GBNF", help="Constrain the answer to a grammar.")
+    @more("--grammar-file", type=FILE, help="The grammar in a file.")
+    @more("-j", "--json-schema", metavar="SCHEMA", help="Constrain the answer to JSON of a schema.")
+    @more("-jf", "--json-schema-file", type=FILE, help="The schema in a file.")
+    @click.option("-s", "--seed", type=_seed, metavar="N", help="Same seed, same text; -1, the default: random.")
     @draft_max_option()
     @wraps(command)
     def with_sampling(

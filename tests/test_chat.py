@@ -416,7 +416,7 @@ def test_real_sigint_in_a_one_shot_run(pair) -> None:
 
 
 def test_help_names_the_options_as_llama_cpp_does() -> None:
-    text = invoke("--help").stdout
+    text = invoke("--help-all").stdout
     for option in ("model", "target", "draft", "prompt", "json", "threads", "ctx-size", "temp", "top-k", "top-p"):
         assert f"--{option}" in text
     for option in ("--min-p", "--seed", "--draft-max", "-ngl", "-sys, --system-prompt", "-f, --file"):

@@ -1,17 +1,28 @@
-"""What every command shares: exit codes, and errors that are one sentence on stderr."""
+"""What every command shares: exit codes, errors that are one sentence on stderr, help, versions and completion."""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 
 import click
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from llamabase.cli.command import Commands, OneCommand
+from corpus.__main__ import main as corpus
+from gguf_trim.__main__ import main as trim
+from llamabase import __version__
+from llamabase.cli.command import Commands, OneCommand, more
 from llamabase.cli.progress import progress
 from llamabase.errors import EngineError, FetchError, FileFormatError, TrimError, VocabularyMismatch
+from runner.__main__ import main as run
+
+SCREEN = 40  # lines of 80 columns
 
 
 def command(raised: BaseException, kind: str) -> tuple[click.Command, list[str]]:
@@ -62,3 +73,89 @@ def test_a_bar_is_one_line_and_names_its_units(columns: int, monkeypatch) -> Non
         advance(1.1e9)
     line = out.file.getvalue()
     assert line.count("\n") == 1 and line.startswith("join") and "1.1/1.1 GB" in line
+
+
+def contexts(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[click.Context]:
+    """A command's context, and those of its commands."""
+    context = click.Context(command, parent, info_name=name, terminal_width=80)
+    yield context
+    if isinstance(command, click.Group):
+        for below, one in command.commands.items():
+            yield from contexts(one, below, context)
+
+
+EVERY = [
+    one for main, name in ((trim, "gguf-trim"), (run, "gguf-run"), (corpus, "corpus")) for one in contexts(main, name)
+]
+
+
+@pytest.mark.parametrize("context", EVERY, ids=lambda context: context.command_path)
+def test_help_is_a_screen_and_help_all_names_every_option(context: click.Context) -> None:
+    """`--help` of a command that leaves something out says how to see it. Only refused options are in neither."""
+    short = context.get_help()
+    assert len(short.splitlines()) <= SCREEN
+    shown = [param for param in context.command.get_params(context) if isinstance(param, click.Option)]
+    shown = [param for param in shown if not param.hidden]
+    left_out = [param for param in shown if param.get_help_record(context) is None]
+    assert ("--help-all" in short) == bool(left_out)
+    for param in left_out:
+        assert f"{param.opts[-1]} " not in short
+    if left_out:
+        words = context.command_path.split()[1:]
+        main = run if context.find_root().info_name == "gguf-run" else trim
+        full = CliRunner().invoke(main, [*words, "--help-all"])
+        assert full.exit_code == 0 and all(param.opts[-1] in full.stdout for param in shown)
+
+
+def test_an_option_of_help_all_is_taken_like_any_other() -> None:
+    @click.command(cls=OneCommand)
+    @more("--rare", type=int, help="Rarely wanted.")
+    def main(rare: int | None) -> None:
+        click.echo(rare)
+
+    assert CliRunner().invoke(main, ["--rare", "3"]).stdout == "3\n"
+    assert "--rare" not in CliRunner().invoke(main, ["--help"]).stdout
+    assert "--rare INTEGER  Rarely wanted." in CliRunner().invoke(main, ["--help-all"]).stdout
+
+
+@pytest.mark.parametrize(("main", "name"), [(trim, "gguf-trim"), (run, "gguf-run")])
+def test_version_names_llama_cpps_build(main: click.Command, name: str) -> None:
+    said = CliRunner().invoke(main, ["--version"], prog_name=name).stdout
+    assert said.startswith(f"{name} {__version__}, llama-cpp-python {version('llama-cpp-python')}, llama.cpp ")
+    assert said.count("\n") == 1 and "ggml " in said
+
+
+def asks(typed: str) -> dict[str, str]:
+    """How bash asks for what may follow the typed words, by click's protocol."""
+    variable = f"_{typed.split()[0].replace('-', '_').upper()}_COMPLETE"
+    return {variable: "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(f"{typed}|".split()) - 1)}
+
+
+def completed(answer: str) -> set[str]:
+    return {line.partition(",")[2] for line in answer.splitlines()} - {""}
+
+
+@pytest.mark.parametrize(
+    ("main", "typed", "wanted"),
+    [
+        (trim, "gguf-trim c", {"count"}),
+        (trim, "gguf-trim trim --top", {"--top-p"}),
+        (run, "gguf-run ", {"bench", "chat", "exact", "serve"}),
+        (run, "gguf-run bench st", {"steps"}),
+        (run, "gguf-run chat --cache-type-k q8", {"q8_0"}),
+        (run, "gguf-run chat --mirostat", set()),
+        (run, "gguf-run bench --limit 3 --mo", {"--modes", "--model", "--model-draft"}),
+    ],
+)
+def test_the_shell_completes(main: click.Command, typed: str, wanted: set[str]) -> None:
+    answer = CliRunner().invoke(main, [], prog_name=typed.split()[0], env=asks(typed))
+    assert completed(answer.stdout) == wanted and answer.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("package", "typed", "wanted"), [("gguf_trim", "gguf-trim tr", {"trim"}), ("runner", "gguf-run ch", {"chat"})]
+)
+def test_the_installed_commands_are_completed(package: str, typed: str, wanted: set[str]) -> None:
+    words = [sys.executable, "-c", f"from {package} import command; command()"]
+    done = subprocess.run(words, env=os.environ | asks(typed), capture_output=True, text=True, check=True)
+    assert completed(done.stdout) == wanted and done.stderr == ""

@@ -119,7 +119,7 @@ def release_threads() -> None:
 
 
 def build() -> str:
-    """The version of ggml that llama.cpp was built with, and the commit."""
+    """The version of ggml that llama.cpp was built with, and llama.cpp's commit."""
     return f"{_ggml().ggml_version().decode()} {_ggml().ggml_commit().decode()}"
 
 

@@ -24,7 +24,7 @@ import click
 
 from corpus.prompts import Prompt, spread
 from gguf_trim.pairs.target_types import type_costs
-from llamabase.cli.command import FILE, Commands, quantisation
+from llamabase.cli.command import FILE, Commands, more, quantisation
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
 from llamabase.files import PLOT
@@ -83,7 +83,8 @@ class Default(Commands):
     """A group whose command `run` needs no name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--help" not in args[:1] and (not args or args[0] not in self.commands):
+        completing = ctx.resilient_parsing and not args  # then the names of its commands, too
+        if not completing and "--help" not in args[:1] and (not args or args[0] not in self.commands):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -100,9 +101,9 @@ def files_options(command: Any) -> Any:
     """The files to compare: the command receives what `find_files` takes."""
     for name, whose in (("target", "target"), ("draft", "drafter")):
         text = f"Requantise the {whose} first, to Q4_0 or Q8_0 for example."
-        command = click.option(f"--{name}-quant", type=quantisation, default="", metavar="TYPE", help=text)(command)
+        command = more(f"--{name}-quant", type=quantisation, default="", metavar="TYPE", help=text)(command)
     text = "Cut to each of these.  [default: --draft's]"
-    return full_option(click.option("--k", "ks", type=sizes, default="", metavar="K,K,...", help=text)(command))
+    return full_option(more("--k", "ks", type=sizes, default="", metavar="K,K,...", help=text)(command))
 
 
 @main.command("run")
@@ -117,15 +118,15 @@ def files_options(command: Any) -> Any:
     "requantised to what is quickest here; first: the first ids kept, uncounted.  [default: all but the last three]",
 )
 @click.option("--prompts", type=FILE, help="JSON lines.  [default: Spec-Bench if it is found, else the bundled ones]")
-@click.option("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
-@click.option("--tasks", type=names, default="", metavar="A,B,...", help="Only these tasks.")
+@more("--spec-bench", metavar="PATH|auto", help="Spec-Bench's question.jsonl.")
+@more("--tasks", type=names, default="", metavar="A,B,...", help="Only these tasks.")
 @click.option("--limit", type=click.IntRange(1), help="How many prompts, spread over the tasks.")
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=128, show_default=True, help="Most per answer.")
-@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
+@more("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
+@more("-s", "--seed", type=click.IntRange(0), default=0, show_default=True)
 @draft_max_option("3")
-@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Answers of each prompt and mode.")
-@click.option("--llama-cpp", type=FILE, help="A folder with llama.cpp's own tools, to run beside (docs/peers.md).")
+@more("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Answers of each prompt and mode.")
+@more("--llama-cpp", type=FILE, help="A folder with llama.cpp's own tools, to run beside (docs/peers.md).")
 @click.option("-o", "--output", type=FILE, help="Keep the record here, after every answer; continue one that is there.")
 @click.option("--plot", "picture", type=FILE, help="Draw the speeds by task, as a PNG.")
 def run_command(

@@ -217,7 +217,7 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
 @model_options
 @sampling_options
 @click.option("-p", "--prompt", help="Answer this once on stdout and exit; piped text follows it.")
-@click.option("-f", "--file", type=FILE, help="The same, with the prompt's text from a file.")
+@click.option("-f", "--file", type=FILE, help="The same, with the prompt from a file.")
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="The system message.")
 @template_kwargs_option
 @click.option(
@@ -225,7 +225,7 @@ def _given(prompt: str | None, file: Path | None) -> str | None:
     help="Most per answer; -1: as many as the context holds.",
 )  # fmt: skip
 @click.option("--show-draft", is_flag=True, help="On a terminal: show drafted text in green.")
-@click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record as the last line.")
+@click.option("--json", "as_json", is_flag=True, help="With --prompt: print the run's record last.")
 def main(
     models: Callable[[], Models],
     sampling: Sampling,

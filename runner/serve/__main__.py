@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from llamabase.cli.command import OneCommand
+from llamabase.cli.command import OneCommand, more
 from llamabase.cli.progress import doing, stderr
 from llamabase.errors import TrimError
 from llamabase.sampling.settings import Sampling
@@ -34,7 +34,7 @@ BATCH = 1.5  # seconds that the last batch gets after that
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
 @click.option("--api-key", default="", envvar="LLAMA_API_KEY", metavar="KEY", help="The key that clients must send.")
-@click.option("-a", "--alias", metavar="NAME", help="The model's name for clients.  [default: its file's]")
+@more("-a", "--alias", metavar="NAME", help="The model's name for clients.  [default: its file's]")
 @click.option(
     "-np",
     "--parallel",
@@ -43,16 +43,14 @@ BATCH = 1.5  # seconds that the last batch gets after that
     show_default=True,
     help="Conversations at once, and remembered.",
 )
-@click.option(
-    "--queue", "waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait."
-)
+@more("--queue", "waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
 @click.option(
     "--share-answers",
     is_flag=True,
     help="Draft from the answers of all conversations; timing may tell them of others'.",
 )
 @click.option("--metrics", is_flag=True, help="Serve figures at /metrics, for Prometheus.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="Accept pages from there; * for all. Can be repeated.")
+@more("--cors", multiple=True, metavar="ORIGIN", help="Accept pages from there; * for all. Can be repeated.")
 @template_kwargs_option
 @sampling_options
 def main(

@@ -1,4 +1,4 @@
-"""python -m gguf_trim: trim, verify, speculator, export, inspect, models, prepare, plan.
+"""python -m gguf_trim: trim, verify, speculator, export, inspect, models, prepare, plan, cache.
 
 Data on stdout, the rest on stderr.
 """
@@ -29,6 +29,7 @@ from gguf_trim.format.assistant import KEPT
 from gguf_trim.format.companion import Trimmed, companion_path
 from gguf_trim.format.memory_bound import draft_weights, step_bytes
 from gguf_trim.format.mtp import OWN_BLOCK, DrafterSource
+from gguf_trim.pairs.cached import cache_command
 from gguf_trim.pairs.catalog import USER_CATALOG, load_catalog
 from gguf_trim.pairs.prepare import NONE, is_this_cut, prepare
 from gguf_trim.plan.command import COUNTS, auto_k, pair_options, plan_command
@@ -59,7 +60,7 @@ def rows(value: str) -> int | Auto:
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
-@click.group(cls=Commands, commands=[plan_command, *counting_commands.commands.values()])
+@click.group(cls=Commands, commands=[plan_command, cache_command, *counting_commands.commands.values()])
 @VERSION
 def main() -> None:
     """Cut the output head of a drafter's GGUF to the tokens that matter, and prove the cut."""

@@ -81,7 +81,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -95,19 +96,24 @@ def _in_a_folder(path: Path) -> Path:
     return path
 
 
+def abandoned(path: Path) -> str | None:
+    """The name of the file that this temporary sibling was to become, if the process that wrote it is gone."""
+    match = re.fullmatch(r"\.(.+)\.(\d+)\.part", path.name)
+    return match[1] if match and not _alive(int(match[2])) else None
+
+
 @contextlib.contextmanager
 def _sibling(path: Path) -> Iterator[Path]:
     """The path of a temporary sibling, which is gone in the end, as are those that killed processes have left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.part")
     for other in path.parent.iterdir():
-        if (match := pattern.fullmatch(other.name)) and not _alive(int(match[1])):
-            _remove(other)
+        if abandoned(other) == path.name:
+            remove(other)
     part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         yield part
     finally:
-        _remove(part)
+        remove(part)
 
 
 @contextlib.contextmanager

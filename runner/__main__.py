@@ -1,4 +1,4 @@
-"""python -m runner, or gguf-run: chat, serve, bench, exact."""
+"""python -m runner, or gguf-run: chat, serve, bench, exact, cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 
 import click
 
+from gguf_trim.pairs.cached import cache_command
 from llamabase.cli.command import VERSION, Commands
 from runner.bench.__main__ import main as bench
 from runner.chat.__main__ import main as chat
@@ -18,7 +19,7 @@ from runner.serve.__main__ import main as serve
 
 from .exact import main as exact
 
-NAMED = {"chat": chat, "serve": serve, "bench": bench, "exact": exact}
+NAMED = {"chat": chat, "serve": serve, "bench": bench, "exact": exact, "cache": cache_command}
 
 
 @click.group(cls=Commands, commands=NAMED)

@@ -138,9 +138,10 @@ def completed(answer: str) -> set[str]:
 @pytest.mark.parametrize(
     ("main", "typed", "wanted"),
     [
-        (trim, "gguf-trim c", {"count"}),
+        (trim, "gguf-trim c", {"cache", "count"}),
         (trim, "gguf-trim trim --top", {"--top-p"}),
-        (run, "gguf-run ", {"bench", "chat", "exact", "serve"}),
+        (trim, "gguf-trim cache req", {"requantised"}),
+        (run, "gguf-run ", {"bench", "cache", "chat", "exact", "serve"}),
         (run, "gguf-run bench st", {"steps"}),
         (run, "gguf-run chat --cache-type-k q8", {"q8_0"}),
         (run, "gguf-run chat --mirostat", set()),

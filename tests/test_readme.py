@@ -20,16 +20,20 @@ MEASURED = (ROOT / "docs" / "measured.md").read_text("utf-8")
 PAGES = dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))  # as README links to them: a reader's order
 TEXT = "\n".join([README, *((ROOT / page).read_text("utf-8") for page in PAGES)])
 LINES = [line.strip().partition("  #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
+SCRIPTS = {"gguf-trim": ".venv/bin/python -m gguf_trim", "gguf-run": ".venv/bin/python -m runner"}
+LINES = [re.sub(r"^gguf-(trim|run)(?= )", lambda script: SCRIPTS[script[0]], line) for line in LINES]
 COMMANDS = list(dict.fromkeys(LINES))
 PYTHON = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
-RUN = [line for line in PYTHON if "--model" not in line]
+RUN = [line for line in PYTHON if "--model" not in line and "runner serve" not in line]
 QUICK = [line for line in RUN if "--types" not in line and "runner.bench" not in line]
 
 
 @pytest.mark.parametrize("lines", [QUICK, pytest.param(RUN, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_commands_run(lines: list[str], tmp_path: Path, smollm2: Path) -> None:
-    """In a reader's order, each using the files that earlier ones made; a chat gets its prompt through a pipe."""
+    """In a reader's order, each using the files that earlier ones made; a chat gets its prompt through a pipe, and a
+    question its yes.
+    """
     for name in ("target.gguf", "drafter.gguf"):
         (tmp_path / name).symlink_to(smollm2)
     (tmp_path / "my-texts").mkdir()
@@ -42,9 +46,8 @@ def test_commands_run(lines: list[str], tmp_path: Path, smollm2: Path) -> None:
         if "gguf_trim speculator" in line:
             line += " --calibration few.json"  # SmolLM2 needs a minute to read the texts that ship
         arguments = [sys.executable, *shlex.split(line)[1:]]
-        done = subprocess.run(
-            arguments, cwd=tmp_path, input="Hello.\n", env=environment, capture_output=True, text=True
-        )
+        typed = "y\n" if line.endswith("--prune") else "Hello.\n"
+        done = subprocess.run(arguments, cwd=tmp_path, input=typed, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
 
 

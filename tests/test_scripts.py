@@ -27,10 +27,10 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 COMMANDS = {
     "gguf-trim": {
-        *("trim", "verify", "inspect", "speculator", "plan", "models", "prepare"),
+        *("trim", "verify", "inspect", "speculator", "plan", "models", "prepare", "cache"),
         *("count", "generate", "merge", "show"),
     },
-    "gguf-run": {"chat", "serve", "bench", "exact"},
+    "gguf-run": {"chat", "serve", "bench", "exact", "cache"},
 }
 
 
@@ -135,3 +135,4 @@ def test_a_wheel_runs_the_default_pair(tmp_path: Path) -> None:
     assert said.stdout.strip()
     assert "tok/s" in said.stderr
     assert "qwen2.5-coder-1.5b" in run(environment / "bin/gguf-trim", "models").stdout
+    assert "trimmed" in run(environment / "bin/gguf-trim", "cache").stdout

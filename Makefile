@@ -28,7 +28,7 @@ export CFLAGS += -mno-amx-int8
 export CXXFLAGS += -mno-amx-int8
 endif
 
-.PHONY: help install demo test test-all trim calibrate plan chat bench steps exact lint clean
+.PHONY: help install demo test test-all trim calibrate plan chat bench steps exact lint dist clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -84,5 +84,11 @@ steps: $(STAMP)  ## Time single steps: drafting by what is drafted from, verifyi
 exact: $(STAMP)  ## Check token by token that the output is the target's (20 prompts, about 10 minutes)
 	$(RUN) runner.exact $(PAIR)
 
+dist: $(STAMP)  ## Build sdist and wheel into dist/ and check their metadata
+	$(RUN) pip install --disable-pip-version-check --quiet -c constraints.txt build twine
+	rm -rf dist
+	$(RUN) build --outdir dist
+	$(RUN) twine check --strict dist/*
+
 clean:  ## Remove .venv and caches of the tools (models stay in the cache folder)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

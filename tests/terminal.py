@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
 import select
 import signal
 import struct
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import IO, Any
+
+import pytest
+
+# Windows has none: the tests that use one are left out there.
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
 
 ROOT = Path(__file__).parent.parent
 

@@ -93,7 +93,7 @@ EVERY = [
 def test_help_is_a_screen_and_help_all_names_every_option(context: click.Context) -> None:
     """`--help` of a command that leaves something out says how to see it. Only refused options are in neither."""
     short = context.get_help()
-    assert len(short.splitlines()) <= SCREEN
+    assert len(short.splitlines()) <= SCREEN, "declare options that are rarely wanted with `more`"
     shown = [param for param in context.command.get_params(context) if isinstance(param, click.Option)]
     shown = [param for param in shown if not param.hidden]
     left_out = [param for param in shown if param.get_help_record(context) is None]

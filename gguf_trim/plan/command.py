@@ -19,6 +19,7 @@ from corpus.ready import ranking_counts
 from gguf_trim.fit.calibrate import TeacherForced, calibration
 from gguf_trim.format.mtp import DrafterSource, OwnBlock, drafter_source
 from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
+from gguf_trim.pairs.hub import HubModel, hub_options, local
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
 from gguf_trim.pairs.target_types import type_costs
 from llamabase.cli.command import FILE, THREADS, quantisation
@@ -42,24 +43,28 @@ COUNTS = click.option("--counts", type=FILE, help="Counts from `python -m corpus
 
 
 def pair_options(command: Any) -> Any:
-    """--model | --target --draft: what `files_of` takes."""
+    """--model | --target --draft, or of the Hub -hf -hfd: what `files_of` takes."""
 
     @click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
     @click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")
     @click.option(
         "--draft",
         "--drafter",
-        "drafter",
+        "draft",
         type=drafter_source,
         metavar="PATH",
         help="The uncut drafter's, instead of the catalog's.",
     )
+    @hub_options
     @wraps(command)
-    def with_pair(model: str | None, target: Path | None, drafter: DrafterSource | None, **others: Any) -> Any:
-        if model is None and (target is None) != (drafter is None):
-            raise click.UsageError("give both --target and --draft, or a --model")
+    def with_pair(
+        model: str | None, target: Path | HubModel | None, draft: DrafterSource | HubModel | None, **others: Any
+    ) -> Any:
+        if model is None and (target is None) != (draft is None):
+            raise click.UsageError("give both --target (or -hf) and --draft (or -hfd), or a --model")
         model = DEFAULT_MODEL if target is None and model is None else model
-        return command(model=model, target=target, drafter=drafter, **others)
+        drafter = local(draft)  # before the target, which takes longer to fetch
+        return command(model=model, target=local(target), drafter=drafter, **others)
 
     return with_pair
 

@@ -43,6 +43,10 @@ class Tally:
     def total(self) -> int:
         return int(self.counts.sum())
 
+    def coverage(self, kept: np.ndarray) -> float:
+        """Share of the total that the kept ids make up; 0 if nothing was counted."""
+        return float(self.counts[np.isin(self.ids, kept)].sum() / self.total) if self.total else 0.0
+
     def times(self: T, weight: float) -> T:
         """The counts times a weight, rounded."""
         counts = np.rint(self.counts * weight).astype(np.int64)
@@ -104,10 +108,6 @@ class Counts(Tally):
     def ranked(self) -> np.ndarray:
         """Ids by falling count, ties by id: `(-count, id)`."""
         return self.ids[np.lexsort((self.ids, -self.counts))]
-
-    def coverage(self, kept: np.ndarray) -> float:
-        """Share of the total that the kept ids make up; 0 if nothing was counted."""
-        return float(self.counts[np.isin(self.ids, kept)].sum() / self.total) if self.total else 0.0
 
     def require_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Raise VocabularyMismatch unless these counts are of this vocabulary, or of one that it begins with."""

@@ -1,4 +1,4 @@
-"""python -m gguf_trim: trim, verify, speculator, export, inspect, models, prepare, plan, cache.
+"""python -m gguf_trim: trim, verify, card, speculator, export, inspect, models, prepare, plan, cache.
 
 Data on stdout, the rest on stderr.
 """
@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import contextlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,8 @@ from typing import Literal
 import click
 
 from corpus.__main__ import main as counting_commands
+from corpus.counts import Counts
+from corpus.ready import ranking_counts
 from gguf_trim.exchange.checkpoint import MARK, Checkpoint
 from gguf_trim.exchange.token_ids import TOKEN_IDS, write_json, write_pt
 from gguf_trim.fit.calibrate import TeacherForced, calibration
@@ -45,6 +47,7 @@ from .cut import Cut, lay_out, move, require_outputs, write
 from .describe import describe
 from .export import chosen_ids, listed_ids
 from .keep import DEFAULT_K, MULTIPLE, Keep, choose_rows
+from .model_card import CARD, card_path, chosen_by, is_requantised, model_card, require_source, write_card
 from .prove import prove
 
 Auto = Literal["auto"]
@@ -128,6 +131,11 @@ def trim_command(
         if requant is not None:
             quantize(made, made, requant, KEPT)
             move(made, output)
+    card = card_path(output)
+    if card.exists() and not CARD.known(card):
+        stderr.print(f"{card}: is left as it is, since it is {CARD.differs[3:]}", markup=False)
+    else:
+        write_card(card, model_card(output, cut.source.path, _named(cut.keep.counts, counts), keep_file))
     click.echo(str(output))
 
 
@@ -137,6 +145,12 @@ def _warn_of_forced(keep: Keep) -> None:
             f"Warning: k = {keep.k} leaves out {keep.n_forced_left_out} of the tokens that are otherwise "
             f"always kept (byte and control tokens); k = {keep.k + keep.n_forced_left_out} holds them all"
         )
+
+
+def _named(found: Counts | None, path: Path | None) -> Counts | None:
+    """Counts under a name for strangers: that of their file, or of those that ship for None."""
+    name = "the counts that ship with gguf-trim" if path is None else path.name
+    return None if found is None else replace(found, name=name)
 
 
 def _plan_text(cut: Cut, output: Path, mtp: bool) -> str:
@@ -180,6 +194,34 @@ def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bo
             )
     if not result.ok:
         raise TrimError(result.differences[0])
+
+
+@main.command("card")
+@click.argument("trimmed", type=FILE)
+@click.option("--source", type=FILE, help="The drafter it was cut from: adds its hash, and proves the cut.")
+@STATES_OF
+@COUNTS
+@click.option("-o", "--output", type=FILE, help="Where the card goes.  [default: X.md beside X.gguf]")
+def card_command(
+    trimmed: Path, source: Path | None, target: Path | None, counts: Path | None, output: Path | None
+) -> None:
+    """Write a model card for TRIMMED, which in a repository of the Hugging Face Hub is its README.md.
+
+    Counts are described if they ranked the rows of TRIMMED. A card that you edited is not replaced.
+    """
+    output = output or card_path(trimmed)
+    CARD.require(output)
+    opened = Trimmed.open(trimmed)
+    ranking = ranking_counts(opened.vocabulary, counts)
+    if counts is not None and not chosen_by(opened, ranking):
+        raise TrimError(f"{counts}: did not rank the rows of {trimmed}; give the counts that did, or leave them out")
+    proof = None
+    if source is not None and not is_requantised(opened, require_source(opened, source)):
+        proof = prove(trimmed, source, target)
+        if not proof.ok:
+            raise TrimError(proof.differences[0])
+    write_card(output, model_card(trimmed, source, _named(ranking, counts), proof=proof))
+    click.echo(str(output))
 
 
 @main.command("speculator")

@@ -27,11 +27,16 @@ class Keep:
     ids: np.ndarray
     n_forced: int
     n_forced_left_out: int
-    coverage: float | None  # share of the counted tokens that the ids make up
+    counts: Counts | None  # what ranked the ids
 
     @property
     def k(self) -> int:
         return len(self.ids)
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the counted tokens that the ids make up."""
+        return None if self.counts is None else self.counts.coverage(self.ids)
 
 
 class ChooseRows(Protocol):
@@ -85,7 +90,7 @@ def _first(vocabulary: Vocabulary, order: np.ndarray, k: int | None, counts: Cou
     ids = np.sort(order[:k]).astype(np.int32)
     n_forced = int(np.isin(vocabulary.forced, order).sum())
     kept = min(n_forced, len(ids))
-    return Keep(ids, kept, n_forced - kept, None if counts is None else counts.coverage(ids))
+    return Keep(ids, kept, n_forced - kept, counts)
 
 
 def _k_for(order: np.ndarray, n_forced: int, counts: Counts, top_p: float | None, min_count: int | None) -> int:

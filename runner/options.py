@@ -225,7 +225,7 @@ def _refused(flags: Sequence[str], why: str) -> Callable[[Any], Any]:
 
 
 def model_options(command: Any) -> Any:
-    """--model | --target --draft, or of the Hub -hf -hfd, and how to load them. The command receives `models`, a function that finds them.
+    """--model | --target --draft | -hf -hfd, and how to load them. The command receives `models`, which finds them.
 
     A pair of the catalog is fetched, trimmed and verified unless that is done.
     """

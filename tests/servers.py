@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import re
 import threading
 import zipfile
@@ -101,6 +102,7 @@ class _IndexHandler(_Handler):
 class Hub(Server):
     """Serves one file of one repository at /REPO/resolve/REVISION/FILE, or an error in its place.
 
+    files: instead, the files of several repositories, {"user/repo": {path: data}}, which are listed as well.
     drop_after: each of the first `drops` answers ends after that many bytes, as a broken connection does.
     """
 
@@ -108,6 +110,7 @@ class Hub(Server):
 
     def __init__(self, data: bytes) -> None:
         self.data = data
+        self.files: dict[str, dict[str, bytes]] = {}
         self.error: tuple[int, str] | None = None
         self.others: list[str] = []
         self.drop_after, self.drops = 0, 0
@@ -119,12 +122,13 @@ class _HubHandler(_Handler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if "/resolve/" not in self.path:  # huggingface_hub asks for lists of its own as well
+        hub: Hub = self.server
+        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main", self.path.partition("?")[0])
+        if "/resolve/" not in self.path and not (hub.files and listed):  # huggingface_hub asks for other lists as well
             self.server.others.append(self.path)
             self.answer(404, b"")
             return
         self.note()
-        hub: Hub = self.server
         if hub.error is not None:
             status, code = hub.error
             if not status:  # hang up without a word
@@ -133,17 +137,29 @@ class _HubHandler(_Handler):
             more = {"X_Error_Code": code} if code else {}
             self.answer(status, b"", **more)
             return
+        data = hub.data
+        if hub.files:
+            repo, _, file = self.path.strip("/").partition("/resolve/main/")
+            files = hub.files.get(listed[1] if listed else repo)
+            if files is None or not (listed or file in files):
+                self.answer(404, b"", X_Error_Code="RepoNotFound" if files is None else "EntryNotFound")
+                return
+            if listed:
+                rows = [{"type": "file", "path": p, "size": len(d), "oid": "0" * 40} for p, d in files.items()]
+                self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
+                return
+            data = files[file]
         start = 0
         if (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) is not None:
             start = int(match[1])
-        rest = hub.data[start:]
+        rest = data[start:]
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(hub.data).hexdigest()}"')
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", hub.COMMIT)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(rest)))
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(hub.data) - 1}/{len(hub.data)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -13,9 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gguf_trim.__main__ import main
+from gguf_trim.format.companion import companion_path
+from gguf_trim.pairs.hub import HubModel
+from llamabase.errors import FetchError
+from runner.chat.__main__ import main as chat
 
 from .servers import Hub, running
 
+ROOT = Path(__file__).parent.parent
 DATA = random.Random(0).randbytes(300_000)
 TOKEN = "hf_secretsecretsecret"
 
@@ -39,9 +49,8 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def run(hub: Hub, folder: Path, revision: str | None = None, **fields: Any) -> subprocess.CompletedProcess[str]:
-    place = {"repo": "me/toy", "file": "sub/toy.gguf"} | ({"revision": revision} if revision else {})
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))} | {
+def environment(hub: Hub, folder: Path) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))} | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "hf"),
         "HF_TOKEN": TOKEN,
@@ -50,9 +59,13 @@ def run(hub: Hub, folder: Path, revision: str | None = None, **fields: Any) -> s
         "NO_PROXY": "127.0.0.1",
         "PYTHONWARNINGS": "default",
     }
+
+
+def run(hub: Hub, folder: Path, revision: str | None = None, **fields: Any) -> subprocess.CompletedProcess[str]:
+    place = {"repo": "me/toy", "file": "sub/toy.gguf"} | ({"revision": revision} if revision else {})
     return subprocess.run(
         [sys.executable, "-c", FETCH, json.dumps({"sources": [{"hub": place}], **fields})],
-        env=environment, capture_output=True, text=True, check=False, timeout=60,
+        env=environment(hub, folder), capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
 
 
@@ -145,3 +158,181 @@ def test_a_repository_that_cannot_be(hub: Hub, tmp_path: Path, repo: str) -> Non
     done = run(hub, tmp_path, sources=[{"hub": {"repo": repo, "file": "x.gguf"}}])
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("Error: toy: ") and not hub.requests
+
+
+# What -hf fetches, and -hfd.
+MODEL = """
+import sys, time
+time.sleep = lambda seconds: None
+from llamabase.errors import TrimError
+from gguf_trim.pairs.hub import HubModel
+try:
+    print(HubModel.of(sys.argv[1]).fetch())
+except TrimError as error:
+    sys.exit(f"Error: {error}")
+"""
+FILES = {
+    "README.md": b"---\nlicense: mit\n---\n",
+    "model-F16.gguf": b"f16",
+    "model-Q4_K_M.gguf": b"q4_k_m",
+    "model-Q8_0.gguf": b"q8_0",
+    "split/model-BF16-00002-of-00002.gguf": b"second",
+    "split/model-BF16-00001-of-00002.gguf": b"first",
+    "trimmed-Q4_0.gguf": b"q4_0",
+    "trimmed-Q4_0.vocab.gguf": b"companion",
+}
+
+
+def fetched(hub: Hub, folder: Path, named: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", MODEL, named],
+        env=environment(hub, folder) | more, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def sentence_of(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
+    assert TOKEN not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_quant_is_fetched_and_then_found_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"me/toy": FILES}
+    done = fetched(hub, tmp_path, "me/toy:q8_0")
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.strip())
+    assert path.read_bytes() == b"q8_0" and path.name == "model-Q8_0.gguf" and path.is_relative_to(tmp_path / "hf")
+    assert {headers.get("authorization") for headers in hub.headers} == {f"Bearer {TOKEN}"}
+    hub.stop()
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert fetched(hub, tmp_path, "me/toy:Q8_0", **more).stdout == done.stdout
+        said = sentence_of(fetched(hub, tmp_path, "me/toy:F16", **more))
+        assert "the cache of me/toy (the Hub cannot be reached) has no file of the quant F16; it has Q8_0" in said
+
+
+def test_a_trimmed_drafter_comes_with_its_companion(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"me/toy": FILES}
+    path = Path(fetched(hub, tmp_path, "me/toy:Q4_0").stdout.strip())
+    assert path.read_bytes() == b"q4_0" and companion_path(path).read_bytes() == b"companion"
+
+
+def test_a_split_file_comes_whole(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"me/toy": FILES}
+    first = Path(fetched(hub, tmp_path, "me/toy:BF16").stdout.strip())
+    second = first.with_name("model-BF16-00002-of-00002.gguf")
+    assert (first.read_bytes(), second.read_bytes()) == (b"first", b"second")
+    del hub.files["me/toy"]["split/model-BF16-00002-of-00002.gguf"]
+    said = sentence_of(fetched(hub, tmp_path / "elsewhere", "me/toy:BF16"))
+    assert "me/toy/split/model-BF16-00002-of-00002.gguf on the Hugging Face Hub does not exist" in said
+
+
+def test_a_repository_that_is_not_there_or_closed_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"me/toy": {"README.md": b""}}
+    assert "me/other on the Hugging Face Hub does not exist, or is private: check" in sentence_of(
+        fetched(hub, tmp_path, "me/other")
+    )
+    assert "me/toy on the Hugging Face Hub has no GGUF file; choose" in sentence_of(fetched(hub, tmp_path, "me/toy"))
+    hub.error = (403, "GatedRepo")
+    assert "needs its licence accepted there, then `hf auth login`" in sentence_of(fetched(hub, tmp_path, "me/toy"))
+    hub.error = (500, "")
+    assert "cannot be reached: check the network" in sentence_of(fetched(hub, tmp_path, "me/toy"))
+    hub.stop()
+    assert "cannot be reached: check the network" in sentence_of(fetched(hub, tmp_path, "me/toy"))
+
+
+@pytest.mark.parametrize(
+    ("quant", "names", "chosen"),
+    [
+        ("", ["a-F16.gguf", "a-Q4_K_M.gguf", "a-Q8_0.gguf"], "a-Q4_K_M.gguf"),
+        ("", ["a-F16.gguf", "a-q8_0.gguf", "b.gguf"], "a-q8_0.gguf"),
+        ("", ["b.gguf", "a.gguf", "mmproj-a.gguf", "a.vocab.gguf"], "a.gguf"),
+        ("f16", ["a-BF16.gguf", "a-F16.gguf"], "a-F16.gguf"),
+        ("Q4_K_M", ["a-Q4_K_M.gguf", "0/mmproj-Q4_K_M.gguf", "0/eagle3-Q4_K_M.gguf"], "a-Q4_K_M.gguf"),
+        ("eagle3-Q4_K_M", ["a-Q4_K_M.gguf", "0/eagle3-Q4_K_M.gguf"], "0/eagle3-Q4_K_M.gguf"),
+        ("Q2_K", ["Q2_K/a-Q2_K-00002-of-00002.gguf", "Q2_K/a-Q2_K-00001-of-00002.gguf"],
+         "Q2_K/a-Q2_K-00001-of-00002.gguf"),
+        ("Q4_0+HEAD", ["a-Q4_0.gguf", "a-Q4_0+HEAD.gguf"], "a-Q4_0+HEAD.gguf"),
+    ],
+)  # fmt: skip
+def test_the_file_that_llama_cpp_would_take(quant: str, names: list[str], chosen: str) -> None:
+    assert HubModel("me/toy", quant).choose(names, "me/toy") == chosen
+    assert HubModel("me/toy", quant).choose(names[::-1], "me/toy") == chosen
+    assert HubModel("me/toy", file=chosen.upper()).choose(names, "me/toy") == chosen
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "reason"),
+    [
+        (HubModel("a/b", "Q9"), ["x-Q4_0.gguf", "y/x-F16-00001-of-00003.gguf"], "of the quant Q9; it has F16, Q4_0:"),
+        (HubModel("a/b"), ["mmproj-F16.gguf"], "has no model; it has F16: name one"),
+        (HubModel("a/b", file="y.gguf"), ["x.gguf", "z.gguf"], "has no y.gguf; it has x.gguf, z.gguf"),
+        (HubModel("a/b"), ["x.safetensors", "x.vocab.gguf"], "has no GGUF file"),
+    ],
+)
+def test_a_file_that_is_not_there_is_one_sentence(model: HubModel, names: list[str], reason: str) -> None:
+    with pytest.raises(FetchError) as caught:
+        model.choose(names, "a/b")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(st.permutations(["a-Q4_0.gguf", "b/a-Q5_K_S.gguf", "a.Q8_0.gguf", "mmproj-F16.gguf"]), st.data())
+def test_neither_order_nor_case_matters(names: list[str], data: st.DataObject) -> None:
+    quant = data.draw(st.sampled_from(["Q4_0", "Q5_K_S", "Q8_0"]))
+    chosen = HubModel("a/b", quant).choose(names, "a/b")
+    assert quant in chosen and HubModel("a/b", quant.lower()).choose(sorted(names), "a/b") == chosen
+
+
+def test_chat_with_target_and_trimmed_drafter_from_the_hub(hub: Hub, tmp_path: Path, toys: dict[str, Path]) -> None:
+    """The names of llama.cpp's flags; the drafter is a cut that somebody shared, with its companion."""
+    trimmed = toys["good-trimmed"]
+    hub.files = {
+        "me/target": {"target-Q8_0.gguf": toys["target"].read_bytes()},
+        "you/cut": {path.name: path.read_bytes() for path in (trimmed, companion_path(trimmed))},
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "runner.chat",
+        "--prompt",
+        "the",
+        "-n",
+        "8",
+        "--draft-max",
+        "3",
+        "--json",
+        "--temp",
+        "0",
+    ]
+    for drafter in (["-hfd", "you/cut"], ["--draft", str(trimmed)]):
+        done = subprocess.run(
+            [*command, "-hf", "me/target:q8_0", *drafter], cwd=ROOT, env=environment(hub, tmp_path),
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["accepted"] > 0
+    assert "fetching you/cut/good-trimmed.vocab.gguf" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["-hf", "no repo"], "'no repo' is not user/repo or user/repo:quant"),
+        (["-hf", "a/b:"], "is not user/repo or user/repo:quant"),
+        (["-hff", "x.gguf"], "--hf-file needs --hf-repo"),
+        (["-hf", "a/b", "--target", "x.gguf"], "give --target or --hf-repo, not both"),
+        (["-hf", "a/b", "-hfd", "c/d", "--draft", "x.gguf"], "give --draft or --hf-repo-draft, not both"),
+    ],
+)
+@pytest.mark.parametrize("command", [[chat, "--prompt", "x"], [main, "prepare"], [main, "plan"]])
+def test_what_cannot_be_meant_is_wrong_usage(command: list[Any], arguments: list[str], reason: str) -> None:
+    done = CliRunner().invoke(command[0], [*command[1:], *arguments])
+    assert done.exit_code == 2 and reason in done.stderr, done.output
+
+
+def test_what_make_trim_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drafter is fetched first: a wrong name of it is told before the target, which is large, is fetched."""
+    asked: list[HubModel] = []
+    monkeypatch.setattr(HubModel, "fetch", lambda self: asked.append(self) or tmp_path / "nowhere.gguf")
+    done = CliRunner().invoke(main, ["prepare", "-hfr", "a/b", "-hff", "x.gguf", "--hf-repo-draft", "c/d:Q4_0"])
+    assert done.exit_code == 1 and "nowhere.gguf: cannot be read" in done.stderr
+    assert asked == [HubModel("c/d", "Q4_0"), HubModel("a/b", file="x.gguf")]

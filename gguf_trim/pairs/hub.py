@@ -51,14 +51,18 @@ class HubModel:
         gated, or if the Hub cannot be reached and the file is not in the cache.
         """
         files, where = _files(self.repo)
-        first = self._choose(files, where)
+        first = self.choose(files, where)
         names = [first, *({companion_path(Path(first)).as_posix()} & {*files})]
         if part := _PART.search(first):
             names = [f"{first[: part.start()]}-{n:05d}-of-{part[2]}.gguf" for n in range(1, int(part[2]) + 1)]
-        return [download(self.repo, name) for name in names][0]
+        paths = [download(self.repo, name) for name in names]
+        return paths[0]
 
-    def _choose(self, files: list[str], where: str) -> str:
-        """The file that llama.cpp would take: of this name, or the first of this quant, both in any case."""
+    def choose(self, files: list[str], where: str) -> str:
+        """The file that llama.cpp would take: of this name, or the first of this quant, both in any case.
+
+        `where` names the repository in errors. Raises FetchError if there is none.
+        """
         models = sorted(
             name
             for name in files
@@ -176,7 +180,12 @@ def hub_options(command: Callable[..., T]) -> Callable[..., T]:
     )
     @wraps(command)
     def with_hub(
-        target: Any, draft: Any, hf_repo: HubModel | None, hf_file: str | None, hf_repo_draft: HubModel | None, **others: Any
+        target: Any,
+        draft: Any,
+        hf_repo: HubModel | None,
+        hf_file: str | None,
+        hf_repo_draft: HubModel | None,
+        **others: Any,
     ) -> T:
         if hf_file is not None and hf_repo is None:
             raise click.UsageError("--hf-file needs --hf-repo")

@@ -43,7 +43,7 @@ COUNTS = click.option("--counts", type=FILE, help="Counts from `python -m corpus
 
 
 def pair_options(command: Any) -> Any:
-    """--model | --target --draft, or of the Hub -hf -hfd: what `files_of` takes."""
+    """--model | --target --draft | -hf -hfd: what `files_of` takes."""
 
     @click.option("--model", help=f"A pair of the catalog.  [default: {DEFAULT_MODEL}]")
     @click.option("--target", type=FILE, help="The target's GGUF, instead of the catalog's.")

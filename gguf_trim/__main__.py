@@ -212,14 +212,14 @@ def card_command(
     output = output or card_path(trimmed)
     CARD.require(output)
     opened = Trimmed.open(trimmed)
-    ranking = ranking_counts(opened.vocabulary, counts)
-    if counts is not None and not chosen_by(opened, ranking):
-        raise TrimError(f"{counts}: did not rank the rows of {trimmed}; give the counts that did, or leave them out")
     proof = None
     if source is not None and not is_requantised(opened, require_source(opened, source)):
         proof = prove(trimmed, source, target)
         if not proof.ok:
             raise TrimError(proof.differences[0])
+    ranking = ranking_counts(opened.vocabulary, counts)
+    if counts is not None and not chosen_by(opened, ranking):
+        raise TrimError(f"{counts}: did not rank the rows of {trimmed}; give the counts that did, or leave them out")
     write_card(output, model_card(trimmed, source, _named(ranking, counts), proof=proof))
     click.echo(str(output))
 

@@ -12,6 +12,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import ModelCardData
@@ -178,7 +179,7 @@ def _plain(value: object) -> str:
 def _general(trimmed: Trimmed, key: str) -> str | None:
     """A text that the source says of itself; the companion has all of them."""
     value = trimmed.companion.get(f"general.{key}")
-    return value.strip() or None if isinstance(value, str) else None
+    return _line(value) or None if isinstance(value, str) else None
 
 
 def _metadata(trimmed: Trimmed, original: GGUFFile | None) -> ModelCardData:
@@ -188,22 +189,22 @@ def _metadata(trimmed: Trimmed, original: GGUFFile | None) -> ModelCardData:
         license=_general(trimmed, "license"),
         license_name=_general(trimmed, "license.name"),
         license_link=_general(trimmed, "license.link"),
-        language=languages if isinstance(languages, list) else None,
+        language=[_line(language) for language in languages] if isinstance(languages, list) else None,
         library_name="gguf",
         pipeline_tag="text-generation",
         tags=TAGS,
     )
 
 
-def _base(trimmed: Trimmed, original: GGUFFile | None) -> dict[str, str]:
+def _base(trimmed: Trimmed, original: GGUFFile | None) -> dict[str, Any]:
     """base_model: the repository of the source, as its metadata, its place or the catalog names it."""
     named = [match[1] for key in _OWN_REPO if (match := _REPO.fullmatch(_general(trimmed, key) or ""))]
     if original is not None:
         folders = (match for part in original.path.parts if (match := _CACHED_REPO.fullmatch(part)))
         named += [f"{match[1]}/{match[2]}" for match in folders]
-        models = [m for m in load_catalog().models.values() if m.sha256 == known_sha256(original.path)]
-        named += [place["repo"] for model in models for sources in model.sources for place in sources.values()
-                  if isinstance(place, dict) and "repo" in place]  # fmt: skip
+        sha256 = known_sha256(original.path)
+        sources = [s for model in load_catalog().models.values() if model.sha256 == sha256 for s in model.sources]
+        named += [source["hub"]["repo"] for source in sources if "hub" in source]
     if named:
         return {"base_model": named[0], "base_model_relation": "quantized"}
     match = _REPO.fullmatch(_general(trimmed, "base_model.0.repo_url") or "")

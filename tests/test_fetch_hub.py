@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFValueType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,11 @@ from gguf_trim.__main__ import main
 from gguf_trim.format.companion import companion_path
 from gguf_trim.pairs.hub import HubModel
 from llamabase.errors import FetchError
+from llamabase.gguf.reader import GGUFFile
+from llamabase.gguf.writer import Output, Piece
 from runner.chat.__main__ import main as chat
 
+from .encode import field
 from .servers import Hub, running
 
 ROOT = Path(__file__).parent.parent
@@ -160,16 +164,17 @@ def test_a_repository_that_cannot_be(hub: Hub, tmp_path: Path, repo: str) -> Non
     assert done.stderr.splitlines()[-1].startswith("Error: toy: ") and not hub.requests
 
 
-# What -hf fetches, and -hfd.
+# What -hf fetches, and -hfd: a line for each argument, the path or the one sentence.
 MODEL = """
 import sys, time
 time.sleep = lambda seconds: None
 from llamabase.errors import TrimError
 from gguf_trim.pairs.hub import HubModel
-try:
-    print(HubModel.of(sys.argv[1]).fetch())
-except TrimError as error:
-    sys.exit(f"Error: {error}")
+for named in sys.argv[1:]:
+    try:
+        print(HubModel.of(named).fetch())
+    except TrimError as error:
+        print(error)
 """
 FILES = {
     "README.md": b"---\nlicense: mit\n---\n",
@@ -183,61 +188,61 @@ FILES = {
 }
 
 
-def fetched(hub: Hub, folder: Path, named: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", MODEL, named],
-        env=environment(hub, folder) | more, capture_output=True, text=True, check=False, timeout=60,
+def fetched(hub: Hub, folder: Path, *named: str, **more: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", MODEL, *named],
+        env=environment(hub, folder) | more, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
-
-
-def sentence_of(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
-    assert TOKEN not in done.stderr
-    return done.stderr.splitlines()[-1]
+    lines = done.stdout.splitlines()
+    assert TOKEN not in done.stdout + done.stderr and len(lines) == len(named)
+    return lines
 
 
 def test_a_quant_is_fetched_and_then_found_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"me/toy": FILES}
-    done = fetched(hub, tmp_path, "me/toy:q8_0")
-    assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.strip())
+    (line,) = fetched(hub, tmp_path, "me/toy:q8_0")
+    path = Path(line)
     assert path.read_bytes() == b"q8_0" and path.name == "model-Q8_0.gguf" and path.is_relative_to(tmp_path / "hf")
     assert {headers.get("authorization") for headers in hub.headers} == {f"Bearer {TOKEN}"}
     hub.stop()
+    here = "the cache of me/toy (the Hub cannot be reached) has no file of the quant F16; it has Q8_0"
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        assert fetched(hub, tmp_path, "me/toy:Q8_0", **more).stdout == done.stdout
-        said = sentence_of(fetched(hub, tmp_path, "me/toy:F16", **more))
-        assert "the cache of me/toy (the Hub cannot be reached) has no file of the quant F16; it has Q8_0" in said
+        again, other, nothing = fetched(hub, tmp_path, "me/toy:Q8_0", "me/toy:F16", "me/other", **more)
+        assert again == line and other.startswith(here)
+        assert nothing == "me/other on the Hugging Face Hub cannot be reached: check the network, then run this again"
 
 
-def test_a_trimmed_drafter_comes_with_its_companion(hub: Hub, tmp_path: Path) -> None:
+def test_all_parts_of_a_file_come(hub: Hub, tmp_path: Path) -> None:
+    """A trimmed drafter with its companion, and a split file."""
     hub.files = {"me/toy": FILES}
-    path = Path(fetched(hub, tmp_path, "me/toy:Q4_0").stdout.strip())
-    assert path.read_bytes() == b"q4_0" and companion_path(path).read_bytes() == b"companion"
-
-
-def test_a_split_file_comes_whole(hub: Hub, tmp_path: Path) -> None:
-    hub.files = {"me/toy": FILES}
-    first = Path(fetched(hub, tmp_path, "me/toy:BF16").stdout.strip())
+    trimmed, first = map(Path, fetched(hub, tmp_path, "me/toy:Q4_0", "me/toy:BF16"))
+    assert trimmed.read_bytes() == b"q4_0" and companion_path(trimmed).read_bytes() == b"companion"
     second = first.with_name("model-BF16-00002-of-00002.gguf")
     assert (first.read_bytes(), second.read_bytes()) == (b"first", b"second")
-    del hub.files["me/toy"]["split/model-BF16-00002-of-00002.gguf"]
-    said = sentence_of(fetched(hub, tmp_path / "elsewhere", "me/toy:BF16"))
-    assert "me/toy/split/model-BF16-00002-of-00002.gguf on the Hugging Face Hub does not exist" in said
 
 
-def test_a_repository_that_is_not_there_or_closed_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
-    hub.files = {"me/toy": {"README.md": b""}}
-    assert "me/other on the Hugging Face Hub does not exist, or is private: check" in sentence_of(
-        fetched(hub, tmp_path, "me/other")
-    )
-    assert "me/toy on the Hugging Face Hub has no GGUF file; choose" in sentence_of(fetched(hub, tmp_path, "me/toy"))
-    hub.error = (403, "GatedRepo")
-    assert "needs its licence accepted there, then `hf auth login`" in sentence_of(fetched(hub, tmp_path, "me/toy"))
-    hub.error = (500, "")
-    assert "cannot be reached: check the network" in sentence_of(fetched(hub, tmp_path, "me/toy"))
-    hub.stop()
-    assert "cannot be reached: check the network" in sentence_of(fetched(hub, tmp_path, "me/toy"))
+def test_what_is_not_there_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+    first = "split/model-BF16-00001-of-00002.gguf"
+    hub.files = {"me/toy": {first: b"first"}, "me/empty": {"README.md": b""}}
+    part, other, empty = fetched(hub, tmp_path, "me/toy:BF16", "me/other", "me/empty")
+    lacking = f"me/toy on the Hugging Face Hub lacks split/model-BF16-00002-of-00002.gguf, a part of {first}; choose"
+    assert part.startswith(lacking)
+    assert other.startswith("me/other on the Hugging Face Hub does not exist, or is private: check the name, or log in")
+    assert empty.startswith("me/empty on the Hugging Face Hub has no GGUF file; choose a repository that has")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ((403, "GatedRepo"), "needs its licence accepted there, then `hf auth login`"),
+        ((500, ""), "cannot be reached: "),
+    ],
+)
+def test_a_closed_or_broken_repository_is_one_sentence(
+    hub: Hub, tmp_path: Path, error: tuple[int, str], reason: str
+) -> None:
+    hub.files, hub.error = {"me/toy": FILES}, error
+    assert fetched(hub, tmp_path, "me/toy")[0].startswith(f"me/toy on the Hugging Face Hub {reason}")
 
 
 @pytest.mark.parametrize(
@@ -282,35 +287,41 @@ def test_neither_order_nor_case_matters(names: list[str], data: st.DataObject) -
     assert quant in chosen and HubModel("a/b", quant.lower()).choose(sorted(names), "a/b") == chosen
 
 
+def parts_of(path: Path) -> dict[str, bytes]:
+    """A model split into two files, the head in the second, as llama-gguf-split makes them."""
+    file = GGUFFile(path)
+    tensors, parts = [*file.tensors.values()], {}
+    for number, pieces in enumerate((tensors[:1], tensors[1:])):
+        fields = [file.raw(key) for key in file.fields] if number == 0 else []
+        fields += [
+            field("split.no", Kind.UINT16, number),
+            field("split.count", Kind.UINT16, 2),
+            field("split.tensors.count", Kind.INT32, len(tensors)),
+        ]
+        header = Output(fields, [Piece(tensor) for tensor in pieces], file.alignment).header
+        data = b"".join(file.read(tensor) for tensor in pieces)  # F32, so that none of them needs padding
+        parts[f"target-F32-{number + 1:05d}-of-00002.gguf"] = header + data
+    return parts
+
+
 def test_chat_with_target_and_trimmed_drafter_from_the_hub(hub: Hub, tmp_path: Path, toys: dict[str, Path]) -> None:
-    """The names of llama.cpp's flags; the drafter is a cut that somebody shared, with its companion."""
+    """The names of llama.cpp's flags. The target is split; the drafter is a cut that somebody shared."""
     trimmed = toys["good-trimmed"]
     hub.files = {
-        "me/target": {"target-Q8_0.gguf": toys["target"].read_bytes()},
+        "me/target": parts_of(toys["target"]),
         "you/cut": {path.name: path.read_bytes() for path in (trimmed, companion_path(trimmed))},
     }
-    command = [
-        sys.executable,
-        "-m",
-        "runner.chat",
-        "--prompt",
-        "the",
-        "-n",
-        "8",
-        "--draft-max",
-        "3",
-        "--json",
-        "--temp",
-        "0",
-    ]
-    for drafter in (["-hfd", "you/cut"], ["--draft", str(trimmed)]):
+    command = [sys.executable, "-m", "runner.chat", "--prompt", "the", "-n", "8", "--draft-max", "3", "--json"]
+    texts = []
+    for pair in (["-hf", "me/target:f32", "-hfd", "you/cut"], ["--target", toys["target"], "--draft", trimmed]):
         done = subprocess.run(
-            [*command, "-hf", "me/target:q8_0", *drafter], cwd=ROOT, env=environment(hub, tmp_path),
+            [*command, "--temp", "0", *map(str, pair)], cwd=ROOT, env=environment(hub, tmp_path),
             capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        texts.append(done.stdout.splitlines()[0])
         assert json.loads(done.stdout.splitlines()[-1])["accepted"] > 0
-    assert "fetching you/cut/good-trimmed.vocab.gguf" not in done.stderr
+    assert texts[0] == texts[1] and "good-trimmed.vocab.gguf" not in done.stderr
 
 
 @pytest.mark.parametrize(

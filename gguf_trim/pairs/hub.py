@@ -55,6 +55,8 @@ class HubModel:
         names = [first, *({companion_path(Path(first)).as_posix()} & {*files})]
         if part := _PART.search(first):
             names = [f"{first[: part.start()]}-{n:05d}-of-{part[2]}.gguf" for n in range(1, int(part[2]) + 1)]
+        if lacking := set(names) - set(files):
+            raise FetchError(f"{where} lacks {min(lacking)}, a part of {first}; choose another quant or file")
         paths = [download(self.repo, name) for name in names]
         return paths[0]
 

@@ -238,6 +238,7 @@ def model_options(command: Any) -> Any:
         metavar="PATH",
         help="The drafter's GGUF, trimmed or not; without it: plain decoding.",
     )
+    @hub_options
     @click.option(
         *("-ngl", "--n-gpu-layers", "--gpu-layers", "n_gpu_layers"),
         type=_layers,
@@ -308,7 +309,6 @@ def model_options(command: Any) -> Any:
         "or the speculator's candidates too. auto: whichever is quickest here, by measured costs.",
     )
     @_options(*(_refused(flags, why) for flags, why in _UNLIKE.items()))
-    @hub_options
     @wraps(command)
     def with_models(
         model: str | None,

@@ -52,9 +52,10 @@ class HubModel:
         """
         files, where = _files(self.repo)
         first = self.choose(files, where)
-        names = [first, *({companion_path(Path(first)).as_posix()} & {*files})]
         if part := _PART.search(first):
             names = [f"{first[: part.start()]}-{n:05d}-of-{part[2]}.gguf" for n in range(1, int(part[2]) + 1)]
+        else:
+            names = [first, *(name for name in files if name == companion_path(Path(first)).as_posix())]
         if lacking := set(names) - set(files):
             raise FetchError(f"{where} lacks {min(lacking)}, a part of {first}; choose another quant or file")
         paths = [download(self.repo, name) for name in names]
@@ -88,11 +89,9 @@ class HubModel:
             for name in models:
                 if not _is_beside(name):
                     return name
-        quants = sorted({match[1] if (match := _QUANT.search(name)) else name for name in models})
+        quants = sorted({match[1] if (match := _QUANT.search(name)) else Path(name).stem for name in models})
         what = f"file of the quant {self.quant}" if self.quant else "model"
-        raise FetchError(
-            f"{where} has no {what}; it has {', '.join(quants)}: name one after a colon, or a file with --hf-file"
-        )
+        raise FetchError(f"{where} has no {what}; it has {', '.join(quants)}: name one of them after a colon")
 
 
 def _is_beside(name: str, quant: str = "") -> bool:
@@ -104,11 +103,9 @@ def _is_beside(name: str, quant: str = "") -> bool:
 def download(repo: str, file: str, revision: str | None = None) -> Path:
     """The path of a file in huggingface_hub's cache. Raises FetchError in one sentence."""
     import huggingface_hub
-    from huggingface_hub.utils import logging
 
     where = f"{repo}/{file} on the Hugging Face Hub"
     stderr.print(f"fetching {where}", markup=False)
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the one sentence below says why its retries failed
     with _one_sentence(where):
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
 
@@ -119,6 +116,7 @@ def _files(repo: str) -> tuple[list[str], str]:
     from huggingface_hub import errors
 
     where = f"{repo} on the Hugging Face Hub"
+    stderr.print(f"looking into {where}", markup=False)
     with _one_sentence(where):
         try:
             return huggingface_hub.HfApi().list_repo_files(repo), where
@@ -134,7 +132,9 @@ def _files(repo: str) -> tuple[list[str], str]:
 def _one_sentence(where: str) -> Iterator[None]:
     """Turns the many errors of huggingface_hub into FetchError."""
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the one sentence says why its retries failed
     try:
         yield
     except errors.GatedRepoError as error:

@@ -71,7 +71,7 @@ def main() -> None:
 
 @main.command("trim")
 @click.argument("drafter", type=FILE)
-@click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; its companion goes beside it.")
+@click.option("-o", "--output", type=FILE, required=True, help="The trimmed GGUF; companion and card go beside it.")
 @click.option("--k", "-k", type=rows, help=f"Rows to keep, or auto (with --target).  [default: {DEFAULT_K}]")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Keep what makes up this share of the counts, instead.")
 @click.option("--min-count", type=click.IntRange(1), help="Keep what was counted at least this often, instead.")
@@ -98,7 +98,7 @@ def trim_command(
     dry_run: bool,
     if_needed: bool,
 ) -> None:
-    """Write DRAFTER with its head cut to K rows, and the companion that keeps the full tables."""
+    """Write DRAFTER with its head cut to K rows, the companion that keeps the full tables, and a model card."""
     if counts is not None and keep_file is not None:
         raise click.UsageError("give --counts or --keep, not both")
     if sum(rule is not None for rule in (k, top_p, min_count)) > 1:
@@ -132,8 +132,8 @@ def trim_command(
             quantize(made, made, requant, KEPT)
             move(made, output)
     card = card_path(output)
-    if card.exists() and not CARD.known(card):
-        stderr.print(f"{card}: is left as it is, since it is {CARD.differs[3:]}", markup=False)
+    if card.exists() and not (card.is_file() and CARD.known(card)):
+        stderr.print(f"{card}: {CARD.differs}, and is left as it is", markup=False)
     else:
         write_card(card, model_card(output, cut.source.path, _named(cut.keep.counts, counts), keep_file))
     click.echo(str(output))
@@ -211,12 +211,12 @@ def card_command(
     """
     output = output or card_path(trimmed)
     CARD.require(output)
-    opened = Trimmed.open(trimmed)
-    proof = None
-    if source is not None and not is_requantised(opened, require_source(opened, source)):
-        proof = prove(trimmed, source, target)
-        if not proof.ok:
-            raise TrimError(proof.differences[0])
+    opened, proof = Trimmed.open(trimmed), None
+    if source is not None:
+        require_source(opened, source)
+        proof = None if is_requantised(opened) else prove(trimmed, source, target)
+    if proof is not None and not proof.ok:
+        raise TrimError(proof.differences[0])
     ranking = ranking_counts(opened.vocabulary, counts)
     if counts is not None and not chosen_by(opened, ranking):
         raise TrimError(f"{counts}: did not rank the rows of {trimmed}; give the counts that did, or leave them out")

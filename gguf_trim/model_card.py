@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import ModelCardData
 
 from corpus.count import name_of
 from corpus.counts import Counts
@@ -42,7 +41,7 @@ MOST = 1 << 20  # bytes of a card
 _MARK = "\n<!-- gguf-trim {} -->\n"
 # Where a GGUF names the repository of its own model; general.base_model.* names what that model was made of.
 _OWN_REPO = ("source.huggingface.repository", "source.repo_url", "source.url", "repo_url", "url")
-_REPO = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/?")
+_REPO = re.compile(r"(?:(?:https?://)?(?:huggingface|hf)\.co/)?(?!(?:huggingface|hf)\.co/)([\w.-]+/[\w.-]+)/?")
 _CACHED_REPO = re.compile(r"models--(.+?)--(.+)")  # a folder of huggingface_hub's cache
 
 WITH_RUNNER = (
@@ -114,7 +113,7 @@ def model_card(
     trimmed = Trimmed.open(path)
     original = None if source is None else require_source(trimmed, source)
     parts = [
-        f"---\n{_metadata(trimmed, original).to_yaml()}\n---",
+        f"---\n{_metadata(trimmed, original)}\n---",
         f"# {_plain(path.stem)}",
         f"A drafter for speculative decoding with a smaller output head: {len(trimmed.d2t):,} of "
         f"{head_tensor(trimmed.companion).n_rows:,} rows were kept. The target checks every draft, so the text stays "
@@ -125,7 +124,7 @@ def model_card(
         _table(_cut(trimmed, original)),
         *_chosen(trimmed, counts, keep_list),
         "## Proof",
-        _proven(trimmed, original, proof),
+        _proven(trimmed, proof),
         "## How to run it",
         HOW.get(trimmed.file.architecture, OTHERWISE).format(
             file=shlex.quote(path.name), companion=companion_path(path).name
@@ -153,13 +152,10 @@ def chosen_by(trimmed: Trimmed, counts: Counts) -> bool:
     return np.array_equal(np.sort(order[: len(trimmed.d2t)]), trimmed.d2t)
 
 
-def is_requantised(trimmed: Trimmed, original: GGUFFile | None = None) -> bool:
-    """Whether tensors have other types than when they were cut, as far as the files say."""
-    if original is not None:
-        both = trimmed.file.tensors.keys() & original.tensors.keys()
-        return any(trimmed.file.tensors[name].type != original.tensors[name].type for name in both)
-    key = "general.file_type"
-    return trimmed.file.get(key) is not None and trimmed.file.get(key) != trimmed.companion.get(key)
+def is_requantised(trimmed: Trimmed) -> bool:
+    """Whether the file has been quantised since it was cut, which its companion has not."""
+    type_, before = (file.get("general.file_type") for file in (trimmed.file, trimmed.companion))
+    return type_ is not None and type_ != before
 
 
 def _named(trimmed: Trimmed) -> str:
@@ -182,7 +178,10 @@ def _general(trimmed: Trimmed, key: str) -> str | None:
     return _line(value) or None if isinstance(value, str) else None
 
 
-def _metadata(trimmed: Trimmed, original: GGUFFile | None) -> ModelCardData:
+def _metadata(trimmed: Trimmed, original: GGUFFile | None) -> str:
+    """What the Hub reads, in YAML."""
+    from huggingface_hub import ModelCardData
+
     languages = trimmed.companion.get("general.languages")
     return ModelCardData(
         **_base(trimmed, original),
@@ -193,7 +192,7 @@ def _metadata(trimmed: Trimmed, original: GGUFFile | None) -> ModelCardData:
         library_name="gguf",
         pipeline_tag="text-generation",
         tags=TAGS,
-    )
+    ).to_yaml()
 
 
 def _base(trimmed: Trimmed, original: GGUFFile | None) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def _cut(trimmed: Trimmed, original: GGUFFile | None) -> Iterator[tuple[str, str
 def _chosen(trimmed: Trimmed, counts: Counts | None, keep_list: Path | None) -> Iterator[str]:
     """By what the rows were chosen, and the share of each language and source that they cover."""
     if keep_list is not None:
-        yield f"The rows are those that `{_plain(keep_list.name)}` lists, filled up by counts if need be."
+        yield f"The rows are those that {_plain(keep_list.name)} lists, filled up by counts if need be."
     elif counts is not None and chosen_by(trimmed, counts):
         yield "## Counts"
         # Parts are named without their folders; what else the counts were made of may be paths of somebody's machine.
@@ -267,8 +266,8 @@ def _chosen(trimmed: Trimmed, counts: Counts | None, keep_list: Path | None) -> 
         yield _table([("counted", "tokens", "covered"), ("---", "--:", "--:"), *lines], head=False)
 
 
-def _proven(trimmed: Trimmed, original: GGUFFile | None, proof: Proof | None) -> str:
-    if is_requantised(trimmed, original):
+def _proven(trimmed: Trimmed, proof: Proof | None) -> str:
+    if is_requantised(trimmed):
         return (
             "The file was requantised after the cut, so its logits are close to the source's and not equal to them. "
             "The cut itself copied rows as bytes."

@@ -197,7 +197,7 @@ def test_rows_from_a_list_are_not_said_to_be_counted(tmp_path: Path, drafter: Pa
     (tmp_path / "ids.txt").write_text("\n".join(map(str, range(0, 600, 2))))
     run("trim", drafter, "-o", tmp_path / "t.gguf", "--keep", tmp_path / "ids.txt")
     _, body = split(tmp_path / "t.md")
-    assert "those that `ids.txt` lists" in body and "## Counts" not in body
+    assert "those that ids.txt lists" in body and "## Counts" not in body
     said = run("card", tmp_path / "t.gguf", "--counts", counts, code=1).stderr
     assert said.startswith(f"Error: {counts}: did not rank the rows of {tmp_path / 't.gguf'}; give the counts that did")
 
@@ -227,13 +227,17 @@ def test_a_card_that_was_edited_and_a_file_of_yours_stay(tmp_path: Path, drafter
     card.write_text("my notes\n")
     said = run(*trim, "-o", out, "-k", 320)
     assert card.read_text() == "my notes\n" and said.stdout == f"{out}\n"
-    assert f"{card}: is left as it is, since it is not a card as this program wrote it" in said.stderr
+    assert f"{card}: is not a card as this program wrote it, and is left as it is" in said.stderr
     assert "choose another name" in run("card", out, code=1).stderr and card.read_text() == "my notes\n"
     card.unlink()
     run("card", out)
     before = card.read_bytes()
     run(*trim, "-o", out, "-k", 336)
     assert card.read_bytes() != before and b"336 of 600" in card.read_bytes(), "one of ours is replaced"
+    card.unlink(), card.mkdir()
+    assert "and is left as it is" in run(*trim, "-o", out, "-k", 320).stderr and not list(card.iterdir())
+    card.rmdir()
+    run(*trim, "-o", out, "-k", 320)
     edited = card.read_bytes().replace(b"A drafter for", b"My drafter for")
     card.write_bytes(edited)
     run(*trim, "-o", out, "-k", 320)
@@ -269,7 +273,11 @@ def cases(folder: Path) -> dict[str, tuple[Path, Path | None, str]]:
             "llama-server runs the file and needs no",
         ),
         "mtp": (mtp, mtp, "Stock llama.cpp does not load it"),
-        "gemma4-assistant": (write_assistant(folder / "a.gguf"), gemma, "would draft nonsense with it"),
+        "gemma4-assistant": (
+            write_assistant(folder / "a.gguf", type_=Quant.Q8_0),
+            gemma,
+            "would draft nonsense with it",
+        ),
     }
 
 
@@ -299,7 +307,8 @@ def test_the_repository_is_that_of_the_metadata_or_of_the_place(tmp_path: Path, 
     assert base(cached) == ("you/toy-GGUF", "quantized")
     ancestor = labelled(plain, tmp_path / "b.gguf", **{"base_model.0.repo_url": "https://huggingface.co/me/base"})
     assert base(ancestor) == ("me/base", None), "what the source was made of, which is not a cut of it"
-    assert base(labelled(plain, tmp_path / "c.gguf", url="https://example.com/a/b")) == (None, None)
+    for url in ("https://example.com/a/b", "https://huggingface.co/me", "huggingface.co/me"):
+        assert base(labelled(plain, tmp_path / "c.gguf", url=url)) == (None, None)
 
 
 TEXTS = st.text(max_size=60) | st.sampled_from(["a | b", "---\nlicense: mit", "<!-- -->", "`x`", "[x](y)", "no", "1.0"])

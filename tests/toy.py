@@ -162,7 +162,8 @@ def write_model(
         add(prefix + "attn_norm.weight", np.ones(N_EMBD, np.float32))
         add(prefix + "ffn_norm.weight", np.ones(N_EMBD, np.float32))
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            add(prefix + part + ".weight", normal(N_EMBD, N_EMBD))
+            heads = N_HEAD if part in ("attn_q", "attn_output") else (keys or {}).get("attention.head_count_kv", N_HEAD)
+            add(prefix + part + ".weight", normal(heads * head_dim, N_EMBD))
             if name in ("qwen2", "qwen2vl") and part != "attn_output":
                 add(prefix + part + ".bias", normal(N_EMBD))
         if name in ("qwen3", "gemma3", "qwen3vl", "qwen3vlmoe", "hunyuan_vl"):

@@ -218,8 +218,7 @@ def test_a_trained_head_drafts_the_same_in_llama_cpp(made: Callable[[], Training
     head, _ = run.run(tmp_path, never)
     shares = run.acceptance(head, run.texts.held)
     assert shares[0] > 0.1  # by chance, 1 in 600
-    cuts = [(run.texts.tokens[i].tolist(), run.texts.begins[i]) for i in run.texts.held]
-    answers = [TargetAnswer("", "own", tokens[:begins], tokens[begins:]) for tokens, begins in cuts]
+    answers = [TargetAnswer(name, "own", *both) for name, both in run.texts.answers(9).items()]
     for type_, rows, most in ((Quant.F32, run.target.head, 5e-3), (Quant.Q8_0, None, 0.2)):
         path = tmp_path / f"{type_.name}.gguf"
         export(path, head, run.file, LAYERS, type_, rows)
@@ -233,13 +232,35 @@ def test_the_command_goes_on_to_the_end(targets: dict[str, Path], tmp_path: Path
     arguments = [str(tmp_path / "w"), str(targets["grouped"]), "--texts", "48"]
     stopped = CliRunner().invoke(main, [*arguments, "--minutes", "0"])
     assert stopped.exit_code == 0 and "the same command goes on" in stopped.stderr
+    said = []
     for _ in range(2):
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, done.output
-        assert "eagle3-f16.gguf: all: " in done.stdout and "eagle3-q8_0.gguf: all: " in done.stdout
-    assert "update 1 " not in done.stderr  # nothing was trained again
-    for name in ("f16", "q8_0"):
-        assert (tmp_path / "w" / f"eagle3-{name}.gguf").stat().st_size < 16_000_000
+        said.append(done.stdout)
+        for path in (tmp_path / "w").glob("texts-*.npz"):  # a finished head is exported without them
+            path.unlink()
+    assert said[0] == said[1]
+    assert "eagle3-f16.gguf, held.json: all: " in said[0] and "eagle3-q8_0.gguf, held.json: all: " in said[0]
+    for path in (tmp_path / "w").iterdir():
+        assert path.stat().st_size < 16_000_000
+
+
+def test_a_folder_is_of_one_target(targets: dict[str, Path], tmp_path: Path) -> None:
+    for name, code in (("plain", 0), ("tied", 1)):
+        said = CliRunner().invoke(main, [str(tmp_path), str(targets[name]), "--minutes", "0"])
+        assert said.exit_code == code, said.output
+    assert (
+        said.stderr
+        == f"Error: {tmp_path}: holds the texts of another target than {targets['tied']}; choose another folder\n"
+    )
+
+
+def test_the_page_gives_commands_that_exist() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "eagle3.md").read_text("utf-8")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    python -m tools.train_eagle3 ")]
+    assert commands
+    for command in commands:
+        main.make_context("train_eagle3", command[3:])  # raises for what there is not
 
 
 def test_what_it_cannot_train_is_refused(tmp_path: Path) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
-from functools import partial
 from pathlib import Path
 
 import click
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from corpus.answers import TargetAnswer, read_answers
+from corpus.answers import read_answers
 from llamabase.cli.command import FILE, OneCommand
+from llamabase.errors import TrimError
+from llamabase.files import CACHED, read_text, sha256_of, write_whole
 from llamabase.gguf.reader import GGUFFile
 
 from .eagle3.check import check
 from .eagle3.head import export
 from .eagle3.target import Target
 from .eagle3.texts import Prompts, Texts, make_texts
-from .eagle3.training import Training
+from .eagle3.training import Training, finished
 
 N_JUDGED, N_COMPARED = 24, 2  # texts of the check: drafted for, and compared logit by logit
-
-log = partial(click.echo, err=True)
 
 
 @click.command(cls=OneCommand)
@@ -50,7 +50,8 @@ def main(
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: logits with more digits than bfloat16 has, as fast
+        torch.set_float32_matmul_precision("high")  # TF32: logits have more digits than in bfloat16
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for every length of the cache
     file = GGUFFile(target)
     model = Target(file, device)
     layers = (2, model.n_layer // 2, model.n_layer - 3)  # low, middle and high, as in the paper
@@ -58,27 +59,32 @@ def main(
     def time_is_up() -> bool:
         return minutes is not None and time.monotonic() - started > 60 * minutes
 
-    folder.mkdir(parents=True, exist_ok=True)
-    going_on = f"{folder}: stopped after {minutes} minutes; the same command goes on"
-    if not make_texts(folder, model, Prompts.of(file, prompts), texts, time_is_up):
-        log(going_on)
-        return
-    made = Texts(folder, device)
-    head, is_done = Training(made, file, model, layers).run(folder, time_is_up)
-    if not is_done:
-        log(going_on)
-        return
-    f16, q8_0 = folder / "eagle3-f16.gguf", folder / "eagle3-q8_0.gguf"
-    export(f16, head, file, layers, GGMLQuantizationType.F16, model.head)
-    export(q8_0, head, file, layers, GGMLQuantizationType.Q8_0, None)
-    cuts = [(made.tokens[i].tolist(), made.begins[i]) for i in made.held[:N_JUDGED]]
-    own = [TargetAnswer("", "own", tokens[:begins], tokens[begins:]) for tokens, begins in cuts]
-    judged = [(f16, own), (q8_0, own)]
-    if judge is not None:
-        judged.append((f16, read_answers(judge, len(model.head))))
-    for path, answers in judged:
-        for line in check(path, head, model, file, answers, N_COMPARED).lines():
-            print(f"{path.name}: {line}", flush=True)
+    mark, digest = folder / "target.sha256", sha256_of(target)
+    if not mark.exists():
+        with write_whole(mark, CACHED) as out:
+            out.write(digest.encode())
+    elif read_text(mark) != digest:
+        raise TrimError(f"{folder}: holds the texts of another target than {target}; choose another folder")
+    head, held = finished(folder, file, device), folder / "held.json"
+    if head is None:
+        is_done = make_texts(folder, model, Prompts.of(file, prompts), texts, time_is_up)
+        if is_done:
+            made = Texts(folder, device)
+            with write_whole(held, CACHED) as out:
+                out.write(json.dumps(made.answers(N_JUDGED)).encode())
+            head, is_done = Training(made, file, model, layers).run(folder, time_is_up)
+        if head is None or not is_done:
+            click.echo(f"{folder}: stopped after {minutes} minutes; the same command goes on", err=True)
+            return
+    heads = {
+        folder / "eagle3-f16.gguf": (GGMLQuantizationType.F16, model.head),
+        folder / "eagle3-q8_0.gguf": (GGMLQuantizationType.Q8_0, None),
+    }
+    for path, (type_, rows) in heads.items():
+        export(path, head, file, layers, type_, rows)
+        for judging in filter(None, (held, judge)):
+            for line in check(path, head, model, file, read_answers(judging, len(model.head)), N_COMPARED).lines():
+                click.echo(f"{path.name}, {judging.name}: {line}")
 
 
 if __name__ == "__main__":

@@ -98,10 +98,6 @@ class Recorded:
         context.rewind(0)
         return recorded
 
-    def of_batch(self, n: int) -> np.ndarray:
-        """The states (float32, n x width of a record) of the batch of n tokens that was just decoded."""
-        return np.concatenate([floats(part(), n, self._n_embd) for part in self._parts], axis=1)
-
     def take(self, first: int, n: int, row: int = 0) -> None:
         self.n = min(self.n, first)
         for i, part in enumerate(self._parts):

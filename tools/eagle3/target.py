@@ -99,9 +99,10 @@ class Target:
         holds of the places before.
         """
         x = self.table[tokens]
-        by, inputs = turns(first, tokens.shape[1], self.frequencies), {}
+        by, inputs = turns(first, tokens.shape[1], self.frequencies), dict[int, Tensor]()
         for i, (attn_norm, ffn_norm, qkv, output, gate_up, down) in enumerate(self._layers):
-            inputs[i] = x
+            if i in layers:
+                inputs[i] = x
             heads = self._times(rms_norm(x, (self.width,), attn_norm, self.epsilon), qkv)
             heads = heads.unflatten(-1, (-1, self.size)).transpose(1, 2)
             qk, v = heads.split([self.n_head + self.n_head_kv, self.n_head_kv], 1)

@@ -152,12 +152,14 @@ def make_texts(
     """Make those of n texts that the folder lacks, batch by batch, each in a file; whether all are there now."""
     made = {name for path in folder.glob("texts-*.npz") for name in np.load(path)["names"].tolist()}
     waiting = [text for text in prompts.beginnings(n) if text.name not in made]
-    waiting.sort(key=lambda text: -text.most)  # the first of a batch is its longest
+    waiting.sort(key=lambda text: (-text.n_drawn, -text.most))  # a batch is of one kind, and its first is its longest
     with progress("answering", n, "texts") as advance:
         advance(n - len(waiting))
         while waiting and not time_is_up():
             size = max(1, (cells or CELLS[target.device.type]) // (waiting[0].most + len(prompts.tail)))
-            batch, waiting = waiting[:size], waiting[size:]
+            kind = waiting[0].n_drawn
+            batch = [text for text in waiting[:size] if text.n_drawn == kind]
+            waiting = waiting[len(batch) :]
             number = len(list(folder.glob("texts-*.npz")))
             tokens, begins = generate(target, prompts, batch, number)
             with write_whole(folder / f"texts-{number:04}.npz", CACHED) as file:
@@ -187,6 +189,11 @@ class Texts:
         self.trained = [i for i in range(len(names)) if asked[i] not in held]
         if not self.held or not self.trained:
             raise TrimError(f"{folder}: has texts to train on or to judge by, and needs both; make more (--texts)")
+
+    def answers(self, n: int) -> dict[str, list[list[int]]]:
+        """The first n that are held: {id: [prompt_ids, answer_ids]}, as read_answers takes them."""
+        parts = {i: np.split(self.tokens[i], [self.begins[i]]) for i in self.held[:n]}
+        return {str(i): [part.tolist() for part in both] for i, both in parts.items()}
 
     def batch(self, which: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Padded (b x n): tokens, whether there is one, and whether it is of the answer."""

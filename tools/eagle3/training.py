@@ -171,7 +171,7 @@ class Training:
         optimizers, done = Optimizers(head, n), 0
         if state is not None:
             head.load_state_dict(state["head"])
-            for optimizer, saved in zip(optimizers.all, state["optimizers"], strict=False):  # none, once it is done
+            for optimizer, saved in zip(optimizers.all, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             done = state["update"]
         started, losses = time.perf_counter(), []
@@ -191,6 +191,16 @@ class Training:
                 save(folder, head, optimizers.all, done, n)
         save(folder, head, [] if done == n else optimizers.all, done, n)
         return head, done == n
+
+
+def finished(folder: Path, file: GGUFFile, device: torch.device) -> Head | None:
+    """The head of a folder whose training is done."""
+    state = load(folder)
+    if state is None or state["update"] < state["of"]:
+        return None
+    head = Head(file).to(device)
+    head.load_state_dict(state["head"])
+    return head
 
 
 def save(folder: Path, head: Head, optimizers: Sequence[torch.optim.Optimizer], update: int, of: int) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llamabase.cli.progress import progress, stderr
 from llamabase.errors import TrimError
 from llamabase.files import CACHED, write_whole
 from llamabase.gguf.reader import GGUFFile
@@ -33,8 +31,6 @@ RIDGE, SURE = 0.003, 0.6  # of the first guess: its regularisation, and its logi
 N_GUESSED = 200_000  # tokens that the first guess is made of
 N_SHOWN, EVERY = 24, 100  # held texts that progress is shown on; updates between that, and between checkpoints
 PIECE = 16_000_000  # bytes of a file of a checkpoint: some ways to carry files take none above 16 MB
-
-log = partial(click.echo, err=True)
 
 
 class Optimizers:
@@ -161,7 +157,7 @@ class Training:
         """
         n, texts = len(self.batches), self.texts
         n_tokens = sum(len(texts.tokens[i]) for i in texts.trained)
-        log(f"{len(texts.trained)} texts of {n_tokens} tokens, {n} updates")
+        stderr.print(f"{len(texts.trained)} texts of {n_tokens} tokens, {n} updates")
         state = load(folder)
         if state is not None and state["of"] != n:
             raise TrimError(
@@ -174,21 +170,22 @@ class Training:
             for optimizer, saved in zip(optimizers.all, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             done = state["update"]
-        started, losses = time.perf_counter(), []
-        noise = torch.Generator(self.target.device)
-        while done < n and not time_is_up():
-            loss = self.loss(head, self.batches[done], noise.manual_seed(done))
-            loss.backward()
-            optimizers.step(done)
-            done += 1
-            losses.append(loss.detach())
-            if done % EVERY == 0 or done == n:
-                shares = ", ".join(f"{a:.3f}" for a in self.acceptance(head, texts.held[:N_SHOWN]))
-                seconds, mean = time.perf_counter() - started, torch.stack(losses).mean().item()
-                log(f"update {done} of {n}: loss {mean:.3f}; held out: {shares}; {seconds:.0f} s")
-                losses = []
-            if done % EVERY == 0 and done < n:
-                save(folder, head, optimizers.all, done, n)
+        losses, noise = [], torch.Generator(self.target.device)
+        with progress("training", n, "updates") as advance:
+            advance(done)
+            while done < n and not time_is_up():
+                loss = self.loss(head, self.batches[done], noise.manual_seed(done))
+                loss.backward()
+                optimizers.step(done)
+                done += 1
+                losses.append(loss.detach())
+                advance(1)
+                if done % EVERY == 0 or done == n:
+                    shares = ", ".join(f"{a:.3f}" for a in self.acceptance(head, texts.held[:N_SHOWN]))
+                    stderr.print(f"update {done}: loss {torch.stack(losses).mean().item():.3f}; held out: {shares}")
+                    losses = []
+                if done % EVERY == 0 and done < n:
+                    save(folder, head, optimizers.all, done, n)
         save(folder, head, [] if done == n else optimizers.all, done, n)
         return head, done == n
 

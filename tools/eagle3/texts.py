@@ -146,9 +146,7 @@ def generate(
     return [row[:length] for row, length in zip(made, lengths.tolist(), strict=True)], begins.tolist()
 
 
-def make_texts(
-    folder: Path, target: Target, prompts: Prompts, n: int, time_is_up: Callable[[], bool], cells: int | None = None
-) -> bool:
+def make_texts(folder: Path, target: Target, prompts: Prompts, n: int, time_is_up: Callable[[], bool]) -> bool:
     """Make those of n texts that the folder lacks, batch by batch, each in a file; whether all are there now."""
     made = {name for path in folder.glob("texts-*.npz") for name in np.load(path)["names"].tolist()}
     waiting = [text for text in prompts.beginnings(n) if text.name not in made]
@@ -156,7 +154,7 @@ def make_texts(
     with progress("answering", n, "texts") as advance:
         advance(n - len(waiting))
         while waiting and not time_is_up():
-            size = max(1, (cells or CELLS[target.device.type]) // (waiting[0].most + len(prompts.tail)))
+            size = max(1, CELLS[target.device.type] // (waiting[0].most + len(prompts.tail)))
             kind = waiting[0].n_drawn
             batch = [text for text in waiting[:size] if text.n_drawn == kind]
             waiting = waiting[len(batch) :]

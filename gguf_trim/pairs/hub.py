@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from gguf_trim.format.companion import companion_path
+from llamabase.cli.command import more
 from llamabase.cli.progress import stderr
 from llamabase.errors import FetchError
 
@@ -173,7 +174,7 @@ def hub_options(command: Callable[..., T]) -> Callable[..., T]:
         metavar="USER/REPO[:QUANT]",
         help=f"The target from the Hugging Face Hub.  [default quant: {' or '.join(DEFAULT_QUANTS)}]",
     )
-    @click.option("-hff", "--hf-file", "hf_file", metavar="FILE", help="Its file there, instead of a quant.")
+    @more("-hff", "--hf-file", "hf_file", metavar="FILE", help="Its file there, instead of a quant.")
     @click.option(
         *("-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf", "hf_repo_draft"),
         type=_named,

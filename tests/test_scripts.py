@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 COMMANDS = {
     "gguf-trim": {
-        *("trim", "verify", "card", "inspect", "speculator", "plan", "models", "prepare", "cache"),
+        *("trim", "verify", "card", "inspect", "speculator", "plan", "models", "prepare", "export", "cache"),
         *("count", "generate", "merge", "show"),
     },
     "gguf-run": {"chat", "serve", "bench", "exact", "cache"},

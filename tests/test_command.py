@@ -138,7 +138,7 @@ def completed(answer: str) -> set[str]:
 @pytest.mark.parametrize(
     ("main", "typed", "wanted"),
     [
-        (trim, "gguf-trim c", {"cache", "count"}),
+        (trim, "gguf-trim c", {"cache", "card", "count"}),
         (trim, "gguf-trim trim --top", {"--top-p"}),
         (trim, "gguf-trim cache req", {"requantised"}),
         (run, "gguf-run ", {"bench", "cache", "chat", "exact", "serve"}),

@@ -172,10 +172,10 @@ def hub_options(command: Callable[..., T]) -> Callable[..., T]:
         *("-hf", "-hfr", "--hf-repo", "hf_repo"),
         type=_named,
         metavar="USER/REPO[:QUANT]",
-        help=f"The target from the Hugging Face Hub.  [default quant: {' or '.join(DEFAULT_QUANTS)}]",
+        help="The target from the Hugging Face Hub.",
     )
     @more("-hff", "--hf-file", "hf_file", metavar="FILE", help="Its file there, instead of a quant.")
-    @click.option(
+    @more(
         *("-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf", "hf_repo_draft"),
         type=_named,
         metavar="USER/REPO[:QUANT]",

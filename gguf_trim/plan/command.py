@@ -22,7 +22,7 @@ from gguf_trim.format.state_fed import EAGLE3, Eagle3Head
 from gguf_trim.pairs.hub import HubModel, hub_options, local
 from gguf_trim.pairs.prepare import DEFAULT_MODEL, files_of
 from gguf_trim.pairs.target_types import type_costs
-from llamabase.cli.command import FILE, THREADS, quantisation
+from llamabase.cli.command import FILE, THREADS, OneCommand, quantisation
 from llamabase.cli.plot import drawing
 from llamabase.cli.progress import stderr
 from llamabase.errors import FileFormatError
@@ -73,7 +73,7 @@ def _types(text: str) -> list[str]:
     return [quantisation(name.strip()) for name in text.split(",") if name.strip()]
 
 
-@click.command("plan")
+@click.command("plan", cls=OneCommand)
 @pair_options
 @COUNTS
 @click.option("--prompts", type=FILE, help="Prompts that judge.  [default: bundled ones that were never counted]")

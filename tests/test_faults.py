@@ -25,6 +25,7 @@ from corpus.counts import Counts
 from gguf_trim.__main__ import main as gguf_trim
 from gguf_trim.format.companion import Trimmed
 from gguf_trim.format.speculator import Speculator
+from gguf_trim.model_card import CARD
 from llamabase.files import sha256_of
 from llamabase.gguf.reader import GGUFFile
 from llamabase.llama.ggml import release_threads
@@ -133,6 +134,8 @@ class Case:
                 Counts.load(path)
             elif path.suffix == ".png":
                 assert path.read_bytes().endswith(b"IEND\xaeB`\x82"), path
+            elif path.suffix == ".md":
+                assert CARD.known(path), path
             elif path.suffix == ".json":
                 assert json.loads(path.read_text()), path
             elif path.suffix == ".jsonl":

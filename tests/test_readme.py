@@ -26,7 +26,7 @@ LINES = [re.sub(r"^gguf-(trim|run)(?= )", lambda script: SCRIPTS[script[0]], lin
 COMMANDS = list(dict.fromkeys(LINES))
 PYTHON = [line for line in COMMANDS if line.startswith(".venv/bin/python")]
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
-RUN = [line for line in PYTHON if "--model" not in line and "runner serve" not in line]
+RUN = [line for line in PYTHON if not re.search(r" --model | -hf |runner serve", line)]  # needs no network, and ends
 QUICK = [line for line in RUN if "--types" not in line and "runner.bench" not in line]
 
 

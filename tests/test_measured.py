@@ -119,12 +119,15 @@ def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, second
 
 
 def test_costs_without_a_price_of_changes_are_measured_again(toys, pair: Pair, memory: Path) -> None:
+    sizes = {"1": 0.5, "8": 0.9}
     assert pair.is_measured(toys["target"])
     for change in ({}, {"change": None}, {"change": -1.0}):
-        write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}} | change)
+        write_facts(memory, "costs", {"verify": sizes, "draft": {}} | change)
         assert pair.is_measured(toys["target"])
-    write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}, "change": 0.1})
+    write_facts(memory, "costs", {"verify": sizes, "draft": {}, "change": 0.1})
     assert not pair.is_measured(toys["target"])
+    write_facts(memory, "costs", {"verify": {"1": 0.5}, "draft": {}, "change": 0.1})  # of smaller batches
+    assert pair.is_measured(toys["target"])
 
 
 @pytest.mark.parametrize("facts", [[], 1, None, b"{", b"\xff", b"[" * 99_999])

@@ -253,7 +253,8 @@ def _chosen(trimmed: Trimmed, counts: Counts | None, keep_list: Path | None) -> 
     elif counts is not None and chosen_by(trimmed, counts):
         yield "## Counts"
         # Parts are named without their folders; what else the counts were made of may be paths of somebody's machine.
-        made_from = "" if counts.parts else f", made from {', '.join(map(name_of, counts.made_from.split(', ')))}"
+        sources = (name_of(part) if Path(part).is_absolute() else part for part in counts.made_from.split(", "))
+        made_from = "" if counts.parts else f", made from {', '.join(sources)}"
         yield (
             f"The rows are the most frequent ones of {_plain(counts.name)}: {counts.total:,} tokens, "
             f"{len(counts.ids):,} different ones{_plain(made_from)}."

@@ -7,6 +7,8 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -284,7 +286,8 @@ def test_a_damaged_memory_is_done_without(
         damaged = value if place == "whole" else json.dumps(sound | {place: "HERE"}).replace('"HERE"', value)
         with closing(sqlite3.connect(tmp_path / "remembered.sqlite")) as memory, memory:
             memory.execute(f"UPDATE {kind} SET {'at' if place == 'at' else 'facts'} = ?", [damaged])
-    measured = step_costs(None, None, "key")[0].of(1) == 0.5
+    target: Any = SimpleNamespace(context=SimpleNamespace(n_parallel=1, n_outputs=2, n_ctx=64))
+    measured = step_costs(target, None, "key")[0].of(1) == 0.5
     assert measured >= (place in ("verify", "change", "whole")) and measured <= (place != "at")
     known = recall_known("key")
     assert known is None or (known.tokens == 2 and place in ("verify", "change", "at"))

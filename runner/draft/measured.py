@@ -37,9 +37,9 @@ def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[
     They decide what the drafter drafts from if nothing else is asked for (`ModelDrafter.auto`), and are of that. They
     are measured again if they were remembered of one conversation, and are wanted of several.
     """
-    facts = recall("costs", key, DAYS)
+    facts, largest = recall("costs", key, DAYS), str(_sizes(target)[-1])
     try:
-        _ = facts["verify"][str(_sizes(target)[-1])]
+        _ = facts["verify"][largest]
         verify = StepCost(facts["verify"], facts["change"])
         draft = None if drafter is None else StepCost(facts["draft"])
         if drafter is not None:

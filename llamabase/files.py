@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 import platformdirs
@@ -199,9 +199,44 @@ def require_room(path: Path, n_bytes: int) -> None:
         )
 
 
-def copy_range(
-    source: BinaryIO, offset: int, count: int, out: BinaryIO, advance: Callable[[int], object] = lambda _: None
-) -> None:
+class Placed(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def offset(self) -> int:
+        """Where its bytes begin."""
+
+
+class Piece(Protocol):
+    """A tensor of a new file: one of new `data`, or one of a source, whole or only `rows` (ascending)."""
+
+    @property
+    def tensor(self) -> Placed: ...
+
+    @property
+    def rows(self) -> np.ndarray | None: ...
+
+    @property
+    def data(self) -> bytes | None: ...
+
+    @property
+    def row_bytes(self) -> int: ...
+
+    @property
+    def n_bytes(self) -> int: ...
+
+
+def append(piece: Piece, source: BinaryIO, out: BinaryIO, advance: Callable[[int], object]) -> None:
+    """Append a piece, of the open `source` unless it has data, to another open file, as bytes and CHUNK at a time."""
+    if piece.data is not None:
+        advance(out.write(piece.data))
+    elif piece.rows is not None:
+        _copy_rows(source, piece.tensor.offset, piece.row_bytes, piece.rows, out, advance)
+    else:
+        _copy_range(source, piece.tensor.offset, piece.n_bytes, out, advance)
+
+
+def _copy_range(source: BinaryIO, offset: int, count: int, out: BinaryIO, advance: Callable[[int], object]) -> None:
     """Append `count` bytes of an open file, from `offset`, to another; in the kernel if it can."""
     out.flush()
     while count:
@@ -221,13 +256,13 @@ def copy_range(
     out.seek(0, 2)
 
 
-def copy_rows(
+def _copy_rows(
     source: BinaryIO,
     offset: int,
     row_bytes: int,
     rows: np.ndarray,
     out: BinaryIO,
-    advance: Callable[[int], object] = lambda _: None,
+    advance: Callable[[int], object],
 ) -> None:
     """Append the chosen rows (ascending) of a table that begins at `offset`, reading at most CHUNK bytes at a time."""
     step = max(1, CHUNK // row_bytes)

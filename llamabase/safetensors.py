@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llamabase.errors import FileFormatError
-from llamabase.files import copy_range, copy_rows, require_regular
+from llamabase.files import append, require_regular
 
 MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors package
 _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "BOOL": np.dtype("?")}
@@ -155,9 +155,4 @@ class Output:
         """Append head and tensors, those of the open `source` or new ones, to another open file."""
         advance(out.write(self.header))
         for piece in self._ordered():
-            if piece.data is not None:
-                advance(out.write(piece.data))
-            elif piece.rows is not None:
-                copy_rows(source, piece.tensor.offset, piece.row_bytes, piece.rows, out, advance)
-            else:
-                copy_range(source, piece.tensor.offset, piece.n_bytes, out, advance)
+            append(piece, source, out, advance)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGUF_VERSION, GGUFValueType
 
-from llamabase.files import copy_range, copy_rows
+from llamabase.files import append
 
 from .reader import MAGIC, Tensor
 
@@ -77,12 +77,7 @@ class Output:
         advance(out.write(self.header))
         for piece in self.pieces:
             with contextlib.nullcontext(source) if piece.file is None else open(piece.file, "rb") as origin:
-                if piece.data is not None:
-                    advance(out.write(piece.data))
-                elif piece.rows is not None:
-                    copy_rows(origin, piece.tensor.offset, piece.row_bytes, piece.rows, out, advance)
-                else:
-                    copy_range(origin, piece.tensor.offset, piece.n_bytes, out, advance)
+                append(piece, origin, out, advance)
             advance(out.write(bytes(self._padding(piece.n_bytes))))
 
     def _padding(self, n_bytes: int) -> int:

@@ -79,37 +79,31 @@ def ask_all(url: str, n: int, prompts: Sequence[list[int]], max_tokens: int) -> 
 
     Raises EngineError if one is not answered.
     """
-    loop, waiting = Loop(), deque(prompts)
-
-    def client(_: int) -> None:
-        while waiting:
-            asked = time.perf_counter()
-            first, timings = _answer(url, waiting.popleft(), max_tokens)
-            loop.first.append(first - asked)
-            drafted, accepted = timings.get("draft_n", 0), timings.get("draft_n_accepted", 0)
-            loop.tokens += timings["predicted_n"]
-            loop.drafted += drafted
-            loop.accepted += accepted
-            loop.rounds += timings["predicted_n"] - accepted
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(n) as pool:
-        list(pool.map(client, range(n)))
+    loop, started = Loop(), time.perf_counter()
+    with ThreadPoolExecutor(n) as pool:  # a thread is a client: it takes the next prompt once its last is answered
+        answers = list(pool.map(partial(_answer, url, max_tokens), prompts))
     loop.seconds = time.perf_counter() - started
+    for first, timings in answers:
+        accepted = timings.get("draft_n_accepted", 0)
+        loop.first.append(first)
+        loop.tokens += timings["predicted_n"]
+        loop.drafted += timings.get("draft_n", 0)
+        loop.accepted += accepted
+        loop.rounds += timings["predicted_n"] - accepted
     return loop
 
 
-def _answer(url: str, prompt: list[int], max_tokens: int) -> tuple[float, dict[str, Any]]:
-    """(when the first token of a streamed answer came, what the server says that the answer took)."""
+def _answer(url: str, max_tokens: int, prompt: list[int]) -> tuple[float, dict[str, Any]]:
+    """(seconds to the first token of a streamed answer, what the server says that the answer took)."""
     asked = {"prompt": prompt, "n_predict": max_tokens, "temperature": 0, "stream": True, "cache_prompt": False}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/completion", json.dumps(asked).encode(), headers)
-    first, last = 0.0, dict[str, Any]()
+    asked_at, first, last = time.perf_counter(), 0.0, dict[str, Any]()
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             for line in answer:
                 if line.startswith(b"data: {"):
-                    first, last = first or time.perf_counter(), json.loads(line[6:])
+                    first, last = first or time.perf_counter() - asked_at, json.loads(line[6:])
         return first, dict(last["timings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{url}: did not answer as llama-server does: {error!r}; see whether it runs") from error

@@ -38,10 +38,21 @@ endif
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
+# pip keeps the llama.cpp that it has built, whatever CMAKE_ARGS say now.
+BUILT_WITH := $(VENV)/.cmake_args
+ifneq ($(CMAKE_ARGS),)
+ifneq ($(CMAKE_ARGS),$(shell cat $(BUILT_WITH) 2>/dev/null))
+.PHONY: $(STAMP)
+BUILD = $(RUN) pip install --disable-pip-version-check -c constraints.txt --force-reinstall --no-deps --no-cache-dir \
+	--no-binary llama-cpp-python llama-cpp-python && echo '$(CMAKE_ARGS)' > $(BUILT_WITH)
+endif
+endif
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Error: Python 3.10 or later is needed")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing; llama-cpp-python is compiled the first time, which takes about ten minutes."
+	$(BUILD)
 	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[dev,corpus,plot,cluster]'
 	@touch $@
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamabase.llama.context import LastBatch
 from llamabase.llama.rounds import best_fixed
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
@@ -31,6 +32,9 @@ FLAT = {1: 0.050, 2: 0.051, 3: 0.052, 4: 0.053, 5: 0.054, 6: 0.056, 8: 0.060}
 # Llama 3.1 8B Q4_K_M on an H200, where a change of the batch size costs a third of a plain step; and 1B's draft step.
 GRAPHS, CHANGE = {1: 0.0045, 2: 0.00453, 3: 0.00527, 4: 0.00612, 5: 0.00662, 6: 0.00734, 8: 0.00878}, 0.0015
 SMALL = {1: 0.0014, 2: 0.0015, 4: 0.0016}
+# Two cores with AVX-512: sixteen rows cost little more than eight.
+SIXTEEN = {1: 0.069, 2: 0.106, 3: 0.140, 4: 0.118, 5: 0.152, 6: 0.186, 8: 0.25, 12: 0.293, 16: 0.326, 32: 0.53}
+SLOW = {1: 0.022, 2: 0.035, 4: 0.039, 16: 0.137, 64: 0.356}
 DRAFT = {1: 0.018, 2: 0.030, 4: 0.035}
 QUICK = {1: 0.006, 2: 0.0062, 4: 0.0065}
 FIXED = (1, 2, 3, 5, 8)
@@ -514,14 +518,21 @@ def test_drafts_nothing_without_room() -> None:
 
 
 def together(
-    verify: StepCost, draft: StepCost, worlds: Sequence[World], stats: DraftStats, fixed: int | None = None
+    verify: StepCost,
+    draft: StepCost,
+    worlds: Sequence[World],
+    stats: DraftStats,
+    fixed: int | None = None,
+    measured: StepCost | None = None,
 ) -> tuple[int, float]:
-    """(tokens, seconds) of conversations in one batch, which draft by cost (fixed None) or all the same number."""
-    company, autos = Company(), []
+    """(tokens, seconds) of conversations in one batch, which draft by cost (fixed None) or all the same number.
+    `measured`: what a step of the target was measured to cost, if not what it does.
+    """
+    company, autos, believed = Company(), [], (copy.deepcopy(measured or verify), copy.deepcopy(draft))
     drafters = [Simulated(world) for world in worlds]
     texts = [world.text[: world.prompt] for world in worlds]
     for drafter in drafters:
-        auto = AutoDrafter(drafter, verify, draft, stats, company=company)  # type: ignore[arg-type]
+        auto = AutoDrafter(drafter, *believed, stats, company=company)  # type: ignore[arg-type]
         company.put(auto, Share())  # all come at once
         autos.append(auto)
     for text, auto, drafter in zip(texts, autos, drafters, strict=True):
@@ -547,9 +558,10 @@ def together(
         taken = verify.of(size) + verify.change * (size != last)
         taken += sum(draft.of(sum(each > depth for each in made)) for depth in range(max(made)))
         total, emitted = total + taken, emitted + sum(accepted + 1 for _, accepted in rows)
+        batch = LastBatch(size, size, verify.of(size) + verify.change * (size != last))
         for auto, (own, accepted) in zip(autos, rows, strict=True):
             if fixed is None:
-                auto.learn(own - 1, own, accepted, accepted + 1, taken, verify.of(own))
+                auto.learn(own - 1, own, accepted, accepted + 1, taken, verify.of(own), batch)
     return emitted, total
 
 
@@ -570,8 +582,8 @@ def tokens_per_second(
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize(
     ("costs", "change", "steps"),
-    [(UNEVEN, 0.0, DRAFT), (FLAT, 0.0, QUICK), (GRAPHS, CHANGE, SMALL)],
-    ids=["uneven", "flat", "graphs"],
+    [(UNEVEN, 0.0, DRAFT), (FLAT, 0.0, QUICK), (GRAPHS, CHANGE, SMALL), (SIXTEEN, 0.0, SLOW)],
+    ids=["uneven", "flat", "graphs", "sixteen"],
 )
 def test_several_in_one_batch_are_near_the_best_fixed_length_too(
     costs: dict[int, float], change: float, steps: dict[int, float], acceptance: float, n: int
@@ -583,9 +595,15 @@ def test_several_in_one_batch_are_near_the_best_fixed_length_too(
         for fixed in (None, 0, 1, 2, 3, 5)
     }
     ours = speeds.pop(None)
-    # Where four rows cost less than two, or a change of the batch costs, conversations would have to change together.
-    apart = n == 2 if costs is UNEVEN else n > 2 and change
-    assert ours > (0.8 if apart else 0.9) * max(speeds.values()) and ours > 0.9 * speeds[0]
+    assert ours > 0.9 * max(speeds.values()) and ours > 0.94 * speeds[0]
+
+
+def test_several_follow_what_their_batches_take() -> None:
+    """Batches are as dear as those of a machine that is bound by arithmetic, and were measured as if they cost nothing."""
+    dear, cheap, draft = StepCost(DEAR), StepCost({n: DEAR[1] * (1 + n / 100) for n in DEAR}), StepCost(DRAFT)
+    worlds = [World(0.8, i, dear, draft, tokens=512) for i in range(4)]
+    ours, plain = (together(dear, draft, worlds, DraftStats(), fixed, cheap) for fixed in (None, 0))
+    assert ours[0] / ours[1] > 0.95 * plain[0] / plain[1]  # 0.89 if they went on believing it
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -83,11 +83,20 @@ class CacheFull(EngineError):
     """The cache that sequences share has no room for a batch."""
 
 
+class LastBatch(NamedTuple):
+    """What a context computed last, for all its sequences: tokens, those of them that gave logits, and wall time."""
+
+    tokens: int
+    outputs: int
+    seconds: float
+
+
 class _Opened:
     """What the sequences of one llama_context share. ctx: None if it is closed."""
 
     ctx: Any = None
     seconds = 0.0  # wall time spent inside llama.cpp so far
+    last = LastBatch(0, 0, 0.0)
     meeting: Meeting | None = None
     read_last = False
 
@@ -161,10 +170,12 @@ class BaseContext(Owner):
             raise EngineError(f"{self.model.path}: its context was used after it was closed")
         return self._ctx
 
-    def _took(self, started: float) -> None:
-        """Add the seconds since `started`, once llama.cpp is done with what it was called for."""
+    def _took(self, started: float) -> float:
+        """Add the seconds since `started`, once llama.cpp is done with what it was called for, and return them."""
         llama_cpp.llama_synchronize(self.handle)
-        self._opened.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._opened.seconds += seconds
+        return seconds
 
     def _require_going_on(self, n: int) -> None:
         if not self.go_on():
@@ -331,6 +342,10 @@ class Context(SequenceContext):
         return self._opened.read_last
 
     @property
+    def last_batch(self) -> LastBatch:
+        return self._opened.last
+
+    @property
     def cache(self) -> int:
         """Tells caches apart: sequences of one have the same."""
         return id(self._opened)
@@ -480,7 +495,7 @@ def read_parts(parts: Sequence[Part]) -> list[np.ndarray]:
         part.context._holds_more(len(part.inputs), row)
         row += len(part.inputs)
         outputs += part.outputs
-    first._took(started)
+    first._opened.last = LastBatch(row, outputs, first._took(started))
     n_vocab = first.model.n_vocab
     if not outputs:
         return [np.empty((0, n_vocab), np.float32)] * len(parts)

@@ -19,11 +19,12 @@ def speed(tau: float, draft_max: int, step: float, verify: StepCost) -> float:
 
 def best_fixed(chance: float, n: int, verify: StepCost, step: float, together: int = 1) -> tuple[float, float, int]:
     """(tokens, seconds, drafts) of a round of the best fixed draft length from 1 to n, each draft accepted by `chance`,
-    of so many conversations in one batch; `step` is that of all of them, and drafts are counted for one.
+    of so many conversations in one batch; `step` is that of all of them, and drafts are counted for one. Where batches
+    must be prepared for, those that are not do not count, unless none is.
     """
+    lengths = [m for m in range(1, n + 1) if verify.prepared(together * (m + 1))] or range(1, n + 1)
     rounds = [
-        (together * sum(chance**i for i in range(m + 1)), verify.of(together * (m + 1)) + m * step, m)
-        for m in range(1, n + 1)
+        (together * sum(chance**i for i in range(m + 1)), verify.of(together * (m + 1)) + m * step, m) for m in lengths
     ]
     return max(rounds, key=lambda one: one[0] / one[1])
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
+from llamabase.llama.context import LastBatch
 from llamabase.llama.rounds import LONGEST, best_fixed
 from llamabase.llama.timing import StepCost
 from llamabase.sampling.noise import Noise
@@ -68,6 +69,7 @@ class AutoDrafter(Drafter):
         self.stats = stats or DraftStats()
         self._lookup = Lookup(answers)
         self._company, self._beside = company or Company(), NOTHING
+        self._following = NOTHING  # what others should put in if the drafter is used
         self._best: tuple[float, float, int] | None = None  # `_together` of this round, once it is asked for
         self._mean = 0.0  # expected tokens of an answer
         self._left = 0  # tokens that this one may still have
@@ -81,8 +83,9 @@ class AutoDrafter(Drafter):
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
         company, drafter, stats = self._company, self._drafter, self.stats
         company.answers, self._size = company.answers + 1, 0
-        self._mean, self._left = (company.emitted + left / 2) / company.answers, left
         self._beside, self._best = company.beside(self), None
+        going_on = 1 + self._beside.n  # answers of which half of what they may have is still to come
+        self._mean, self._left = (company.emitted + going_on * left / 2) / company.answers, left
         if drafter is None:
             return
         plain, step = self._verify.of(1), self._step.of(1)
@@ -104,16 +107,18 @@ class AutoDrafter(Drafter):
         if n <= 0:
             self._company.put(self, Share())
             return []
-        self._beside, self._best = self._company.beside(self), None
+        self._beside, self._following, self._best = self._company.beside(self), NOTHING, None
         drafter, stats, lookup, verify, rows = self._drafter, self.stats, self._lookup, self._verify, self._beside.rows
         rate, most = 1 / self._now, self._budget
+        if drafter is not None and rows:
+            self._following = self._company.beside(self, self._together[2])
         lookup.follow(text)
         suggested = lookup.guess(n)
         if drafter is not None:
             unread, before = drafter.unread(text), drafter.seconds
             spare = most - self._reserve(unread)
             if self._pays(unread):
-                rate = self._rate
+                rate, rows = self._rate, self._following.rows
                 chances = [stats.matches.of(p.certainty) for p in suggested]
                 worth = max(worths(chances, verify, rate, most=spare, beside=rows))
                 if not stats.tried or 1 + worth <= self._speedup:
@@ -141,7 +146,11 @@ class AutoDrafter(Drafter):
     def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
         """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
         drafts, self._catching_up = list[_Draft](), self._step.of(unread) - self._step.of(1)
-        before, most, beside = self.seconds, self._budget - self._step.of(unread) + self._step.of(1), self._beside.rows
+        before, most, beside = (
+            self.seconds,
+            self._budget - self._step.of(unread) + self._step.of(1),
+            self._following.rows,
+        )
         for made, proposal in enumerate(proposals, 1):
             self._drafting += self._observed(unread, self.seconds - before, made)
             unread, before = 1, self.seconds
@@ -187,12 +196,11 @@ class AutoDrafter(Drafter):
 
     def _share(self, draft: int, expected: bool = True) -> float:
         """Seconds of the draft of this number from 1 on: an equal part of a step of those that make as many, if they do
-        that in one batch. Expected of others are as many as they last made, and the best fixed length.
+        that in one batch, or are expected to.
         """
         if self._drafter is None or not self._drafter.batched or not self._beside.n:
             return self._step.of(1)
-        least = self._together[2] if expected else 0
-        n = 1 + sum(max(made, least) >= draft for made in self._beside.made)
+        n = 1 + sum(made >= draft for made in (self._following if expected else self._beside).made)
         return self._step.of(n) / n
 
     def _observed(self, read: int, seconds: float, draft: int = 0) -> float:
@@ -228,15 +236,26 @@ class AutoDrafter(Drafter):
         rest = min(self._mean, self._left)  # an answer that goes on is as far from its end as any
         saved, first = self._plain * (1 - 1 / self._speedup) * rest, self._step.of(unread)
         needed = self._trial(unread) if unread > LONGEST + 1 else first
-        may = any(self._verify.prepared(self._beside.rows + m + 1) for m in range(1, LONGEST + 1))
+        rows = max(self._beside.rows, self._following.rows)
+        may = any(self._verify.prepared(rows + m + 1) for m in range(1, LONGEST + 1))
         return may and saved > first - self._step.of(1) and needed <= self._budget
 
-    def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
+    def learn(
+        self,
+        made: int,
+        read: int,
+        accepted: int,
+        tokens: int,
+        seconds: float,
+        verify_seconds: float,
+        batch: LastBatch | None = None,
+    ) -> None:
         # The first batch after a prompt is one of another size in any case.
         first, price = not self._size, self._verify.change if read != self._size else 0.0
         modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
         self._size, alone = read, not self._beside.rows
         if not alone:  # what the clock says is of all, and of the prompts that were read beside them
+            self._follow(batch or self._company.batch)
             self._beside = self._company.beside(self)  # now it is known what others put in
             n, rows = 1 + self._beside.n, self._beside.rows
             shares = sum(self._share(draft, expected=False) for draft in range(1, modelled + 1))
@@ -255,6 +274,13 @@ class AutoDrafter(Drafter):
             self.stats.observe(tokens, (modelled * self._step.of(1) + taken) / plain)
         for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged
             draft.source.observe(draft.proposal.certainty, i < accepted)
+
+    def _follow(self, batch: LastBatch) -> None:
+        """Follow the seconds of a batch of all, once for all: not of one with pieces of prompts, which take longer."""
+        before, self._company.batch = self._company.batch, batch
+        if batch is not before and batch.tokens == batch.outputs:
+            price = self._verify.change if batch.tokens != before.tokens else 0.0
+            self._verify.observe(batch.tokens, batch.seconds - price)
 
     def settle(self) -> None:
         if self._drafter is not None:

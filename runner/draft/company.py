@@ -6,6 +6,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from llamabase.llama.context import LastBatch
+
 from .contracts import Drafter
 
 KEPT = 0.8  # weight of the mean of earlier rounds' tokens beside the last one's
@@ -52,31 +54,38 @@ class Company:
         self.answers = 0
         self.emitted = 0  # tokens
         self.saved = 0.0  # plain steps that drafting has saved; negative if it has lost some
-        self._shares: dict[Drafter, Share] = {}
+        self.batch = LastBatch(0, 0, 0.0)  # of the target, the last one that a conversation has learned from
+        self._shares: dict[Drafter, tuple[Share, LastBatch | None]] = {}  # and the batch after which it was decided
 
-    def beside(self, one: Drafter) -> Share:
-        """What all but one put into a round."""
-        others = [share for each, share in self._shares.items() if each is not one]
-        if not others:
-            return NOTHING
-        rows, tokens = sum(share.rows for share in others), sum(share.tokens for share in others)
-        return Share(rows, tokens, sum((share.made for share in others), ()))
+    def beside(self, one: Drafter, drafts: int = 0) -> Share:
+        """What all but one put into a round. Those that are to decide yet should put in what they did before, or so many
+        drafts if that is more.
+        """
+        rows, tokens, made = 0, 0.0, list[int]()
+        for each, (share, after) in self._shares.items():
+            if each is not one:
+                least = drafts if after is not None and after is not self.batch else 0
+                rows, tokens = rows + max(share.rows, 1 + least), tokens + share.tokens
+                made += [max(share.made[0], least)]
+        return Share(rows, tokens, tuple(made))
 
-    def put(self, one: Drafter, share: Share) -> None:
-        """A conversation has decided what it puts in, so that those that decide later know it."""
-        self._shares[one] = share
+    def put(self, one: Drafter, share: Share, decides: bool = True) -> None:
+        """A conversation has decided what it puts in, so that those that decide later know it. One that never decides
+        always puts in what it did before.
+        """
+        self._shares[one] = share, self.batch if decides else None
 
     def seen(self, rounds: Generator[R, None, None], one: Drafter, decides: bool) -> Generator[R, None, None]:
         """The same rounds of one conversation, which is in company from before it reads its prompt until the last.
         Unless it decides by itself what it puts in, it should put in what it did before.
         """
         tokens = 1.0
-        self.put(one, Share())
+        self.put(one, Share(), decides)
         try:
             for round_ in rounds:
                 if not decides:
                     tokens = KEPT * tokens + (1 - KEPT) * len(round_.tokens)
-                    self.put(one, Share(1 + len(round_.drafted), tokens, (len(round_.drafted),)))
+                    self.put(one, Share(1 + len(round_.drafted), tokens, (len(round_.drafted),)), decides)
                 yield round_
         finally:
             rounds.close()

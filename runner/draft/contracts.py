@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from llamabase.llama.context import Context
+from llamabase.llama.context import Context, LastBatch
 from llamabase.llama.states import PairContext
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
@@ -35,9 +35,19 @@ class Drafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Read a prompt before the first draft. At most `left` tokens will follow it."""
 
-    def learn(self, made: int, read: int, accepted: int, tokens: int, seconds: float, verify_seconds: float) -> None:
+    def learn(
+        self,
+        made: int,
+        read: int,
+        accepted: int,
+        tokens: int,
+        seconds: float,
+        verify_seconds: float,
+        batch: LastBatch | None = None,
+    ) -> None:
         """Learn from a round: the numbers of drafts made, of tokens that the target read, of drafts accepted and of
-        tokens emitted; the wall time of the round, and that of it without drafting, in seconds.
+        tokens emitted; the wall time of the round, and that of it without drafting, in seconds. `batch`: what the
+        target computed for this conversation and others.
         """
 
     def settle(self) -> None:

@@ -599,7 +599,7 @@ def test_several_in_one_batch_are_near_the_best_fixed_length_too(
 
 
 def test_several_follow_what_their_batches_take() -> None:
-    """Batches are as dear as those of a machine that is bound by arithmetic, and were measured as if they cost nothing."""
+    """Their rows are as dear as where arithmetic is the limit, and were measured as if they cost nothing."""
     dear, cheap, draft = StepCost(DEAR), StepCost({n: DEAR[1] * (1 + n / 100) for n in DEAR}), StepCost(DRAFT)
     worlds = [World(0.8, i, dear, draft, tokens=512) for i in range(4)]
     ours, plain = (together(dear, draft, worlds, DraftStats(), fixed, cheap) for fixed in (None, 0))

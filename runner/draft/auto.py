@@ -121,7 +121,7 @@ class AutoDrafter(Drafter):
                 rate, rows = self._rate, self._following.rows
                 chances = [stats.matches.of(p.certainty) for p in suggested]
                 worth = max(worths(chances, verify, rate, most=spare, beside=rows))
-                if not stats.tried or 1 + worth <= self._speedup:
+                if not stats.tried or worth <= self._worth(n, rate, spare):
                     drafts += self._modelled(drafter.propose(text, sampling, noise), unread, n, rate)
                     suggested = lookup.guess(n - len(drafts), [draft.proposal.token for draft in drafts])
             most = most - (self._drafting if rows else drafter.seconds - before) if drafts else spare
@@ -134,6 +134,13 @@ class AutoDrafter(Drafter):
             self._length.observe(worths(chances, verify, rate, step, beside=rows), kept)
         self._company.put(self, Share(1 + kept, 1 + sum(accumulate(chances[:kept], mul)), (made,)))
         return [draft.proposal.token for draft in drafts[:kept]]
+
+    def _worth(self, n: int, rate: float, most: float) -> float:
+        """What n drafts of the drafter at most should be worth in tokens."""
+        if not self._beside.n:
+            return self._speedup - 1
+        expected = self._expected([], n)
+        return max(worths(expected, self._verify, rate, self._share(1), most=most, beside=self._following.rows))
 
     def _price(self, rate: float) -> float:
         """Tokens that the seconds of a change of the batch size would bring otherwise."""

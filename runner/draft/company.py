@@ -58,8 +58,8 @@ class Company:
         self._shares: dict[Drafter, tuple[Share, LastBatch | None]] = {}  # and the batch after which it was decided
 
     def beside(self, one: Drafter, drafts: int = 0) -> Share:
-        """What all but one put into a round. Those that are to decide yet should put in what they did before, or so many
-        drafts if that is more.
+        """What all but one put into a round. Those that are to decide yet should put in what they did before, or this
+        number of drafts if that is more.
         """
         rows, tokens, made = 0, 0.0, list[int]()
         for each, (share, after) in self._shares.items():

@@ -339,8 +339,15 @@ def prepare_command(
     counts: Path | None,
     requant: str | None,
 ) -> None:
-    """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter."""
+    """Fetch a pair, trim its drafter, prove it and make it quick; print the paths of target and trimmed drafter.
+
+    A model card goes beside the latter.
+    """
     ready = prepare(model, target, drafter, partial(choose_rows, k=k, counts=counts), requant)
+    if not card_path(ready.trimmed).exists():
+        source = ready.drafter if isinstance(ready.drafter, Path) else ready.target
+        ranking = ranking_counts(Trimmed.open(ready.trimmed).vocabulary, counts)
+        write_card(card_path(ready.trimmed), model_card(ready.trimmed, source, _named(ranking, counts)))
     click.echo(f"{ready.target}\n{ready.trimmed}")
 
 

@@ -6,18 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from gguf_trim.__main__ import main as trim
-from gguf_trim.keep import choose_rows
 from gguf_trim.pairs import rivals
 from gguf_trim.pairs.cached import KINDS, cached, n_bytes
 from gguf_trim.pairs.catalog import load_catalog
-from gguf_trim.pairs.prepare import prepare
 from llamabase.files import CACHED, work_folder, write_whole
 from runner.__main__ import main as run
 
@@ -60,7 +57,9 @@ def made(toys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setattr("gguf_trim.fit.calibrate.CONVERSATIONS", 4)  # few texts to read
         patch.setattr(rivals, "quickest_uncut", lambda *_: "Q8_0")
         for requant in ("none", "Q8_0"):
-            prepare(None, toys["target"], toys["wrong"], partial(choose_rows, k=64), requant)
+            pair = ["--target", str(toys["target"]), "--draft", str(toys["wrong"])]
+            result = CliRunner().invoke(trim, ["prepare", *pair, "-k", "64", "--requant", requant])
+            assert result.exit_code == 0, result.output
         rivals.best_uncut(toys["target"], toys["wrong"])
     return folder
 
@@ -72,7 +71,7 @@ def full(cache: Path, made: Path) -> dict[str, set[Path]]:
     paths = files(cache)
     names = {kind: {path for path in paths if path.parent.name == kind} for kind in ("trimmed", "requantised")}
     names["measured"] = paths - names["trimmed"] - names["requantised"]
-    assert len(names["trimmed"]) == 4 and names["requantised"] and names["measured"]
+    assert len(names["trimmed"]) == 6 and names["requantised"] and names["measured"]
 
     model, pid = load_catalog().models["smollm2-135m-instruct"], dead_process()
     names["models"] = {write(cache / "models" / model.file, 500_000)}
@@ -126,6 +125,7 @@ def test_what_is_not_ours_stays(cache: Path, full: dict[str, set[Path]], tmp_pat
         write(cache / "models" / "mine.gguf", 10),
         write(cache / "models" / f"{model}.bak", 10),
         write(cache / "trimmed" / "mine-trim64.gguf", 10),
+        write(cache / "trimmed" / "toy-01234567-trim64.md", 10),  # a card that was edited
         write(cache / "trimmed" / f".notes.{dead_process()}.part", 10),
         write(cache / "trimmed" / "deeper" / "toy-01234567-trim64.gguf", 10),
         write(cache / "requantised" / "mine-Q8_0.gguf", 10),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from gguf_trim.model_card import CARD
 from llamabase import store
 from llamabase.cli.command import OneCommand
 from llamabase.cli.progress import stderr
@@ -18,7 +19,7 @@ from .catalog import load_catalog
 
 KINDS = ("models", "trimmed", "requantised", "unfinished", "measured")
 FOLDERS = {  # and what the names of our files there match, beside those of the catalog's models
-    "trimmed": r".+-[0-9a-f]{8}-trim\d+.*\.gguf",
+    "trimmed": r".+-[0-9a-f]{8}-trim\d+.*\.(gguf|md)",
     "requantised": r".+-[0-9a-f]{8}-.+\.gguf",
 }
 
@@ -26,15 +27,15 @@ FOLDERS = {  # and what the names of our files there match, beside those of the 
 def cached() -> dict[str, list[Path]]:
     """Files in the cache folder by kind; of "unfinished", some are folders.
 
-    Ours is what has a name that we give, in the folder in which we give it. Files that a running process is writing are
-    left out.
+    Ours is what has a name that we give, in the folder in which we give it, unless it is a card that was edited. Files
+    that a running process is writing are left out.
     """
     models = load_catalog().models.values()
     names = {"models": "|".join(re.escape(entry.file) for entry in models), **FOLDERS}
     found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
     for folder, name in names.items():
         for path in _within(cache_folder() / folder):
-            if re.fullmatch(name, path.name) and path.is_file():
+            if re.fullmatch(name, path.name) and path.is_file() and (path.suffix != ".md" or CARD.known(path)):
                 found[folder].append(path)
             elif re.fullmatch(name, abandoned(path) or ""):
                 found["unfinished"].append(path)

@@ -175,10 +175,15 @@ class StepCost:
         """A step of size n took this long: move its cost towards that a little, however far off it is.
 
         Other sizes follow half as much, since what makes one slower (a longer text, a busy machine) makes all slower.
-        A step beyond the last size moves only that one, since reading a long text is not like a short step.
+        A step between two sizes counts for both, for the nearer one more. One beyond the last size moves only that one,
+        since reading a long text is not like a short step.
         """
-        ratio = self.counted(n, seconds) / self.of(n)
-        beyond = n > self._sizes[-1]
-        for i, size in enumerate(self._sizes):
-            own = size == n or (beyond and i == len(self._sizes) - 1)
-            self._seconds[i] *= ratio ** (FOLLOW * (2 if own else 0 if beyond else 1))
+        ratio, sizes = self.counted(n, seconds) / self.of(n), self._sizes
+        beyond = n > sizes[-1]
+        i = bisect_left(sizes, n)  # of the first size that is no smaller
+        own = {min(i, len(sizes) - 1): 1.0}
+        if 0 < i < len(sizes) and sizes[i] != n:
+            own[i - 1] = (sizes[i] - n) / (sizes[i] - sizes[i - 1])
+            own[i] = 1 - own[i - 1]
+        for j in range(len(sizes)):
+            self._seconds[j] *= ratio ** (FOLLOW * ((not beyond) + own.get(j, 0.0) * (1 + beyond)))

@@ -1,7 +1,9 @@
 """Drafting by cost: every round goes on in the way that should bring the most tokens per second on this machine.
 
 A conversation among others in one batch decides by the same rule: what a row costs is what it adds to the rows of all,
-and what its seconds would bring otherwise is what all of them bring. Eight concepts decide:
+and what its seconds would bring otherwise is what all of them bring. Each expects those that decide after it to draft
+as many as would be best if all did the same: where two rows more in each pay, one row in one of them may not. Eight
+concepts decide:
 
 1. step cost: the seconds of a step by the number of its tokens, measured once and then followed (`StepCost`);
 2. chance: how sure a draft's source is of it, corrected by how often drafts as sure as that were accepted (`Chances`);

@@ -111,6 +111,25 @@ def test_a_damaged_memory_is_replaced(toys, pair: Pair, memory: Path, damage: by
     assert not pair.is_measured(toys["target"])
 
 
+def test_costs_measured_beside_something_else_are_measured_again(toys, pair: Pair, memory: Path) -> None:
+    """A session finds its plain steps much quicker than they were measured to be."""
+    assert pair.is_measured(toys["target"])
+    ((_, facts, _),) = rows(memory)
+    verify = {n: 10 * seconds for n, seconds in json.loads(facts)["verify"].items()}
+    write_facts(memory, "costs", json.loads(facts) | {"verify": verify})
+    with Engine(LoadOptions(toys["target"], n_ctx=128)) as engine:
+        list(engine.rounds([65, 66, 67], GREEDY, max_tokens=100))
+    assert pair.is_measured(toys["target"])
+
+
+def test_costs_of_a_usual_session_are_kept(memory: Path) -> None:
+    remember("costs", "key", {"x": 1})
+    measured.check_costs("key", 1.4, 1.0)
+    assert rows(memory)[0][1] == '{"x": 1}'
+    measured.check_costs("key", 1.6, 1.0)
+    assert rows(memory)[0][1] == "{}"
+
+
 @pytest.mark.parametrize("seconds", [None, [], {}, {"x": 1}, {"1": "y"}, {"1": -1.0}, {"0": 1.0}])
 def test_damaged_costs_are_measured_again(toys, pair: Pair, memory: Path, seconds) -> None:
     assert pair.is_measured(toys["target"])

@@ -108,6 +108,9 @@ def regime_row(bench: dict) -> str:
 
 
 STEPS = {"steps": "Qwen2.5-Coder-0.5B", "steps-gemma-3-270m": "Gemma 3 270M"}  # records, and the drafters in the pages
+# Several clients, by the target's type: four of them, and one, two and eight.
+OF_CLIENTS = {"Q4_K_M, as shipped": "clients", "Q4_0": "clients-q4_0", "F16": "clients-f16"}
+BY_CLIENTS = {"Q4_0": "clients-by-number-q4_0", "F16": "clients-by-number-f16"}
 RECORDS = (
     *REGIMES,
     "exact",
@@ -117,7 +120,9 @@ RECORDS = (
     "edits",
     "cold",
     "lengths",
-    "clients",
+    *OF_CLIENTS.values(),
+    *BY_CLIENTS.values(),
+    "clients-again",
     "steps-gemma-3-270m-iq4_nl",
     *STEPS,
 )  # docs/measured.md's
@@ -256,38 +261,56 @@ def cold_ratios(sessions: list[dict]) -> str:
 
 
 WAYS_FOR_CLIENTS = {
-    "before": "one at a time",
-    "plain": "together, plainly",
-    "1": "together, one draft",
-    "3": "together, three drafts",
-    "auto": "**together, auto**",
-    "served": "**the same over HTTP**",
+    "plain": "in the program, plainly",
+    "1": "in the program, one draft",
+    "3": "in the program, three drafts",
+    "auto": "**in the program, auto**",
+    "before": "server that answers one at a time, auto",
+    "served-plain": "server, plainly",
+    "served": "**server, auto**",
     "llama-server": "llama-server",
     "llama-server-draft": "llama-server with the uncut drafter",
 }
 
 
-def of_clients(found: dict, mode: str) -> tuple[float, float]:
+def of_clients(found: dict, mode: str, n: int = 4) -> tuple[float, float]:
     """Tokens per second of all clients, and seconds in which 95 of 100 answers had a first token."""
-    same = [run for run in found["runs"] if run["mode"] == mode]
+    same = [run for run in found["runs"] if (run["mode"], run["clients"]) == (mode, n)]
     firsts = [second for run in same for second in run["first"]]
     return sum(run["tokens"] for run in same) / sum(run["seconds"] for run in same), float(np.quantile(firsts, 0.95))
 
 
-def clients_rows(found: dict) -> list[str]:
-    """In units of the server that answers one at a time."""
-    speed, first = of_clients(found, "before")
-    rows = []
+def clients_rows(names: dict[str, str] = OF_CLIENTS) -> list[str]:
+    """Four clients: tokens per second by target, and the wait in the first of them, in units of one at a time."""
+    founds, rows = [record(name) for name in names.values()], []
+    units = [of_clients(found, "before") for found in founds]
     for mode, label in WAYS_FOR_CLIENTS.items():
-        its_speed, its_first = of_clients(found, mode)
-        rows.append(f"| {label} | {its_speed / speed:.2f} | {its_first / first:.2f} |")
+        ways = [of_clients(found, mode) for found in founds]
+        cells = [speed / unit for (speed, _), (unit, _) in zip(ways, units, strict=True)]
+        rows.append("| " + " | ".join([label, *(f"{cell:.2f}" for cell in [*cells, ways[0][1] / units[0][1]])]) + " |")
+    return rows
+
+
+def number_rows() -> list[str]:
+    """Tokens per second by the number of clients, in units of one client's plain decoding."""
+    rows = []
+    for type_, name in BY_CLIENTS.items():
+        found = record(name)
+        unit, _ = of_clients(found, "plain", 1)
+        for n in (1, 2, 8):
+            cells = [of_clients(found, mode, n)[0] / unit for mode in ("plain", "1", "3", "auto")]
+            rows.append(f"| {type_} | {n} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
     return rows
 
 
 def test_measured_says_how_several_clients_were_answered() -> None:
     part = section(MEASURED, "## Several clients")
-    for row in clients_rows(record("clients")):
+    for row in (*clients_rows(), *number_rows()):
         assert row in part, row
+    again = record("clients-again")
+    words = "auto {}; server, plainly {}; server, auto {}; llama-server {}; record: [clients-again]"
+    ways = [of_clients(again, mode)[0] for mode in ("auto", "served-plain", "served", "llama-server")]
+    assert words.format(*(f"{way / of_clients(again, 'plain')[0]:.2f}" for way in ways)) in " ".join(part.split())
 
 
 def test_the_guide_promises_what_was_measured() -> None:
@@ -300,9 +323,10 @@ def test_the_guide_promises_what_was_measured() -> None:
     autos = [figures(record(name))[ALL]["auto"]["speedup_over_plain"]["total"] for name in ("shipped", "f16")]
     assert "{:.2f} in Q4_K_M and {:.2f} in F16".format(*autos) in text
     found = record("clients")
-    plain, one, peer = (of_clients(found, mode)[0] for mode in ("plain", "before", "llama-server"))
-    assert f"{plain / one:.2f} times the tokens per second of one conversation after another" in text
-    assert f"{plain / peer:.2f} times llama-server's" in text and f"| {plain / one:.2f} with four clients |" in text
+    ours, one = (of_clients(found, mode)[0] for mode in ("served", "before"))
+    again, peer = (of_clients(record("clients-again"), mode)[0] for mode in ("served", "llama-server"))
+    assert f"{ours / one:.2f} times the tokens per second of one conversation after another" in text
+    assert f"{again / peer:.2f} times llama-server's" in text and f"| {ours / one:.2f} with four clients |" in text
 
 
 def test_docs_say_what_the_shapes_were_timed_at() -> None:

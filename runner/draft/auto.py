@@ -155,11 +155,8 @@ class AutoDrafter(Drafter):
     def _modelled(self, proposals: Iterator[Proposal], unread: int, n: int, rate: float) -> list[_Draft]:
         """The drafter's drafts, as long as more of them, each of the mean chance, would be worth their seconds."""
         drafts, self._catching_up = list[_Draft](), self._step.of(unread) - self._step.of(1)
-        before, most, beside = (
-            self.seconds,
-            self._budget - self._step.of(unread) + self._step.of(1),
-            self._following.rows,
-        )
+        before, beside = self.seconds, self._following.rows
+        most = self._budget - self._catching_up
         for made, proposal in enumerate(proposals, 1):
             self._drafting += self._observed(unread, self.seconds - before, made)
             unread, before = 1, self.seconds

@@ -27,6 +27,7 @@ TOGETHER = (*VERIFY, 12, 16, 32)  # tokens of the batches in which the target's 
 UNREAD = (1, 2, 4, 16, 64)  # tokens that a timed draft has to read first
 TURNS, PATIENCE = 4, 3.0  # timed steps of a size at most, and the seconds after which no others begin
 DAYS = 30  # age at which costs are measured again
+DISTURBED = 1.5  # times a plain step of a session: one measured to take longer was measured beside something else
 _NO_NOISE = Noise(0)  # greedy drafts have none
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what damaged facts raise
 
@@ -57,6 +58,14 @@ def step_costs(target: Reader, drafter: ModelDrafter | None, key: str) -> tuple[
             drafter.vocab = asked
     remember("costs", key, facts)
     return verify, None if drafter is None else StepCost(facts["draft"])
+
+
+def check_costs(key: str, measured: float, found: float) -> None:
+    """Forget costs if a plain step was measured to take so much longer than it did in a session, so that the next one
+    measures again: following steps does not mend those of sizes that are never tried.
+    """
+    if measured > DISTURBED * found:
+        remember("costs", key, {})
 
 
 def recall_vocab(key: str) -> object:

@@ -26,7 +26,7 @@ from runner.draft.contracts import AUTO
 from runner.draft.cost import DraftStats
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Answers
-from runner.draft.measured import recall_known, recall_vocab, remember_known, step_costs
+from runner.draft.measured import check_costs, recall_known, recall_vocab, remember_known, step_costs
 from runner.draft.opening import DraftOptions
 from runner.draft.reading import Reader
 
@@ -131,6 +131,7 @@ class Weights(Closing):
         self.draft_model: Model | None = None
         self.answers = Answers() if options.share_answers else None
         self._costs: tuple[StepCost, StepCost | None] | None = None
+        self._measured = 0.0  # seconds that a plain step was measured to take
         self._vocab: object = None  # what costs have decided that drafters draft from
         self._stats = DraftStats()
         self.company = Company()
@@ -146,6 +147,7 @@ class Weights(Closing):
     def measure(self, reader: Reader, drafter: ModelDrafter | None) -> None:
         """Find out what steps cost here, which takes seconds if this pair never drafted here before."""
         self._costs = step_costs(reader, drafter, self._key)
+        self._measured = self._costs[0].of(1)
         self._vocab = None if drafter is None else drafter.auto
         self._stats = recall_known(self._key) or DraftStats()
 
@@ -177,5 +179,6 @@ class Weights(Closing):
     def close(self) -> None:
         if self._costs is not None:
             remember_known(self._key, self._stats)
+            check_costs(self._key, self._measured, self._costs[0].of(1))
             self._costs = None
         self.model.close()

@@ -60,7 +60,7 @@ def test_make_knows_it(line: str) -> None:
 
 def record_path(name: str) -> Path:
     """The newest record of a name."""
-    return sorted((ROOT / "docs" / "results").glob(f"*-{name}.json"))[-1]
+    return sorted((ROOT / "docs" / "results").glob(f"????-??-??-{name}.json"))[-1]
 
 
 def record(name: str) -> dict:

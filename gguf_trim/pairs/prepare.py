@@ -102,6 +102,8 @@ def prepare(
             fresh = not is_this_cut(shipped, cut)
             if fresh:
                 _cut_and_prove(cut, shipped, folder, target)
+            if type_ is None:
+                stderr.print("Trying which type is the quickest here takes some minutes, once for a pair.")
             type_ = choose_type(target, shipped, folder, type_)
         if fresh and type_ != AS_SHIPPED:
             remove(shipped)

@@ -44,7 +44,7 @@ ifneq ($(CMAKE_ARGS),)
 ifneq ($(CMAKE_ARGS),$(shell cat $(BUILT_WITH) 2>/dev/null))
 .PHONY: $(STAMP)
 BUILD = $(RUN) pip install --disable-pip-version-check -c constraints.txt --force-reinstall --no-deps --no-cache-dir \
-	--no-binary llama-cpp-python llama-cpp-python && echo '$(CMAKE_ARGS)' > $(BUILT_WITH)
+	--no-binary llama-cpp-python llama-cpp-python && echo $(call quote,$(CMAKE_ARGS)) > $(BUILT_WITH)
 endif
 endif
 

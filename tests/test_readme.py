@@ -109,7 +109,7 @@ def regime_row(bench: dict) -> str:
 
 STEPS = {"steps": "Qwen2.5-Coder-0.5B", "steps-gemma-3-270m": "Gemma 3 270M"}  # records, and the drafters in the pages
 # Several clients, by the target's type: four of them, and one, two and eight.
-OF_CLIENTS = {"Q4_K_M, as shipped": "clients", "Q4_0": "clients-q4_0", "F16": "clients-f16"}
+OF_CLIENTS = ("clients", "clients-q4_0", "clients-f16")  # as shipped (Q4_K_M), in Q4_0, in F16
 BY_CLIENTS = {"Q4_0": "clients-by-number-q4_0", "F16": "clients-by-number-f16"}
 RECORDS = (
     *REGIMES,
@@ -120,7 +120,7 @@ RECORDS = (
     "edits",
     "cold",
     "lengths",
-    *OF_CLIENTS.values(),
+    *OF_CLIENTS,
     *BY_CLIENTS.values(),
     "clients-again",
     "steps-gemma-3-270m-iq4_nl",
@@ -280,9 +280,9 @@ def of_clients(found: dict, mode: str, n: int = 4) -> tuple[float, float]:
     return sum(run["tokens"] for run in same) / sum(run["seconds"] for run in same), float(np.quantile(firsts, 0.95))
 
 
-def clients_rows(names: dict[str, str] = OF_CLIENTS) -> list[str]:
+def clients_rows() -> list[str]:
     """Four clients: tokens per second by target, and the wait in the first of them, in units of one at a time."""
-    founds, rows = [record(name) for name in names.values()], []
+    founds, rows = [record(name) for name in OF_CLIENTS], []
     units = [of_clients(found, "before") for found in founds]
     for mode, label in WAYS_FOR_CLIENTS.items():
         ways = [of_clients(found, mode) for found in founds]

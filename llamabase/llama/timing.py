@@ -179,11 +179,13 @@ class StepCost:
         since reading a long text is not like a short step.
         """
         ratio, sizes = self.counted(n, seconds) / self.of(n), self._sizes
-        beyond = n > sizes[-1]
-        i = bisect_left(sizes, n)  # of the first size that is no smaller
-        own = {min(i, len(sizes) - 1): 1.0}
-        if 0 < i < len(sizes) and sizes[i] != n:
-            own[i - 1] = (sizes[i] - n) / (sizes[i] - sizes[i - 1])
-            own[i] = 1 - own[i - 1]
-        for j in range(len(sizes)):
-            self._seconds[j] *= ratio ** (FOLLOW * ((not beyond) + own.get(j, 0.0) * (1 + beyond)))
+        if n > sizes[-1]:
+            powers = [0.0] * (len(sizes) - 1) + [2.0]
+        else:
+            powers, high = [1.0] * len(sizes), bisect_left(sizes, n)  # the first size that is no smaller
+            low = max(high - (sizes[high] != n), 0)
+            part = (n - sizes[low]) / max(sizes[high] - sizes[low], 1)
+            powers[low] += 1 - part
+            powers[high] += part
+        for i, power in enumerate(powers):
+            self._seconds[i] *= ratio ** (FOLLOW * power)

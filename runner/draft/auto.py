@@ -85,7 +85,7 @@ class AutoDrafter(Drafter):
         """Begin an answer, and read the prompt if that pays; if not, a later round may find that it does."""
         company, drafter, stats = self._company, self._drafter, self.stats
         company.answers, self._size = company.answers + 1, 0
-        self._beside, self._best = company.beside(self), None
+        self._look()
         going_on = 1 + self._beside.n  # answers of which half of what they may have is still to come
         self._mean, self._left = (company.emitted + going_on * left / 2) / company.answers, left
         if drafter is None:
@@ -109,7 +109,7 @@ class AutoDrafter(Drafter):
         if n <= 0:
             self._company.put(self, Share())
             return []
-        self._beside, self._following, self._best = self._company.beside(self), NOTHING, None
+        self._look()
         drafter, stats, lookup, verify, rows = self._drafter, self.stats, self._lookup, self._verify, self._beside.rows
         rate, most = 1 / self._now, self._budget
         if drafter is not None and rows:
@@ -136,6 +136,10 @@ class AutoDrafter(Drafter):
             self._length.observe(worths(chances, verify, rate, step, beside=rows), kept)
         self._company.put(self, Share(1 + kept, 1 + sum(accumulate(chances[:kept], mul)), (made,)))
         return [draft.proposal.token for draft in drafts[:kept]]
+
+    def _look(self) -> None:
+        """See what others put in, and forget what was concluded from it before."""
+        self._beside, self._following, self._best = self._company.beside(self), NOTHING, None
 
     def _worth(self, n: int, rate: float, most: float) -> float:
         """What n drafts of the drafter at most should be worth in tokens."""
@@ -242,7 +246,7 @@ class AutoDrafter(Drafter):
         rest = min(self._mean, self._left)  # an answer that goes on is as far from its end as any
         saved, first = self._plain * (1 - 1 / self._speedup) * rest, self._step.of(unread)
         needed = self._trial(unread) if unread > LONGEST + 1 else first
-        rows = max(self._beside.rows, self._following.rows)
+        rows = max(self._beside.rows, self._following.rows)  # in `prepare` nobody is expected to draft yet
         may = any(self._verify.prepared(rows + m + 1) for m in range(1, LONGEST + 1))
         return may and saved > first - self._step.of(1) and needed <= self._budget
 

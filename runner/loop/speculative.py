@@ -112,8 +112,8 @@ def generate(
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
             accepted = min(accepted, len(tokens))
             seconds = time.perf_counter() - started
-            verifying = seconds - draft_seconds, target.context.last_batch
-            drafter.learn(n_made, n_read, accepted, len(tokens), seconds, *verifying)
+            batch = target.context.last_batch
+            drafter.learn(n_made, n_read, accepted, len(tokens), seconds, seconds - draft_seconds, batch)
             yield Round(
                 tokens,
                 drafts,

@@ -43,9 +43,9 @@ from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import GREEDY, Sampling
 from runner.bench.machine import machine
+from runner.draft.contracts import Round
 from runner.draft.reading import Reader
 from runner.loop.engine import REWINDS, Engine
-from runner.loop.speculative import Round
 
 from .options import Models, model_options, sampling_options
 from .probe import probe, probed_table, verdict

@@ -19,7 +19,7 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import BUDGET, LOSS, AutoDrafter
 from runner.draft.company import Company, Share
-from runner.draft.contracts import Proposal
+from runner.draft.contracts import Proposal, Round
 from runner.draft.cost import Chances, DraftStats, KeptLength, best, worths
 from runner.loop.engine import Engine
 from runner.loop.weights import LoadOptions
@@ -39,6 +39,12 @@ DRAFT = {1: 0.018, 2: 0.030, 4: 0.035}
 QUICK = {1: 0.006, 2: 0.0062, 4: 0.0065}
 FIXED = (1, 2, 3, 5, 8)
 LONGEST_ANSWER = 256
+ALONE = LastBatch(0, 0, 0.0)
+
+
+def judged(tokens: int, accepted: int, seconds: float) -> Round:
+    """A round that took so long to verify."""
+    return Round([0] * tokens, [], accepted, 0.0, seconds, 0.0)
 
 
 def reading(draft: dict[int, float], verify: dict[int, float], share: float) -> StepCost:
@@ -132,7 +138,7 @@ def seconds_of(world: World, auto: AutoDrafter | None, fixed: int = 0) -> float:
         seconds = verify + drafter.seconds - before
         total += seconds
         if auto is not None:
-            auto.learn(len(tokens), size, accepted, accepted + 1, seconds, verify)
+            auto.learn(judged(accepted + 1, accepted, verify), len(tokens), size, ALONE)
     return total
 
 
@@ -258,7 +264,7 @@ def test_wherever_a_session_ends_guesses_have_cost_no_more_than_the_budget(
             tokens = rest[: accepted + 1]
             took = verify.of(len(guess) + 1) + verify.change * (len(guess) + 1 != size)
             size = len(guess) + 1
-            auto.learn(len(guess), size, min(accepted, len(tokens)), len(tokens), took, took)
+            auto.learn(judged(len(tokens), min(accepted, len(tokens)), took), len(guess), size, ALONE)
             text, seconds, emitted = [*text, *tokens], seconds + took, emitted + len(tokens)
             assert seconds <= plain * ((1 + LOSS) * emitted + budget) + 1e-9
 
@@ -267,9 +273,9 @@ def test_the_budget_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter that is always sure and always wrong, with nothing ever learned of it."""
 
     class Credulous(AutoDrafter):
-        def learn(self, *args: float) -> None:  # type: ignore[override]
+        def learn(self, round_: Round, made: int, read: int, batch: LastBatch) -> None:
             before = self.stats.tokens, self.stats.steps
-            super().learn(*args)  # type: ignore[arg-type]
+            super().learn(round_, made, read, batch)
             self.stats.tokens, self.stats.steps = before
 
     monkeypatch.setattr(Chances, "observe", lambda self, claimed, accepted: None)
@@ -325,15 +331,15 @@ def test_what_the_text_suggests_replaces_the_drafter_if_it_brings_more() -> None
     assert auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0)) and auto.seconds > read
 
 
-@pytest.mark.parametrize(("accepted", "tokens", "judged"), [(0, 1, 1), (2, 3, 3), (2, 2, 2), (15, 16, 15)])
-def test_learns_of_judged_drafts_alone(accepted: int, tokens: int, judged: int) -> None:
+@pytest.mark.parametrize(("accepted", "tokens", "n_judged"), [(0, 1, 1), (2, 3, 3), (2, 2, 2), (15, 16, 15)])
+def test_learns_of_judged_drafts_alone(accepted: int, tokens: int, n_judged: int) -> None:
     """Up to the first that was not accepted, or to the end of the answer."""
     auto = AutoDrafter(None, StepCost(dict(FLAT)), None)
     auto.prepare([1], 256)
     assert len(auto.draft([1, 2, 3] * 20, 15, GREEDY, Noise(0))) == 15
-    auto.learn(15, 15, accepted, tokens, FLAT[8], FLAT[8])
+    auto.learn(judged(tokens, accepted, FLAT[8]), 15, 15, ALONE)
     counts = np.sum(auto.stats.matches.seen, axis=0)
-    assert counts == pytest.approx([accepted, judged], rel=0.3)  # earlier ones count for less
+    assert counts == pytest.approx([accepted, n_judged], rel=0.3)  # earlier ones count for less
 
 
 def test_a_long_prompt_is_not_read_for_a_short_answer() -> None:
@@ -435,7 +441,7 @@ def test_steps_are_observed_without_the_price_of_a_change_which_the_budget_pays(
     auto = AutoDrafter(None, StepCost(GRAPHS, CHANGE), None)
     auto.prepare([1], 256)
     for size in [1, 4] * 40:
-        auto.learn(size - 1, size, 0, 1, GRAPHS[size] + CHANGE, GRAPHS[size] + CHANGE)
+        auto.learn(judged(1, 0, GRAPHS[size] + CHANGE), size - 1, size, ALONE)
     assert auto._verify.of(1) == pytest.approx(GRAPHS[1]) and auto._verify.of(4) == pytest.approx(GRAPHS[4])
     lost = 40 * (GRAPHS[4] - GRAPHS[1]) + 79 * CHANGE  # the first batch changes the size for plain decoding, too
     assert auto._company.saved == pytest.approx(-lost / GRAPHS[1])
@@ -561,7 +567,7 @@ def together(
         batch = LastBatch(size, size, verify.of(size) + verify.change * (size != last))
         for auto, (own, accepted) in zip(autos, rows, strict=True):
             if fixed is None:
-                auto.learn(own - 1, own, accepted, accepted + 1, taken, verify.of(own), batch)
+                auto.learn(judged(accepted + 1, accepted, verify.of(own)), own - 1, own, batch)
     return emitted, total
 
 

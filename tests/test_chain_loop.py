@@ -85,8 +85,8 @@ def test_a_draft_that_a_schema_forbids_is_not_verified(engines) -> None:
         def draft(self, text, n, sampling, noise) -> list[int]:
             return [*tea[:2], tea[0], tea[0]][:n] if len(text) == len(prompt) else []
 
-        def learn(self, made, read, accepted, *_) -> None:
-            heard.append((made, read, accepted))
+        def learn(self, round_, made, read, batch) -> None:
+            heard.append((made, read, round_.accepted))
 
     first, *rest = engine.rounds(prompt, sampling, max_tokens=12, draft_max=4, drafter=Drafts())
     assert (first.drafted, first.accepted, heard[0]) == (tea[:2], 2, (4, 3, 2))

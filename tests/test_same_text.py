@@ -12,12 +12,11 @@ import pytest
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
-from runner.draft.contracts import NoDrafter
+from runner.draft.contracts import NoDrafter, Round
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Lookup, LookupDrafter
 from runner.loop import speculative
 from runner.loop.engine import Engine
-from runner.loop.speculative import Round
 
 from .chains import llama_cpp_chain
 

@@ -10,14 +10,13 @@ from click.testing import CliRunner
 from llamabase.errors import EngineError, VocabularyMismatch
 from llamabase.llama.context import Context
 from llamabase.sampling.settings import Sampling
-from runner.draft.contracts import NoDrafter
+from runner.draft.contracts import NoDrafter, Round
 from runner.draft.reading import COMPARED, shared
 from runner.exact import Law, check_prompt, plain_tokens, replay
 from runner.exact import main as exact
 from runner.loop import speculative
 from runner.loop.engine import Engine
 from runner.loop.record import Record
-from runner.loop.speculative import Round
 from runner.loop.weights import LoadOptions
 
 GREEDY = Sampling(temp=0)

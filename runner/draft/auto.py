@@ -32,7 +32,7 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .company import NOTHING, Company, Share
-from .contracts import Drafter, Proposal
+from .contracts import Drafter, Proposal, Round
 from .cost import WEIGHT, Chances, DraftStats, KeptLength, worths
 from .drafters import ModelDrafter
 from .lookup import Answers, Lookup
@@ -250,22 +250,14 @@ class AutoDrafter(Drafter):
         may = any(self._verify.prepared(rows + m + 1) for m in range(1, LONGEST + 1))
         return may and saved > first - self._step.of(1) and needed <= self._budget
 
-    def learn(
-        self,
-        made: int,
-        read: int,
-        accepted: int,
-        tokens: int,
-        seconds: float,
-        verify_seconds: float,
-        batch: LastBatch | None = None,
-    ) -> None:
+    def learn(self, round_: Round, made: int, read: int, batch: LastBatch) -> None:
+        tokens = len(round_.tokens)
         # The first batch after a prompt is one of another size in any case.
         first, price = not self._size, self._verify.change if read != self._size else 0.0
         modelled = sum(draft.source is self.stats.certainties for draft in self._drafts)
         self._size, alone = read, not self._beside.rows
         if not alone:  # what the clock says is of all, and of the prompts that were read beside them
-            self._follow(batch or self._company.batch)
+            self._follow(batch)
             self._beside = self._company.beside(self)  # now it is known what others put in
             n, rows = 1 + self._beside.n, self._beside.rows
             shares = sum(self._share(draft, expected=False) for draft in range(1, modelled + 1))
@@ -273,7 +265,7 @@ class AutoDrafter(Drafter):
             added = self._verify.of(rows + read) - self._verify.of(n)  # an equal part of it for each draft
             step = self._plain + added * (read - 1) / max(rows + read - n, 1)
         else:
-            step = self._verify.counted(read, verify_seconds - price)
+            step = self._verify.counted(read, round_.seconds - round_.draft_seconds - price)
             self._verify.observe(read, step)
         plain, taken = self._plain, step if first else step + price
         self._company.emitted += tokens
@@ -283,7 +275,7 @@ class AutoDrafter(Drafter):
         if modelled and alone:  # without the seconds of catching up with the text, which belong to reading
             self.stats.observe(tokens, (modelled * self._step.of(1) + taken) / plain)
         for i, draft in enumerate(self._drafts[: min(made, tokens)]):  # drafts after an end token were not judged
-            draft.source.observe(draft.proposal.certainty, i < accepted)
+            draft.source.observe(draft.proposal.certainty, i < round_.accepted)
 
     def _follow(self, batch: LastBatch) -> None:
         """Follow the seconds of a batch of all, once for all: not of one with pieces of prompts, which take longer."""

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from llamabase.llama.context import LastBatch
 
-from .contracts import Drafter
+from .contracts import Drafter, Round
 
 KEPT = 0.8  # weight of the mean of earlier rounds' tokens beside the last one's
-
-
-class Seen(Protocol):
-    """What a round emitted, and the drafts that it verified."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-
-    @property
-    def drafted(self) -> Sequence[int]: ...
-
-
-R = TypeVar("R", bound=Seen)
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,7 @@ class Company:
         """
         self._shares[one] = share, self.batch if decides else None
 
-    def seen(self, rounds: Generator[R, None, None], one: Drafter, decides: bool) -> Generator[R, None, None]:
+    def seen(self, rounds: Generator[Round, None, None], one: Drafter, decides: bool) -> Generator[Round, None, None]:
         """The same rounds of one conversation, which is in company from before it reads its prompt until the last.
         Unless it decides by itself what it puts in, it should put in what it did before.
         """

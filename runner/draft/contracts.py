@@ -25,6 +25,29 @@ class Proposal:
     certainty: float
 
 
+@dataclass(frozen=True)
+class Round:
+    """One target call. `tokens` is what it emitted: the accepted drafts and the token after them. `drafted` are the
+    drafts that it verified, without those that a schema forbids.
+
+    Seconds are wall time: draft and verify inside llama.cpp, host everywhere else. `finish` is "stop" (the last of
+    `tokens` is an end token) or "length" on the last round, else None.
+    """
+
+    tokens: list[int]
+    drafted: list[int]
+    accepted: int
+    draft_seconds: float
+    verify_seconds: float
+    host_seconds: float
+    finish: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole round."""
+        return self.draft_seconds + self.verify_seconds + self.host_seconds
+
+
 class Drafter:
     """Proposes tokens. It keeps its cache in step with the text that it is given; this one proposes none."""
 
@@ -35,18 +58,8 @@ class Drafter:
     def prepare(self, text: Sequence[int], left: int) -> None:
         """Read a prompt before the first draft. At most `left` tokens will follow it."""
 
-    def learn(
-        self,
-        made: int,
-        read: int,
-        accepted: int,
-        tokens: int,
-        seconds: float,
-        verify_seconds: float,
-        batch: LastBatch | None = None,
-    ) -> None:
-        """Learn from a round: the numbers of drafts made, of tokens that the target read, of drafts accepted and of
-        tokens emitted; the wall time of the round, and that of it without drafting, in seconds. `batch`: what the
+    def learn(self, round_: Round, made: int, read: int, batch: LastBatch) -> None:
+        """Learn from a round, for which so many drafts were made and the target read so many tokens. `batch`: what the
         target computed for this conversation and others.
         """
 

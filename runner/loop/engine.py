@@ -20,14 +20,14 @@ from llamabase.llama.rounds import LONGEST
 from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 from runner.draft.auto import AutoDrafter
-from runner.draft.contracts import Drafter, NoDrafter
+from runner.draft.contracts import Drafter, NoDrafter, Round
 from runner.draft.drafters import ModelDrafter
 from runner.draft.lookup import Answers
 from runner.draft.opening import open_drafter
 from runner.draft.reading import Reader
 
 from .record import Record
-from .speculative import Round, generate
+from .speculative import generate
 from .stops import StopFilter, TextPiece
 from .weights import LoadOptions, Weights
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,33 +17,10 @@ from llamabase.llama.library import interruptible
 from llamabase.sampling.chain import Chain
 from llamabase.sampling.noise import Distribution, Noise
 from llamabase.sampling.settings import Sampling
-from runner.draft.contracts import Drafter
+from runner.draft.contracts import Drafter, Round
 from runner.draft.reading import Reader
 
 from .acceptance import accept
-
-
-@dataclass(frozen=True)
-class Round:
-    """One target call. `tokens` is what it emitted: the accepted drafts and the token after them. `drafted` are the
-    drafts that it verified, without those that a schema forbids.
-
-    Seconds are wall time: draft and verify inside llama.cpp, host everywhere else. `finish` is "stop" (the last of
-    `tokens` is an end token) or "length" on the last round, else None.
-    """
-
-    tokens: list[int]
-    drafted: list[int]
-    accepted: int
-    draft_seconds: float
-    verify_seconds: float
-    host_seconds: float
-    finish: str | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the whole round."""
-        return self.draft_seconds + self.verify_seconds + self.host_seconds
 
 
 def generate(
@@ -112,9 +88,7 @@ def generate(
             draft_seconds, verify_seconds = after[0] - before[0], after[1] - before[1]
             accepted = min(accepted, len(tokens))
             seconds = time.perf_counter() - started
-            batch = target.context.last_batch
-            drafter.learn(n_made, n_read, accepted, len(tokens), seconds, seconds - draft_seconds, batch)
-            yield Round(
+            round_ = Round(
                 tokens,
                 drafts,
                 accepted,
@@ -123,6 +97,8 @@ def generate(
                 seconds - draft_seconds - verify_seconds,
                 "stop" if end is not None else "length" if left <= 0 else None,
             )
+            drafter.learn(round_, n_made, n_read, target.context.last_batch)
+            yield round_
             if end is not None:
                 return
     finally:

@@ -111,6 +111,7 @@ STEPS = {"steps": "Qwen2.5-Coder-0.5B", "steps-gemma-3-270m": "Gemma 3 270M"}  #
 # Several clients, by the target's type: four of them, and one, two and eight.
 OF_CLIENTS = ("clients", "clients-q4_0", "clients-f16")  # as shipped (Q4_K_M), in Q4_0, in F16
 BY_CLIENTS = {"Q4_0": "clients-by-number-q4_0", "F16": "clients-by-number-f16"}
+IN_LONG_SESSIONS = {"clients-long-q4_0": 2, "clients-long": 4, "clients-long-served": 4}  # how many clients
 RECORDS = (
     *REGIMES,
     "exact",
@@ -122,6 +123,7 @@ RECORDS = (
     "lengths",
     *OF_CLIENTS,
     *BY_CLIENTS.values(),
+    *IN_LONG_SESSIONS,
     "clients-again",
     "steps-gemma-3-270m-iq4_nl",
     *STEPS,
@@ -303,9 +305,23 @@ def number_rows() -> list[str]:
     return rows
 
 
+def long_rows() -> list[str]:
+    """Tokens per second of 48 answers by their ways, in units of plain decoding in the program, of the same record."""
+    founds, rows = [(record(name), n) for name, n in IN_LONG_SESSIONS.items()], []
+    for mode in ("1", "3", "auto", "served-plain", "served", "llama-server"):
+        cells = [
+            f"{of_clients(found, mode, n)[0] / of_clients(found, 'plain', n)[0]:.2f}"
+            if any(run["mode"] == mode for run in found["runs"])
+            else "-"
+            for found, n in founds
+        ]
+        rows.append("| " + " | ".join([WAYS_FOR_CLIENTS[mode], *cells]) + " |")
+    return rows
+
+
 def test_measured_says_how_several_clients_were_answered() -> None:
     part = section(MEASURED, "## Several clients")
-    for row in (*clients_rows(), *number_rows()):
+    for row in (*clients_rows(), *number_rows(), *long_rows()):
         assert row in part, row
     again = record("clients-again")
     words = "auto {}; server, plainly {}; server, auto {}; llama-server {}; record: [clients-again]"
@@ -324,9 +340,13 @@ def test_the_guide_promises_what_was_measured() -> None:
     assert "{:.2f} in Q4_K_M and {:.2f} in F16".format(*autos) in text
     found = record("clients")
     ours, one = (of_clients(found, mode)[0] for mode in ("served", "before"))
-    again, peer = (of_clients(record("clients-again"), mode)[0] for mode in ("served", "llama-server"))
+    eight, many = (
+        "{:.2f}".format(of_clients(record(name), "served")[0] / of_clients(record(name), "llama-server")[0])
+        for name in ("clients-again", "clients-long-served")
+    )
     assert f"{ours / one:.2f} times the tokens per second of one conversation after another" in text
-    assert f"{again / peer:.2f} times llama-server's" in text and f"| {ours / one:.2f} with four clients |" in text
+    assert f"{eight} times its tokens per second in eight answers, and {many} times in 48" in text
+    assert f"| {ours / one:.2f} with four clients |" in text
 
 
 def test_docs_say_what_the_shapes_were_timed_at() -> None:

@@ -16,6 +16,7 @@ from llamabase.sampling.noise import Noise
 from llamabase.sampling.settings import Sampling
 
 from .contracts import AUTO, FULL, Drafter, Proposal, Reading
+from .reading import OwnReading
 from .rows import DynamicHead
 
 _NOTHING_ADDED = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -154,6 +155,12 @@ class ModelDrafter(Drafter):
 
     def prepare(self, text: Sequence[int], left: int) -> None:
         self.reading.prepare(text)
+
+    def forget(self, text: Sequence[int]) -> None:
+        """Free what the cache, if others share it, holds beside a beginning of `text`."""
+        if self.batched and isinstance(self.reading, OwnReading):  # no other reading has a cache that others share
+            self.settle()
+            self.reading.forget(text)
 
     def settle(self) -> None:
         self.reading.settle()

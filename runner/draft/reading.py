@@ -121,6 +121,10 @@ class OwnReading:
             self.context.checkpoint()
         return self._step([token])
 
+    def forget(self, text: Sequence[int]) -> None:
+        """Free what the cache holds beside a beginning of `text`."""
+        self.reader.keep(window := self._window(text), len(window) - 1)
+
     def prepare(self, text: Sequence[int]) -> None:
         window = self._window(text)
         if len(window) <= self.context.n_ctx:

@@ -184,6 +184,8 @@ class Engine(Closing):
         draft_max: tokens drafted in a round; 0 is plain decoding; None lets measured costs decide (`auto`). `drafter`
         overrides the engine's own.
         """
+        if self.drafter is not None:
+            self.drafter.forget(prompt)
         if drafter is None:
             fixed = self.drafter if self.drafter is not None and draft_max else NoDrafter()
             drafter = self.auto if draft_max is None else fixed

@@ -6,7 +6,7 @@ import copy
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import llama_cpp
@@ -278,7 +278,8 @@ class Context(SequenceContext):
     sequences that share it goes on.
 
     `other`: the target's context, for a drafter that lacks tables. `n_parallel`: how many sequences the cache has room
-    for, see `beside`. n_ctx is then that of all, of which one holds no more than the model was trained on. If it is
+    for, see `beside`. n_ctx is then that of all, of which one holds no more than the model was trained on, and a batch
+    has room for twice n_outputs, whatever n_batch is given. If it is
     `unified`, a sequence may take what room others leave; else each has an equal part: attention is cheaper, but
     llama.cpp cuts batches that mix prompts with single tokens into pieces.
     """
@@ -298,6 +299,8 @@ class Context(SequenceContext):
         kept = max(0, min(rewinds, min(how.n_ubatch, how.n_batch or how.n_ubatch, n_ctx) - 2))
         states = {"n_seq_max": 2 * n_parallel, "n_rs_seq": kept} if model.recurrent else {"n_seq_max": n_parallel}
         target = None if other is None else other.handle
+        if n_parallel > 1:  # so that the rounds of all leave room for a prompt
+            how = replace(how, n_batch=max(how.n_batch or max(how.n_ubatch, BATCH), 2 * n_outputs))
         super().__init__(model, n_ctx, how, n_outputs, ctx_other=target, kv_unified=unified, **states)
         self.recurrent, self.n_parallel = model.recurrent, n_parallel
         if n_parallel > 1:

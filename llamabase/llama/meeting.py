@@ -164,12 +164,16 @@ class Meeting:
 
     def _answers(self, parts: dict[_Task, Part]) -> list[np.ndarray | BaseException | None]:
         """What reading parts in one batch gives; if that fails, what each of them gives alone. If the cache has no room
-        for all, the last one fails and the others go on waiting (None).
+        for all, the computation that was begun last fails, and the others go on waiting (None).
         """
         try:
             return list(read_parts(list(parts.values())))
         except CacheFull as error:
-            return [*[None] * (len(parts) - 1), error]
+            if next(iter(parts.values())).context.n_parallel == 1:
+                return [error]
+            last = self._tasks[-1]  # it may wait for its drafter
+            last.part, last.answer = None, error
+            return [None] * len(parts)
         except Exception as error:
             if len(parts) == 1:
                 return [error]

@@ -50,7 +50,7 @@ class Slot:
 
 class Conversations:
     """The engine's own conversation and, as they are needed, others over its weights, `n` in all, each computed as soon
-    as there is a job for it.
+    as there is a job for it, whose prompt the cache has room for. Jobs begin in the order in which they came.
 
     At most `waiting` jobs wait; cancelled ones do not count.
     """
@@ -127,11 +127,10 @@ class Conversations:
             self._changed.wait_for(lambda: self._ending or self._jobs or self._running)
             if self._ending and not self._running:
                 return False
-            jobs = list[Job]()
-            while self._jobs and len(self._running) < self.n:
-                if _wanted(job := self._jobs.popleft()):
-                    self._running[job] = None  # so that `stop` finds it
-                    jobs.append(job)
+            jobs, self._jobs = list[Job](), deque(filter(_wanted, self._jobs))
+            while self._jobs and len(self._running) < self.n and self._fits(self._jobs[0]):
+                jobs.append(self._jobs.popleft())
+                self._running[jobs[-1]] = None  # so that `stop` finds it
         for job in jobs:
             try:
                 self._running[job] = engine = self._take(job.prompt)
@@ -142,6 +141,12 @@ class Conversations:
                 engine.set_cancel_check(partial(_wanted, job))
                 self._meeting.begin(partial(self._run, job, engine))
         return True
+
+    def _fits(self, job: Job) -> bool:
+        """Whether the cache has room for a prompt beside those that are computed, if they share it."""
+        context = self.engine.context
+        held = [max(len(one.prompt), len(at.reader.held) if at else 0) for one, at in self._running.items()]
+        return not held or context.n_parallel == 1 or sum(held) + len(job.prompt) <= context.n_cells
 
     def _run(self, job: Job, engine: Engine) -> None:
         try:

@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from llamabase.errors import FileFormatError, PromptTooLong, SettingError
+from llamabase.llama.context import CacheFull
 
 from .conversations import Unavailable
 from .requests import BadRequest
@@ -42,6 +43,8 @@ def failure(error: BaseException, path: str = "") -> JSONResponse:
     if isinstance(error, ClientDisconnect):
         return error_response(499, "the client went away while it sent")
     message = str(error).rpartition(".gguf: ")[2]  # a client learns no path
+    if isinstance(error, CacheFull):
+        return error_response(503, message, kind="server_error", code="unavailable")
     if isinstance(error, PromptTooLong):
         return error_response(400, message, "messages" if "chat" in path else "prompt", "context_length_exceeded")
     if isinstance(error, SettingError | FileFormatError):

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ from runner.serve.__main__ import main as serve
 from runner.serve.app import make_app
 from runner.serve.conversations import Unavailable
 from runner.serve.responses import Answer, Asked
-from runner.serve.server import COMPILING, Server, Settings
+from runner.serve.server import Server, Settings
 from runner.tools.calls import Tools
 
 from .test_soak import handles, own_memory
@@ -445,6 +446,8 @@ def test_a_signal_ends_it_in_time(toys: dict[str, Path], tmp_path: Path, signal_
     """Also while an answer is streamed to a client that reads on: exit 0 within five seconds."""
     pair = ["--target", str(toys["target"]), "--draft", str(toys["good-trimmed"]), "-c", "512", "--draft-max", "0"]
     process, url = started(pair, GGUF_TRIM_CACHE=str(tmp_path))
+    half = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
     body = {"prompt": "a", "stream": True, "max_tokens": 500, "logit_bias": {"598": -100}}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
@@ -453,8 +456,29 @@ def test_a_signal_ends_it_in_time(toys: dict[str, Path], tmp_path: Path, signal_
         process.send_signal(signal_)
         for _ in lines:
             pass
+    with half:  # who has sent half of a request hears why there is no answer
+        assert b" 503 " in (heard := half.recv(4096)) and b"the server ends" in heard
+    assert process.stderr is not None and "Traceback" not in process.stderr.read()
     assert ended(process) == 0
     assert time.monotonic() - began < 5
+
+
+def test_a_full_cache_makes_prompts_wait_and_says_why_an_answer_failed(toys: dict[str, Path]) -> None:
+    with (
+        serving(Engine(LoadOptions(toys["target"], n_ctx=512, cache=F32), 4), parallel=4) as (url, _),
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def ask(first: int, read: int, n: int) -> httpx.Response:
+            prompt = [first, *(3 + i % 300 for i in range(read))]
+            body = {"prompt": prompt, "n_predict": n, "logit_bias": [[598, False]]}
+            return httpx.post(f"{url}/completion", json=body, timeout=60)
+
+        assert [answer.status_code for answer in pool.map(ask, range(3, 7), [300] * 4, [20] * 4)] == [200] * 4
+        long = list(pool.map(ask, range(3, 5), [200] * 2, [200] * 2))
+    assert sorted(answer.status_code for answer in long) == [200, 503]
+    failed = max(long, key=lambda answer: answer.status_code)
+    assert "which conversations share, is full" in failed.json()["error"]["message"] and "Retry-After" in failed.headers
 
 
 def test_small_pieces_do_not_wait_for_each_other() -> None:
@@ -648,8 +672,9 @@ def test_what_would_hold_everybody_up_is_refused(toy: tuple[str, Server], body: 
 
 
 def test_schemas_that_compile_hold_up_nobody_else(toy: tuple[str, Server], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One at a time, few may wait, and who asks for none does not wait at all."""
+    """One at a time, as many may wait as may for a conversation, and who asks for none does not wait at all."""
     server, go, running = toy[1], threading.Event(), []
+    most = server.settings.waiting
 
     def slow() -> int:
         running.append(1)
@@ -657,7 +682,7 @@ def test_schemas_that_compile_hold_up_nobody_else(toy: tuple[str, Server], monke
         return 1
 
     async def ask() -> tuple[list[Any], int]:
-        waiting = [asyncio.create_task(server.in_thread(True, slow)) for _ in range(COMPILING + 4)]
+        waiting = [asyncio.create_task(server.in_thread(True, slow)) for _ in range(most + 4)]
         await asyncio.sleep(0.2)
         one = len(running)
         assert await server.in_thread(False, lambda: 2) == 2
@@ -666,7 +691,7 @@ def test_schemas_that_compile_hold_up_nobody_else(toy: tuple[str, Server], monke
 
     found, one = asyncio.run(ask())
     assert one == 1
-    assert [each for each in found if each == 1] == [1] * (COMPILING + 1)
+    assert [each for each in found if each == 1] == [1] * (most + 1)
     assert all(each == 1 or isinstance(each, Unavailable) for each in found)
 
 

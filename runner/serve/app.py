@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import MutableMapping
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ OPEN = {"/", "/health", "/v1/health"}  # need no API key
 
 
 class Guard:
-    """ASGI: the API key, compared in constant time, and a bound on bodies."""
+    """ASGI: the API key, compared in constant time, a bound on bodies, and an answer to whom the end cuts off."""
 
     def __init__(self, app: Any, key: str, most_bytes: int) -> None:
         self._app, self._key, self._most = app, key.encode(), most_bytes
@@ -50,7 +51,7 @@ class Guard:
         if length.isdigit() and int(length) > self._most:
             await error_response(413, too_large)(scope, receive, send)
             return
-        n_read = 0
+        n_read, answered = 0, False
 
         async def bounded() -> Any:
             nonlocal n_read
@@ -60,7 +61,16 @@ class Guard:
                 raise BadRequest(too_large, status=413)
             return message
 
-        await self._app(scope, bounded, send)
+        async def seen(message: MutableMapping[str, Any]) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, bounded, seen)
+        except asyncio.CancelledError:  # the server ends before this client has sent its request, or read its answer
+            if not answered:
+                await failure(Unavailable("the server ends"))(scope, receive, send)
 
 
 def make_app(server: Server) -> FastAPI:

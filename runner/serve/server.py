@@ -31,7 +31,6 @@ from .requests import BadRequest, Chat, Common
 from .responses import Answer, Asked, Piece
 
 PATIENCE = 0.25  # seconds between two checks whether a client is still there
-COMPILING = 8  # schemas that may wait to be compiled, each for up to 2 s
 T = TypeVar("T")
 
 
@@ -125,7 +124,7 @@ class Server:
         """
         if not compiles:
             return await run_in_threadpool(work)
-        if self._n_compiling > COMPILING:
+        if self._n_compiling > self.settings.waiting:
             raise Unavailable("too many schemas wait to be compiled; try again")
         self._n_compiling += 1
         try:

@@ -283,6 +283,9 @@ def test_an_answer_without_drafts_frees_what_the_drafter_held(toys) -> None:
         for _ in engine.rounds(texts[3], SAMPLINGS["all ids"], max_tokens=4, draft_max=0, seed=1):
             pass
         assert engine.drafter.reading.context.recount() == len(texts[3]) - 1  # what belongs to the text stays
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            next(engine.rounds([], SAMPLINGS["all ids"], max_tokens=4, draft_max=3, seed=1))
+        assert engine.drafter.reading.context.recount() == 0
     finally:
         company.close()
 

@@ -123,7 +123,8 @@ class OwnReading:
 
     def forget(self, text: Sequence[int]) -> None:
         """Free what the cache holds beside a beginning of `text`."""
-        self.reader.keep(window := self._window(text), len(window) - 1)
+        window = self._window(text)
+        self.reader.keep(window, max(len(window) - 1, 0))
 
     def prepare(self, text: Sequence[int]) -> None:
         window = self._window(text)

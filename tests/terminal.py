@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import pytest
 
+from . import NO_SPINNING
+
 # Windows has none: the tests that use one are left out there.
 fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
 
@@ -47,7 +49,7 @@ class Terminal:
             stdout=stdout or slave,
             stderr=slave,
             cwd=ROOT,
-            env=clean | {"LANG": "C.UTF-8"} | environment,
+            env=clean | {"LANG": "C.UTF-8"} | NO_SPINNING | environment,
             start_new_session=True,
             preexec_fn=_prepare,
         )

@@ -23,6 +23,7 @@ from runner.loop.engine import Engine
 from runner.loop.record import Record
 from runner.loop.weights import LoadOptions
 
+from . import NO_SPINNING
 from .toy import write_model
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,8 @@ def program(*arguments: str, env: dict[str, str], **settings) -> subprocess.Comp
     """The chat as a process of its own, with this environment."""
     command = [sys.executable, "-m", "runner.chat", *arguments]
     settings.setdefault("input", b"")
-    return subprocess.run(command, env={"PATH": os.environ["PATH"], **env}, cwd=ROOT, capture_output=True, **settings)
+    clean = {"PATH": os.environ["PATH"], **NO_SPINNING}
+    return subprocess.run(command, env=clean | env, cwd=ROOT, capture_output=True, **settings)
 
 
 def invoke(*arguments: str, text: str | None = None):

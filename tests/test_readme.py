@@ -15,6 +15,8 @@ import pytest
 
 from runner.bench.figures import ALL, figures
 
+from . import NO_SPINNING
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 MEASURED = (ROOT / "docs" / "measured.md").read_text("utf-8")
@@ -40,7 +42,7 @@ def test_commands_run(lines: list[str], tmp_path: Path, smollm2: Path) -> None:
     (tmp_path / "my-texts").mkdir()
     (tmp_path / "my-texts" / "a.txt").write_text("the king and the sea\n" * 200)
     (tmp_path / "few.json").write_text(json.dumps({"a": [list(range(100, 200)), list(range(300, 400))]}))
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **NO_SPINNING}
     for line in lines:
         if "runner.chat" in line:
             line += " -n 8" if "--target" in line else " --target target.gguf -n 8"  # the default pair is 1.6 GB

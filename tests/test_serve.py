@@ -361,6 +361,19 @@ def test_a_client_that_goes_ends_its_answer(toy: tuple[str, Server], monkeypatch
     assert said(url, {"prompt": "a", "max_tokens": 12, "temperature": 0, "stream": False})
 
 
+def test_requests_that_need_not_wait_do_not_count_as_waiting(toys: dict[str, Path]) -> None:
+    with (
+        serving(Engine(LoadOptions(toys["target"], n_ctx=2048), 4), waiting=1, parallel=4) as (url, server),
+        ThreadPoolExecutor(5) as pool,
+    ):
+        begun = server.conversations._changed  # which the computing thread needs to begin them
+        with begun:
+            asked = [pool.submit(httpx.post, f"{url}/completion", json={"prompt": "a", "n_predict": 2}, timeout=30)
+                     for _ in range(5)]  # fmt: skip
+            time.sleep(0.5)
+        assert [each.result().status_code for each in asked] == [200] * 5
+
+
 def test_a_full_queue_says_so(toys: dict[str, Path], monkeypatch) -> None:
     with serving(Engine(LoadOptions(toys["target"], n_ctx=512)), waiting=1, parallel=1) as (url, server):
         go = threading.Event()

@@ -91,6 +91,8 @@ def main(
                 stderr.print(f"{name} listens on {url}", markup=False)
                 with suppress(KeyboardInterrupt):  # raised by a signal that came before the wait
                     signals.wait_for_one()
+                if server.conversations.busy:
+                    stderr.print(f"ends once running answers have, in {PATIENCE:.0f} seconds at most", markup=False)
                 http.end(server.conversations.stop)
             finally:
                 ended = server.conversations.close(BATCH)

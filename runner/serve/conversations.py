@@ -91,7 +91,7 @@ class Conversations:
             self._jobs = deque(filter(_wanted, self._jobs))
             if self._ending:
                 raise Unavailable("the server ends")
-            if len(self._jobs) >= self._most:
+            if len(self._jobs) >= self._most + self.n - len(self._running):  # some will begin at once
                 raise Unavailable("too many requests are waiting; try again")
             self._jobs.append(job)
             self._changed.notify()

@@ -198,7 +198,9 @@ def verify_command(trimmed: Path, source: Path, target: Path | None, as_json: bo
 
 @main.command("card")
 @click.argument("trimmed", type=FILE)
-@click.option("--source", type=FILE, help="The drafter it was cut from: adds its hash, and proves the cut.")
+@click.option(
+    "--source", type=FILE, help="The drafter it was cut from: adds its hash, and proves a cut that was not requantised."
+)
 @STATES_OF
 @COUNTS
 @click.option("-o", "--output", type=FILE, help="Where the card goes.  [default: X.md beside X.gguf]")

@@ -166,7 +166,8 @@ def verdict(record: dict[str, Any]) -> str:
         "arithmetic does)"
     )
     if least is None:
-        return f"Drafting does not pay here: {costs}, so not even drafts that are always accepted would."
+        never = f"{costs}, so not even drafts of the drafter that are always accepted would"
+        return f"Drafting does not pay here: {never}. The default drafts only what the text repeats."
     because = f"{costs}, so drafts pay if {least['acceptance']:.0%} of them are accepted, and {accepted:.0%} are"
     if accepted < least["acceptance"]:
         return f"Drafting does not pay here: {because}. The default drafts only what the text repeats."

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -366,10 +367,9 @@ def test_requests_that_need_not_wait_do_not_count_as_waiting(toys: dict[str, Pat
         serving(Engine(LoadOptions(toys["target"], n_ctx=2048), 4), waiting=1, parallel=4) as (url, server),
         ThreadPoolExecutor(5) as pool,
     ):
-        begun = server.conversations._changed  # which the computing thread needs to begin them
-        with begun:
-            asked = [pool.submit(httpx.post, f"{url}/completion", json={"prompt": "a", "n_predict": 2}, timeout=30)
-                     for _ in range(5)]  # fmt: skip
+        ask = partial(httpx.post, f"{url}/completion", json={"prompt": "a", "n_predict": 2}, timeout=30)
+        with server.conversations._changed:  # which the computing thread needs to begin them
+            asked = [pool.submit(ask) for _ in range(5)]
             time.sleep(0.5)
         assert [each.result().status_code for each in asked] == [200] * 5
 

@@ -260,9 +260,8 @@ def test_a_long_prompt_does_not_stop_the_others(toys, monkeypatch) -> None:
     assert order[:first].count("short") > 12
 
 
-def test_a_batch_has_room_for_all_and_for_a_prompt_whatever_size_is_asked_for(toys, monkeypatch) -> None:
+def test_a_batch_has_room_for_all_and_for_a_prompt_whatever_size_is_asked_for(toys) -> None:
     """Rounds of drafts that fill it must not keep a prompt out, and a drafter needs a row of each conversation."""
-    monkeypatch.setattr(meetings, "DELAY", 0.0)  # the least of a prompt in a batch
     company = Company(toys["target"], toys["good-trimmed"], n_batch=4)
     try:
         drafting = [Asked(0, PROMPTS[i % 3], "all ids", i, 15, "auto") for i in range(MOST - 1)]

@@ -64,6 +64,11 @@ class ContextParams:
             if (given := getattr(self, name)) is not None and given < 1:
                 raise SettingError(f"{name}={given}: a batch holds at least one token")
 
+    @property
+    def batch(self) -> int:
+        """Most tokens of a call."""
+        return self.n_batch or max(self.n_ubatch, BATCH)
+
 
 CONTEXT_DEFAULTS = ContextParams()
 COPIES = 3  # of a recurrent cache's state, each 50 MB for Qwen3.5-4B and 19 MB for Qwen3.5-0.8B
@@ -129,7 +134,7 @@ class BaseContext(Owner):
                 "--draft beside the model"
             )
         self.model, self.how, cache = model, how, how.cache
-        self.n_batch = min(how.n_batch or max(how.n_ubatch, BATCH), n_ctx)
+        self.n_batch = min(how.batch, n_ctx)
         self.n_ubatch = min(how.n_ubatch, self.n_batch)
         self.n_outputs = self.batch_outputs = min(n_outputs, self.n_batch)
         settings = llama_cpp.llama_context_default_params()
@@ -279,9 +284,9 @@ class Context(SequenceContext):
 
     `other`: the target's context, for a drafter that lacks tables. `n_parallel`: how many sequences the cache has room
     for, see `beside`. n_ctx is then that of all, of which one holds no more than the model was trained on, and a batch
-    has room for twice n_outputs, whatever n_batch is given. If it is
-    `unified`, a sequence may take what room others leave; else each has an equal part: attention is cheaper, but
-    llama.cpp cuts batches that mix prompts with single tokens into pieces.
+    has room for twice n_outputs, whatever n_batch is given. If it is `unified`, a sequence may take what room others
+    leave; else each has an equal part: attention is cheaper, but llama.cpp cuts batches that mix prompts with single
+    tokens into pieces.
     """
 
     def __init__(
@@ -300,7 +305,7 @@ class Context(SequenceContext):
         states = {"n_seq_max": 2 * n_parallel, "n_rs_seq": kept} if model.recurrent else {"n_seq_max": n_parallel}
         target = None if other is None else other.handle
         if n_parallel > 1:  # so that the rounds of all leave room for a prompt
-            how = replace(how, n_batch=max(how.n_batch or max(how.n_ubatch, BATCH), 2 * n_outputs))
+            how = replace(how, n_batch=max(how.batch, 2 * n_outputs))
         super().__init__(model, n_ctx, how, n_outputs, ctx_other=target, kv_unified=unified, **states)
         self.recurrent, self.n_parallel = model.recurrent, n_parallel
         if n_parallel > 1:

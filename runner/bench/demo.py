@@ -166,10 +166,10 @@ def verdict(record: dict[str, Any]) -> str:
         "arithmetic does)"
     )
     if least is None:
-        never = f"{costs}, so not even drafts of the drafter that are always accepted would"
-        return f"Drafting does not pay here: {never}. The default drafts only what the text repeats."
-    because = f"{costs}, so drafts pay if {least['acceptance']:.0%} of them are accepted, and {accepted:.0%} are"
-    if accepted < least["acceptance"]:
+        because = f"{costs}, so not even drafts of the drafter that are always accepted would"
+    else:
+        because = f"{costs}, so drafts pay if {least['acceptance']:.0%} of them are accepted, and {accepted:.0%} are"
+    if least is None or accepted < least["acceptance"]:
         return f"Drafting does not pay here: {because}. The default drafts only what the text repeats."
     seconds = {name: sum(row[name]["seconds"] for row in record["prompts"]) for name in ("plain", "drafted")}
     tokens = {name: sum(row[name]["tokens"] for row in record["prompts"]) for name in seconds}

@@ -34,8 +34,6 @@ def failure(error: BaseException, path: str = "") -> JSONResponse:
     """What went wrong at an endpoint; what only the server's log should know stays there."""
     if isinstance(error, BadRequest):
         return error_response(error.status, str(error), error.param, error.code)
-    if isinstance(error, Unavailable):
-        return error_response(503, str(error), kind="server_error", code="unavailable")
     if isinstance(error, HTTPException):  # the router's, whose headers say which methods there are
         response = error_response(error.status_code, ENDPOINT.get(error.status_code, error.detail))
         response.headers.update(error.headers or {})
@@ -43,7 +41,7 @@ def failure(error: BaseException, path: str = "") -> JSONResponse:
     if isinstance(error, ClientDisconnect):
         return error_response(499, "the client went away while it sent")
     message = str(error).rpartition(".gguf: ")[2]  # a client learns no path
-    if isinstance(error, CacheFull):
+    if isinstance(error, Unavailable | CacheFull):
         return error_response(503, message, kind="server_error", code="unavailable")
     if isinstance(error, PromptTooLong):
         return error_response(400, message, "messages" if "chat" in path else "prompt", "context_length_exceeded")
